@@ -1,0 +1,47 @@
+# Everything runs in .venv, which is made on first use and renewed when pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+ROOMS := configs parallel models trainer launch
+
+.PHONY: demo test test-all lint format clean
+
+demo: $(VENV)/run.stamp
+	$(BIN)/pentad train demo
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p $(VENV)/rooms/pentad
+	@for room in $(ROOMS); do ln -sfn "$(CURDIR)/$$room" $(VENV)/rooms/pentad/$$room; done
+	$(BIN)/pyright
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: Pentad needs Python 3.11 or newer; name one with make PYTHON=..." >&2; exit 2; }
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing Pentad into $(VENV)"
+	@$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing Pentad and its development tools into $(VENV)"
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/run.stamp

@@ -1,0 +1,24 @@
+"""Errors that a user can fix. They are printed as lines without a traceback, and the command exits with 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: the key it is about (dotted, or a file) and what is wrong, with the numbers and the way out."""
+
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}" if self.key else self.message
+
+
+class UserError(Exception):
+    """One or several user mistakes, all that could be found at once."""
+
+    def __init__(self, *problems: Problem | str) -> None:
+        self.problems = [p if isinstance(p, Problem) else Problem("", p) for p in problems]
+        super().__init__("\n".join(str(p) for p in self.problems))

@@ -1,0 +1,437 @@
+"""Every configuration section, as frozen dataclasses.
+
+The string under a field documents it: `pentad show --keys` prints it with the field's type and default, so it names
+the unit and what the default does. ``None`` means "derived": `resolve` in `resolve.py` fills it in, and nothing after
+loading ever meets a ``None`` that it has to interpret, except where the docstring says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding."""
+
+    theta: float = 10000.0
+    """Base of the geometric series of wavelengths."""
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """How wavelengths are stretched for contexts longer than the original one."""
+    factor: float = 1.0
+    """Ratio of the new context length to the original one."""
+    original_positions: int = 8192
+    """Context length, in tokens, that the unscaled model was trained with."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original_positions / low_freq_factor are stretched by the whole factor."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original_positions / high_freq_factor are left alone."""
+    beta_fast: float = 32.0
+    """yarn: dimensions that turn more often than this within the original context are left alone."""
+    beta_slow: float = 1.0
+    """yarn: dimensions that turn less often than this are stretched by the whole factor."""
+    attention_factor: float | None = None
+    """yarn: multiplier of cos and sin; derived as 0.1 ln(factor) + 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The decoder-only transformer."""
+
+    preset: str | None = None
+    """Name of a model in presets/models; the keys below override it."""
+    family: Literal["llama", "qwen2", "qwen3", "mistral", "gpt2"] = "llama"
+    """Sharding plan and Hugging Face names; also sets the defaults of presets/families/FAMILY.yaml."""
+    layers: int = MISSING
+    """Number of transformer layers."""
+    hidden: int = MISSING
+    """Width of the residual stream."""
+    heads: int = MISSING
+    """Number of query heads."""
+    kv_heads: int | None = None
+    """Number of key and value heads; derived: heads."""
+    head_dim: int | None = None
+    """Width of a head; derived: hidden / heads."""
+    ffn: int = MISSING
+    """Inner width of the feed-forward network."""
+    vocab: int | None = None
+    """Vocabulary size; derived: the tokenizer's, where it is built in or a file."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Normalisation of the residual stream."""
+    norm_eps: float = 1e-5
+    """Added to the mean square (rms) or the variance (layer)."""
+    position: Literal["rope", "learned"] = "rope"
+    """Rotary embedding of queries and keys, or a learned table added to the token embedding."""
+    max_positions: int | None = None
+    """Rows of the learned table, or the context recorded on export, in tokens; derived: train.seq_len."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Rotary embedding; unused with position=learned."""
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    """Feed-forward non-linearity; swiglu has a gate, the others have none."""
+    qk_norm: bool = False
+    """RMSNorm of every query and key head before the rotary embedding."""
+    qkv_bias: bool = False
+    """Bias on the query, key and value projections."""
+    out_bias: bool = False
+    """Bias on the attention output projection."""
+    ffn_bias: bool = False
+    """Bias on the feed-forward projections."""
+    window: int | None = None
+    """Sliding attention window in tokens, the query's own included; none: full causal attention."""
+    tied: bool = False
+    """The head uses the embedding's weight."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; output projections get init_std / sqrt(2 layers)."""
+    dropout: float = 0.0
+    """Dropout of the embedding and of each residual branch, drawn per (seed, step, sample, layer)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataParallelConfig:
+    """How replicas share parameters, gradients and optimizer states."""
+
+    sharding: Literal["ddp", "zero1", "fsdp"] = "zero1"
+    """ddp: everything replicated; zero1: optimizer states sharded; fsdp: parameters and gradients too (FSDP2)."""
+    bucket_mib: float = 32.0
+    """Size of a gradient bucket in MiB of parameters; one bucket is one collective."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Degrees of parallelism; their product is the number of ranks."""
+
+    tp: int = 1
+    """Tensor parallel ranks (with sequence parallelism)."""
+    pp: int = 1
+    """Pipeline parallel ranks."""
+    cp: int = 1
+    """Context parallel ranks."""
+    ep: int = 1
+    """Expert parallel ranks."""
+    etp: int = 1
+    """Tensor parallel ranks inside an expert."""
+    dp: int | None = None
+    """Data parallel ranks; derived: world size / (tp · pp · cp). `pentad train` alone takes 1."""
+    data: DataParallelConfig = field(default_factory=DataParallelConfig)
+    """Data parallelism."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The length, shape and numbers of the run."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    global_batch: int = 8
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch: int = 1
+    """Sequences per forward pass of one rank."""
+    seq_len: int = 512
+    """Tokens per sequence."""
+    seed: int = 0
+    """Seed of initialisation, data order and dropout."""
+    dtype: Literal["bf16", "fp32", "fp64"] = "bf16"
+    """bf16: bf16 parameters with fp32 masters, states and gradient sums; fp32 and fp64: everything in that type."""
+    deterministic: bool = False
+    """Only deterministic kernels; the same run twice is then equal bit for bit."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantSchedule:
+    """Learning rate constant after the warm-up."""
+
+    name: Literal["constant"] = "constant"
+    """Selects the class of this section: constant, linear, cosine or wsd."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSchedule(ConstantSchedule):
+    """Linear decay to min_ratio · lr at the last step."""
+
+    name: Literal["linear"] = "linear"
+    """Selects the class of this section: constant, linear, cosine or wsd."""
+    min_ratio: float = 0.0
+    """Final learning rate as a fraction of optim.lr."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineSchedule(ConstantSchedule):
+    """Half a cosine down to min_ratio · lr at the last step."""
+
+    name: Literal["cosine"] = "cosine"
+    """Selects the class of this section: constant, linear, cosine or wsd."""
+    min_ratio: float = 0.1
+    """Final learning rate as a fraction of optim.lr."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WsdSchedule(ConstantSchedule):
+    """Warm-up, stable, decay: constant until decay_steps before the end, then linear to min_ratio · lr."""
+
+    name: Literal["wsd"] = "wsd"
+    """Selects the class of this section: constant, linear, cosine or wsd."""
+    decay_steps: int = 100
+    """Steps of the final decay."""
+    min_ratio: float = 0.0
+    """Final learning rate as a fraction of optim.lr."""
+
+
+ScheduleConfig = ConstantSchedule
+SCHEDULES: dict[str, type] = {
+    "constant": ConstantSchedule,
+    "linear": LinearSchedule,
+    "cosine": CosineSchedule,
+    "wsd": WsdSchedule,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """What every optimizer has."""
+
+    name: str = MISSING
+    """Selects the class of this section: adamw or sgd."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    schedule: ConstantSchedule = field(default_factory=CosineSchedule)
+    """Learning rate over the steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWConfig(OptimConfig):
+    """AdamW (Loshchilov and Hutter, 2019)."""
+
+    name: Literal["adamw"] = "adamw"
+    """Selects the class of this section: adamw or sgd."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    impl: Literal["auto", "fused", "foreach", "apex"] = "auto"
+    """auto: apex's FusedAdam where it is installed and the device is a GPU, else torch's fused kernel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SgdConfig(OptimConfig):
+    """Plain stochastic gradient descent."""
+
+    name: Literal["sgd"] = "sgd"
+    """Selects the class of this section: adamw or sgd."""
+    momentum: float = 0.0
+    """Momentum; 0 keeps no state."""
+
+
+OPTIMIZERS: dict[str, type] = {"adamw": AdamWConfig, "sgd": SgdConfig}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Text to tokens."""
+
+    path: str | None = None
+    """A tokenizer.json; none: the built-in byte tokenizer (256 bytes and one end-of-document token)."""
+    eod: str | None = None
+    """End-of-document token in the tokenizer.json; derived: the first of <|endoftext|>, <|end_of_text|>, </s>."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What every source has."""
+
+    name: str = MISSING
+    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Text to tokens; unused by bin."""
+    document_mask: bool = False
+    """Packed documents attend only to themselves, and their positions start at 0."""
+    holdout: float = 0.01
+    """Fraction of the sequences kept for evaluation, never trained on."""
+    cache: str | None = None
+    """Folder of tokenized text; derived: the user's cache folder."""
+    prefetch: int = 4
+    """Micro-batches prepared ahead by the loader thread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StdlibData(DataConfig):
+    """The source text of the running Python's standard library: real text on every machine."""
+
+    name: Literal["stdlib"] = "stdlib"
+    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextData(DataConfig):
+    """Plain text, one document a file."""
+
+    name: Literal["text"] = "text"
+    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
+    paths: tuple[str, ...] = MISSING
+    """Files, folders or glob patterns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonlData(TextData):
+    """JSON lines, one document a line."""
+
+    name: Literal["jsonl"] = "jsonl"
+    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
+    field: str = "text"
+    """The key that holds the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetData(TextData):
+    """Parquet files, one document a row."""
+
+    name: Literal["parquet"] = "parquet"
+    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
+    field: str = "text"
+    """The column that holds the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BinData(DataConfig):
+    """Megatron's tokenized format: PREFIX.bin and PREFIX.idx."""
+
+    name: Literal["bin"] = "bin"
+    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
+    paths: tuple[str, ...] = MISSING
+    """Prefixes, without the extension; several are concatenated."""
+    eod: int | None = None
+    """End-of-document token; none: a document ends where the index says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendData(DataConfig):
+    """A weighted mixture of .bin/.idx prefixes."""
+
+    name: Literal["blend"] = "blend"
+    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
+    weights: dict[str, float] = MISSING
+    """Prefix to weight; weights are normalised to sum to 1."""
+    eod: int | None = None
+    """End-of-document token; none: a document ends where the index says."""
+
+
+DATASETS: dict[str, type] = {
+    "stdlib": StdlibData,
+    "text": TextData,
+    "jsonl": JsonlData,
+    "parquet": ParquetData,
+    "bin": BinData,
+    "blend": BlendData,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation on the held-out split."""
+
+    every: int = 0
+    """Steps between evaluations; 0: none."""
+    steps: int = 4
+    """Global batches per evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every: int = 0
+    """Steps between checkpoints; 0: only the one at the end."""
+    keep: int = 2
+    """Newest checkpoints kept; 0: all."""
+    dir: str | None = None
+    """Folder of the checkpoints; derived: RUN/checkpoints."""
+    resume: str | None = None
+    """`latest` (start afresh if there is none) or the path of one checkpoint."""
+    init: str | None = None
+    """Weights only, at step 0, from a checkpoint or a Hugging Face folder."""
+    asynchronous: bool = True
+    """Write in the background, training on."""
+    final: bool = True
+    """Save after the last step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run reports."""
+
+    every: int = 1
+    """Steps between console lines; metrics.jsonl has every step."""
+    wandb: bool = False
+    """Weights & Biases, offline where there is no API key."""
+    wandb_project: str = "pentad"
+    """Project of the W&B run."""
+    tensorboard: bool = False
+    """TensorBoard event files in RUN/tensorboard."""
+    profile: tuple[int, ...] = ()
+    """Steps to trace with the torch profiler into RUN/profile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultsConfig:
+    """Guards against bad steps and hangs."""
+
+    max_bad_steps: int = 10
+    """Consecutive steps skipped for a NaN or infinite gradient before the run stops."""
+    timeout_s: float = 600.0
+    """Seconds that a collective may wait before the run stops with an error."""
+    record_entries: int = 65536
+    """Entries of each rank's record ring."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareConfig:
+    """What the devices can do."""
+
+    preset: str | None = None
+    """Name of a device in presets/hardware."""
+    peak_tflops: float | None = None
+    """Peak dense TFLOP/s of one device in train.dtype; none: by device name, on a CPU measured at start-up."""
+    memory_gib: float | None = None
+    """Memory of one device, for `pentad check`; none: not compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole job."""
+
+    name: str = "run"
+    """Name of the run."""
+    runs_dir: str = "runs"
+    """Folder that holds the run's folder, runs_dir/name."""
+    model: ModelConfig
+    """The model."""
+    parallel: ParallelConfig
+    """Layout over ranks."""
+    train: TrainConfig
+    """Steps and batches."""
+    optim: OptimConfig
+    """Optimizer; optim.name selects which."""
+    data: DataConfig
+    """Text; data.name selects which."""
+    eval: EvalConfig
+    """Evaluation."""
+    checkpoint: CheckpointConfig
+    """Checkpoints."""
+    log: LogConfig
+    """Metrics and their sinks."""
+    faults: FaultsConfig
+    """Guards."""
+    hardware: HardwareConfig
+    """Devices."""

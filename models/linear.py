@@ -1,0 +1,29 @@
+"""The projection seam: the one place where a model multiplies by a weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..parallel.projection import Projection, local
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ + b for x (N, in), y (N, out).
+
+    `apply_weights` is replaceable from outside; it sees all the linears that read the same input at once.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.apply_weights: Projection = local
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.apply_weights(x, (self,))[0]
+
+
+def project(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
+    """Several linears of the same input x (N, in), each giving its y (N, out)."""
+    return linears[0].apply_weights(x, linears)

@@ -1,0 +1,40 @@
+"""Normalisation layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..configs.schema import ModelConfig
+from .functional import rms_norm
+
+
+class RmsNorm(nn.Module):
+    """RMSNorm over the last dim."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with bias over the last dim."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def make_norm(cfg: ModelConfig) -> RmsNorm | LayerNorm:
+    """The norm that the config names, over the residual stream."""
+    return RmsNorm(cfg.hidden, cfg.norm_eps) if cfg.norm == "rms" else LayerNorm(cfg.hidden, cfg.norm_eps)

@@ -1,0 +1,85 @@
+"""Applies tensor parallelism to a model from outside, in one ordered function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from ..configs.schema import ModelConfig
+from ..parallel.mesh import Mesh
+from ..parallel.plan import Plan, Row, Rule, Sharding, place
+from ..parallel.tensor import ColumnProjection, RowProjection
+from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard
+from .initialise import initial
+from .linear import Linear
+from .plans import PLANS
+from .transformer import Transformer
+
+
+def rule_of(plan: Plan, name: str) -> Rule:
+    """The plan's rule for one parameter.
+
+    Raises:
+        KeyError: the plan does not cover the parameter.
+    """
+    for pattern, rule in plan:
+        if fnmatchcase(name, pattern):
+            return rule
+    raise KeyError(f"the sharding plan has no rule for {name}")
+
+
+def shardings(model: Transformer, mesh: Mesh) -> dict[str, Sharding]:
+    """Where each parameter of the whole (meta) model lives on this rank, by global name."""
+    plan = PLANS[model.cfg.family]
+    axes = (mesh.axis("tp"), mesh.axis("tp_shard"), mesh.axis("tp_replica"))
+    return {
+        name: place(rule_of(plan, name), name, tuple(param.shape), *axes) for name, param in model.named_parameters()
+    }
+
+
+def build(
+    cfg: ModelConfig, mesh: Mesh, *, device: torch.device, dtype: torch.dtype
+) -> tuple[Transformer, dict[str, Sharding]]:
+    """This rank's part of the model, uninitialised, and where each of its parameters lives.
+
+    The order: build on meta, cut, allocate, replace the seams. Data parallelism comes after (`parallel.data`).
+    """
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    where = shardings(model, mesh)
+    for name, sharding in where.items():
+        owner, leaf = _owner(model, name)
+        local = torch.empty(sharding.placement.local_shape, device=device, dtype=dtype)
+        setattr(owner, leaf, nn.Parameter(local))
+    if mesh.axis("tp").size > 1:
+        _replace_seams(model, mesh)
+    return model, where
+
+
+def _replace_seams(model: Transformer, mesh: Mesh) -> None:
+    tp = mesh.axis("tp")
+    column, row = ColumnProjection(tp), RowProjection(tp)
+    plan = PLANS[model.cfg.family]
+    for name, linear in _linears(model):
+        linear.apply_weights = row if isinstance(rule_of(plan, f"{name}.weight"), Row) else column
+    assert model.cfg.vocab
+    shard = VocabShard.of(tp, model.cfg.vocab)
+    model.embedding_op, model.head_op = VocabEmbedding(shard), VocabHead(shard)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Linear))
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def initial_values(model: Transformer, where: dict[str, Sharding], seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, fp32 initial value of this rank's slice), one at a time."""
+    for name, sharding in where.items():
+        yield name, initial(name, sharding.placement, model.cfg, seed)

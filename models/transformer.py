@@ -1,0 +1,155 @@
+"""The decoder-only transformer, as configured: Llama, Qwen, Mistral, GPT-2.
+
+Shapes: B sequences of T tokens, N = B · T, h hidden width, V vocabulary. The residual stream is (N, h). The embedding,
+the head with its loss, every projection and the attention core are seams: objects that can be replaced from outside.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..configs.schema import ModelConfig
+from ..parallel.mesh import Axis
+from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard
+from .attention import Attention, Mask, Sequences
+from .dropout import Draws
+from .functional import swiglu
+from .linear import Linear, project
+from .norms import make_norm
+from .rope import angles, frequencies
+
+
+class FeedForward(nn.Module):
+    """Two layers, the first of them gated with swiglu."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Linear(cfg.hidden, cfg.ffn, cfg.ffn_bias) if cfg.activation == "swiglu" else None
+        self.up = Linear(cfg.hidden, cfg.ffn, cfg.ffn_bias)
+        self.down = Linear(cfg.ffn, cfg.hidden, cfg.ffn_bias)
+        self.approximate = "tanh" if cfg.activation == "gelu_tanh" else "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, h) → (N, h)."""
+        if self.gate is not None:
+            return self.down(swiglu(*project(x, self.gate, self.up)))
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))
+
+
+class Layer(nn.Module):
+    """Pre-norm residual block: attention, then feed-forward."""
+
+    def __init__(self, cfg: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.attention_norm = make_norm(cfg)
+        self.attention = Attention(cfg)
+        self.ffn_norm = make_norm(cfg)
+        self.ffn = FeedForward(cfg)
+
+    def forward(self, x: Tensor, seq: Sequences, draws: Draws | None = None) -> Tensor:
+        """x (N, h) → (N, h)."""
+        y = self.attention(self.attention_norm(x), seq)
+        x = x + (draws.drop(y, 2 * self.index) if draws else y)
+        y = self.ffn(self.ffn_norm(x))
+        return x + (draws.drop(y, 2 * self.index + 1) if draws else y)
+
+
+class Table(nn.Module):
+    """A weight matrix that is looked up or multiplied by from outside: (rows, h)."""
+
+    def __init__(self, rows: int, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, hidden))
+
+
+class EmbeddingOp(Protocol):
+    """tokens (N,) → hidden states (N, h); `local_tokens` picks the matching rows of anything per token."""
+
+    def __call__(self, tokens: Tensor, weight: Tensor) -> Tensor: ...
+
+    def local_tokens(self, x: Tensor) -> Tensor: ...
+
+
+class HeadOp(Protocol):
+    """Hidden states to logits or to the loss; see `parallel.vocab.VocabHead`."""
+
+    def logits(self, x: Tensor, weight: Tensor) -> Tensor: ...
+
+    def loss(self, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | float) -> Tensor: ...
+
+
+class Transformer(nn.Module):
+    """The whole model. Parameters are uninitialised: see `models.initialise` and `models.hf.load_hf`."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        assert cfg.vocab and cfg.head_dim
+        self.cfg = cfg
+        self.embed = Table(cfg.vocab, cfg.hidden)
+        self.positions = Table(cfg.max_positions or 0, cfg.hidden) if cfg.position == "learned" else None
+        self.layers = nn.ModuleList(Layer(cfg, i) for i in range(cfg.layers))
+        self.norm = make_norm(cfg)
+        self.head = None if cfg.tied else Table(cfg.vocab, cfg.hidden)
+        whole = VocabShard(Axis.single("tp"), 0, cfg.vocab)
+        self.embedding_op: EmbeddingOp = VocabEmbedding(whole)
+        self.head_op: HeadOp = VocabHead(whole)
+        self._frequencies = frequencies(cfg.rope, cfg.head_dim) if cfg.position == "rope" else None
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def sequences(
+        self, tokens: Tensor, positions: Tensor | None, documents: Tensor | None, dtype: torch.dtype
+    ) -> Sequences:
+        """Shape, rotary angles and mask of a batch of tokens (B, T)."""
+        batch, length = tokens.shape
+        cos = sin = None
+        if self._frequencies is not None:
+            where = torch.arange(length, device=tokens.device) if positions is None else positions
+            freq, factor = self._frequencies
+            cos, sin = angles(freq.to(tokens.device), factor, where, dtype)
+        return Sequences(batch, length, cos, sin, Mask(self.cfg.window, documents))
+
+    def embed_tokens(self, tokens: Tensor, positions: Tensor | None, draws: Draws | None) -> Tensor:
+        """tokens (B, T) → (N, h)."""
+        x = self.embedding_op(tokens.reshape(-1), self.embed.weight)
+        if self.positions is not None:
+            where = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
+            where = self.embedding_op.local_tokens(where.expand_as(tokens).reshape(-1))
+            x = x + F.embedding(where, self.positions.weight)
+        return draws.drop(x, -1) if draws else x
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        scale: Tensor | float = 1.0,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V), or with labels (B, T) the summed cross-entropy times `scale` (a scalar).
+
+        Args:
+            tokens: (B, T) token ids.
+            labels: (B, T) next tokens, -1 where there is no loss.
+            scale: factor of every token's loss.
+            positions: (T,) or (B, T); none: 0 … T−1.
+            documents: (B, T) document ids of packed sequences; none: one document each.
+            draws: the dropout of this step; none: no dropout.
+        """
+        x = self.embed_tokens(tokens, positions, draws)
+        seq = self.sequences(tokens, positions, documents, x.dtype)
+        for layer in self.layers:
+            x = layer(x, seq, draws)
+        x = self.norm(x)
+        if labels is None:
+            return self.head_op.logits(x, self.head_weight).view(*tokens.shape, -1)
+        return self.head_op.loss(x, self.head_weight, labels.reshape(-1), scale)

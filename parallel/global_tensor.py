@@ -1,0 +1,214 @@
+"""A rank's piece of a named global tensor, in the words of torch's distributed checkpoint (DCP).
+
+Parameters are cut along at most one dimension (`Placement`); the data-parallel shares of that slice are flat runs of
+its row-major elements, because parameters and optimizer states live in flat buckets. DCP only knows axis-aligned
+boxes, and a flat run of an n-dimensional slice is at most 2n − 1 of them:
+
+    run [3, 14) of a 4 × 4 slice      . . . a       boxes: a (1 × 1), b (2 × 4), c (1 × 2)
+                                      b b b b
+                                      b b b b
+                                      c c . .
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The slice [start, stop) along `dim` of a global tensor; `dim` None: all of it (start and stop are 0)."""
+
+    global_shape: tuple[int, ...]
+    dim: int | None
+    start: int
+    stop: int
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of the slice."""
+        if self.dim is None:
+            return self.global_shape
+        return (*self.global_shape[: self.dim], self.stop - self.start, *self.global_shape[self.dim + 1 :])
+
+    @staticmethod
+    def whole(shape: tuple[int, ...]) -> Placement:
+        """The whole tensor."""
+        return Placement(tuple(shape), None, 0, 0)
+
+    @staticmethod
+    def shard(shape: tuple[int, ...], dim: int, index: int, count: int) -> Placement:
+        """Slice `index` of `count` equal ones along `dim`.
+
+        Raises:
+            ValueError: the dimension does not divide.
+        """
+        size, rest = divmod(shape[dim], count)
+        if rest:
+            raise ValueError(f"dim {dim} of shape {tuple(shape)} does not divide into {count} equal slices")
+        return Placement(tuple(shape), dim, index * size, (index + 1) * size)
+
+
+@dataclass(frozen=True)
+class Box:
+    """An axis-aligned part of a global tensor; its elements are a contiguous run of the local slice."""
+
+    offsets: tuple[int, ...]
+    """First index in the global tensor, per dimension."""
+    sizes: tuple[int, ...]
+    local_flat_start: int
+    """First element in the local slice's row-major order."""
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.sizes)
+
+
+def boxes(placement: Placement, flat_start: int, flat_stop: int) -> list[Box]:
+    """The boxes, in order, that the row-major elements [flat_start, flat_stop) of the local slice fill.
+
+    Raises:
+        ValueError: the run is not inside the slice.
+    """
+    numel = math.prod(placement.local_shape)
+    if not 0 <= flat_start <= flat_stop <= numel:
+        raise ValueError(f"elements [{flat_start}, {flat_stop}) are not inside a slice of {numel} elements")
+    shift = [0] * len(placement.global_shape)
+    if placement.dim is not None:
+        shift[placement.dim] = placement.start
+    found, at = [], flat_start
+    for index, sizes in _runs(placement.local_shape, flat_start, flat_stop):
+        offsets = tuple(i + s for i, s in zip(index, shift, strict=True))
+        found.append(Box(offsets, sizes, at))
+        at += found[-1].numel
+    return found
+
+
+def _runs(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(first index, sizes) of the boxes of the run: part of a row, whole rows, part of a row, in each dimension."""
+    if start >= stop:
+        return
+    if not shape:
+        yield (), ()
+        return
+    inner = math.prod(shape[1:])
+    low, high = -(-start // inner), stop // inner  # the whole rows
+    if low > high:
+        yield from _row(shape, high, start - high * inner, stop - high * inner)
+        return
+    if start < low * inner:
+        yield from _row(shape, low - 1, start - (low - 1) * inner, inner)
+    if low < high:
+        yield (low, *(0 for _ in shape[1:])), (high - low, *shape[1:])
+    if stop > high * inner:
+        yield from _row(shape, high, 0, stop - high * inner)
+
+
+def _row(shape: tuple[int, ...], row: int, start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    for index, sizes in _runs(shape[1:], start, stop):
+        yield (row, *index), (1, *sizes)
+
+
+class GlobalTensor(Tensor):
+    """A rank's piece of a global tensor, which `torch.distributed.checkpoint` saves and loads in place.
+
+    It has the global tensor's size and no storage of its own: it can be put into a state dict, and nothing else.
+
+    Args:
+        placement: the slice of the global tensor that the local parameter is.
+        start, stop: the run of the local parameter's row-major elements that this rank holds; may be empty.
+        data: those elements, 1-D and contiguous, on any device. Loading writes into it.
+
+    Raises:
+        ValueError: `data` does not have stop − start elements, or is not 1-D and contiguous.
+    """
+
+    placement: Placement
+    local: Tensor
+    boxes: tuple[Box, ...]
+
+    # Not __init__: a tensor subclass without storage gets its size and dtype when it is made.
+    @staticmethod
+    def __new__(cls, placement: Placement, start: int, stop: int, data: Tensor) -> GlobalTensor:
+        if data.dim() != 1 or not data.is_contiguous() or data.numel() != stop - start:
+            raise ValueError(
+                f"elements [{start}, {stop}) need contiguous 1-D data of {stop - start} elements, "
+                f"got shape {tuple(data.shape)}, strides {data.stride()}"
+            )
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, torch.Size(placement.global_shape), dtype=data.dtype, device=data.device
+        )
+        self.placement, self.local = placement, data.detach()
+        self.boxes = tuple(boxes(placement, start, stop))
+        return self
+
+    @staticmethod
+    def of(tensor: Tensor) -> GlobalTensor:
+        """A whole tensor, contiguous, that this rank has all of."""
+        return GlobalTensor(Placement.whole(tuple(tensor.shape)), 0, tensor.numel(), tensor.detach().view(-1))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(f"{func} on a GlobalTensor, which is only a description; use .local")
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"GlobalTensor({self.placement}, {len(self.boxes)} boxes, {self.local.numel()} elements, {self.dtype})"
+
+    def view_of(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """A view of `local` with the elements of a box that lies inside one of `boxes`.
+
+        Raises:
+            KeyError: this rank does not hold it.
+        """
+        for box in self.boxes:
+            inside = all(
+                b <= o and o + s <= b + n for b, n, o, s in zip(box.offsets, box.sizes, offsets, sizes, strict=True)
+            )
+            if inside:
+                view = self._view(box)
+                for dim, (first, at, size) in enumerate(zip(box.offsets, offsets, sizes, strict=True)):
+                    view = view.narrow(dim, at - first, size)
+                return view
+        raise KeyError(f"no box of {self!r} holds offsets {offsets}, sizes {sizes}")
+
+    def _view(self, box: Box) -> Tensor:
+        first = box.local_flat_start - self.boxes[0].local_flat_start
+        return self.local[first : first + box.numel].view(box.sizes)
+
+    # DCP's protocol (torch.distributed._checkpointable) ---------------------------------------------------------
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        return [write_item(fqn, tuple(self.shape), self.dtype, box.offsets, box.sizes) for box in self.boxes]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(b.offsets), torch.Size(b.sizes)) for b in self.boxes]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        for box in self.boxes:
+            if torch.Size(box.offsets) == index.offset:
+                return self._view(box)
+        raise ValueError(f"no box of {self!r} starts at {index.offset}")
+
+
+def write_item(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> WriteItem:
+    """DCP's order to write one box of the global tensor `name`."""
+    return WriteItem(
+        index=MetadataIndex(name, torch.Size(offsets)),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)),
+            properties=TensorProperties(dtype=dtype),
+            size=torch.Size(shape),
+        ),
+    )

@@ -1,0 +1,171 @@
+"""The mesh: which ranks stand together along which axis.
+
+Two factorisations of the same ranks share only the pipeline axis, which is the slowest in both:
+
+    dense   pp · dp  · cp · tp          tp = tp_shard · tp_replica (a key-value head may need several ranks)
+    expert  pp · edp · ep · etp         (parallel folding, arXiv 2504.14960)
+
+Nobody asks torch for a rank or keeps a group: everything goes through a `Mesh`, which is made from an epoch, the
+ranks in their slots and a store, and can be made again from others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import count
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ..configs.errors import UserError
+from .record import Recorder
+from .waiting import Abort
+
+DENSE_AXES = ("pp", "dp", "cp", "tp_shard", "tp_replica")
+EXPERT_AXES = ("pp", "edp", "ep", "etp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Degrees:
+    """Sizes of the axes. `tp_replica` is the number of ranks that hold the same key-value heads."""
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    dp: int = 1
+    ep: int = 1
+    etp: int = 1
+    tp_replica: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def dense(self) -> tuple[int, ...]:
+        """Sizes in the order of DENSE_AXES."""
+        return (self.pp, self.dp, self.cp, self.tp // self.tp_replica, self.tp_replica)
+
+    @property
+    def expert(self) -> tuple[int, ...]:
+        """Sizes in the order of EXPERT_AXES.
+
+        Raises:
+            UserError: ep · etp does not divide the ranks of a pipeline stage.
+        """
+        stage = self.world // self.pp
+        if stage % (self.ep * self.etp):
+            raise UserError(f"parallel.ep·etp={self.ep * self.etp} must divide tp·cp·dp={stage}; set parallel.ep")
+        return (self.pp, stage // (self.ep * self.etp), self.ep, self.etp)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One direction of the mesh, seen from one rank. Axes of size 1 have no group and communicate nothing."""
+
+    name: str
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None = field(repr=False, default=None)
+    recorder: Recorder | None = field(repr=False, default=None)
+    abort: Abort | None = field(repr=False, default=None)
+    code: int = 0
+    """The axis's name in the record."""
+    sequence: Iterator[int] = field(repr=False, default_factory=count)
+    """Numbers this rank's collectives over the axis."""
+
+    @staticmethod
+    def single(name: str) -> Axis:
+        """An axis of one rank: what single-device code uses."""
+        return Axis(name, 0, 1, (0,))
+
+
+class Mesh:
+    """All axes of one rank in one epoch.
+
+    Args:
+        degrees: sizes of the axes.
+        store: where the ranks of the job meet; each epoch uses keys under its own prefix.
+        rank: this process's slot, 0 ≤ rank < degrees.world.
+        device: device type, "cpu" (gloo) or "cuda" (NCCL).
+        epoch: how many times the mesh has been rebuilt.
+        recorder: the rank's record.
+        timeout_s: seconds a collective may wait.
+    """
+
+    def __init__(
+        self,
+        degrees: Degrees,
+        *,
+        store: dist.Store | None,
+        rank: int,
+        device: str,
+        recorder: Recorder,
+        epoch: int = 0,
+        timeout_s: float = 600.0,
+    ) -> None:
+        self.degrees, self.rank, self.epoch, self.device, self.recorder = degrees, rank, epoch, device, recorder
+        self.abort = Abort(timeout_s)
+        self._axes: dict[str, Axis] = {}
+        self._device_meshes: dict[str, DeviceMesh] = {}
+        if degrees.world == 1:
+            return
+        if store is None:
+            raise ValueError("a mesh of several ranks needs a store")
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            store=dist.PrefixStore(f"mesh-{epoch}", store),
+            rank=rank,
+            world_size=degrees.world,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None,
+        )
+        self._make_axes()
+
+    def _make_axes(self) -> None:
+        """Creates every communicator, in one fixed order on all ranks."""
+        dense = init_device_mesh(self.device, self.degrees.dense, mesh_dim_names=DENSE_AXES)
+        for name in DENSE_AXES:
+            self._add(name, dense[name])
+        self._add("tp", dense["tp_shard", "tp_replica"]._flatten("tp"))
+        self._add("data", dense["dp", "cp"]._flatten("data"))
+        expert = init_device_mesh(self.device, self.degrees.expert, mesh_dim_names=EXPERT_AXES)
+        for name in EXPERT_AXES[1:]:
+            self._add(name, expert[name])
+        world = tuple(range(self.degrees.world))
+        self._axes["world"] = self._axis("world", world, dist.group.WORLD)
+        # Host-side agreement (checkpoints, Python objects) never shares a communicator with the step.
+        self.host_group = dist.new_group(backend="gloo", group_desc="host")
+
+    def _add(self, name: str, mesh: DeviceMesh) -> None:
+        ranks = tuple(int(r) for r in mesh.mesh.flatten())
+        group = mesh.get_group() if len(ranks) > 1 else None
+        self._axes[name] = self._axis(name, ranks, group)
+        self._device_meshes[name] = mesh
+
+    def _axis(self, name: str, ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> Axis:
+        code = self.recorder.intern(name)
+        return Axis(name, ranks.index(self.rank), len(ranks), ranks, group, self.recorder, self.abort, code)
+
+    def axis(self, name: str) -> Axis:
+        """The axis called `name`: pp, dp, cp, tp, tp_shard, tp_replica, data (dp · cp), edp, ep, etp or world."""
+        return self._axes.get(name) or Axis.single(name)
+
+    def device_mesh(self, name: str) -> DeviceMesh:
+        """torch's view of one axis, for the torch parts that need one (FSDP2)."""
+        return self._device_meshes[name]
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def close(self) -> None:
+        """Gives the communicators up. A mesh of a later epoch can be made afterwards."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self._axes.clear()
+        self._device_meshes.clear()

@@ -1,0 +1,62 @@
+"""The words of a sharding plan: which parameter is cut how, and which gradients are partial sums.
+
+A model family states its plan as a list of `(pattern, rule)`; `models/parallelize.py` applies it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .global_tensor import Placement
+from .mesh import Axis
+
+
+@dataclass(frozen=True)
+class Column:
+    """Output features cut over tp. `heads`: key-value heads may be fewer than ranks and are then replicated."""
+
+    kv: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """Input features cut over tp; the bias is whole."""
+
+
+@dataclass(frozen=True)
+class Vocab:
+    """Rows of the vocabulary cut over tp."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Replicated over tp; each rank's gradient covers its own tokens or heads only, so gradients are summed."""
+
+
+Rule = Column | Row | Vocab | Whole
+Plan = tuple[tuple[str, Rule], ...]
+Partial = Literal["", "tp", "tp_replica"]
+"""The axis over which a parameter's gradient is a partial sum."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Where one parameter lives: its slice of the global tensor, and over which axis its gradient is partial."""
+
+    placement: Placement
+    partial: Partial = ""
+
+
+def place(rule: Rule, name: str, shape: tuple[int, ...], tp: Axis, shards: Axis, replicas: Axis) -> Sharding:
+    """The slice of the global parameter `name` that this rank holds."""
+    bias = name.endswith("bias")
+    match rule:
+        case Column(kv=True) if replicas.size > 1:
+            return Sharding(Placement.shard(shape, 0, shards.rank, shards.size), "tp_replica")
+        case Column() | Vocab():
+            return Sharding(Placement.shard(shape, 0, tp.rank, tp.size))
+        case Row() if not bias:
+            return Sharding(Placement.shard(shape, 1, tp.rank, tp.size))
+        case _:
+            return Sharding(Placement.whole(shape), "tp" if tp.size > 1 else "")

@@ -1,0 +1,115 @@
+"""The projection: every weight GEMM of a model goes through here.
+
+One or several weights that read the same input form one projection, so that its input is communicated once and the
+gradient of the input is one sum. `enter` and `leave` say what happens around the GEMMs; local projections do nothing,
+tensor parallel ones gather the input's tokens or scatter the output's (`tensor.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .collectives import Handle
+from .gradients import matmul_grad, plain_grad
+
+
+class HasWeight(Protocol):
+    """What a projection needs of a linear layer."""
+
+    weight: Any
+    bias: Any
+
+
+class Projection(Protocol):
+    """Applies the weights of `linears` to x (N, in) and returns one y (N, out) per linear."""
+
+    def __call__(self, x: Tensor, linears: Sequence[HasWeight]) -> tuple[Tensor, ...]: ...
+
+
+def local(x: Tensor, linears: Sequence[HasWeight]) -> tuple[Tensor, ...]:
+    """y_i = x W_iᵀ + b_i on one device."""
+    return run(x, linears, Around())
+
+
+def run(x: Tensor, linears: Sequence[HasWeight], around: Around) -> tuple[Tensor, ...]:
+    """The projection with communication `around` it."""
+    weights = [linear.weight for linear in linears]
+    biases = [linear.bias for linear in linears]
+    out = _Project.apply(around, len(weights), x, *weights, *biases)
+    return out if isinstance(out, tuple) else (out,)
+
+
+class Around:
+    """What happens around the GEMMs. This one is for a single device."""
+
+    bias_before_leave = True
+    """False: the bias is added once, after `leave` has summed the partial outputs."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The input of the GEMMs from the input of the projection."""
+        return x
+
+    def leave(self, y: Tensor) -> Tensor:
+        """The output of the projection from the output of a GEMM."""
+        return y
+
+    def enter_backward(self, dx: Tensor) -> Handle:
+        """The gradient of the projection's input from that of the GEMMs' input."""
+        return Handle(dx)
+
+    def leave_backward(self, dy: Tensor) -> Tensor:
+        """The gradient of a GEMM's output from that of the projection's output."""
+        return dy
+
+    def regather(self, x: Tensor) -> Handle:
+        """The input of the GEMMs once more, for the weight gradients."""
+        return Handle(x)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+
+
+class _Project(torch.autograd.Function):
+    """Inputs: around, n, x, n weights, n biases (or None)."""
+
+    @staticmethod
+    def forward(ctx, around: Around, n: int, x: Tensor, *params: Tensor | None) -> Any:
+        weights, biases = params[:n], params[n:]
+        whole = around.enter(x)
+        outputs = []
+        for weight, bias in zip(weights, biases, strict=True):
+            assert weight is not None
+            y = around.leave(_linear(whole, weight, bias if around.bias_before_leave else None))
+            outputs.append(y if bias is None or around.bias_before_leave else y.add_(bias))
+        ctx.around, ctx.n = around, n
+        ctx.save_for_backward(x, *params)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        around: Around = ctx.around
+        x, *params = ctx.saved_tensors
+        weights, biases = params[: ctx.n], params[ctx.n :]
+        bias_grads: list[Tensor | None] = [None] * ctx.n
+        gathering = around.regather(x)  # travels while dx is computed
+        outer, dys = grads, []
+        for dy in grads:
+            dys.append(around.leave_backward(dy))
+        dx = None
+        if ctx.needs_input_grad[2]:
+            dx = torch.mm(dys[0], weights[0])
+            for dy, weight in zip(dys[1:], weights[1:], strict=True):
+                dx.addmm_(dy, weight)
+        scattering = around.enter_backward(dx) if dx is not None else None  # travels while dW is computed
+        whole = gathering.wait()
+        weight_grads = [matmul_grad(w, dy, whole) for w, dy in zip(weights, dys, strict=True)]
+        for i, bias in enumerate(biases):
+            if bias is not None:
+                dy = dys[i] if around.bias_before_leave else outer[i]
+                bias_grads[i] = plain_grad(bias, dy.sum(0))
+        return None, None, scattering.wait() if scattering else None, *weight_grads, *bias_grads

@@ -1,0 +1,254 @@
+"""The record: what this rank really did, in a fixed-size ring that outlives the process.
+
+The ring is a file in node-local shared memory, mapped with MAP_SHARED: what was written is there for any other process
+to read (`record_view.read`), while this one runs and after it was killed. Nothing is flushed, nothing is allocated per
+entry, the newest `capacity` entries are kept. Format: docs/record.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import struct
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+MAGIC = b"PENTADRC"
+FORMAT = 1
+HEADER_BYTES = 4096
+NAMES_BYTES = 65536 - HEADER_BYTES
+ENTRY_BYTES = 128
+
+ABORTED = 1
+"""Flag: the wait was woken by an abort, the operation did not complete."""
+FAILED = 2
+"""Flag: an exception ended the operation."""
+DEVICE_TIME = 4
+"""Flag: start and end come from device events, not from the host's calls."""
+
+# magic, format, header bytes, name bytes, entry bytes, capacity, rank, world, pid, wall ns, monotonic ns
+HEADER = struct.Struct("=8sIIIIQiiqqq")
+# The words that change while the ring is written; each is one aligned 8-byte store.
+NEXT_WORD, NAMES_USED_WORD, EPOCH_WORD, CLOSED_WORD = 64, 65, 66, 67
+# version | enqueued start end | nbytes seq step | epoch micro_batch op kind axis group peer dtype stream flags | unused
+ENTRY = struct.Struct("=Qqqqqqqiiiiiiiiii32x")
+_PAYLOAD = struct.Struct("=qqqqqqiiiiiiiiii")
+_WORDS = ENTRY_BYTES // 8
+_FLAGS_INT = (ENTRY.size - 32 - 4) // 4
+_NAME_LENGTH = struct.Struct("=H")
+
+_now = time.monotonic_ns
+
+
+class Recorder:
+    """Writer of one rank's ring.
+
+    `step`, `micro_batch` and `op` (index of the program's operation, -1 outside it) are the context that the executor
+    sets; they are stamped into every entry, whichever thread writes it. `kind`, `axis`, `dtype` and `stream` are
+    codes of `intern`, `group` and `peer` numbers of the caller's. Times are `time.monotonic_ns()`, one clock for all
+    processes of a host.
+    """
+
+    def __init__(self, path: Path | None, *, rank: int, world: int, entries: int = 65536, epoch: int = 0) -> None:
+        """Create the ring of `entries` entries (128 bytes each).
+
+        path: a node-local file, replaced where it exists; None: memory of this process only.
+        Raises ValueError without room for one entry, OSError where the file cannot be made or its space reserved.
+        """
+        if entries < 1:
+            raise ValueError(f"a ring has at least 1 entry, got {entries}")
+        self.path = path
+        self.rank, self.world, self.capacity = rank, world, entries
+        self.step = 0
+        self.micro_batch = 0
+        self.op = -1
+        self._epoch = epoch
+        self._base = HEADER_BYTES + NAMES_BYTES
+        self._base_word, self._base_int = self._base // 8, self._base // 4
+        self._map = _allocate(path, self._base + entries * ENTRY_BYTES)
+        view = memoryview(self._map)
+        self._words, self._ints = view.cast("q"), view.cast("i")
+        # Reentrant: a signal handler or a finalizer may record while this very thread is inside enter().
+        self._lock = threading.RLock()
+        self._next = 0
+        self._codes: dict[str, int] = {}
+        self._names_end = 0
+        # fmt: off
+        HEADER.pack_into(self._map, 0, MAGIC, FORMAT, HEADER_BYTES, NAMES_BYTES, ENTRY_BYTES, entries, rank, world,
+                         os.getpid(), time.time_ns(), _now())
+        # fmt: on
+        self._words[EPOCH_WORD] = epoch
+        self.intern("")
+
+    @property
+    def epoch(self) -> int:
+        """Number of times that the mesh was rebuilt; stamped into every entry."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self._epoch = value
+        self._words[EPOCH_WORD] = value
+
+    def intern(self, name: str) -> int:
+        """Code of a name, written into the file the first time; "" is 0, and so is any name once the table is full."""
+        code = self._codes.get(name)
+        if code is not None:
+            return code
+        with self._lock:
+            if name in self._codes:
+                return self._codes[name]
+            text = name.encode()[:255]
+            end = self._names_end + _NAME_LENGTH.size + len(text)
+            if end > NAMES_BYTES:
+                return 0
+            at = HEADER_BYTES + self._names_end
+            _NAME_LENGTH.pack_into(self._map, at, len(text))
+            self._map[at + _NAME_LENGTH.size : HEADER_BYTES + end] = text
+            self._words[NAMES_USED_WORD] = self._names_end = end
+            self._codes[name] = len(self._codes)
+            return self._codes[name]
+
+    def enter(
+        self,
+        kind: int,
+        axis: int = 0,
+        group: int = 0,
+        peer: int = -1,
+        dtype: int = 0,
+        nbytes: int = 0,
+        seq: int = 0,
+        stream: int = 0,
+    ) -> int:
+        """Write an open entry (enqueued = start = now, end = 0); returns its ticket, for `exit` and `stamp`."""
+        with self._lock:
+            ticket = self._next
+            self._next = ticket + 1
+            generation, slot = divmod(ticket, self.capacity)
+            word = self._base_word + slot * _WORDS
+            words = self._words
+            # The version is odd while the payload changes: a reader that meets an odd version reads again.
+            words[word] = 2 * generation + 1
+            now = _now()
+            # fmt: off
+            _PAYLOAD.pack_into(self._map, word * 8 + 8, now, now, 0, nbytes, seq, self.step, self._epoch,
+                               self.micro_batch, self.op, kind, axis, group, peer, dtype, stream, 0)
+            # fmt: on
+            words[word] = 2 * generation + 2
+            words[NEXT_WORD] = ticket + 1
+        return ticket
+
+    def exit(self, ticket: int, flags: int = 0) -> None:
+        """Close an entry now; without effect where the ring has come round and overwritten it."""
+        generation, slot = divmod(ticket, self.capacity)
+        word = self._base_word + slot * _WORDS
+        with self._lock:
+            words = self._words
+            if words[word] != 2 * generation + 2:
+                return
+            # Aligned single stores, end last: a killed writer leaves the entry open, never half closed.
+            if flags:
+                self._ints[word * 2 + _FLAGS_INT] |= flags
+            words[word + 3] = _now()
+
+    def stamp(self, ticket: int, start_ns: int, end_ns: int, flags: int = 0) -> None:
+        """Set an entry's start and end afterwards (host clock), for times that come late, as CUDA events do."""
+        generation, slot = divmod(ticket, self.capacity)
+        word = self._base_word + slot * _WORDS
+        with self._lock:
+            words = self._words
+            if words[word] != 2 * generation + 2:
+                return
+            if flags:
+                self._ints[word * 2 + _FLAGS_INT] |= flags
+            words[word + 2] = start_ns
+            words[word + 3] = end_ns
+
+    def span(
+        self,
+        kind: int,
+        axis: int = 0,
+        group: int = 0,
+        peer: int = -1,
+        dtype: int = 0,
+        nbytes: int = 0,
+        seq: int = 0,
+        stream: int = 0,
+    ) -> Span:
+        """Context manager: `enter` at its start, `exit` at its end, with the FAILED flag where an exception ends it."""
+        return Span(self, (kind, axis, group, peer, dtype, nbytes, seq, stream))
+
+    def close(self) -> None:
+        """Mark the ring as finished in good order. The file stays; entries of late threads still go into it."""
+        self._words[CLOSED_WORD] = 1
+
+
+class Span:
+    """One entry around a block; `ticket` is set inside it. A class, because a generator costs twice as much."""
+
+    __slots__ = ("_fields", "_recorder", "ticket")
+
+    def __init__(self, recorder: Recorder, fields: tuple[int, ...]) -> None:
+        self._recorder = recorder
+        self._fields = fields
+        self.ticket = -1
+
+    def __enter__(self) -> Span:
+        self.ticket = self._recorder.enter(*self._fields)
+        return self
+
+    def __exit__(self, kind: object, value: object, trace: object) -> None:
+        self._recorder.exit(self.ticket, FAILED if kind is not None else 0)
+
+
+def ring_name(run_id: str, rank: int) -> str:
+    """File name of a rank's ring; run_id must differ between runs and attempts that live on one host at a time."""
+    return f"pentad-{run_id}-{rank}.ring"
+
+
+def create(run_id: str, *, rank: int, world: int, entries: int = 65536, epoch: int = 0) -> Recorder:
+    """Recorder in /dev/shm, or in the folder for temporary files where that is absent, read-only or full.
+
+    Raises OSError where neither can hold the ring.
+    """
+    folders = [Path("/dev/shm"), Path(tempfile.gettempdir())]
+    for folder in folders[:-1]:
+        try:
+            return Recorder(folder / ring_name(run_id, rank), rank=rank, world=world, entries=entries, epoch=epoch)
+        except OSError:
+            continue
+    return Recorder(folders[-1] / ring_name(run_id, rank), rank=rank, world=world, entries=entries, epoch=epoch)
+
+
+def _allocate(path: Path | None, size: int) -> mmap.mmap:
+    if path is None:
+        return mmap.mmap(-1, size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Never truncate in place: a reader of the previous file would die of SIGBUS.
+    path.unlink(missing_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    try:
+        _reserve(fd, size)
+        return mmap.mmap(fd, size)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Give the file real space: a sparse file on a full /dev/shm (64 MiB in a container) kills the writer by SIGBUS."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+    zeros = bytes(1 << 20)
+    for offset in range(0, size, len(zeros)):
+        os.pwrite(fd, zeros[: min(len(zeros), size - offset)], offset)

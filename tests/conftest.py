@@ -1,0 +1,16 @@
+"""Settings of the whole test session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.distributed import close_pool
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _worker_processes() -> Iterator[None]:
+    """Ends the worker processes of `run_distributed` with the session."""
+    yield
+    close_pool()

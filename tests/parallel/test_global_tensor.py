@@ -1,0 +1,110 @@
+"""Flat runs of slices as boxes, against brute force; GlobalTensor through DCP's own planners."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pentad.parallel.global_tensor import GlobalTensor, Placement, boxes
+
+
+@st.composite
+def _runs(draw: st.DrawFn) -> tuple[Placement, int, int]:
+    shape = tuple(draw(st.lists(st.integers(1, 5), max_size=4)))
+    placement = Placement.whole(shape)
+    if shape and draw(st.booleans()):
+        dim = draw(st.integers(0, len(shape) - 1))
+        start = draw(st.integers(0, shape[dim]))
+        placement = Placement(shape, dim, start, draw(st.integers(start, shape[dim])))
+    numel = math.prod(placement.local_shape)
+    start = draw(st.integers(0, numel))
+    return placement, start, draw(st.integers(start, numel))
+
+
+def _slice(whole: torch.Tensor, placement: Placement) -> torch.Tensor:
+    if placement.dim is None:
+        return whole
+    return whole.narrow(placement.dim, placement.start, placement.stop - placement.start)
+
+
+def _numbered(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.arange(math.prod(shape)).reshape(shape)
+
+
+@settings(deadline=None, max_examples=300)
+@given(_runs())
+def test_boxes_are_exactly_the_run(run: tuple[Placement, int, int]) -> None:
+    placement, start, stop = run
+    whole = _numbered(placement.global_shape)
+    expected = _slice(whole, placement).reshape(-1)[start:stop]
+    found = boxes(placement, start, stop)
+    parts = []
+    for box in found:
+        part = whole
+        for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+            part = part.narrow(dim, offset, size)
+        assert box.local_flat_start == start + sum(p.numel() for p in parts)
+        parts.append(part.reshape(-1))
+    assert torch.equal(torch.cat(parts) if parts else expected[:0], expected)
+    assert len(found) <= max(1, 2 * len(placement.global_shape) - 1)
+
+
+@settings(deadline=None, max_examples=100)
+@given(_runs())
+def test_views_share_the_memory_of_the_data(run: tuple[Placement, int, int]) -> None:
+    placement, start, stop = run
+    data = _slice(_numbered(placement.global_shape), placement).reshape(-1)[start:stop].clone()
+    tensor = GlobalTensor(placement, start, stop, data)
+    assert tuple(tensor.shape) == placement.global_shape
+    for box in tensor.boxes:
+        tensor.view_of(box.offsets, box.sizes).fill_(-1)
+    assert bool((data == -1).all())
+
+
+def test_a_run_outside_the_slice_and_wrong_data_are_refused() -> None:
+    placement = Placement.shard((6, 4), 1, 1, 2)
+    assert placement.local_shape == (6, 2)
+    with pytest.raises(ValueError, match="slice of 12 elements"):
+        boxes(placement, 3, 13)
+    with pytest.raises(ValueError, match="5 elements"):
+        GlobalTensor(placement, 0, 5, torch.zeros(4))
+    with pytest.raises(ValueError, match="does not divide"):
+        Placement.shard((6, 4), 1, 0, 3)
+    with pytest.raises(KeyError):
+        GlobalTensor(placement, 0, 2, torch.zeros(2)).view_of((3, 2), (1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_dcp_with_its_own_planners_saves_and_reshards(tmp_path: Path) -> None:
+    whole, scalar = torch.randn(5, 7), torch.tensor(3.0)
+    flat = whole.reshape(-1).clone()
+    state = {"w": GlobalTensor(Placement.whole((5, 7)), 0, 35, flat), "s": GlobalTensor.of(scalar)}
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+
+    plain = {"w": torch.zeros(5, 7), "s": torch.tensor(0.0)}
+    dcp.load(plain, checkpoint_id=tmp_path, no_dist=True)
+    assert torch.equal(plain["w"], whole) and torch.equal(plain["s"], scalar)
+
+    slices = [Placement(whole.shape, 1, 0, 3), Placement(whole.shape, 1, 3, 7)]
+    for placement in slices:
+        data = torch.zeros(9)
+        dcp.load({"w": GlobalTensor(placement, 2, 11, data)}, checkpoint_id=tmp_path, no_dist=True)
+        assert torch.equal(data, _slice(whole, placement).reshape(-1)[2:11])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_dcp_loads_a_plain_tensors_checkpoint_into_pieces(tmp_path: Path) -> None:
+    whole = torch.randn(4, 3, 2)
+    dcp.save({"w": whole}, checkpoint_id=tmp_path, no_dist=True)
+    data, nothing = torch.zeros(9), torch.zeros(0)
+    piece = GlobalTensor(Placement.shard((4, 3, 2), 0, 1, 2), 2, 11, data)
+    dcp.load({"w": piece}, checkpoint_id=tmp_path, no_dist=True)
+    assert torch.equal(data, whole[2:].reshape(-1)[2:11])
+    empty = GlobalTensor(Placement.shard((4, 3, 2), 0, 1, 2), 12, 12, nothing)
+    dcp.load({"w": empty}, checkpoint_id=tmp_path, no_dist=True)

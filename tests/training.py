@@ -1,0 +1,154 @@
+"""A small training run inside a test: any layout, synthetic text, the loss and grad-norm curve and the parameters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pentad.configs.schema import (
+    AdamWConfig,
+    CheckpointConfig,
+    Config,
+    ConstantSchedule,
+    DataParallelConfig,
+    EvalConfig,
+    FaultsConfig,
+    HardwareConfig,
+    LogConfig,
+    ModelConfig,
+    ParallelConfig,
+    SgdConfig,
+    StdlibData,
+    TrainConfig,
+)
+from pentad.parallel.mesh import Mesh
+from pentad.parallel.pipeline.program import single_stage
+from pentad.parallel.record import Recorder
+from pentad.trainer.data.dataset import MicroBatch
+from pentad.trainer.optimizer import make_optimizer
+from pentad.trainer.setup import degrees_of, make_model
+from pentad.trainer.state import units_by_key
+from pentad.trainer.step import Stepper
+
+TINY = ModelConfig(
+    layers=2,
+    hidden=32,
+    heads=4,
+    kv_heads=4,
+    head_dim=8,
+    ffn=64,
+    vocab=64,
+    max_positions=32,
+    init_std=0.1,
+)
+
+
+def job(
+    *,
+    model: dict[str, Any] | None = None,
+    tp: int = 1,
+    dp: int = 1,
+    sharding: str = "ddp",
+    bucket_mib: float = 0.02,
+    optim: str = "adamw",
+    **train: Any,
+) -> Config:
+    """A resolved config, made by hand; `train` overrides keys of that section."""
+    settings: dict[str, Any] = {"steps": 10, "global_batch": 8, "micro_batch": 2, "seq_len": 16, "dtype": "fp64"}
+    schedule = ConstantSchedule()
+    return Config(
+        model=replace(TINY, **(model or {})),
+        parallel=ParallelConfig(tp=tp, dp=dp, data=DataParallelConfig(sharding=sharding, bucket_mib=bucket_mib)),  # type: ignore[arg-type]
+        train=TrainConfig(**{**settings, **train}),
+        optim=AdamWConfig(lr=3e-3, schedule=schedule) if optim == "adamw" else SgdConfig(lr=0.1, schedule=schedule),
+        data=StdlibData(),
+        eval=EvalConfig(),
+        checkpoint=CheckpointConfig(),
+        log=LogConfig(),
+        faults=FaultsConfig(timeout_s=60),
+        hardware=HardwareConfig(),
+    )
+
+
+def text(cfg: Config, step: int) -> np.ndarray:
+    """(global_batch, seq_len + 1) tokens that a model can learn: walks with a few possible steps."""
+    draws = np.random.default_rng([7, step])
+    shape = (cfg.train.global_batch, cfg.train.seq_len + 1)
+    return np.cumsum(draws.choice([1, 3, 3, 5], size=shape), axis=1) % (cfg.model.vocab or 1)
+
+
+def micro_batches(cfg: Config, step: int, rank: int, size: int, *, masked: bool = False) -> list[MicroBatch]:
+    """Rank `rank` of `size`'s micro-batches. `masked`: documents of uneven length, some labels without a loss."""
+    whole, b = text(cfg, step), cfg.train.micro_batch
+    batches = []
+    for i in range(rank, cfg.train.global_batch // b, size):
+        rows = torch.from_numpy(whole[i * b : (i + 1) * b].copy())
+        tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].clone()
+        positions = documents = None
+        if masked:
+            cuts = torch.from_numpy(np.random.default_rng([8, step, i]).random(tokens.shape) < 0.2)
+            documents = torch.cumsum(cuts, dim=1, dtype=torch.int32)
+            labels[:, :-1][cuts[:, 1:]] = -1
+            column = torch.arange(tokens.shape[1]).expand_as(tokens)
+            start = torch.where(cuts, column, 0).cummax(dim=1).values
+            positions = column - start
+        samples = torch.arange(i * b, (i + 1) * b) + step * cfg.train.global_batch
+        batches.append(MicroBatch(tokens, labels, positions, documents, samples, int((labels >= 0).sum()), 0))
+    return batches
+
+
+def open_mesh(rank: int, cfg: Config) -> Mesh:
+    """The mesh of a test job, inside a worker of `run_distributed` or alone."""
+    degrees = degrees_of(cfg)
+    store = None
+    if degrees.world > 1:
+        store = dist.distributed_c10d._get_default_store()
+        dist.destroy_process_group()
+    return Mesh(
+        degrees,
+        store=store,
+        rank=rank,
+        device="cpu",
+        recorder=Recorder(None, rank=rank, world=degrees.world, entries=4096),
+        timeout_s=cfg.faults.timeout_s,
+    )
+
+
+class Run:
+    """A job set up on one rank, to be stepped by a test."""
+
+    def __init__(self, rank: int, cfg: Config, *, masked: bool = False) -> None:
+        self.cfg, self.masked = cfg, masked
+        self.mesh = open_mesh(rank, cfg)
+        self.parts = make_model(cfg, self.mesh, torch.device("cpu"))
+        self.optimizer = make_optimizer(cfg.optim, torch.device("cpu"))
+        for unit in units_by_key(self.parts.replicas).values():
+            self.optimizer.prepare(unit)
+        dp = self.mesh.axis("dp")
+        count = cfg.train.global_batch // (cfg.train.micro_batch * dp.size)
+        program = single_stage(count, self.parts.replicas.buckets)
+        self.stepper = Stepper(cfg, self.parts.model, self.parts.replicas, self.optimizer, self.mesh, program)
+
+    def step(self, step: int) -> tuple[float, float, float]:
+        """(loss, grad norm, skipped) of one step."""
+        everyone = micro_batches(self.cfg, step, 0, 1, masked=self.masked)
+        dp = self.mesh.axis("dp")
+        mine = micro_batches(self.cfg, step, dp.rank, dp.size, masked=self.masked)
+        result = self.stepper.run(step, mine, sum(b.valid for b in everyone), self.cfg.optim.lr)
+        return float(result.loss), float(result.grad_norm), float(result.skipped)
+
+    def close(self) -> None:
+        self.mesh.close()
+
+
+def curve(rank: int, world: int, cfg: Config, masked: bool = False) -> list[tuple[float, float, float]]:
+    """(loss, grad norm, skipped) of every step of the job."""
+    run = Run(rank, cfg, masked=masked)
+    try:
+        return [run.step(step) for step in range(cfg.train.steps)]
+    finally:
+        run.close()

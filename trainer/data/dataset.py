@@ -1,0 +1,259 @@
+"""From a data configuration to micro-batches: sources opened, split, checked, and read at any position."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ...configs.errors import Problem, UserError
+from ...configs.schema import BinData, BlendData, DataConfig, JsonlData, ParquetData, StdlibData, TextData
+from .cache import cache_folder, tokenize_cached
+from .documents import find_files, stdlib_files
+from .indexed import IndexedReader
+from .packing import IGNORED, Boundaries, TokenStream, square_sum
+from .sampler import Sampler, make_pattern, permute
+from .tokenizer import Tokenizer, check_vocab, make_tokenizer
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """b sequences of T tokens, on the CPU (pinned where asked for).
+
+    ``labels`` are the next tokens, -1 where none may be learnt. ``positions`` (restarting at 0) and ``documents``
+    (counted from 0 in each sequence) are None unless documents are masked from each other. ``samples`` are run-wide
+    numbers, step * global_batch + sequence. ``valid`` counts labels that are not -1; ``pairs`` sums the squared
+    length of every document (of every sequence, without document mask).
+    """
+
+    tokens: torch.Tensor  # int64 [b, T]
+    labels: torch.Tensor  # int64 [b, T]
+    positions: torch.Tensor | None  # int64 [b, T]
+    documents: torch.Tensor | None  # int32 [b, T]
+    samples: torch.Tensor  # int64 [b]
+    valid: int
+    pairs: int
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> MicroBatch:
+        """The same micro-batch with its tensors on ``device``."""
+        moved = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def pin(self) -> MicroBatch:
+        """The same micro-batch in page-locked memory, from which copies to a GPU overlap with compute."""
+        return dataclasses.replace(
+            self, **{name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """The training or the held-out windows of all sources. Everything is a pure function of its arguments."""
+
+    streams: tuple[TokenStream, ...]
+    sampler: Sampler
+    seq_len: int
+    vocab: int
+    document_mask: bool
+
+    @property
+    def sequences(self) -> int:
+        """Windows in this split, over all sources."""
+        total, held = sum(self.sampler.windows), sum(self.sampler.heldout)
+        return held if self.sampler.evaluate else total - held
+
+    def batch(self, step: int, micro_batch_index: int, *, global_batch: int, micro_batch: int) -> MicroBatch:
+        """Global micro-batch i of a step: its sequences [i b, (i + 1) b). Raises UserError for an id >= vocab."""
+        first = step * global_batch + micro_batch_index * micro_batch
+        samples = np.arange(first, first + micro_batch)
+        source, starts = self._locate(samples)
+        rows = np.empty((micro_batch, self.seq_len + 1), np.int64)
+        for s in np.unique(source):
+            at = source == s
+            rows[at] = self.streams[s].windows(starts[at], self.seq_len)
+        self._check_ids(rows, samples)
+        tokens, labels = rows[:, :-1].copy(), rows[:, 1:].copy()
+        if not self.document_mask:
+            size = micro_batch * self.seq_len
+            return MicroBatch(
+                torch.from_numpy(tokens), torch.from_numpy(labels), None, None, torch.from_numpy(samples),
+                valid=size, pairs=size * self.seq_len,
+            )  # fmt: skip
+        begins = np.zeros(rows.shape, bool)
+        for s in np.unique(source):
+            at = np.flatnonzero(source == s)
+            found = self.streams[s].boundaries(starts[at], self.seq_len)
+            begins[at[found.window], found.offset] = True
+        labels[begins[:, 1:]] = IGNORED
+        documents = np.cumsum(begins[:, :-1], axis=1, dtype=np.int32)
+        column = np.arange(self.seq_len)
+        positions = column - np.maximum.accumulate(np.where(begins[:, :-1], column, 0), axis=1)
+        return MicroBatch(
+            torch.from_numpy(tokens),
+            torch.from_numpy(labels),
+            torch.from_numpy(positions),
+            torch.from_numpy(documents),
+            torch.from_numpy(samples),
+            valid=int((labels != IGNORED).sum()),
+            pairs=int(2 * positions.sum() + positions.size),  # L^2 is the sum of the first L odd numbers
+        )
+
+    def global_counts(self, step: int, *, global_batch: int) -> tuple[int, int]:
+        """(valid labels, pairs) of a step's whole global batch, the same on every rank without communication.
+
+        A constant without document mask. With it, two bisections of the index per sequence, or, where documents end
+        at a token (data.eod), one look at the batch's tokens.
+        """
+        size = global_batch * self.seq_len
+        if not self.document_mask:
+            return size, size * self.seq_len
+        source, starts = self._locate(np.arange(step * global_batch, (step + 1) * global_batch))
+        valid, pairs = size, 0
+        for s in np.unique(source):
+            at = starts[source == s]
+            found: Boundaries = self.streams[s].boundaries(at, self.seq_len)
+            valid -= len(found.offset)
+            pairs += square_sum(found, len(at), self.seq_len)
+        return valid, pairs
+
+    def _locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        source, window = self.sampler.locate(samples)
+        return source, window * self.seq_len
+
+    def _check_ids(self, rows: np.ndarray, samples: np.ndarray) -> None:
+        if rows.min() < 0:
+            row = int(rows.min(axis=1).argmin())
+            raise UserError(Problem("data", f"negative token id {rows.min()} in sample {samples[row]}; the file is damaged"))
+        if rows.max() >= self.vocab:
+            row = int(rows.max(axis=1).argmax())
+            check_vocab(int(rows.max()), self.vocab, f"sample {samples[row]} of the data")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a run reads. ``heldout`` is None when data.holdout is 0; ``tokenizer`` is None for .bin sources.
+
+    ``fingerprint`` changes when tokens, split or order-relevant settings other than the seed change, and is equal on
+    machines that hold equal data under other paths.
+    """
+
+    train: Split
+    heldout: Split | None
+    tokenizer: Tokenizer | None
+    tokens: int
+    documents: int
+    fingerprint: str
+
+
+def open_data(cfg: DataConfig, *, seq_len: int, vocab: int, seed: int, progress: bool = True) -> Dataset:
+    """Open (and, the first time, tokenize) the sources of ``cfg``; may be called by all ranks at once.
+
+    Raises UserError for files that are missing, damaged or too small, and for token ids that do not fit ``vocab``.
+    """
+    if not 0 <= cfg.holdout < 1:
+        raise UserError(Problem("data.holdout", f"{cfg.holdout} is not a fraction in [0, 1)"))
+    tokenizer = None if isinstance(cfg, BinData | BlendData) else make_tokenizer(cfg.tokenizer)
+    if tokenizer is None:
+        names, streams, weights = _open_indexed(cfg)
+        _check_stored_ids(streams, vocab)
+    else:
+        check_vocab(tokenizer.vocab - 1, vocab, "the tokenizer")
+        names, streams, weights = [cfg.name], [_open_text(cfg, tokenizer, progress)], [1.0]
+    splits = [_split(name, stream, seq_len, cfg.holdout) for name, stream in zip(names, streams, strict=True)]
+    problems = [split for split in splits if isinstance(split, Problem)]
+    if problems:
+        raise UserError(*problems)
+    windows, held = zip(*(split for split in splits if not isinstance(split, Problem)), strict=True)
+    sampler = Sampler(windows, held, make_pattern(weights), seed)
+    train = Split(tuple(streams), sampler, seq_len, vocab, cfg.document_mask)
+    evaluate = dataclasses.replace(sampler, evaluate=True)
+    return Dataset(
+        train=train,
+        heldout=dataclasses.replace(train, sampler=evaluate) if all(held) else None,
+        tokenizer=tokenizer,
+        tokens=sum(stream.tokens for stream in streams),
+        documents=sum(stream.documents for stream in streams),
+        fingerprint=_fingerprint(train, weights),
+    )
+
+
+def _open_text(cfg: DataConfig, tokenizer: Tokenizer, progress: bool) -> TokenStream:
+    # JsonlData and ParquetData are kinds of TextData, so they are asked for first.
+    if isinstance(cfg, StdlibData):
+        kind, field, files = "source", "", stdlib_files()
+    elif isinstance(cfg, JsonlData | ParquetData):
+        kind, field, files = cfg.name, cfg.field, find_files(cfg.paths, cfg.name)
+    elif isinstance(cfg, TextData):
+        kind, field, files = "text", "", find_files(cfg.paths, "text")
+    else:
+        raise UserError(Problem("data.name", f"unknown source {cfg.name!r}"))
+    return TokenStream([tokenize_cached(cache_folder(cfg.cache), tokenizer, files, kind, field, progress=progress)])
+
+
+def _open_indexed(cfg: DataConfig) -> tuple[list[str], list[TokenStream], list[float]]:
+    """Name, stream and weight of every source: one for bin, one a prefix for blend. Collects every damaged file."""
+    if isinstance(cfg, BlendData):
+        groups, weights, key, eod = [(prefix,) for prefix in cfg.weights], list(cfg.weights.values()), "weights", cfg.eod
+    elif isinstance(cfg, BinData):
+        groups, weights, key, eod = [tuple(cfg.paths)], [1.0], "paths", cfg.eod
+    else:
+        raise UserError(Problem("data.name", f"unknown source {cfg.name!r}"))
+    problems: list[Problem] = []
+    streams: list[TokenStream] = []
+    for prefixes in groups:
+        readers: list[IndexedReader] = []
+        for prefix in prefixes:
+            try:
+                readers.append(IndexedReader(prefix))
+            except UserError as error:
+                problems += [Problem(f"data.{key}", problem.message) for problem in error.problems]
+            except OSError as error:
+                problems.append(Problem(f"data.{key}", f"cannot read {prefix}: {error.strerror or error}"))
+        if not problems:
+            streams.append(TokenStream(readers, eod))
+    if not problems and not any(groups):
+        problems.append(Problem(f"data.{key}", "no prefixes; give at least one PREFIX of PREFIX.bin and PREFIX.idx"))
+    if problems:
+        raise UserError(*problems)
+    return [" ".join(prefixes) for prefixes in groups], streams, weights
+
+
+def _check_stored_ids(streams: list[TokenStream], vocab: int) -> None:
+    for stream in streams:
+        low, high, where = stream.id_range()
+        if low < 0:
+            raise UserError(Problem("data", f"{stream.parts[0].prefix}.bin has negative token id {low}"))
+        check_vocab(high, vocab, where)
+
+
+def _split(name: str, stream: TokenStream, seq_len: int, holdout: float) -> tuple[int, int] | Problem:
+    """(windows, those held out) of a source, or what is wrong with its size."""
+    if stream.tokens <= seq_len:
+        message = f"{name} has {stream.tokens} tokens, but one sequence needs {seq_len + 1}; set train.seq_len lower"
+        return Problem("data", message)
+    windows = (stream.tokens - 1) // seq_len
+    held = max(1, round(windows * holdout)) if holdout > 0 else 0
+    if held >= windows:
+        message = f"{name} has {windows} sequences of {seq_len} tokens, and {holdout} of them held out leaves none"
+        return Problem("data.holdout", f"{message} to train on; set data.holdout=0 or train.seq_len lower")
+    return windows, held
+
+
+def _fingerprint(split: Split, weights: list[float]) -> str:
+    """Hash of sizes, settings and 64 sampled stretches of every stream: cheap for any size of data."""
+    digest = hashlib.sha256(repr((split.seq_len, split.document_mask, split.sampler.heldout, weights)).encode())
+    for stream in split.streams:
+        digest.update(repr((stream.tokens, stream.documents, stream.eod)).encode())
+        spots = permute(np.arange(min(64, stream.tokens)), stream.tokens, (0,))
+        for start in spots.tolist():
+            piece = np.empty(min(256, stream.tokens - start), np.int64)
+            stream.read(start, piece)
+            digest.update(piece.tobytes())
+    return digest.hexdigest()[:32]

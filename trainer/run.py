@@ -1,0 +1,145 @@
+"""A whole job on one rank: set up, resume, train, save, leave."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..configs import to_dict, to_yaml
+from ..configs.schema import Config
+from ..parallel import record_view
+from ..parallel.collectives import all_reduce
+from ..parallel.mesh import Mesh
+from .checkpoint import Checkpointer
+from .data.dataset import open_data
+from .hf_io import load_initial
+from .peak import Peak, peak_tflops
+from .setup import DTYPES, Ranks, make_mesh, make_model, prepare_device
+from .signals import StopRequest
+from .sinks import EventLog, make_sinks
+from .trainer import Outputs, Trainer
+
+
+def run(cfg: Config, given: str) -> int:
+    """Runs the job on this rank.
+
+    Args:
+        cfg: resolved and validated for the number of ranks.
+        given: the configuration as the user gave it, kept beside the resolved one.
+
+    Returns:
+        0 when training went to its end or stopped cleanly.
+    """
+    ranks = Ranks.from_environment()
+    stop = StopRequest()
+    device = prepare_device(cfg, ranks)
+    run_dir = Path(cfg.runs_dir) / cfg.name
+    mesh = make_mesh(cfg, ranks, device)
+    try:
+        if mesh.is_first:
+            _write_configs(run_dir, cfg, given)
+        _train(cfg, mesh, device, run_dir, stop)
+    finally:
+        mesh.recorder.close()
+        _collect_record(run_dir, mesh, ranks)
+        mesh.close()
+        stop.close()
+    return 0
+
+
+def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: StopRequest) -> None:
+    data = open_data(
+        cfg.data,
+        seq_len=cfg.train.seq_len,
+        vocab=cfg.model.vocab or 0,
+        seed=cfg.train.seed,
+        progress=mesh.is_first,
+    )
+    parts = make_model(cfg, mesh, device)
+    events = EventLog(run_dir / "events.jsonl") if mesh.is_first else None
+
+    def report(event: dict[str, Any]) -> None:
+        if events is not None:
+            events.log(**event)
+
+    checkpointer = Checkpointer(
+        Path(cfg.checkpoint.dir or run_dir / "checkpoints"),
+        group=mesh.host_group if mesh.degrees.world > 1 else None,
+        rank=mesh.rank,
+        world=mesh.degrees.world,
+        keep=cfg.checkpoint.keep,
+        asynchronous=cfg.checkpoint.asynchronous,
+        on_event=report,
+    )
+    peak = _peak(cfg, mesh, device)
+    trainer = Trainer(cfg, mesh, parts, data, checkpointer, peak=peak, run_dir=run_dir)
+    found = checkpointer.find_resume(cfg.checkpoint.resume) if cfg.checkpoint.resume else None
+    if found is not None:
+        trainer.restore(found)
+    elif cfg.checkpoint.init:
+        load_initial(Path(cfg.checkpoint.init), parts, checkpointer)
+    outputs = None
+    if mesh.is_first and events is not None:
+        _introduce(cfg, trainer, data.tokens, peak, found)
+        sinks = make_sinks(cfg.log, run_dir, to_dict(cfg), cfg.train.steps, trainer.step)
+        outputs = Outputs(sinks, events)
+        events.log("start", step=trainer.step, world=mesh.degrees.world, program=trainer.program.hash)
+    try:
+        finished = trainer.train(outputs, stop)
+        if outputs is not None:
+            outputs.events.log("end" if finished else "stopped", step=trainer.step)
+            if not finished:
+                print(f"stopped after step {trainer.step}; go on with checkpoint.resume=latest", flush=True)
+    finally:
+        checkpointer.close()
+        if outputs is not None:
+            outputs.sinks.close()
+            outputs.events.close()
+
+
+def _peak(cfg: Config, mesh: Mesh, device: torch.device) -> Peak:
+    """The peak of one device; where it is measured, the mean over the ranks, so that all compute the same MFU."""
+    peak = peak_tflops(cfg.hardware, device, DTYPES[cfg.train.dtype], barrier=lambda: _barrier(mesh))
+    if peak.source != "measured" or peak.tflops is None:
+        return peak
+    total = all_reduce(torch.tensor([peak.tflops]), mesh.axis("world")).wait()
+    return Peak(float(total[0]) / mesh.degrees.world, peak.source)
+
+
+def _barrier(mesh: Mesh) -> None:
+    if mesh.degrees.world > 1:
+        dist.barrier(mesh.host_group)
+
+
+def _introduce(cfg: Config, trainer: Trainer, tokens: int, peak: Peak, resumed: Path | None) -> None:
+    """What the run is, before its first line."""
+    p, d = cfg.parallel, trainer.mesh.degrees
+    millions = trainer.parameters / 1e6
+    rate = "unknown" if peak.tflops is None else f"{peak.tflops:.3g} TFLOP/s"
+    print(
+        f"{cfg.name}: {cfg.model.family}, {millions:.1f} M parameters, {cfg.train.dtype} on {trainer.device.type}\n"
+        f"layout: tp {d.tp} × dp {d.dp} ({p.data.sharding}) = {d.world} ranks, "
+        f"{trainer.program.microbatches} micro-batches of {cfg.train.micro_batch} × {cfg.train.seq_len} tokens each\n"
+        f"data: {cfg.data.name}, {tokens / 1e6:.1f} M tokens; peak of a device: {rate} ({peak.source})",
+        flush=True,
+    )
+    if resumed is not None:
+        print(f"resumed from {resumed} at step {trainer.step}", flush=True)
+
+
+def _write_configs(run_dir: Path, cfg: Config, given: str) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(given)
+    (run_dir / "config.resolved.yaml").write_text(to_yaml(cfg))
+
+
+def _collect_record(run_dir: Path, mesh: Mesh, ranks: Ranks) -> None:
+    """Copies this rank's ring into the run, and on rank 0 writes the index."""
+    try:
+        record_view.collect_rank(run_dir, mesh.recorder)
+    except OSError as error:
+        print(f"rank {mesh.rank}: the record could not be kept: {error}", file=sys.stderr)

@@ -1,0 +1,132 @@
+"""From a config and the launcher's facts to a rank that is ready to train."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ..configs.errors import UserError
+from ..configs.schema import Config
+from ..models.parallelize import build, initial_values
+from ..models.transformer import Transformer
+from ..parallel import record
+from ..parallel.data import FlatReplicas, Replicas, mark_tied
+from ..parallel.fsdp import FsdpReplicas
+from ..parallel.mesh import Degrees, Mesh
+from ..parallel.plan import Sharding
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the job's, as torchrun (or any launcher that sets its variables) says."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    run_id: str
+
+    @staticmethod
+    def from_environment() -> Ranks:
+        """One process alone where no launcher has set anything."""
+        env = os.environ
+        rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        local = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+        run_id = f"{env.get('TORCHELASTIC_RUN_ID', 'alone')}-{env.get('MASTER_PORT', os.getpid())}"
+        return Ranks(rank, world, *local, run_id)
+
+
+def prepare_device(cfg: Config, ranks: Ranks) -> torch.device:
+    """Chooses the device and sets process-wide torch state.
+
+    Raises:
+        UserError: train.device=cuda and there is no GPU for this rank.
+    """
+    # Softmax gradients far in the tail are denormal numbers, which slow an fp32 GEMM down 27-fold on a CPU.
+    torch.set_flush_denormal(True)
+    if cfg.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS demands, not a switch of ours
+        torch.use_deterministic_algorithms(True)
+    wanted = cfg.train.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.device_count() <= ranks.local_rank:
+        raise UserError(
+            f"train.device=cuda: local rank {ranks.local_rank} needs a GPU and there are {torch.cuda.device_count()}; "
+            "set train.device=cpu or start fewer ranks per node"
+        )
+    device = torch.device("cuda", ranks.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def degrees_of(cfg: Config) -> Degrees:
+    """The sizes of the mesh's axes."""
+    p, kv = cfg.parallel, cfg.model.kv_heads
+    assert p.dp is not None and kv is not None
+    return Degrees(tp=p.tp, pp=p.pp, cp=p.cp, dp=p.dp, ep=p.ep, etp=p.etp, tp_replica=max(1, p.tp // kv))
+
+
+def open_store(cfg: Config, ranks: Ranks) -> dist.Store | None:
+    """Where the ranks meet: the launcher's."""
+    if ranks.world == 1:
+        return None
+    timeout = timedelta(seconds=cfg.faults.timeout_s)
+    store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timeout))
+    return store
+
+
+def make_mesh(cfg: Config, ranks: Ranks, device: torch.device) -> Mesh:
+    """The mesh of the job's first epoch, with this rank's record."""
+    recorder = record.create(
+        f"{cfg.name}-{ranks.run_id}", rank=ranks.rank, world=ranks.world, entries=cfg.faults.record_entries
+    )
+    return Mesh(
+        degrees_of(cfg),
+        store=open_store(cfg, ranks),
+        rank=ranks.rank,
+        device=device.type,
+        recorder=recorder,
+        timeout_s=cfg.faults.timeout_s,
+    )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """This rank's part of the model, and its data parallelism."""
+
+    model: Transformer
+    where: dict[str, Sharding]
+    replicas: Replicas
+
+
+def make_model(cfg: Config, mesh: Mesh, device: torch.device) -> Parts:
+    """Builds, cuts and initialises the model, then applies data parallelism."""
+    dtype = DTYPES[cfg.train.dtype]
+    # One replica alone has nothing to shard.
+    fsdp = cfg.parallel.data.sharding == "fsdp" and mesh.axis("data").size > 1
+    # FSDP2 keeps masters as parameters and casts when it gathers; flat buckets keep masters beside the parameters.
+    held = torch.float32 if fsdp and dtype == torch.bfloat16 else dtype
+    model, where = build(cfg.model, mesh, device=device, dtype=held)
+    if fsdp:
+        replicas: Replicas = FsdpReplicas(model, model.layers, where, mesh, dtype)
+    else:
+        replicas = FlatReplicas(
+            model,
+            where,
+            mesh,
+            sharded=cfg.parallel.data.sharding == "zero1",
+            bucket_mib=cfg.parallel.data.bucket_mib,
+        )
+        if cfg.model.tied:
+            mark_tied(model.embed.weight)
+    replicas.load(initial_values(model, where, cfg.train.seed))
+    return Parts(model, where, replicas)

@@ -1,0 +1,65 @@
+"""What a checkpoint holds of a run, under global names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..configs.errors import Problem, UserError
+from ..configs.schema import Config
+from ..parallel.data import Replicas, Unit
+from ..parallel.global_tensor import GlobalTensor
+from .optimizer import Optimizer
+
+
+def units_by_key(replicas: Replicas) -> dict[str, Unit]:
+    """All units of this rank."""
+    return {unit.key: unit for bucket in range(replicas.buckets) for unit in replicas.units(bucket)}
+
+
+def model_tensors(replicas: Replicas) -> dict[str, GlobalTensor]:
+    """`model/NAME` → this rank's piece of the parameter in full precision."""
+    return _tensors(replicas, {"model": {unit.key: unit.value for unit in units_by_key(replicas).values()}})
+
+
+def all_tensors(replicas: Replicas, optimizer: Optimizer) -> dict[str, GlobalTensor]:
+    """`model_tensors` and `optim/STATE/NAME`."""
+    kinds: dict[str, dict[str, Any]] = {"model": {u.key: u.value for u in units_by_key(replicas).values()}}
+    for key, states in optimizer.states.items():
+        for state, value in states.items():
+            kinds.setdefault(f"optim/{state}", {})[key] = value
+    return _tensors(replicas, kinds)
+
+
+def _tensors(replicas: Replicas, kinds: dict[str, dict[str, Any]]) -> dict[str, GlobalTensor]:
+    return {
+        f"{kind}/{piece.name}": GlobalTensor(
+            piece.sharding.placement, piece.start, piece.stop, units[piece.unit][piece.at :][: piece.stop - piece.start]
+        )
+        for kind, units in kinds.items()
+        for piece in replicas.pieces()
+    }
+
+
+def describe(cfg: Config, fingerprint: str) -> dict[str, Any]:
+    """What decides which sequence a step sees: it must not change when a run resumes."""
+    return {
+        "train.seed": cfg.train.seed,
+        "train.global_batch": cfg.train.global_batch,
+        "train.seq_len": cfg.train.seq_len,
+        "data": fingerprint,
+    }
+
+
+def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuses to go on with other data than the checkpoint's.
+
+    Raises:
+        UserError: one problem per key that differs.
+    """
+    problems = [
+        Problem(key, f"the checkpoint was trained with {saved[key]}, not {value}; use checkpoint.init for a new run")
+        for key, value in now.items()
+        if key in saved and saved[key] != value
+    ]
+    if problems:
+        raise UserError(*problems)

@@ -1,0 +1,235 @@
+"""The step loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..configs import to_dict
+from ..configs.schema import Config
+from ..models.flops import flops_per_step
+from ..parallel.collectives import all_reduce
+from ..parallel.mesh import Mesh
+from ..parallel.pipeline.program import single_stage
+from .checkpoint import Checkpointer
+from .data.dataset import Dataset
+from .data.loader import Loader, heldout_batches
+from .metrics import Meter, StepFlops, peak_memory_gib
+from .optimizer import make_optimizer
+from .peak import Peak
+from .profiling import Profiler
+from .schedule import learning_rate
+from .setup import Parts
+from .signals import StopRequest
+from .sinks import EventLog, SinkSet
+from .state import all_tensors, check_same_data, describe, units_by_key
+from .step import Stepper, StepResult
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where rank 0 reports; the other ranks have none."""
+
+    sinks: SinkSet
+    events: EventLog
+
+
+@dataclass(frozen=True)
+class _Issued:
+    """A step whose numbers may still be on their way from the device."""
+
+    step: int
+    result: StepResult
+    lr: float
+    valid: int
+    pairs: int
+    data_s: float
+    began: float
+
+
+class DivergedError(RuntimeError):
+    """Too many steps in a row had no finite gradient."""
+
+
+class Trainer:
+    """Trains one rank.
+
+    Args:
+        cfg: the job.
+        mesh, parts, data: what `setup` and the data room made.
+        checkpointer: of the run's checkpoints.
+        peak: of one device.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        mesh: Mesh,
+        parts: Parts,
+        data: Dataset,
+        checkpointer: Checkpointer,
+        *,
+        peak: Peak,
+        run_dir: Path,
+    ) -> None:
+        self.cfg, self.mesh, self.parts, self.data, self.checkpointer = cfg, mesh, parts, data, checkpointer
+        self.dp = mesh.axis("dp")
+        self.device = next(parts.model.parameters()).device
+        self.optimizer = make_optimizer(cfg.optim, self.device)
+        for unit in units_by_key(parts.replicas).values():
+            self.optimizer.prepare(unit)
+        microbatches = cfg.train.global_batch // (cfg.train.micro_batch * self.dp.size)
+        self.program = single_stage(microbatches, parts.replicas.buckets)
+        self.stepper = Stepper(cfg, parts.model, parts.replicas, self.optimizer, mesh, self.program)
+        self.meter = Meter(devices=mesh.degrees.world, peak=peak)
+        self.profiler = Profiler(cfg.log.profile, run_dir / "profile", mesh.rank)
+        self.step = 0
+        self._bad_steps = 0
+        self._waiting: _Issued | None = None
+        self._extra: dict[str, Any] = {}
+
+    def restore(self, path: Path) -> None:
+        """Goes on from a checkpoint, written under any layout.
+
+        Raises:
+            UserError: the checkpoint does not fit the model or was trained on other data.
+        """
+        state = self.checkpointer.load(path, all_tensors(self.parts.replicas, self.optimizer))
+        check_same_data(state["same"], describe(self.cfg, self.data.fingerprint))
+        self.parts.replicas.publish()
+        self.step = int(state["step"])
+        self.stepper.updates.fill_(float(state["updates"]))
+        self.meter.tokens, self.meter.skipped = int(state["tokens"]), int(state["skipped"])
+
+    def save(self) -> None:
+        """Saves the state after `self.step` steps."""
+        self._drain()
+        if self.checkpointer.newest == self.step:
+            return
+        state = {
+            "step": self.step,
+            "updates": int(self.stepper.updates.item()),
+            "tokens": self.meter.tokens,
+            "skipped": self.meter.skipped,
+            "same": describe(self.cfg, self.data.fingerprint),
+            "model": to_dict(self.cfg.model),
+        }
+        self.checkpointer.save(self.step, all_tensors(self.parts.replicas, self.optimizer), state)
+
+    def train(self, outputs: Outputs | None, stop: StopRequest) -> bool:
+        """Trains to the last step or until the ranks were asked to stop; True if it went to the end."""
+        cfg, train = self.cfg, self.cfg.train
+        self._outputs = outputs
+        loader = Loader(
+            self.data.train,
+            global_batch=train.global_batch,
+            micro_batch=train.micro_batch,
+            dp_rank=self.dp.rank,
+            dp_size=self.dp.size,
+            start_step=self.step,
+            steps=train.steps,
+            prefetch=cfg.data.prefetch,
+        )
+        stopped = False
+        self._clock = time.perf_counter()
+        with loader:
+            while self.step < train.steps and not stopped:
+                stopped = self._one(loader, stop)
+        self._drain()
+        if cfg.checkpoint.final or stopped:
+            self.save()
+        self.checkpointer.wait()
+        return not stopped
+
+    def _one(self, loader: Loader, stop: StopRequest) -> bool:
+        cfg = self.cfg
+        began = self._clock
+        with self.profiler.step(self.step + 1):
+            batches = next(loader)
+            lr = learning_rate(cfg.optim.schedule, cfg.optim.lr, self.step, cfg.train.steps)
+            valid, pairs = loader.counts
+            result = self.stepper.run(self.step, batches, valid, lr, stop=stop.requested)
+        self.step += 1
+        if self.device.type == "cuda":
+            self._drain()  # the previous step's numbers: the host stays one step ahead of the device
+        self._waiting = _Issued(self.step, result, lr, valid, pairs, loader.wait_s, began)
+        if self.device.type == "cpu" or self._due(cfg.eval.every) or self._due(cfg.checkpoint.every):
+            self._drain()
+        if self._due(cfg.eval.every):
+            self._evaluate()
+        if self._due(cfg.checkpoint.every) and self.step < cfg.train.steps:
+            self.save()
+        return self._stopping
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.step % every == 0
+
+    _stopping = False
+
+    def _drain(self) -> None:
+        """Reads and reports the step that was issued last, if it was not yet."""
+        issued, self._waiting = self._waiting, None
+        if issued is None:
+            return
+        loss, norm, skipped, stop = torch.stack([x.double() for x in vars(issued.result).values()]).tolist()
+        now = time.perf_counter()
+        self._stopping = stop > 0
+        flops = flops_per_step(self.cfg.model, tokens=self._tokens, pairs=issued.pairs, seq_len=self.cfg.train.seq_len)
+        metrics = self.meter.step(
+            step=issued.step,
+            loss=loss,
+            grad_norm=norm,
+            lr=issued.lr,
+            tokens=self._tokens,
+            step_time_s=now - self._clock,
+            data_s=issued.data_s,
+            memory_gib=peak_memory_gib(self.device),
+            flops=StepFlops(flops.causal, flops.full, flops.causal),
+            skipped=bool(skipped),
+        )
+        self._clock = now
+        if self._outputs is not None:
+            self._outputs.sinks.log(metrics, self._extra)
+        self._extra = {}
+        self._bad_steps = self._bad_steps + 1 if skipped else 0
+        if self._bad_steps >= self.cfg.faults.max_bad_steps:
+            raise DivergedError(
+                f"{self._bad_steps} steps in a row had a NaN or infinite gradient (faults.max_bad_steps); "
+                f"lower optim.lr={self.cfg.optim.lr:g} or resume from an earlier checkpoint"
+            )
+
+    @property
+    def _tokens(self) -> int:
+        return self.cfg.train.global_batch * self.cfg.train.seq_len
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """Mean loss over the held-out split: the same sequences each time and in every layout."""
+        train = self.cfg.train
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        steps = heldout_batches(
+            self.data.heldout,
+            steps=self.cfg.eval.steps,
+            global_batch=train.global_batch,
+            micro_batch=train.micro_batch,
+            dp_rank=self.dp.rank,
+            dp_size=self.dp.size,
+        )
+        for batches in steps:
+            for batch in batches:
+                totals[0] += self.stepper.loss(batch, 1.0)
+                totals[1] += batch.valid
+        all_reduce(totals, self.dp).wait()
+        loss = (totals[0] / totals[1]).item()
+        self._extra["loss/val"] = loss
+        if self._outputs is not None:
+            self._outputs.events.log("evaluation", step=self.step, loss=loss, perplexity=math.exp(min(loss, 50)))
+            print(f"held-out loss after step {self.step}: {loss:.4f}", flush=True)
+        self._clock = time.perf_counter()
+
+
