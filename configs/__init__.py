@@ -1,0 +1,27 @@
+"""Configuration: schema, presets, loading and validation. Imports no torch."""
+
+from .errors import Problem, UserError
+from .keys import KeyDoc, document, render
+from .load import given_yaml, load, to_yaml
+from .resolve import resolve, resolve_model
+from .schema import Config, ModelConfig
+from .sources import preset_names
+from .validate import check_files, validate
+
+__all__ = [
+    "Config",
+    "KeyDoc",
+    "ModelConfig",
+    "Problem",
+    "UserError",
+    "check_files",
+    "document",
+    "given_yaml",
+    "load",
+    "preset_names",
+    "render",
+    "resolve",
+    "resolve_model",
+    "to_yaml",
+    "validate",
+]

@@ -9,45 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..configs.schema import ModelConfig
+from .blockwise import blockwise
 from .functional import rms_norm, rotate
 from .linear import Linear, project
+from .masks import Mask
 from .norms import RmsNorm
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Which keys a query may see: earlier ones, at most `window` back, of its own document."""
-
-    window: int | None = None
-    documents: Tensor | None = None
-    """(B, T) document ids, or None for one document per sequence."""
-
-    def dense(self, length: int, device: torch.device) -> Tensor | None:
-        """(B or 1, 1, T, T) booleans, or None where plain causality says it all."""
-        windowed = self.window is not None and self.window < length
-        if not windowed and self.documents is None:
-            return None
-        position = torch.arange(length, device=device)
-        distance = position[:, None] - position[None, :]
-        seen = distance >= 0
-        if windowed:
-            seen &= distance < self.window
-        seen = seen[None, None]
-        if self.documents is not None:
-            seen = seen & (self.documents[:, None, :, None] == self.documents[:, None, None, :])
-        return seen
-
 
 Core = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """The fastest core for the device: q (B, T, H, d), k and v (B, T, K, d) → (B, T, H, d)."""
+    return sdpa(q, k, v, mask) if q.is_cuda else blockwise(q, k, v, mask)
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """q (B, T, H, d), k and v (B, T, K, d) → (B, T, H, d), scaled by 1 / sqrt(d)."""
+    """torch's fused attention, scaled by 1 / sqrt(d)."""
     dense = mask.dense(q.shape[1], q.device)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -84,7 +65,7 @@ class Attention(nn.Module):
         self.out = Linear(cfg.heads * cfg.head_dim, cfg.hidden, cfg.out_bias)
         self.q_norm = RmsNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
         self.k_norm = RmsNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else None
-        self.core: Core = sdpa
+        self.core: Core = attend
 
     def forward(self, x: Tensor, seq: Sequences) -> Tensor:
         """x (N, h) → (N, h)."""

@@ -34,7 +34,7 @@ class _RmsNorm(torch.autograd.Function):
         grad = torch.mul(dy, unit)  # dy · x / rms, summed over tokens: weight's gradient
         dims = tuple(range(x.dim() - 1))
         dweight = plain_grad(weight, grad.sum(dims, dtype=rstd.dtype)) if ctx.needs_input_grad[1] else None
-        mean = torch.mv(grad.view(-1, size), weight).view(rstd.shape).div_(size)
+        mean = torch.matmul(grad, weight).unsqueeze(-1).div_(size)
         dx = torch.mul(dy, weight).addcmul_(unit, mean, value=-1).mul_(rstd.to(x.dtype))
         return dx, dweight, None
 
@@ -77,7 +77,8 @@ class _Rotate(torch.autograd.Function):
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     half = x.shape[-1] // 2
     a, b = x[..., :half], x[..., half:]
-    out = torch.empty_like(x)
+    # Heads first in memory, as attention wants them: the transposition costs nothing here.
+    out = x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
     torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-direction)
     torch.mul(b, cos, out=out[..., half:]).addcmul_(a, sin, value=direction)
     return out

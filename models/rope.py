@@ -41,7 +41,9 @@ def _yarn(cfg: RopeConfig, base: Tensor, head_dim: int) -> Tensor:
 
     low = max(math.floor(dim_of(cfg.beta_fast)), 0)
     high = min(math.ceil(dim_of(cfg.beta_slow)), head_dim - 1)
-    stretch = ((torch.arange(head_dim // 2, dtype=torch.float64, device="cpu") - low) / max(high - low, 1e-3)).clamp(0, 1)
+    stretch = ((torch.arange(head_dim // 2, dtype=torch.float64, device="cpu") - low) / max(high - low, 1e-3)).clamp(
+        0, 1
+    )
     return base * (1 - stretch) + base / cfg.factor * stretch
 
 

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from ..configs.schema import ModelConfig
 from ..parallel.mesh import Axis
 from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard
-from .attention import Attention, Mask, Sequences
+from .attention import Attention, Sequences
 from .dropout import Draws
 from .functional import swiglu
 from .linear import Linear, project
+from .masks import Mask
 from .norms import make_norm
 from .rope import angles, frequencies
 

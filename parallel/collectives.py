@@ -120,9 +120,7 @@ def reduce_scatter(x: Tensor, axis: Axis, out: Tensor | None = None) -> Handle:
         )
         return Handle(result, lambda: (wait(), result)[1])
     parts = torch.empty_like(x)
-    wait = _launch(
-        "reduce_scatter", axis, x, lambda: dist.all_to_all_single(parts, x, group=axis.group, async_op=True)
-    )
+    wait = _launch("reduce_scatter", axis, x, lambda: dist.all_to_all_single(parts, x, group=axis.group, async_op=True))
 
     def finish() -> Tensor:
         wait()

@@ -112,6 +112,9 @@ class Mesh:
         self.abort = Abort(timeout_s)
         self._axes: dict[str, Axis] = {}
         self._device_meshes: dict[str, DeviceMesh] = {}
+        self.host_group: dist.ProcessGroup | None = None
+        self.checkpoint_group: dist.ProcessGroup | None = None
+        """Saving runs in a thread beside the step, so it has a communicator to itself. None for one rank."""
         if degrees.world == 1:
             return
         if store is None:
@@ -140,6 +143,9 @@ class Mesh:
         self._axes["world"] = self._axis("world", world, dist.group.WORLD)
         # Host-side agreement (checkpoints, Python objects) never shares a communicator with the step.
         self.host_group = dist.new_group(backend="gloo", group_desc="host")
+        self.checkpoint_group = dist.new_group(backend="gloo", group_desc="checkpoint")
+        # Nobody starts, and nobody can leave, before everybody is connected.
+        dist.barrier(self.host_group)
 
     def _add(self, name: str, mesh: DeviceMesh) -> None:
         ranks = tuple(int(r) for r in mesh.mesh.flatten())

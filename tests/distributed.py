@@ -38,6 +38,7 @@ class _Job:
     args: tuple[Any, ...]
     store: str
     timeout_s: float
+    group: bool
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class _Failure:
         return error
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0, group: bool = True
+) -> list[Any]:
     """Calls ``fn(rank, world_size, *args)`` on `world_size` ranks and returns what they returned, by rank.
 
     The default process group is initialised: gloo, and NCCL for CUDA tensors where there is a device for every rank
@@ -65,6 +68,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         world_size: at most 8.
         args: picklable; tensors are copied.
         timeout_s: seconds until the ranks are killed and the call fails with `TimeoutError`.
+        group: false where `fn` makes its own process group, from `job_store()`.
 
     Raises:
         Exception: the first error of any rank, of its own type, with rank and traceback as a note.
@@ -77,7 +81,8 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
     try:
         with tempfile.TemporaryDirectory() as folder:
             jobs = [
-                _Job(fn, rank, world_size, args, str(Path(folder) / "store"), timeout_s) for rank in range(world_size)
+                _Job(fn, rank, world_size, args, str(Path(folder) / "store"), timeout_s, group)
+                for rank in range(world_size)
             ]
             results = pool.run(jobs, timeout_s)
         finished = True
@@ -187,22 +192,37 @@ def _run(job: _Job) -> Any:
     if torch.cuda.is_available() and torch.cuda.device_count() >= job.world_size:
         device = torch.device("cuda", job.rank)
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device else "gloo",
-        init_method=f"file://{job.store}",
-        rank=job.rank,
-        world_size=job.world_size,
-        timeout=timedelta(seconds=job.timeout_s),
-        device_id=device,
-    )
+    _STORE.append(dist.FileStore(job.store, job.world_size))
+    if job.group:
+        _join(job, device)
     try:
         return job.fn(job.rank, job.world_size, *job.args)
     except BaseException as error:
         # Before the group is destroyed: that makes the other ranks fail too, a moment later.
         return _failure(job.rank, error)
     finally:
-        if dist.is_initialized():  # a test may have made its own group instead
+        _STORE.clear()
+        if dist.is_initialized():
             dist.destroy_process_group()
+
+
+_STORE: list[dist.Store] = []
+
+
+def job_store() -> dist.Store:
+    """Where the ranks of the running job meet; called by `fn`."""
+    return _STORE[0]
+
+
+def _join(job: _Job, device: torch.device | None) -> None:
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device else "gloo",
+        store=dist.PrefixStore("default", job_store()),
+        rank=job.rank,
+        world_size=job.world_size,
+        timeout=timedelta(seconds=job.timeout_s),
+        device_id=device,
+    )
 
 
 def _failure(rank: int, error: BaseException) -> _Failure:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from pentad.configs.schema import (
     AdamWConfig,
@@ -33,6 +32,7 @@ from pentad.trainer.optimizer import make_optimizer
 from pentad.trainer.setup import degrees_of, make_model
 from pentad.trainer.state import units_by_key
 from pentad.trainer.step import Stepper
+from tests.distributed import job_store
 
 TINY = ModelConfig(
     layers=2,
@@ -102,15 +102,11 @@ def micro_batches(cfg: Config, step: int, rank: int, size: int, *, masked: bool 
 
 
 def open_mesh(rank: int, cfg: Config) -> Mesh:
-    """The mesh of a test job, inside a worker of `run_distributed` or alone."""
+    """The mesh of a test job, inside a worker of `run_distributed(…, group=False)` or alone."""
     degrees = degrees_of(cfg)
-    store = None
-    if degrees.world > 1:
-        store = dist.distributed_c10d._get_default_store()
-        dist.destroy_process_group()
     return Mesh(
         degrees,
-        store=store,
+        store=job_store() if degrees.world > 1 else None,
         rank=rank,
         device="cpu",
         recorder=Recorder(None, rank=rank, world=degrees.world, entries=4096),

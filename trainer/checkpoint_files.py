@@ -1,14 +1,14 @@
 """Checkpoints on disk: names, the checksum manifest, atomic publishing, retention, discovery. No process groups here.
 
-    checkpoints/
-      step-00000010/            whole and verified, or it does not have this name
-        __0_0.distcp …          tensors, in the format of torch's distributed checkpoint
-        .metadata               which box of which tensor is where
-        state.json              step, data position, seed, model config …
-        manifest.json           size and CRC-32 of every other file
-      .step-00000020.tmp/       being written, or left by a killed run: removed by the next save
-      .step-00000010.old/       being replaced by a new checkpoint of the same step
-      .step-00000005.trash/     being removed
+checkpoints/
+  step-00000010/            whole and verified, or it does not have this name
+    __0_0.distcp …          tensors, in the format of torch's distributed checkpoint
+    .metadata               which box of which tensor is where
+    state.json              step, data position, seed, model config …
+    manifest.json           size and CRC-32 of every other file
+  .step-00000020.tmp/       being written, or left by a killed run: removed by the next save
+  .step-00000010.old/       being replaced by a new checkpoint of the same step
+  .step-00000005.trash/     being removed
 """
 
 from __future__ import annotations
@@ -233,6 +233,11 @@ def publish(written: Path, folder: Path) -> None:
     os.rename(written, folder)
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder, if it is there."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def clean(directory: Path) -> None:

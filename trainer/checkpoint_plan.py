@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
 from torch.futures import Future
@@ -194,9 +194,7 @@ class PlannedSave(SavePlanner):
 
     def __init__(self, writes: Sequence[Write], tensors: Sequence[Tensor]) -> None:
         self._writes = writes
-        self._data = {
-            (w.name, torch.Size(w.offsets)): tensor for w, tensor in zip(writes, tensors, strict=True)
-        }
+        self._data = {(w.name, torch.Size(w.offsets)): tensor for w, tensor in zip(writes, tensors, strict=True)}
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         """Nothing: the plan does not depend on a state dict."""

@@ -17,14 +17,23 @@ from ..models.hf import hf_weights, model_config_from_hf, read_hf_config, read_h
 from ..models.hf_names import links
 from ..parallel.plan import Sharding
 from .checkpoint import Checkpointer, read_full, write_full
+from .checkpoint_files import read_state
 from .setup import Parts
 from .state import model_tensors
 
 # Keys of config.json that tokenizers and generation need and that say nothing about the network.
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-# What may differ between a job and the weights that it starts from: names, training choices, recorded lengths.
-_FREE = ("preset", "family", "init_std", "dropout")
+# What may differ between a job and the weights that it starts from: names and training choices.
+_FREE = {"preset", "family", "init_std", "dropout"}
+
+# The keys of model.rope that each kind of scaling reads.
+_ROPE = {
+    "none": set[str](),
+    "linear": {"factor"},
+    "llama3": {"factor", "original_positions", "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor", "original_positions", "beta_fast", "beta_slow", "attention_factor"},
+}
 
 
 def import_hf(directory: str | os.PathLike[str], out: str | os.PathLike[str]) -> ModelConfig:
@@ -85,8 +94,14 @@ def load_initial(path: Path, parts: Parts, checkpointer: Checkpointer) -> None:
         check_same_model(given, parts.model.cfg, path)
         parts.replicas.load(_slices(hf_weights(path, given), parts.where))
         return
-    state = checkpointer.load(path, model_tensors(parts.replicas))
-    check_same_model(model_config_from_state(state["model"]), parts.model.cfg, path)
+    try:
+        verified = checkpointer.find_resume(path)
+    except UserError as error:
+        raise UserError(*(Problem("checkpoint.init", problem.message) for problem in error.problems)) from None
+    assert verified is not None  # a named checkpoint is found or is an error
+    check_same_model(model_config_from_state(read_state(verified)["model"]), parts.model.cfg, path)
+    # Masters of a bf16 run are fp32, imported weights what their files held: any of them may start any run.
+    checkpointer.load(verified, model_tensors(parts.replicas), prefix="model/", cast=True)
     parts.replicas.publish()
 
 
@@ -96,14 +111,11 @@ def check_same_model(given: ModelConfig, job: ModelConfig, path: Path) -> None:
     Raises:
         UserError: one problem per key that differs.
     """
-    free = _FREE if job.position == "learned" else (*_FREE, "max_positions", "rope.original_positions")
-    if given.position == job.position == "learned":
-        free = (*free, "rope")
-    wanted, found = _flat(dataclasses.asdict(given)), _flat(dataclasses.asdict(job))
+    wanted, found = _computed(given), _computed(job)
     problems = [
-        Problem(f"model.{key}", f"{found[key]}, but checkpoint.init={path} has {value}; set model.{key}={value}")
+        Problem(f"model.{key}", f"{found.get(key)}, but checkpoint.init={path} has {value}; set model.{key}={value}")
         for key, value in wanted.items()
-        if found[key] != value and key not in free and key.split(".")[0] not in free
+        if found.get(key) != value
     ]
     if problems:
         raise UserError(*problems)
@@ -123,8 +135,13 @@ def _slices(weights: Iterator[tuple[str, Tensor]], where: Mapping[str, Sharding]
         yield name, whole
 
 
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
-    return flat
+def _computed(config: ModelConfig) -> dict[str, Any]:
+    """The keys that decide what the network computes."""
+    rotary = config.position == "rope"
+    plain = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE and key != "rope"}
+    if rotary:
+        del plain["max_positions"]  # only a recorded length
+    rope = {"theta", "scaling", *_ROPE[config.rope.scaling]} if rotary else set[str]()
+    if config.rope.attention_factor is None:
+        rope.discard("attention_factor")
+    return plain | {f"rope.{key}": getattr(config.rope, key) for key in sorted(rope)}

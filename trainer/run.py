@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+import dataclasses
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..configs import to_dict, to_yaml
+from ..configs import to_yaml
 from ..configs.schema import Config
 from ..parallel import record_view
 from ..parallel.collectives import all_reduce
@@ -42,10 +44,13 @@ def run(cfg: Config, given: str) -> int:
     try:
         if mesh.is_first:
             _write_configs(run_dir, cfg, given)
+        _index_record(run_dir, mesh)
         _train(cfg, mesh, device, run_dir, stop)
+        _barrier(mesh)  # every ring is complete
+        if ranks.local_rank == 0:
+            record_view.collect(run_dir, remove=True)
     finally:
         mesh.recorder.close()
-        _collect_record(run_dir, mesh, ranks)
         mesh.close()
         stop.close()
     return 0
@@ -57,6 +62,7 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
         seq_len=cfg.train.seq_len,
         vocab=cfg.model.vocab or 0,
         seed=cfg.train.seed,
+        window=cfg.model.window,
         progress=mesh.is_first,
     )
     parts = make_model(cfg, mesh, device)
@@ -68,7 +74,7 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
 
     checkpointer = Checkpointer(
         Path(cfg.checkpoint.dir or run_dir / "checkpoints"),
-        group=mesh.host_group if mesh.degrees.world > 1 else None,
+        group=mesh.checkpoint_group,
         rank=mesh.rank,
         world=mesh.degrees.world,
         keep=cfg.checkpoint.keep,
@@ -85,7 +91,7 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
     outputs = None
     if mesh.is_first and events is not None:
         _introduce(cfg, trainer, data.tokens, peak, found)
-        sinks = make_sinks(cfg.log, run_dir, to_dict(cfg), cfg.train.steps, trainer.step)
+        sinks = make_sinks(cfg.log, run_dir, dataclasses.asdict(cfg), cfg.train.steps, trainer.step)
         outputs = Outputs(sinks, events)
         events.log("start", step=trainer.step, world=mesh.degrees.world, program=trainer.program.hash)
     try:
@@ -137,9 +143,11 @@ def _write_configs(run_dir: Path, cfg: Config, given: str) -> None:
     (run_dir / "config.resolved.yaml").write_text(to_yaml(cfg))
 
 
-def _collect_record(run_dir: Path, mesh: Mesh, ranks: Ranks) -> None:
-    """Copies this rank's ring into the run, and on rank 0 writes the index."""
-    try:
-        record_view.collect_rank(run_dir, mesh.recorder)
-    except OSError as error:
-        print(f"rank {mesh.rank}: the record could not be kept: {error}", file=sys.stderr)
+def _index_record(run_dir: Path, mesh: Mesh) -> None:
+    """Tells everybody who may look, while the job runs or after it died, where each rank's ring is."""
+    mine = record_view.RingFile(mesh.rank, socket.gethostname(), str(mesh.recorder.path), os.getpid(), mesh.epoch)
+    rings = [mine] * mesh.degrees.world
+    if mesh.degrees.world > 1:
+        dist.all_gather_object(rings, mine, group=mesh.host_group)
+    if mesh.is_first:
+        record_view.write_index(run_dir, rings)

@@ -70,9 +70,7 @@ class Stepper:
             Kind.GATHER: lambda op: self.replicas.gather(op.index),
         }
 
-    def run(
-        self, step: int, batches: Sequence[MicroBatch], valid: int, lr: float, *, stop: bool = False
-    ) -> StepResult:
+    def run(self, step: int, batches: Sequence[MicroBatch], valid: int, lr: float, *, stop: bool = False) -> StepResult:
         """Trains on this rank's micro-batches.
 
         Args:

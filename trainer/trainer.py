@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -10,9 +11,8 @@ from typing import Any
 
 import torch
 
-from ..configs import to_dict
 from ..configs.schema import Config
-from ..models.flops import flops_per_step
+from ..models.flops import flops_per_step, parameter_count
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline.program import single_stage
@@ -117,7 +117,7 @@ class Trainer:
             "tokens": self.meter.tokens,
             "skipped": self.meter.skipped,
             "same": describe(self.cfg, self.data.fingerprint),
-            "model": to_dict(self.cfg.model),
+            "model": dataclasses.asdict(self.cfg.model),
         }
         self.checkpointer.save(self.step, all_tensors(self.parts.replicas, self.optimizer), state)
 
@@ -179,7 +179,7 @@ class Trainer:
         loss, norm, skipped, stop = torch.stack([x.double() for x in vars(issued.result).values()]).tolist()
         now = time.perf_counter()
         self._stopping = stop > 0
-        flops = flops_per_step(self.cfg.model, tokens=self._tokens, pairs=issued.pairs, seq_len=self.cfg.train.seq_len)
+        causal, full = self._flops(issued.pairs)
         metrics = self.meter.step(
             step=issued.step,
             loss=loss,
@@ -189,7 +189,7 @@ class Trainer:
             step_time_s=now - self._clock,
             data_s=issued.data_s,
             memory_gib=peak_memory_gib(self.device),
-            flops=StepFlops(flops.causal, flops.full, flops.causal),
+            flops=StepFlops(causal, full, causal),
             skipped=bool(skipped),
         )
         self._clock = now
@@ -202,6 +202,16 @@ class Trainer:
                 f"{self._bad_steps} steps in a row had a NaN or infinite gradient (faults.max_bad_steps); "
                 f"lower optim.lr={self.cfg.optim.lr:g} or resume from an earlier checkpoint"
             )
+
+    def _flops(self, pairs: float) -> tuple[float, float]:
+        """Model FLOPs of a step with unmasked attention, and with the full square."""
+        model, square = self.cfg.model, self.cfg.train.global_batch * self.cfg.train.seq_len**2
+        return flops_per_step(model, self._tokens, pairs / 2), flops_per_step(model, self._tokens, square)
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return parameter_count(self.cfg.model).total
 
     @property
     def _tokens(self) -> int:
@@ -231,5 +241,3 @@ class Trainer:
             self._outputs.events.log("evaluation", step=self.step, loss=loss, perplexity=math.exp(min(loss, 50)))
             print(f"held-out loss after step {self.step}: {loss:.4f}", flush=True)
         self._clock = time.perf_counter()
-
-

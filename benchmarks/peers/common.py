@@ -8,6 +8,7 @@ shards, bf16 compute, fp32 reduction).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from workload import Workload
 
 def make_model(workload: Workload, policy: str) -> LlamaForCausalLM:
     """transformers' Llama with its own initialisation, in the policy's parameter dtype."""
-    config = LlamaConfig(
+    options: dict[str, Any] = dict(
         vocab_size=workload.vocab,
         hidden_size=workload.hidden,
         intermediate_size=workload.ffn,
@@ -31,7 +32,7 @@ def make_model(workload: Workload, policy: str) -> LlamaForCausalLM:
         use_cache=False,
         attn_implementation="sdpa",
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(LlamaConfig(**options))
     if policy in ("masters", "plain"):
         # Only parameters: the rotary buffers stay fp32, as from_pretrained(dtype=bfloat16) leaves them.
         for parameter in model.parameters():

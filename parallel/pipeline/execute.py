@@ -18,4 +18,3 @@ def execute(ops: tuple[Op, ...], handlers: Mapping[Kind, Handler], recorder: Rec
         ticket = recorder.enter(codes[op.kind])
         handlers[op.kind](op)
         recorder.exit(ticket)
-

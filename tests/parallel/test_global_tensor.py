@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from pentad.parallel.global_tensor import GlobalTensor, Placement, boxes
 
@@ -85,26 +86,26 @@ def test_dcp_with_its_own_planners_saves_and_reshards(tmp_path: Path) -> None:
     whole, scalar = torch.randn(5, 7), torch.tensor(3.0)
     flat = whole.reshape(-1).clone()
     state = {"w": GlobalTensor(Placement.whole((5, 7)), 0, 35, flat), "s": GlobalTensor.of(scalar)}
-    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    save(state, checkpoint_id=tmp_path, no_dist=True)
 
     plain = {"w": torch.zeros(5, 7), "s": torch.tensor(0.0)}
-    dcp.load(plain, checkpoint_id=tmp_path, no_dist=True)
+    load(plain, checkpoint_id=tmp_path, no_dist=True)
     assert torch.equal(plain["w"], whole) and torch.equal(plain["s"], scalar)
 
     slices = [Placement(whole.shape, 1, 0, 3), Placement(whole.shape, 1, 3, 7)]
     for placement in slices:
         data = torch.zeros(9)
-        dcp.load({"w": GlobalTensor(placement, 2, 11, data)}, checkpoint_id=tmp_path, no_dist=True)
+        load({"w": GlobalTensor(placement, 2, 11, data)}, checkpoint_id=tmp_path, no_dist=True)
         assert torch.equal(data, _slice(whole, placement).reshape(-1)[2:11])
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_dcp_loads_a_plain_tensors_checkpoint_into_pieces(tmp_path: Path) -> None:
     whole = torch.randn(4, 3, 2)
-    dcp.save({"w": whole}, checkpoint_id=tmp_path, no_dist=True)
+    save({"w": whole}, checkpoint_id=tmp_path, no_dist=True)
     data, nothing = torch.zeros(9), torch.zeros(0)
     piece = GlobalTensor(Placement.shard((4, 3, 2), 0, 1, 2), 2, 11, data)
-    dcp.load({"w": piece}, checkpoint_id=tmp_path, no_dist=True)
+    load({"w": piece}, checkpoint_id=tmp_path, no_dist=True)
     assert torch.equal(data, whole[2:].reshape(-1)[2:11])
     empty = GlobalTensor(Placement.shard((4, 3, 2), 0, 1, 2), 12, 12, nothing)
-    dcp.load({"w": empty}, checkpoint_id=tmp_path, no_dist=True)
+    load({"w": empty}, checkpoint_id=tmp_path, no_dist=True)

@@ -143,10 +143,13 @@ def tokenize_cached(
     total = sum(size for _, size, _ in stats)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{name}.lock", progress):
+        with _locked(folder / f"{name}.lock", progress) as alone:
             ready = _open_ready(prefix)
             if ready is not None:
                 return ready
+            # With the lock held, unfinished files of this name can only be those of a process that was killed.
+            for abandoned in folder.glob(f"{name}.*.tmp.*") if alone else ():
+                abandoned.unlink(missing_ok=True)
             said = Progress(f"tokenizing {len(files)} files", total, enabled=progress)
             with IndexedWriter(prefix, token_dtype(tokenizer.vocab)) as writer:
                 write_documents(writer, tokenizer, read_documents(files, kind, field), said)
@@ -166,23 +169,27 @@ def _open_ready(prefix: str) -> IndexedReader | None:
 
 
 @contextmanager
-def _locked(path: Path, progress: bool) -> Iterator[None]:
+def _locked(path: Path, progress: bool) -> Iterator[bool]:
     """Hold an exclusive lock on ``path``. The kernel releases it when its holder dies, so none is ever stale.
 
-    On a file system without locks the block runs unlocked: each process then writes under temporary names of its
-    own, and only the work is doubled.
+    On a file system without locks the block runs unlocked and gets False: each process then writes under temporary
+    names of its own, and only the work is doubled.
     """
     with path.open("ab") as file:
         said = time.monotonic()
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alone = True
                 break
             except BlockingIOError:
                 time.sleep(0.05)
             except OSError:
+                alone = False
                 break
             if progress and time.monotonic() - said > 10 * _SAY_EVERY_S:
                 said = time.monotonic()
-                print(f"waiting for another process to tokenize ({path}, pid {os.getpid()})", file=sys.stderr, flush=True)
-        yield
+                print(
+                    f"waiting for another process to tokenize ({path}, pid {os.getpid()})", file=sys.stderr, flush=True
+                )
+        yield alone

@@ -14,7 +14,7 @@ from ...configs.schema import BinData, BlendData, DataConfig, JsonlData, Parquet
 from .cache import cache_folder, tokenize_cached
 from .documents import find_files, stdlib_files
 from .indexed import IndexedReader
-from .packing import IGNORED, Boundaries, TokenStream, square_sum
+from .packing import IGNORED, Boundaries, TokenStream, pair_sum
 from .sampler import Sampler, make_pattern, permute
 from .tokenizer import Tokenizer, check_vocab, make_tokenizer
 
@@ -25,8 +25,8 @@ class MicroBatch:
 
     ``labels`` are the next tokens, -1 where none may be learnt. ``positions`` (restarting at 0) and ``documents``
     (counted from 0 in each sequence) are None unless documents are masked from each other. ``samples`` are run-wide
-    numbers, step * global_batch + sequence. ``valid`` counts labels that are not -1; ``pairs`` sums the squared
-    length of every document (of every sequence, without document mask).
+    numbers, step * global_batch + sequence. ``valid`` counts labels that are not -1; ``pairs`` is twice the unmasked
+    attention pairs: the squared length of every document (of every sequence, without document mask), less with a window.
     """
 
     tokens: torch.Tensor  # int64 [b, T]
@@ -62,6 +62,12 @@ class Split:
     seq_len: int
     vocab: int
     document_mask: bool
+    window: int | None = None
+
+    @property
+    def reach(self) -> int:
+        """Tokens that a token may attend to, itself included."""
+        return self.seq_len if self.window is None else min(self.window, self.seq_len)
 
     @property
     def sequences(self) -> int:
@@ -84,7 +90,7 @@ class Split:
             size = micro_batch * self.seq_len
             return MicroBatch(
                 torch.from_numpy(tokens), torch.from_numpy(labels), None, None, torch.from_numpy(samples),
-                valid=size, pairs=size * self.seq_len,
+                valid=size, pairs=micro_batch * (2 * self.reach * self.seq_len - self.reach**2),
             )  # fmt: skip
         begins = np.zeros(rows.shape, bool)
         for s in np.unique(source):
@@ -102,7 +108,8 @@ class Split:
             torch.from_numpy(documents),
             torch.from_numpy(samples),
             valid=int((labels != IGNORED).sum()),
-            pairs=int(2 * positions.sum() + positions.size),  # L^2 is the sum of the first L odd numbers
+            # L^2 is the sum of the first L odd numbers; a window adds 2 r for each token beyond its reach r.
+            pairs=int(np.where(positions < self.reach, 2 * positions + 1, 2 * self.reach).sum()),
         )
 
     def global_counts(self, step: int, *, global_batch: int) -> tuple[int, int]:
@@ -113,14 +120,14 @@ class Split:
         """
         size = global_batch * self.seq_len
         if not self.document_mask:
-            return size, size * self.seq_len
+            return size, global_batch * (2 * self.reach * self.seq_len - self.reach**2)
         source, starts = self._locate(np.arange(step * global_batch, (step + 1) * global_batch))
         valid, pairs = size, 0
         for s in np.unique(source):
             at = starts[source == s]
             found: Boundaries = self.streams[s].boundaries(at, self.seq_len)
             valid -= len(found.offset)
-            pairs += square_sum(found, len(at), self.seq_len)
+            pairs += pair_sum(found, len(at), self.seq_len, self.reach)
         return valid, pairs
 
     def _locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +137,9 @@ class Split:
     def _check_ids(self, rows: np.ndarray, samples: np.ndarray) -> None:
         if rows.min() < 0:
             row = int(rows.min(axis=1).argmin())
-            raise UserError(Problem("data", f"negative token id {rows.min()} in sample {samples[row]}; the file is damaged"))
+            raise UserError(
+                Problem("data", f"negative token id {rows.min()} in sample {samples[row]}; the file is damaged")
+            )
         if rows.max() >= self.vocab:
             row = int(rows.max(axis=1).argmax())
             check_vocab(int(rows.max()), self.vocab, f"sample {samples[row]} of the data")
@@ -152,7 +161,9 @@ class Dataset:
     fingerprint: str
 
 
-def open_data(cfg: DataConfig, *, seq_len: int, vocab: int, seed: int, progress: bool = True) -> Dataset:
+def open_data(
+    cfg: DataConfig, *, seq_len: int, vocab: int, seed: int, window: int | None = None, progress: bool = True
+) -> Dataset:
     """Open (and, the first time, tokenize) the sources of ``cfg``; may be called by all ranks at once.
 
     Raises UserError for files that are missing, damaged or too small, and for token ids that do not fit ``vocab``.
@@ -172,7 +183,7 @@ def open_data(cfg: DataConfig, *, seq_len: int, vocab: int, seed: int, progress:
         raise UserError(*problems)
     windows, held = zip(*(split for split in splits if not isinstance(split, Problem)), strict=True)
     sampler = Sampler(windows, held, make_pattern(weights), seed)
-    train = Split(tuple(streams), sampler, seq_len, vocab, cfg.document_mask)
+    train = Split(tuple(streams), sampler, seq_len, vocab, cfg.document_mask, window)
     evaluate = dataclasses.replace(sampler, evaluate=True)
     return Dataset(
         train=train,
@@ -200,7 +211,12 @@ def _open_text(cfg: DataConfig, tokenizer: Tokenizer, progress: bool) -> TokenSt
 def _open_indexed(cfg: DataConfig) -> tuple[list[str], list[TokenStream], list[float]]:
     """Name, stream and weight of every source: one for bin, one a prefix for blend. Collects every damaged file."""
     if isinstance(cfg, BlendData):
-        groups, weights, key, eod = [(prefix,) for prefix in cfg.weights], list(cfg.weights.values()), "weights", cfg.eod
+        groups, weights, key, eod = (
+            [(prefix,) for prefix in cfg.weights],
+            list(cfg.weights.values()),
+            "weights",
+            cfg.eod,
+        )
     elif isinstance(cfg, BinData):
         groups, weights, key, eod = [tuple(cfg.paths)], [1.0], "paths", cfg.eod
     else:

@@ -148,7 +148,7 @@ class IndexedWriter:
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
         # A name of its own, so that two writers of one prefix cannot mix: the last one to finish wins.
         self._temporary = f"{self.prefix}.{uuid.uuid4().hex[:12]}.tmp"
-        self._file = open(self._temporary + ".bin", "wb", buffering=1 << 20)
+        self._file = open(self._temporary + ".bin", "wb", buffering=1 << 20)  # noqa: SIM115
 
     def add(self, tokens: np.ndarray) -> None:
         """Append one document, token ids [n]. Raises ValueError for ids outside the file's type."""

@@ -89,10 +89,13 @@ class Loader:
         return self._split.global_counts(step, global_batch=self._global_batch)
 
     def close(self) -> None:
-        """Stop the thread and wait for it. Safe to call twice; afterwards ``next`` raises RuntimeError."""
+        """Stop the thread and wait, 5 seconds at most, for it. Safe to call twice; then ``next`` raises RuntimeError.
+
+        A thread stuck in a read of a dead file system is left behind; it is a daemon, so it cannot keep the process.
+        """
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout=5.0)
 
     def __enter__(self) -> Loader:
         return self
@@ -142,5 +145,50 @@ def heldout_batches(
 
 def heldout_steps(split: Split, steps: int, global_batch: int) -> int:
     """Evaluation steps that ``heldout_batches`` yields: at most ``steps``, and no more than the split fills."""
-    fills = min(held // -(-count * global_batch // period) if count else 0 for held, count, period in _shares(split))
-    return min(steps, max(1, fills))
+    return min(steps, max(1, split.sampler.distinct // global_batch))
+
+
+def _accumulation(global_batch: int, micro_batch: int, dp_size: int) -> int:
+    share = micro_batch * dp_size
+    if global_batch % share:
+        message = (
+            f"{global_batch} is not a multiple of train.micro_batch x data parallel ranks = {micro_batch} x {dp_size}"
+        )
+        raise UserError(Problem("train.global_batch", message))
+    return global_batch // share
+
+
+def _items(split: Split, steps: range, shape: tuple[int, int, int, int], pin: bool) -> Iterator[_Item]:
+    global_batch, micro_batch, dp_rank, dp_size = shape
+    for step in steps:
+        counts = split.global_counts(step, global_batch=global_batch)
+        for index in range(dp_rank, global_batch // micro_batch, dp_size):
+            batch = split.batch(step, index, global_batch=global_batch, micro_batch=micro_batch)
+            yield _Item(batch.pin() if pin else batch, counts)
+
+
+def _steps(split: Split, steps: int, shape: tuple[int, int, int, int]) -> Iterator[list[MicroBatch]]:
+    global_batch, micro_batch, dp_rank, dp_size = shape
+    for step in range(steps):
+        indices = range(dp_rank, global_batch // micro_batch, dp_size)
+        yield [split.batch(step, index, global_batch=global_batch, micro_batch=micro_batch) for index in indices]
+
+
+def _produce(items: Iterator[_Item], out: queue.Queue[_Item | BaseException], stop: threading.Event) -> None:
+    """Body of the thread. Waits for room by polling, so that a full queue cannot keep it from seeing ``stop``."""
+    try:
+        for item in items:
+            if not _put(item, out, stop):
+                return
+    except BaseException as error:  # whatever it is, it belongs to the consumer
+        _put(error, out, stop)
+
+
+def _put(item: _Item | BaseException, out: queue.Queue[_Item | BaseException], stop: threading.Event) -> bool:
+    while not stop.is_set():
+        try:
+            out.put(item, timeout=_POLL_S)
+            return True
+        except queue.Full:
+            continue
+    return False

@@ -35,7 +35,9 @@ class TokenStream:
     """
 
     def __init__(self, parts: Sequence[IndexedReader], eod: int | None = None) -> None:
-        floats = [f"{part.prefix}.bin holds {part.dtype.name}, not token ids" for part in parts if part.dtype.kind == "f"]
+        floats = [
+            f"{part.prefix}.bin holds {part.dtype.name}, not token ids" for part in parts if part.dtype.kind == "f"
+        ]
         if floats:
             raise UserError(*floats)
         self.parts, self.eod = tuple(parts), eod
@@ -67,7 +69,8 @@ class TokenStream:
             tokens = self.windows(starts, seq_len)[:, :-1]
             window, at = np.nonzero(tokens == self.eod)
             return Boundaries(window, at + 1)
-        found = [_document_starts(part, starts - first, seq_len) for part, first in zip(self.parts, self._offsets)]
+        parts = zip(self.parts, self._offsets[:-1], strict=True)
+        found = [_document_starts(part, starts - first, seq_len) for part, first in parts]
         window, offset = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
         # Empty documents, and a file's end that is the next one's start, repeat an offset.
         unique = np.unique(window * (seq_len + 1) + offset)
@@ -114,8 +117,11 @@ def _count_up_to(part: IndexedReader, token: np.ndarray) -> np.ndarray:
     return low
 
 
-def square_sum(found: Boundaries, windows: int, seq_len: int) -> int:
-    """Sum over the documents of ``windows`` windows of their squared lengths in tokens, labels not counted."""
+def pair_sum(found: Boundaries, windows: int, seq_len: int, reach: int) -> int:
+    """Twice the unmasked attention pairs over the documents of ``windows`` windows, labels not counted.
+
+    A document of L tokens has L^2, or 2 r L - r^2 where a token sees r = ``reach`` < L tokens at most.
+    """
     inside = found.offset < seq_len
     rows = np.arange(windows)
     window = np.concatenate((rows, found.window[inside], rows))
@@ -124,4 +130,5 @@ def square_sum(found: Boundaries, windows: int, seq_len: int) -> int:
     lengths = np.diff(cuts)
     # Between the end of one window and the start of the next lies one cell that belongs to neither.
     lengths = lengths[cuts[:-1] % (seq_len + 1) != seq_len]
-    return int((lengths**2).sum())
+    seen = np.minimum(lengths, reach)
+    return int((2 * seen * lengths - seen**2).sum())

@@ -159,6 +159,16 @@ class Sampler:
             window[at] = self._window(int(s), turn[at])
         return source, window
 
+    @property
+    def distinct(self) -> int:
+        """Positions from 0 on before any source gives a window a second time."""
+        limits = []
+        for s, (total, held) in enumerate(zip(self.windows, self.heldout, strict=True)):
+            period, turn = divmod(held if self.evaluate else total - held, int(self.pattern.counts[s]))
+            at = np.flatnonzero((self.pattern.sources == s) & (self.pattern.before == turn))
+            limits.append(period * len(self.pattern.sources) + int(at[0]))
+        return min(limits)
+
     def _window(self, source: int, turn: np.ndarray) -> np.ndarray:
         total, held = self.windows[source], self.heldout[source]
         if self.evaluate:

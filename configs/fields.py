@@ -1,0 +1,149 @@
+"""The schema as a flat table of dotted keys, and the conversion of given values to their declared types."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import operator
+import types
+from collections.abc import Iterable, Mapping
+from functools import cache, reduce
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .schema import DATASETS, OPTIMIZERS, SCHEDULES, Config
+
+SELECTORS: dict[str, tuple[dict[str, type], str]] = {
+    "optim": (OPTIMIZERS, "adamw"),
+    "optim.schedule": (SCHEDULES, "cosine"),
+    "data": (DATASETS, "stdlib"),
+}
+"""Polymorphic sections: the classes that SECTION.name chooses from, and the name that is taken when none is given."""
+
+
+@cache
+def field_types(cls: type) -> Mapping[str, Any]:
+    """Field name to evaluated annotation, in the order of declaration."""
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def section_class(path: str, annotation: Any, chosen: Mapping[str, type]) -> type | None:
+    """The dataclass of the section at `path`, or None when the annotation is that of a value."""
+    if not dataclasses.is_dataclass(annotation):
+        return None
+    if path in SELECTORS:
+        registry, default = SELECTORS[path]
+        return chosen.get(path, registry[default])
+    return annotation if isinstance(annotation, type) else None
+
+
+def flatten_schema(
+    chosen: Mapping[str, type], cls: type = Config, prefix: str = ""
+) -> tuple[dict[str, Any], dict[str, type]]:
+    """All values (dotted key to annotation) and all sections (dotted key to class) of the schema."""
+    values: dict[str, Any] = {}
+    sections: dict[str, type] = {}
+    for name, annotation in field_types(cls).items():
+        key = prefix + name
+        inner = section_class(key, annotation, chosen)
+        if inner is None:
+            values[key] = annotation
+        else:
+            sections[key] = inner
+            inner_values, inner_sections = flatten_schema(chosen, inner, key + ".")
+            values |= inner_values
+            sections |= inner_sections
+    return values, sections
+
+
+def is_mapping(annotation: Any) -> bool:
+    """Whether the value itself is a mapping with free keys."""
+    return get_origin(annotation) is dict
+
+
+def optional(annotation: Any) -> tuple[Any, bool]:
+    """The annotation without None, and whether None was part of it."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        inner = [a for a in get_args(annotation) if a is not type(None)]
+        if len(inner) < len(get_args(annotation)):
+            return reduce(operator.or_, inner), True
+    return annotation, False
+
+
+_SINGULAR = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+_PLURAL = {int: "integers", float: "numbers", bool: "true or false", str: "texts"}
+
+
+def describe(annotation: Any) -> str:
+    """What a key accepts, for messages: 'an integer or null'."""
+    inner, nullable = optional(annotation)
+    origin, args = get_origin(inner), get_args(inner)
+    if origin is Literal:
+        text = str(args[0]) if len(args) == 1 else "one of " + ", ".join(map(str, args))
+    elif origin in (tuple, list):
+        text = f"a list of {_PLURAL.get(args[0], 'values')}"
+    elif origin is dict:
+        text = f"a mapping of names to {_PLURAL.get(args[1], 'values')}"
+    elif origin in (Union, types.UnionType):
+        text = " or ".join(describe(a) for a in args)
+    else:
+        text = _SINGULAR.get(inner, str(inner))
+    return f"{text} or null" if nullable else text
+
+
+def coerce(annotation: Any, value: Any, text: str | None = None) -> Any:
+    """Nudge a YAML value towards its declared type where nothing is lost; anything else is left for the type check.
+
+    1e9 and 4.0 are integers for an integer key; a key of text takes what was written (`name: on`, `name: 1e9`)
+    rather than what YAML 1.1 makes of it; a list may be given as its single element.
+
+    Args:
+        annotation: declared type of the key.
+        value: as the YAML reader returned it.
+        text: the scalar as written, where there was one without quotes.
+    """
+    inner, _ = optional(annotation)
+    origin, args = get_origin(inner), get_args(inner)
+    if value is None or (isinstance(value, str) and "${" in value):
+        return value
+    if inner is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if inner is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if (inner is str or origin is Literal) and text is not None and not isinstance(value, (str, list, dict)):
+        return text
+    if origin in (tuple, list):
+        elements = value if isinstance(value, (list, tuple)) else [value]
+        if isinstance(value, dict):
+            return value
+        coerced = [coerce(args[0], e, text if elements is not value else None) for e in elements]
+        return tuple(coerced) if origin is tuple else coerced
+    if origin is dict and isinstance(value, dict):
+        return {str(k): coerce(args[1], v) for k, v in value.items()}
+    return value
+
+
+def short(value: Any) -> str:
+    """A value for a one-line message: at most 60 characters."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = " ".join((repr(value) if isinstance(value, str) else str(value)).split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate most like `word`, or None when none is alike."""
+    matches = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def nearest_key(key: str, valid: Iterable[str]) -> str | None:
+    """The valid dotted key that was probably meant: alike in the same section, then of the same name in another one."""
+    keys = list(valid)
+    section, _, leaf = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
+    match = nearest(leaf, siblings)
+    if match is not None:
+        return siblings[match]
+    namesakes = [k for k in keys if k.rpartition(".")[2] == leaf]
+    return (nearest(key, namesakes) or namesakes[0]) if namesakes else nearest(key, keys)

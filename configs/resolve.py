@@ -1,0 +1,104 @@
+"""Fill in what is derived from other keys. No torch; the only files read are a tokenizer.json and nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from .schema import BinData, BlendData, Config, DataConfig, ModelConfig, ParallelConfig, RopeConfig
+
+BYTE_TOKENS = 257
+"""256 bytes and the end-of-document token of the built-in tokenizer."""
+VOCAB_MULTIPLE = 64
+"""Derived vocabularies are padded up to a multiple of this, so that every usual parallel.tp divides them."""
+
+
+def resolve(config: Config, world_size: int | None = None) -> Config:
+    """Replace every derivable None; values that cannot be derived stay None and `validate` says why.
+
+    Args:
+        config: as read.
+        world_size: number of ranks; None: not known yet, and parallel.dp becomes 1 where it was not given.
+    """
+    cache = config.data.cache if config.data.cache is not None else str(_user_cache() / "pentad")
+    folder = config.checkpoint.dir
+    return replace(
+        config,
+        model=resolve_model(config.model, config.train.seq_len, config.data),
+        parallel=_resolve_parallel(config.parallel, world_size),
+        data=replace(config.data, cache=cache),
+        checkpoint=replace(
+            config.checkpoint,
+            dir=folder if folder is not None else str(Path(config.runs_dir) / config.name / "checkpoints"),
+        ),
+    )
+
+
+def resolve_model(model: ModelConfig, seq_len: int, data: DataConfig | None = None) -> ModelConfig:
+    """The model with kv_heads, head_dim, vocab, max_positions and the rope's attention factor filled in.
+
+    Args:
+        model: as read.
+        seq_len: tokens per sequence; the default of max_positions.
+        data: whose tokenizer gives the vocabulary where model.vocab is None; None: the vocabulary is left alone.
+    """
+    head_dim = model.head_dim
+    if head_dim is None and model.heads > 0 and model.hidden % model.heads == 0:
+        head_dim = model.hidden // model.heads
+    vocab = model.vocab
+    if vocab is None and data is not None:
+        vocab = tokenizer_vocab(data)
+        vocab = None if vocab is None else -(-vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    return replace(
+        model,
+        kv_heads=model.heads if model.kv_heads is None else model.kv_heads,
+        head_dim=head_dim,
+        vocab=vocab,
+        max_positions=seq_len if model.max_positions is None else model.max_positions,
+        rope=_resolve_rope(model.rope),
+    )
+
+
+def tokenizer_vocab(data: DataConfig) -> int | None:
+    """Number of token ids of the job's tokenizer, unpadded; None for tokenized data and for unreadable files."""
+    if isinstance(data, (BinData, BlendData)):
+        return None
+    if data.tokenizer.path is None:
+        return BYTE_TOKENS
+    try:
+        content = json.loads(Path(data.tokenizer.path).expanduser().read_text(encoding="utf-8"))
+        vocab = content["model"]["vocab"]
+        ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+        ids += [token["id"] for token in content.get("added_tokens") or []]
+        return max(ids) + 1
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _resolve_rope(rope: RopeConfig) -> RopeConfig:
+    if rope.attention_factor is not None:
+        return rope
+    stretched = rope.scaling == "yarn" and rope.factor > 1
+    # YaRN, eq. 22 (Peng et al., 2023): sqrt(1/t) = 0.1 ln(s) + 1.
+    return replace(rope, attention_factor=0.1 * math.log(rope.factor) + 1 if stretched else 1.0)
+
+
+def _resolve_parallel(parallel: ParallelConfig, world_size: int | None) -> ParallelConfig:
+    if parallel.dp is not None:
+        return parallel
+    if world_size is None:
+        return replace(parallel, dp=1)
+    inner = parallel.tp * parallel.pp * parallel.cp
+    divides = inner > 0 and world_size % inner == 0
+    return replace(parallel, dp=world_size // inner) if divides else parallel
+
+
+def _user_cache() -> Path:
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        # No home folder: containers that run under a bare user id.
+        return Path(tempfile.gettempdir())

@@ -1,0 +1,329 @@
+"""Checks across keys: one pure function without torch, which returns every problem instead of raising the first."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from .errors import Problem
+from .fields import nearest
+from .resolve import BYTE_TOKENS, tokenizer_vocab
+from .schema import BinData, BlendData, Config, TextData, WsdSchedule
+
+_POSITIVE = [
+    "model.layers",
+    "model.hidden",
+    "model.heads",
+    "model.kv_heads",
+    "model.head_dim",
+    "model.ffn",
+    "model.vocab",
+    "model.max_positions",
+    "model.window",
+    "model.rope.original_positions",
+    "parallel.tp",
+    "parallel.pp",
+    "parallel.cp",
+    "parallel.ep",
+    "parallel.etp",
+    "parallel.dp",
+    "train.steps",
+    "train.global_batch",
+    "train.micro_batch",
+    "train.seq_len",
+    "optim.schedule.decay_steps",
+    "data.prefetch",
+    "eval.steps",
+    "log.every",
+    "faults.max_bad_steps",
+    "faults.record_entries",
+]
+_NOT_NEGATIVE = [
+    "train.seed",
+    "optim.schedule.warmup_steps",
+    "optim.lr",
+    "optim.weight_decay",
+    "optim.clip",
+    "eval.every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "model.init_std",
+]
+_ABOVE_ZERO = [
+    "model.norm_eps",
+    "model.rope.theta",
+    "model.rope.factor",
+    "model.rope.low_freq_factor",
+    "model.rope.high_freq_factor",
+    "model.rope.beta_fast",
+    "model.rope.beta_slow",
+    "model.rope.attention_factor",
+    "parallel.data.bucket_mib",
+    "optim.eps",
+    "faults.timeout_s",
+    "hardware.peak_tflops",
+    "hardware.memory_gib",
+]
+_FRACTIONS = ["model.dropout", "data.holdout", "optim.beta1", "optim.beta2", "optim.momentum"]
+_NOT_AVAILABLE = {
+    "pp": "pipeline parallelism",
+    "cp": "context parallelism",
+    "ep": "expert parallelism",
+    "etp": "tensor parallelism inside experts",
+}
+
+
+def validate(config: Config, world_size: int | None = None) -> list[Problem]:
+    """Every problem of a resolved configuration that follows from its values alone.
+
+    Args:
+        config: after `resolve`.
+        world_size: number of ranks, where it is known.
+    """
+    ranges = _ranges(config)
+    broken = {p.key for p in ranges}
+    found = [
+        *_layout(config, world_size),
+        *_model(config),
+        *_tensor_parallel(config),
+        *_batches(config),
+        *_schedule(config),
+        *_data(config),
+        *_run(config),
+    ]
+    # A size that is out of its range makes the divisions by it meaningless; the range says enough.
+    return ranges + [p for p in found if not any(key in f"{p.key} {p.message}" for key in broken)]
+
+
+def _value(config: Config, key: str) -> Any:
+    return reduce(lambda node, name: getattr(node, name, None), key.split("."), config)
+
+
+def _ranges(config: Config) -> list[Problem]:
+    rules: list[tuple[list[str], Callable[[Any], bool], str]] = [
+        (_POSITIVE, lambda v: v >= 1, "at least 1"),
+        (_NOT_NEGATIVE, lambda v: 0 <= v < float("inf"), "at least 0"),
+        (_ABOVE_ZERO, lambda v: 0 < v < float("inf"), "above 0"),
+        (_FRACTIONS, lambda v: 0 <= v < 1, "at least 0 and below 1"),
+        (["optim.schedule.min_ratio"], lambda v: 0 <= v <= 1, "from 0 to 1"),
+    ]
+    problems = []
+    for keys, holds, allowed in rules:
+        for key in keys:
+            value = _value(config, key)
+            if value is not None and not holds(value):
+                problems.append(Problem(key, f"must be {allowed}, got {value}"))
+    return problems
+
+
+def _indivisible(key: str, value: int, divisor_key: str, divisor: int, why: str) -> list[Problem]:
+    if divisor < 1 or value % divisor == 0:
+        return []
+    up = -(-value // divisor) * divisor
+    return [
+        Problem(
+            key,
+            f"{value} is not a multiple of {divisor_key}={divisor} ({why}); set {key}={up} or change {divisor_key}",
+        )
+    ]
+
+
+def _layout(config: Config, world_size: int | None) -> list[Problem]:
+    p = config.parallel
+    problems = [
+        Problem(f"parallel.{k}", f"{what} (parallel.{k}={getattr(p, k)}) is not available yet; set parallel.{k}=1")
+        for k, what in _NOT_AVAILABLE.items()
+        if getattr(p, k) > 1
+    ]
+    if world_size is None:
+        return problems
+    inner = p.tp * p.pp * p.cp
+    degrees = f"parallel.tp={p.tp} x parallel.pp={p.pp} x parallel.cp={p.cp}"
+    if inner > 0 and world_size % inner:
+        message = f"{degrees} = {inner} does not divide the world size {world_size}; set parallel.tp to a divisor of it"
+        problems.append(Problem("parallel.tp", message))
+    elif p.dp is not None and inner * p.dp != world_size:
+        message = (
+            f"{degrees} x parallel.dp={p.dp} = {inner * p.dp} ranks, but the world size is {world_size}; "
+            f"set parallel.dp={world_size // max(inner, 1)} or leave it out"
+        )
+        problems.append(Problem("parallel.dp", message))
+    return problems
+
+
+def _model(config: Config) -> list[Problem]:
+    m, seq_len = config.model, config.train.seq_len
+    problems: list[Problem] = []
+    if m.head_dim is None and m.heads > 0:
+        problems += _indivisible("model.hidden", m.hidden, "model.heads", m.heads, "or give model.head_dim")
+    if m.kv_heads:
+        problems += _indivisible(
+            "model.heads", m.heads, "model.kv_heads", m.kv_heads, "each key head serves whole groups of query heads"
+        )
+    if m.position == "rope":
+        problems += _rope(config)
+    elif m.max_positions is not None and m.max_positions < seq_len:
+        message = (
+            f"{m.max_positions} learned positions are fewer than train.seq_len={seq_len}; "
+            f"set train.seq_len={m.max_positions} or less"
+        )
+        problems.append(Problem("model.max_positions", message))
+    return problems + _vocab(config)
+
+
+def _rope(config: Config) -> list[Problem]:
+    m = config.model
+    problems = []
+    if m.head_dim is not None and m.head_dim % 2:
+        message = (
+            f"must be even, rotary embedding turns pairs; got {m.head_dim} (by default model.hidden / model.heads)"
+        )
+        problems.append(Problem("model.head_dim", message))
+    low, high = m.rope.low_freq_factor, m.rope.high_freq_factor
+    if m.rope.scaling == "llama3" and not low < high:
+        message = f"must be above model.rope.low_freq_factor={low}, got {high}"
+        problems.append(Problem("model.rope.high_freq_factor", message))
+    if m.rope.scaling == "yarn" and not m.rope.beta_slow < m.rope.beta_fast:
+        message = f"must be above model.rope.beta_slow={m.rope.beta_slow}, got {m.rope.beta_fast}"
+        problems.append(Problem("model.rope.beta_fast", message))
+    if m.rope.scaling != "none" and m.rope.factor < 1:
+        problems.append(Problem("model.rope.factor", f"must be at least 1 with scaling, got {m.rope.factor}"))
+    return problems
+
+
+def _vocab(config: Config) -> list[Problem]:
+    vocab, data = config.model.vocab, config.data
+    if vocab is None:
+        if isinstance(data, (BinData, BlendData)):
+            reason = f"data.name={data.name} has no tokenizer to derive it from"
+        else:
+            reason = f"data.tokenizer.path={data.tokenizer.path} is not a tokenizer.json that can be read"
+        return [Problem("model.vocab", f"missing, and {reason}; set model.vocab")]
+    if data.tokenizer.path is None and tokenizer_vocab(data) == BYTE_TOKENS and vocab < BYTE_TOKENS:
+        message = f"{vocab} is smaller than the byte tokenizer's {BYTE_TOKENS} tokens; set model.vocab=320"
+        return [Problem("model.vocab", message)]
+    return []
+
+
+def _tensor_parallel(config: Config) -> list[Problem]:
+    m, t, tp = config.model, config.train, config.parallel.tp
+    if tp <= 1:
+        return []
+    problems = _indivisible("model.heads", m.heads, "parallel.tp", tp, "heads are split over the tensor ranks")
+    if m.kv_heads and m.kv_heads % tp and tp % m.kv_heads:
+        message = (
+            f"{m.kv_heads} and parallel.tp={tp}: one must be a multiple of the other; "
+            f"set parallel.tp={m.kv_heads} or change model.kv_heads"
+        )
+        problems.append(Problem("model.kv_heads", message))
+    problems += _indivisible("model.ffn", m.ffn, "parallel.tp", tp, "it is split over the tensor ranks")
+    if m.vocab is not None:
+        problems += _indivisible("model.vocab", m.vocab, "parallel.tp", tp, "it is split over the tensor ranks")
+    tokens = t.micro_batch * t.seq_len
+    if tokens % tp:
+        message = (
+            f"train.micro_batch={t.micro_batch} x train.seq_len={t.seq_len} = {tokens} tokens are not a multiple of "
+            f"parallel.tp={tp} (sequence parallelism splits them); set train.seq_len={-(-t.seq_len // tp) * tp}"
+        )
+        problems.append(Problem("train.seq_len", message))
+    return problems
+
+
+def _batches(config: Config) -> list[Problem]:
+    t, dp = config.train, config.parallel.dp
+    if dp is None:
+        return []
+    unit = t.micro_batch * dp
+    if unit < 1 or t.global_batch % unit == 0:
+        return []
+    message = (
+        f"{t.global_batch} is not a multiple of train.micro_batch={t.micro_batch} x "
+        f"parallel.dp={dp} = {unit}; set train.global_batch={-(-t.global_batch // unit) * unit}"
+    )
+    return [Problem("train.global_batch", message)]
+
+
+def _schedule(config: Config) -> list[Problem]:
+    s, steps = config.optim.schedule, config.train.steps
+    if s.warmup_steps > steps:
+        message = f"{s.warmup_steps} is more than train.steps={steps}; set it to {steps} or less"
+        return [Problem("optim.schedule.warmup_steps", message)]
+    if isinstance(s, WsdSchedule) and s.warmup_steps + s.decay_steps > steps:
+        message = (
+            f"optim.schedule.warmup_steps={s.warmup_steps} + optim.schedule.decay_steps={s.decay_steps} are more than "
+            f"train.steps={steps}; set optim.schedule.decay_steps={max(1, steps - s.warmup_steps)} or less"
+        )
+        return [Problem("optim.schedule.decay_steps", message)]
+    return []
+
+
+def _data(config: Config) -> list[Problem]:
+    problems: list[Problem] = []
+    data = config.data
+    if isinstance(data, (TextData, BinData)) and not data.paths:
+        problems.append(Problem("data.paths", "is empty; give at least one"))
+    if isinstance(data, BlendData):
+        wrong = [f"{k}: {w}" for k, w in data.weights.items() if not 0 <= w < float("inf")]
+        if wrong:
+            problems.append(Problem("data.weights", f"must be at least 0 and finite, got {', '.join(wrong)}"))
+        elif not sum(data.weights.values()) > 0:
+            problems.append(Problem("data.weights", f"must hold a weight above 0, got {dict(data.weights)}"))
+    if config.eval.every > 0 and data.holdout == 0:
+        message = "0 keeps nothing to evaluate on; set data.holdout above 0 or eval.every=0"
+        problems.append(Problem("data.holdout", message))
+    return problems
+
+
+def _run(config: Config) -> list[Problem]:
+    problems: list[Problem] = []
+    if not config.name.strip() or config.name in {".", ".."} or set(config.name) & {"/", "\\", "\n", "\0"}:
+        problems.append(Problem("name", f"names a folder of runs_dir, so it has no slashes; got {config.name!r}"))
+    outside = [s for s in config.log.profile if not 1 <= s <= config.train.steps]
+    if outside:
+        message = f"steps {outside} are not among the run's 1 to train.steps={config.train.steps}"
+        problems.append(Problem("log.profile", message))
+    c = config.checkpoint
+    if c.init is not None and c.resume is not None and c.resume != "latest":
+        message = "checkpoint.init and a path in checkpoint.resume exclude each other; set one of them to null"
+        problems.append(Problem("checkpoint.init", message))
+    return problems
+
+
+def check_files(config: Config) -> list[Problem]:
+    """The files and folders that the configuration names and that do not exist."""
+    problems: list[Problem] = []
+    data, c = config.data, config.checkpoint
+    if isinstance(data, TextData):
+        problems += [
+            _no_file("data.paths", p) for p in data.paths if not glob.glob(str(Path(p).expanduser()), recursive=True)
+        ]
+    elif isinstance(data, (BinData, BlendData)):
+        key = "data.paths" if isinstance(data, BinData) else "data.weights"
+        prefixes = data.paths if isinstance(data, BinData) else tuple(data.weights)
+        files = [f"{p}{suffix}" for p in prefixes for suffix in (".bin", ".idx")]
+        problems += [_no_file(key, f) for f in files if not Path(f).expanduser().is_file()]
+    tokenizer = data.tokenizer.path
+    if (
+        tokenizer is not None
+        and not isinstance(data, (BinData, BlendData))
+        and not Path(tokenizer).expanduser().is_file()
+    ):
+        problems.append(_no_file("data.tokenizer.path", tokenizer))
+    if c.init is not None and not Path(c.init).expanduser().exists():
+        problems.append(_no_file("checkpoint.init", c.init))
+    if c.resume not in (None, "latest") and not Path(str(c.resume)).expanduser().exists():
+        problems.append(_no_file("checkpoint.resume", str(c.resume)))
+    return problems
+
+
+def _no_file(key: str, path: str) -> Problem:
+    folder = Path(path).expanduser().parent
+    try:
+        hint = nearest(Path(path).name, [p.name for p in folder.iterdir()])
+    except OSError:
+        hint = None
+    shown = folder / hint if hint else None
+    return Problem(key, f"no such file: {path}" + (f"; did you mean {shown}?" if shown else ""))

@@ -1,0 +1,202 @@
+"""Every user mistake is one line that names the key, what was given and the way out; all of them come at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pentad.configs import UserError, load
+
+# Override(s) of the demo job (4 ranks: tp 2 x dp 2), the key of the line, and fragments that the line must contain.
+WRONG: list[tuple[list[str], str, list[str]]] = [
+    (["train.stepz=1"], "train.stepz", ["unknown key", "train.steps", "command line"]),
+    (["trian.steps=1"], "trian.steps", ["unknown section", "train"]),
+    (["foo.bar=1"], "foo.bar", ["model", "parallel", "hardware"]),
+    (["lr=1"], "lr", ["optim.lr"]),
+    (["train.lr=1"], "train.lr", ["optim.lr"]),
+    (["model.rope.tetha=1"], "model.rope.tetha", ["model.rope.theta"]),
+    (["train.steps=four"], "train.steps", ["an integer", "'four'"]),
+    (["train.steps=1.5"], "train.steps", ["an integer", "1.5"]),
+    (["train.steps=true"], "train.steps", ["an integer", "true"]),
+    (["train.steps={a: 1}"], "train.steps.a", ["train.steps has no keys", "an integer"]),
+    (["optim.lr=null"], "optim.lr", ["a number", "null"]),
+    (["optim.lr=[1]"], "optim.lr", ["a number", "[1]"]),
+    (["model.tied=perhaps"], "model.tied", ["true or false", "perhaps"]),
+    (["model.window=none"], "model.window", ["an integer or null", "none"]),
+    (["train.dtype=fp16"], "train.dtype", ["bf16, fp32, fp64", "fp16"]),
+    (["model=3"], "model", ["is a section", "layers"]),
+    (["log.profile=[a]"], "log.profile", ["a list of integers", "a"]),
+    (["log.profile[0]=3"], "log.profile[0]", ["log.profile=[…]"]),
+    (["log.profile=[500]"], "log.profile", ["500", "train.steps=120"]),
+    (["name=${nope}"], "name", ["${nope}", "cannot be resolved"]),
+    (["name=a/b"], "name", ["slash", "a/b"]),
+    (["--train.steps=3"], "--train.steps=3", ["dashes", "train.steps=VALUE"]),
+    (["+train.steps=3"], "+train.steps=3", ["train.steps=VALUE"]),
+    (["train.steps"], "train.steps", ["key=value", "train.steps=VALUE"]),
+    (["train.steps=[1"], "train.steps", ["not valid YAML", "[1"]),
+    (["model.preset=lama3_8b"], "model.preset", ["lama3_8b", "did you mean llama3_8b?"]),
+    (["hardware.preset=h100"], "hardware.preset", ["h100", "h100_"]),
+    (["model.family=lama"], "model.family", ["llama, qwen2", "lama"]),
+    (["optim.name=adamv"], "optim.name", ["adamw, sgd", "adamv"]),
+    (["optim.schedule.name=cosin"], "optim.schedule.name", ["constant, linear, cosine, wsd", "cosin"]),
+    (["data.name=[1]"], "data.name", ["stdlib, text", "[1]"]),
+    (["optim.momentum=0.9"], "optim.momentum", ["optim.name=sgd", "optim.name is adamw"]),
+    (["data.name=text"], "data.paths", ["missing", "a list of texts"]),
+    (["data.name=text", "data.paths=[]"], "data.paths", ["empty"]),
+    (["data.name=text", "data.paths=[/no/such.txt]"], "data.paths", ["no such file", "/no/such.txt"]),
+    (["data.name=bin", "data.paths=/no/x.bin"], "data.paths", ["no such file", "/no/x.bin.bin"]),
+    (["data.tokenizer.path=/no/tokenizer.json"], "data.tokenizer.path", ["no such file"]),
+    (["checkpoint.init=/no/folder"], "checkpoint.init", ["no such file", "/no/folder"]),
+    (["checkpoint.resume=/no/step-1"], "checkpoint.resume", ["no such file", "/no/step-1"]),
+    (["train.steps=0"], "train.steps", ["at least 1", "0"]),
+    (["train.seq_len=-4"], "train.seq_len", ["at least 1", "-4"]),
+    (["model.heads=0"], "model.heads", ["at least 1", "0"]),
+    (["optim.lr=.nan"], "optim.lr", ["at least 0", "nan"]),
+    (["optim.beta2=1"], "optim.beta2", ["below 1", "1.0"]),
+    (["data.holdout=1.5"], "data.holdout", ["below 1", "1.5"]),
+    (["data.holdout=0"], "data.holdout", ["eval.every"]),
+    (["model.dropout=1"], "model.dropout", ["below 1"]),
+    (["optim.schedule.min_ratio=2"], "optim.schedule.min_ratio", ["from 0 to 1", "2.0"]),
+    (["optim.schedule.warmup_steps=200"], "optim.schedule.warmup_steps", ["200", "train.steps=120"]),
+    (["optim.schedule.name=wsd", "optim.schedule.decay_steps=111"], "optim.schedule.decay_steps", ["111", "120"]),
+    (["model.hidden=257"], "model.hidden", ["257", "model.heads=4", "model.hidden=260"]),
+    (["model.head_dim=33"], "model.head_dim", ["even", "33"]),
+    (["model.kv_heads=3", "parallel.tp=1"], "model.heads", ["model.kv_heads=3", "4"]),
+    (["model.ffn=705"], "model.ffn", ["705", "parallel.tp=2", "706"]),
+    (["model.vocab=321"], "model.vocab", ["321", "parallel.tp=2", "322"]),
+    (["model.vocab=256"], "model.vocab", ["256", "257"]),
+    (["train.seq_len=255", "train.micro_batch=1"], "train.seq_len", ["255", "parallel.tp=2", "train.seq_len=256"]),
+    (["train.global_batch=12"], "train.global_batch", ["12", "train.micro_batch=8 x parallel.dp=2 = 16", "16"]),
+    (["parallel.dp=4", "train.micro_batch=1"], "parallel.dp", ["8 ranks", "world size is 4", "parallel.dp=2"]),
+    (["model.position=learned", "model.max_positions=128"], "model.max_positions", ["128", "train.seq_len=256"]),
+    (["parallel.pp=2", "parallel.dp=1"], "parallel.pp", ["pipeline parallelism", "set parallel.pp=1"]),
+    (["parallel.cp=2", "parallel.dp=1"], "parallel.cp", ["context parallelism", "set parallel.cp=1"]),
+    (["parallel.ep=2"], "parallel.ep", ["expert parallelism", "set parallel.ep=1"]),
+    (["parallel.etp=2"], "parallel.etp", ["set parallel.etp=1"]),
+    (["model.rope.scaling=llama3", "model.rope.low_freq_factor=4"], "model.rope.high_freq_factor", ["4.0"]),
+    (["checkpoint.init=/", "checkpoint.resume=/"], "checkpoint.init", ["checkpoint.resume", "null"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key", "fragments"), WRONG, ids=[" ".join(w[0]) for w in WRONG])
+def test_one_mistake_is_one_line(overrides: list[str], key: str, fragments: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load("demo", overrides, world_size=4)
+    lines = {str(p) for p in caught.value.problems if p.key == key}
+    assert len(lines) >= 1, f"no line about {key}: {caught.value}"
+    for fragment in fragments:
+        assert any(fragment in line for line in lines), f"{fragment!r} not in {lines}"
+    assert all("\n" not in str(p) and len(str(p)) < 400 for p in caught.value.problems)
+    # The two files of a .bin/.idx pair are two lines; nothing else follows from one mistake.
+    assert len(caught.value.problems) == (2 if "data.name=bin" in overrides else 1), caught.value
+
+
+def test_tensor_degree_that_divides_nothing_names_every_size() -> None:
+    with pytest.raises(UserError) as caught:
+        load("demo", ["parallel.tp=3", "model.vocab=320", "train.seq_len=256"], world_size=4)
+    assert {p.key for p in caught.value.problems} == {
+        "parallel.tp",
+        "model.heads",
+        "model.kv_heads",
+        "model.ffn",
+        "model.vocab",
+        "train.seq_len",
+    }
+
+
+def test_all_mistakes_come_at_once_with_file_and_line(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        "model:\n"
+        "  layers: 2\n"
+        "  hidden: 64\n"
+        "  heads: 4\n"
+        "  ffn: many\n"
+        "optim:\n"
+        "  learning_rate: 1\n"
+        "train:\n"
+        "  global_batch: 5\n"
+        "  micro_batch: 2\n"
+        "trian.steps: 5\n"
+    )
+    with pytest.raises(UserError) as caught:
+        load(job, ["eval.evry=3", "-train.seed=1"])
+    found = {p.key: p.message for p in caught.value.problems}
+    assert set(found) == {
+        "model.ffn",
+        "optim.learning_rate",
+        "train.global_batch",
+        "trian.steps",
+        "eval.evry",
+        "-train.seed=1",
+    }
+    assert f"({job}:5)" in found["model.ffn"]
+    assert f"({job}:7)" in found["optim.learning_rate"]
+    assert f"({job}:9)" in found["train.global_batch"]
+    assert f"({job}:11)" in found["trian.steps"]
+    assert "(command line)" in found["eval.evry"]
+
+
+def test_missing_sizes_are_all_named_and_suggest_a_preset() -> None:
+    with pytest.raises(UserError) as caught:
+        load(None, ["train.steps=3"])
+    assert [p.key for p in caught.value.problems] == ["model.ffn", "model.heads", "model.hidden", "model.layers"]
+    assert all("missing" in p.message and "model.preset" in p.message for p in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "fragment"),
+    [
+        ("train: {steps: 1\n", ":2", "not valid YAML"),
+        ("train:\n  steps: 1\n steps: 2\n", ":3", "not valid YAML"),
+        ("a: 1\na: 2\n", ":2", "duplicate"),
+        ("- 1\n- 2\n", "", "top level"),
+        ("hello\n", "", "top level"),
+        ("name: ${oops\n", "", "not valid"),
+        ("name: \x00\n", "", "not valid"),
+        ("a: &x {b: *x}\n", "", "not valid"),
+    ],
+)
+def test_broken_files(tmp_path: Path, text: str, line: str, fragment: str) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load(job)
+    (problem,) = caught.value.problems
+    assert problem.key == f"{job}{line}" and fragment in problem.message and "\n" not in str(problem)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("name: x\n")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(UserError, match="no such file; did you mean demo\\?"):
+        load("demmo")
+    with pytest.raises(UserError, match=r"no such file; did you mean .*/train\.yaml\?"):
+        load(tmp_path / "trian.yaml")
+    with pytest.raises(UserError, match="is a folder"):
+        load(tmp_path)
+    with pytest.raises(UserError, match="cannot be read"):
+        load(tmp_path / "binary.yaml")
+
+
+def test_vocabulary_that_cannot_be_derived(tmp_path: Path) -> None:
+    tiny = ["model.layers=2", "model.hidden=64", "model.heads=4", "model.ffn=128"]
+    (tmp_path / "x.bin").touch()
+    (tmp_path / "x.idx").touch()
+    with pytest.raises(UserError, match=r"model\.vocab: missing, and data\.name=bin has no tokenizer"):
+        load(None, [*tiny, "data.name=bin", f"data.paths={tmp_path / 'x'}"])
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"model\.vocab: missing, .* set model\.vocab"):
+        load(None, [*tiny, f"data.tokenizer.path={tmp_path / 'tokenizer.json'}"])
+
+
+def test_world_size_that_the_degrees_do_not_divide() -> None:
+    with pytest.raises(UserError, match=r"parallel\.tp=2 x .* = 2 does not divide the world size 3"):
+        load("demo", ["parallel.dp=null"], world_size=3)
+
+
+def test_kv_heads_may_be_fewer_than_tp_when_they_divide_it() -> None:
+    assert load("demo", ["model.kv_heads=1", "parallel.tp=4", "parallel.dp=1"], world_size=4).model.kv_heads == 1
+    with pytest.raises(UserError, match=r"model\.kv_heads: 6 and parallel\.tp=4"):
+        load("demo", ["model.heads=12", "model.head_dim=16", "model.kv_heads=6", "parallel.tp=4"])

@@ -1,0 +1,186 @@
+"""Parameter counts and FLOPs against published values and against arithmetic that is written out here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from pentad.configs import ModelConfig, UserError, load, preset_names
+from pentad.models.flops import (
+    flops_per_step,
+    flops_per_token,
+    flops_per_token_full_attention,
+    parameter_count,
+    report,
+    step_flops,
+    unmasked_pairs,
+)
+
+# Parameters of the released checkpoints, in units of 1e9 (model cards and safetensors metadata).
+PUBLISHED_BILLIONS = {
+    "gpt2": 0.12444,
+    "gpt2_medium": 0.35482,
+    "gpt2_large": 0.77403,
+    "gpt2_xl": 1.55761,
+    "llama2_7b": 6.738,
+    "llama2_13b": 13.016,
+    "llama2_70b": 68.977,
+    "llama3_8b": 8.030,
+    "llama3_70b": 70.554,
+    "llama3.1_8b": 8.030,
+    "llama3.1_70b": 70.554,
+    "llama3.1_405b": 405.85,
+    "llama3.2_1b": 1.236,
+    "llama3.2_3b": 3.213,
+    "mistral_7b": 7.242,
+    "qwen2.5_0.5b": 0.494,
+    "qwen2.5_1.5b": 1.544,
+    "qwen2.5_3b": 3.086,
+    "qwen2.5_7b": 7.616,
+    "qwen2.5_14b": 14.770,
+    "qwen2.5_32b": 32.764,
+    "qwen2.5_72b": 72.706,
+    "qwen3_0.6b": 0.596,
+    "qwen3_1.7b": 1.721,
+    "qwen3_4b": 4.022,
+    "qwen3_8b": 8.191,
+    "qwen3_14b": 14.768,
+    "qwen3_32b": 32.762,
+}
+
+
+def model(name: str) -> ModelConfig:
+    return load(None, [f"model.preset={name}"]).model
+
+
+def test_every_model_has_a_published_count() -> None:
+    assert set(PUBLISHED_BILLIONS) == set(preset_names("models"))
+
+
+@pytest.mark.parametrize("name", PUBLISHED_BILLIONS)
+def test_parameter_counts(name: str) -> None:
+    counts = parameter_count(model(name))
+    assert counts.total / 1e9 == pytest.approx(PUBLISHED_BILLIONS[name], rel=1e-3)
+    assert counts.active == counts.total
+
+
+def test_gpt2_parameters_by_hand() -> None:
+    # Per layer: qkv 768 x 2304 + 2304, output 768 x 768 + 768, up 768 x 3072 + 3072, down 3072 x 768 + 768,
+    # two LayerNorms of 2 x 768: 1771776 + 590592 + 2362368 + 2360064 + 3072 = 7087872.
+    # Tables: 50257 x 768 + 1024 x 768 = 39383808; the last LayerNorm 1536; the head is tied.
+    counts = parameter_count(model("gpt2"))
+    assert counts.total == 12 * 7087872 + 39383808 + 1536
+    assert counts.embedding == 39383808
+
+
+def test_llama_405b_is_the_published_figure() -> None:
+    # NVIDIA's figures for Llama 3.1 405B at 8192 tokens: 2524 GFLOP per token by its formula, 2521 from TFLOP/s / (tok/s).
+    per_token = flops_per_token(model("llama3.1_405b"), 8192) / 1e9
+    assert per_token == pytest.approx(2524, rel=5e-3)
+    assert per_token == pytest.approx(2521, rel=5e-3)
+
+
+def test_llama3_8b_by_hand() -> None:
+    # Multiply-adds per token and layer: q 4096 x 4096 = 16777216, k and v 2 x 4096 x 1024 = 8388608, output 16777216,
+    # gate, up and down 3 x 4096 x 14336 = 176160768: together 218103808; 32 layers: 6979321856.
+    # Head 4096 x 128256 = 525336576. Sum 7504658432; times 6: 45027950592.
+    # Attention at 8192: 8192 / 2 = 4096 keys per query on average, 4096 wide, twice (scores, values), 32 layers:
+    # 4096 x 4096 x 2 x 32 = 1073741824; times 6: 6442450944.
+    assert flops_per_token(model("llama3_8b"), 8192) == 45027950592 + 6442450944
+    assert flops_per_token_full_attention(model("llama3_8b"), 8192) == 45027950592 + 2 * 6442450944
+
+
+def test_llama3_70b_by_hand() -> None:
+    # Layer: q and output 2 x 8192^2 = 134217728, k and v 2 x 8192 x 1024 = 16777216, ffn 3 x 8192 x 28672 = 704643072:
+    # 855638016; 80 layers 68451041280; head 8192 x 128256 = 1050673152; sum 69501714432; times 6 = 417010286592.
+    # Attention at 8192: 4096 x 8192 x 2 x 80 = 5368709120; times 6 = 32212254720.
+    assert flops_per_token(model("llama3_70b"), 8192) == 417010286592 + 32212254720
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_qwen3_8b_by_hand_and_the_head_counts_when_tied(tied: bool) -> None:
+    # Layer: q and output 2 x 4096 x 4096 = 33554432, k and v 2 x 4096 x 1024 = 8388608,
+    # ffn 3 x 4096 x 12288 = 150994944: 192937984; 36 layers 6945767424; head 4096 x 151936 = 622329856;
+    # sum 7568097280; times 6 = 45408583680. Attention at 4096: 2048 x 4096 x 2 x 36 x 6 = 3623878656.
+    config = dataclasses.replace(model("qwen3_8b"), tied=tied)
+    assert flops_per_token(config, 4096) == 45408583680 + 3623878656
+    assert parameter_count(config).total == 8190735360 - (622329856 if tied else 0)
+
+
+def test_qwen3_with_heads_wider_than_hidden_by_hand() -> None:
+    # Qwen3 0.6B: 16 heads of 128 = 2048 on a width of 1024. Layer: q and output 2 x 1024 x 2048 = 4194304,
+    # k and v 2 x 1024 x 1024 = 2097152, ffn 3 x 1024 x 3072 = 9437184: 15728640; 28 layers 440401920;
+    # head 1024 x 151936 = 155582464; sum 595984384; times 6 = 3575906304. Attention at 4096: 2048 x 2048 x 2 x 28 x 6.
+    assert flops_per_token(model("qwen3_0.6b"), 4096) == 3575906304 + 1409286144
+
+
+def test_mistral_7b_with_its_window_by_hand() -> None:
+    # Layer: as Llama 3 8B, 218103808; 32 layers 6979321856; head 4096 x 32000 = 131072000; sum 7110393856;
+    # times 6 = 42662363136. At 8192 with a window of 4096: the first 4096 queries see 4096^2 / 2 = 8388608 pairs, the
+    # other 4096 queries 4096 each = 16777216; together 25165824, that is 3072 per query.
+    # 3072 x 4096 x 2 x 32 x 6 = 4831838208.
+    assert flops_per_token(model("mistral_7b"), 8192) == 42662363136 + 4831838208
+    # Up to the window's length the window changes nothing: 2048 x 4096 x 2 x 32 x 6 = 3221225472.
+    assert flops_per_token(model("mistral_7b"), 4096) == 42662363136 + 3221225472
+    # The full square knows no window: 8192 x 4096 x 2 x 32 x 6 = 12884901888.
+    assert flops_per_token_full_attention(model("mistral_7b"), 8192) == 42662363136 + 12884901888
+
+
+def test_gpt2_by_hand() -> None:
+    # No gate. Layer: 768 x 2304 + 768 x 768 + 2 x 768 x 3072 = 1769472 + 589824 + 4718592 = 7077888; 12 layers 84934656;
+    # head 768 x 50257 = 38597376; sum 123532032; times 6 = 741192192. Attention at 1024: 512 x 768 x 2 x 12 x 6 = 56623104.
+    assert flops_per_token(model("gpt2"), 1024) == 741192192 + 56623104
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 64, 100])
+def test_pairs_are_the_mask_up_to_half_its_edge(window: int | None) -> None:
+    length = 64
+    reach = min(length, window or length)
+    mask = sum(1 for q in range(length) for k in range(length) if 0 <= q - k < reach)
+    assert unmasked_pairs([length], window) == mask - reach / 2
+
+
+def test_packed_documents_use_their_own_squares() -> None:
+    assert unmasked_pairs([100, 28, 72]) == (100**2 + 28**2 + 72**2) / 2
+    assert unmasked_pairs([100, 28], window=50) == (50 * 100 - 1250) + 28**2 / 2
+    config = model("llama3_8b")
+    whole = flops_per_step(config, 4096, unmasked_pairs([4096]))
+    packed = flops_per_step(config, 4096, unmasked_pairs([1024] * 4))
+    # 4 x 1024^2 / 2 pairs instead of 4096^2 / 2, at 6 x 2 x 4096 x 32 FLOPs a pair.
+    assert whole - packed == (4096**2 - 4 * 1024**2) / 2 * 6 * 2 * 4096 * 32
+    assert flops_per_step(config, 8 * 4096, unmasked_pairs([4096] * 8)) == 8 * whole
+
+
+def test_kinds_sum_to_the_step() -> None:
+    config = model("llama3_8b")
+    parts = step_flops(config, 8192, unmasked_pairs([8192]))
+    assert parts.head == 6 * 8192 * 4096 * 128256
+    assert parts.attention == 6442450944 * 8192
+    assert parts.total == parts.projections + parts.attention + parts.ffn + parts.head
+    assert parts.total == flops_per_token(config, 8192) * 8192
+
+
+def test_report() -> None:
+    found = report("llama3_8b", 8192)
+    assert found["params_total"] == found["params_active"] == 8030261248
+    assert found["flops_per_token"] == 51470401536
+    assert found["flops_per_token_full_attention"] == 57912852480
+    assert sum(found["breakdown"].values()) == found["flops_per_token"]
+    assert "L^2/2" in found["convention"]
+    assert report(model("llama3_8b"), 8192)["flops_per_token"] == found["flops_per_token"]
+    assert report("demo", 128)["params_total"] == 3115264
+
+
+@pytest.mark.parametrize(
+    ("name", "seq_len", "message"),
+    [
+        ("llama3-8b", 8, "did you mean llama3_8b"),
+        ("zzz", 8, "models: gpt2"),
+        ("llama3_8b", 0, "at least 1, got 0"),
+        ("gpt2", 2048, r"model\.max_positions: 1024 learned positions are fewer than train\.seq_len=2048"),
+    ],
+)
+def test_report_errors(name: str, seq_len: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        report(name, seq_len)
