@@ -81,8 +81,8 @@ def lookup(device_name: str, dtype: torch.dtype, *, tf32: bool) -> Peak:
 def measure_cpu_peak(dtype: torch.dtype, barrier: Callable[[], object], seconds: float = 0.5) -> float:
     """TFLOP/s of matrix products in `dtype` on this rank's own threads, while the node's other ranks do the same.
 
-    For each of two sizes all ranks start together (barrier) and multiply for `seconds`; the result is the best rate
-    sustained over a fifth of that time. Ranks that share cores so get their share, as they do in training.
+    For each of two sizes all ranks start together (barrier) and multiply for `seconds`; the result is the better of the
+    two rates. Ranks that share cores so get their share, as they do in training.
     """
     best = 0.0
     for size in (1024, 2048):
@@ -91,16 +91,10 @@ def measure_cpu_peak(dtype: torch.dtype, barrier: Callable[[], object], seconds:
         out = torch.empty(size, size, dtype=dtype)
         torch.mm(a, b.t(), out=out)
         barrier()
-        end = time.perf_counter() + seconds
         begin, count = time.perf_counter(), 0
-        while True:
+        while time.perf_counter() - begin < seconds:
             torch.mm(a, b.t(), out=out)
             count += 1
-            now = time.perf_counter()
-            if now - begin >= seconds / 5:
-                best = max(best, 2 * size**3 * count / (now - begin) / 1e12)
-                begin, count = now, 0
-                if now >= end:
-                    break
+        best = max(best, 2 * size**3 * count / (time.perf_counter() - begin) / 1e12)
     barrier()
     return best

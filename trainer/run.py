@@ -37,7 +37,7 @@ def run(cfg: Config, given: str) -> int:
         0 when training went to its end or stopped cleanly.
     """
     ranks = Ranks.from_environment()
-    stop = StopRequest()
+    stop = StopRequest().listen()
     device = prepare_device(cfg, ranks)
     run_dir = Path(cfg.runs_dir) / cfg.name
     mesh = make_mesh(cfg, ranks, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
+from typing import Any
 
 
 class StopRequest:
@@ -11,7 +12,12 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def listen(self) -> StopRequest:
+        """From now on Ctrl-C and SIGTERM are requests."""
         self._previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -122,10 +122,9 @@ def pair_sum(found: Boundaries, windows: int, seq_len: int, reach: int) -> int:
 
     A document of L tokens has L^2, or 2 r L - r^2 where a token sees r = ``reach`` < L tokens at most.
     """
-    inside = found.offset < seq_len
     rows = np.arange(windows)
-    window = np.concatenate((rows, found.window[inside], rows))
-    offset = np.concatenate((np.zeros(windows, np.int64), found.offset[inside], np.full(windows, seq_len)))
+    window = np.concatenate((rows, found.window, rows))
+    offset = np.concatenate((np.zeros(windows, np.int64), found.offset, np.full(windows, seq_len)))
     cuts = np.sort(window * (seq_len + 1) + offset)
     lengths = np.diff(cuts)
     # Between the end of one window and the start of the next lies one cell that belongs to neither.
