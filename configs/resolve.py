@@ -57,7 +57,7 @@ def resolve_model(model: ModelConfig, seq_len: int, data: DataConfig | None = No
         kv_heads=model.heads if model.kv_heads is None else model.kv_heads,
         head_dim=head_dim,
         vocab=vocab,
-        max_positions=seq_len if model.max_positions is None else model.max_positions,
+        max_positions=seq_len if model.max_positions is None and seq_len > 0 else model.max_positions,
         rope=_resolve_rope(model.rope),
     )
 

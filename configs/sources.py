@@ -134,7 +134,7 @@ def read_overrides(overrides: Sequence[str]) -> tuple[Layer, list[Problem]]:
                 parsed = OmegaConf.from_dotlist([f"value={text}"])
                 value = OmegaConf.to_container(parsed)["value"]  # type: ignore[index]
             except (yaml.YAMLError, OmegaConfBaseException) as error:
-                reason = short(str(error).splitlines()[0])
+                reason = (isinstance(error, yaml.MarkedYAMLError) and error.problem) or str(error).splitlines()[0]
                 problems.append(Problem(key, f"{short(text)} is not valid YAML: {reason} (command line)"))
                 continue
             path = tuple(key.split("."))
@@ -173,5 +173,9 @@ def find_preset(kind: str, name: str) -> Path | str:
     names = preset_names(kind)
     if name in names:
         return PRESETS / kind / f"{name}.yaml"
-    hint = nearest(name.lower().replace("-", "_"), names)
+    word = name.lower().replace("-", "_")
+    longer = [n for n in names if word and n.startswith(word)]
+    if longer:
+        return f"there are {', '.join(longer)}"
+    hint = nearest(word, names)
     return f"did you mean {hint}?" if hint else f"there are {', '.join(names)}"

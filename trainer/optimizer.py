@@ -67,7 +67,7 @@ class Sgd:
             self.states.setdefault(unit.key, {"momentum": torch.zeros_like(unit.value)})
 
     def step(self, units: list[Unit], *, lr: float, factor: Tensor, skip: Tensor, count: Tensor) -> None:
-        keep = 1 - skip
+        keep = (1 - skip).to(factor.dtype)
         for unit in units:
             update = _clean(unit.grad, skip) * factor
             if self._cfg.momentum:
@@ -181,14 +181,13 @@ def _foreach(cfg: AdamWConfig) -> Kernel:
         factor: Tensor,
         skip: Tensor,
     ) -> None:
-        keep = 1 - skip
-        count = count.to(values[0].dtype)
+        keep, count = (1 - skip).to(values[0].dtype), count.to(values[0].dtype)
         size = lr / (1 - cfg.beta1**count)
         root = (1 - cfg.beta2**count).sqrt()
         for value, grad, mean, square in zip(values, grads, means, squares, strict=True):
             g = _clean(grad, skip) * factor
-            mean.lerp_(g, keep.to(mean.dtype) * (1 - cfg.beta1))
-            square.lerp_(g * g, keep.to(square.dtype) * (1 - cfg.beta2))
+            mean.lerp_(g, keep * (1 - cfg.beta1))
+            square.lerp_(g * g, keep * (1 - cfg.beta2))
             value.mul_(1 - keep * (lr * weight_decay))
             value.sub_(keep * size * mean / (square.sqrt() / root + cfg.eps))
 

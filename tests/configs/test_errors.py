@@ -62,7 +62,11 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["optim.schedule.name=wsd", "optim.schedule.decay_steps=111"], "optim.schedule.decay_steps", ["111", "120"]),
     (["model.hidden=257"], "model.hidden", ["257", "model.heads=4", "model.hidden=260"]),
     (["model.head_dim=33"], "model.head_dim", ["even", "33"]),
-    (["model.kv_heads=3", "parallel.tp=1"], "model.heads", ["model.kv_heads=3", "4"]),
+    (
+        ["model.kv_heads=3", "parallel.tp=1", "parallel.dp=4", "train.micro_batch=4"],
+        "model.heads",
+        ["model.kv_heads=3", "4"],
+    ),
     (["model.ffn=705"], "model.ffn", ["705", "parallel.tp=2", "706"]),
     (["model.vocab=321"], "model.vocab", ["321", "parallel.tp=2", "322"]),
     (["model.vocab=256"], "model.vocab", ["256", "257"]),
@@ -155,7 +159,7 @@ def test_missing_sizes_are_all_named_and_suggest_a_preset() -> None:
         ("hello\n", "", "top level"),
         ("name: ${oops\n", "", "not valid"),
         ("name: \x00\n", "", "not valid"),
-        ("a: &x {b: *x}\n", "", "not valid"),
+        ("a: &x {b: *x}\n", ":1", "recursive"),
     ],
 )
 def test_broken_files(tmp_path: Path, text: str, line: str, fragment: str) -> None:

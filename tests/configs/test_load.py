@@ -153,7 +153,7 @@ def test_resolved_yaml_loads_to_the_same_configuration(tmp_path: Path) -> None:
     profile=st.lists(st.integers(1, 1000), max_size=3),
 )
 def test_round_trip_of_any_value(tmp_path: Path, project: str, lr: float, seed: int, profile: list[int]) -> None:
-    quoted = json.dumps(project.replace("${", "\\${"))
+    quoted = json.dumps(project.replace("${", "\\${"), ensure_ascii=False)
     overrides = [f"log.wandb_project={quoted}", f"optim.lr={lr}", f"train.seed={seed}", f"log.profile={profile}"]
     config = load(None, [*TINY, *overrides])
     assert config.log.wandb_project == project

@@ -75,7 +75,8 @@ def test_gpt2_parameters_by_hand() -> None:
 
 
 def test_llama_405b_is_the_published_figure() -> None:
-    # NVIDIA's figures for Llama 3.1 405B at 8192 tokens: 2524 GFLOP per token by its formula, 2521 from TFLOP/s / (tok/s).
+    # NVIDIA's figures for Llama 3.1 405B at 8192 tokens, GFLOP per token: 2524 by its formula, 2521 from its published
+    # TFLOP/s over tokens/s.
     per_token = flops_per_token(model("llama3.1_405b"), 8192) / 1e9
     assert per_token == pytest.approx(2524, rel=5e-3)
     assert per_token == pytest.approx(2521, rel=5e-3)
@@ -128,8 +129,9 @@ def test_mistral_7b_with_its_window_by_hand() -> None:
 
 
 def test_gpt2_by_hand() -> None:
-    # No gate. Layer: 768 x 2304 + 768 x 768 + 2 x 768 x 3072 = 1769472 + 589824 + 4718592 = 7077888; 12 layers 84934656;
-    # head 768 x 50257 = 38597376; sum 123532032; times 6 = 741192192. Attention at 1024: 512 x 768 x 2 x 12 x 6 = 56623104.
+    # No gate. Layer: 768 x 2304 + 768 x 768 + 2 x 768 x 3072 = 1769472 + 589824 + 4718592 = 7077888; 12 layers
+    # 84934656; head 768 x 50257 = 38597376; sum 123532032; times 6 = 741192192.
+    # Attention at 1024: 512 x 768 x 2 x 12 x 6 = 56623104.
     assert flops_per_token(model("gpt2"), 1024) == 741192192 + 56623104
 
 

@@ -26,7 +26,8 @@ class MicroBatch:
     ``labels`` are the next tokens, -1 where none may be learnt. ``positions`` (restarting at 0) and ``documents``
     (counted from 0 in each sequence) are None unless documents are masked from each other. ``samples`` are run-wide
     numbers, step * global_batch + sequence. ``valid`` counts labels that are not -1; ``pairs`` is twice the unmasked
-    attention pairs: the squared length of every document (of every sequence, without document mask), less with a window.
+    attention pairs: the squared length of every document (of every sequence, without document mask), and less where
+    the model attends through a sliding window.
     """
 
     tokens: torch.Tensor  # int64 [b, T]

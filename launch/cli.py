@@ -1,0 +1,176 @@
+"""The command line: `pentad VERB …`. Every import that takes time happens inside the verb that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from ..configs import UserError
+from ..configs.fields import nearest
+
+_OVERRIDES = "config keys to change, e.g. train.steps=100 parallel.tp=2"
+_DTYPES = ("bf16", "fp16", "fp32", "fp64")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line like every other mistake: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Args:
+        argv: the arguments; none: the command line's.
+
+    Returns:
+        The exit code: 0, 2 for a mistake of the user's (one line per problem on stderr), others as the verb says.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        args = _parse(argv)
+        return args.run(args)
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {' '.join(str(problem).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has left; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser, verbs = _parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in verbs:
+        hint = nearest(argv[0], verbs)
+        raise UserError(f"no command {argv[0]}; " + (f"did you mean {hint}?" if hint else f"one of {', '.join(verbs)}"))
+    args, rest = parser.parse_known_args(argv)
+    if rest and hasattr(args, "overrides"):
+        # argparse does not look for overrides behind an option.
+        args.overrides += [a for a in rest if not a.startswith("-")]
+        rest = [a for a in rest if a.startswith("-")]
+    if rest:
+        keys = "; config keys are given as key=value, without dashes" if hasattr(args, "overrides") else ""
+        raise UserError(f"unknown argument {' '.join(rest)}{keys}; see pentad {args.verb} --help")
+    return args
+
+
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    parser = _Parser(prog="pentad", description="Distributed training of transformers.")
+    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def job(verb: str, text: str, *, optional: bool = False) -> argparse.ArgumentParser:
+        made = verbs.add_parser(verb, help=text, description=text)
+        made.add_argument("config", metavar="CONFIG", nargs="?" if optional else None, help="a YAML file, or demo")
+        made.add_argument("overrides", metavar="key=value", nargs="*", help=_OVERRIDES)
+        return made
+
+    job("train", "Run a job, on this machine or as a rank of torchrun.").set_defaults(run=_train)
+    job("check", "Validate a job and print its layout, parameters, FLOPs and memory.").set_defaults(run=_check)
+    show = job("show", "Print the resolved config, or what its keys mean.", optional=True)
+    show.add_argument("--keys", metavar="SECTION", nargs="?", const="", help="document every key of a section, or all")
+    show.set_defaults(run=_show)
+
+    flops = verbs.add_parser("flops", help="Count a model's parameters and FLOPs per token.")
+    flops.add_argument("model", metavar="MODEL", help="a preset, or a job's YAML file")
+    flops.add_argument("--seq-len", metavar="S", type=int, required=True, help="tokens per sequence")
+    flops.add_argument("--json", action="store_true", help="one JSON object")
+    flops.set_defaults(run=_flops)
+
+    tokenize = verbs.add_parser("tokenize", help="Turn text, JSONL or parquet into PREFIX.bin and PREFIX.idx.")
+    tokenize.add_argument("inputs", metavar="INPUT", nargs="+", help="files, folders or glob patterns")
+    tokenize.add_argument("--tokenizer", metavar="T", required=True, help="byte, or a tokenizer.json")
+    tokenize.add_argument("--out", metavar="PREFIX", required=True, help="where to write, without extension")
+    tokenize.add_argument("--field", metavar="NAME", default="text", help="key or column of the text (text)")
+    tokenize.add_argument("--eod", metavar="TOKEN", help="end-of-document token of the tokenizer.json")
+    tokenize.set_defaults(run=_tokenize)
+
+    import_hf = verbs.add_parser("import-hf", help="Turn a Hugging Face folder into a checkpoint.")
+    import_hf.add_argument("directory", metavar="DIR", help="folder with config.json and *.safetensors")
+    import_hf.add_argument("out", metavar="OUT", help="the checkpoint's folder")
+    import_hf.set_defaults(run=_import_hf)
+
+    export_hf = verbs.add_parser("export-hf", help="Turn a checkpoint into a Hugging Face folder.")
+    export_hf.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of one checkpoint")
+    export_hf.add_argument("out", metavar="OUT", help="a new folder")
+    export_hf.add_argument("--dtype", choices=_DTYPES, help="type of the written tensors (as in the checkpoint)")
+    export_hf.set_defaults(run=_export_hf)
+    return parser, list(verbs.choices)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .train import train
+
+    return train(args.config, args.overrides)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from .check import check
+
+    check(args.config, args.overrides)
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from ..configs import document, load, render, to_yaml
+
+    if args.keys is not None:
+        print(render(document(args.keys or None)))
+        return 0
+    if args.config is None:
+        raise UserError("show needs a CONFIG, or --keys SECTION")
+    print(to_yaml(load(args.config, args.overrides)), end="")
+    return 0
+
+
+def _flops(args: argparse.Namespace) -> int:
+    from ..models.flops import report
+
+    result = report(args.model, args.seq_len)
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    from .check import print_flops
+
+    print_flops(result)
+    return 0
+
+
+def _tokenize(args: argparse.Namespace) -> int:
+    from ..trainer.data.cache import tokenize
+
+    done = tokenize(args.inputs, args.tokenizer, args.out, field=args.field, eod=args.eod)
+    print(f"{done.prefix}.bin and .idx: {done.documents:,} documents, {done.tokens:,} tokens, {done.seconds:.1f} s")
+    return 0
+
+
+def _import_hf(args: argparse.Namespace) -> int:
+    from ..trainer.hf_io import import_hf
+
+    model = import_hf(args.directory, args.out)
+    print(f"{args.out}: {model.family}, {model.layers} layers; start a job from it with checkpoint.init={args.out}")
+    return 0
+
+
+def _export_hf(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..trainer.hf_io import export_hf
+
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+    model = export_hf(args.checkpoint, args.out, types[args.dtype] if args.dtype else None)
+    print(f"{args.out}: {model.family}, {model.layers} layers; transformers loads it with AutoModelForCausalLM")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

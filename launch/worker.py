@@ -1,0 +1,38 @@
+"""A rank that `pentad train` started: ``python -m pentad.launch.worker FOLDER CONFIG [key=value …]``.
+
+FOLDER is shared with the launcher: the rank leaves its process id there, and its failure if it fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from ..trainer.__main__ import Failure, main
+from .orphans import signal_self_when_orphaned
+
+
+def publish(file: Path, text: str) -> None:
+    """Writes a file that readers see whole or not at all."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    partial.rename(file)
+
+
+def work(folder: Path, argv: list[str]) -> int:
+    """Runs the rank that the environment names; its exit code."""
+    rank = os.environ["RANK"]
+    signal_self_when_orphaned(signal.SIGTERM)
+    publish(folder / f"pid.{rank}", str(os.getpid()))
+
+    def failed(failure: Failure) -> None:
+        publish(folder / f"failure.{rank}", json.dumps(failure.as_dict()))
+
+    return main(argv, failed)
+
+
+if __name__ == "__main__":
+    sys.exit(work(Path(sys.argv[1]), sys.argv[2:]))
