@@ -20,7 +20,7 @@ class _Parser(argparse.ArgumentParser):
     """Reports a wrong command line like every other mistake: one line, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message.replace(', key=value', '')}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser, verbs = _parser()
-    if argv and not argv[0].startswith("-") and argv[0] not in verbs:
+    if not argv:
+        raise UserError(f"which command? one of {', '.join(verbs)}; see pentad --help")
+    if not argv[0].startswith("-") and argv[0] not in verbs:
         hint = nearest(argv[0], verbs)
         raise UserError(f"no command {argv[0]}; " + (f"did you mean {hint}?" if hint else f"one of {', '.join(verbs)}"))
     args, rest = parser.parse_known_args(argv)

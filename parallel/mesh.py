@@ -142,8 +142,8 @@ class Mesh:
         world = tuple(range(self.degrees.world))
         self._axes["world"] = self._axis("world", world, dist.group.WORLD)
         # Host-side agreement (checkpoints, Python objects) never shares a communicator with the step.
-        self.host_group = dist.new_group(backend="gloo", group_desc="host")
-        self.checkpoint_group = dist.new_group(backend="gloo", group_desc="checkpoint")
+        self.host_group = _host_group("host")
+        self.checkpoint_group = _host_group("checkpoint")
         # Nobody starts, and nobody can leave, before everybody is connected.
         dist.barrier(self.host_group)
 
@@ -175,3 +175,10 @@ class Mesh:
             dist.destroy_process_group()
         self._axes.clear()
         self._device_meshes.clear()
+
+
+def _host_group(name: str) -> dist.ProcessGroup:
+    """A gloo group over all ranks."""
+    group = dist.new_group(backend="gloo", group_desc=name)
+    assert isinstance(group, dist.ProcessGroup)
+    return group

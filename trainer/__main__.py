@@ -1,4 +1,4 @@
-"""One rank of a job: ``torchrun … -m pentad.trainer CONFIG [key=value …]``, or whatever launcher sets RANK and so on."""
+"""One rank of a job: ``torchrun … -m pentad.trainer CONFIG [key=value …]``, or any launcher that sets RANK and so on."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None, failed: Callable[[Failure], None] | 
     argv = sys.argv[1:] if argv is None else argv
     failed = failed or print_failure
     if not argv or argv[0].startswith("-"):
-        print(USAGE, file=sys.stderr)
+        print(f"error: no CONFIG; {USAGE}", file=sys.stderr)
         return 2
     loading = True
     try:
@@ -100,23 +100,25 @@ def describe(error: BaseException, *, everywhere: bool = False) -> Failure:
 def print_failure(failure: Failure) -> None:
     """Prints the first failure of the job whole; what other ranks met after it in one line, user's mistakes not again.
 
-    Under somebody else's launcher the ranks share nothing but its store, which decides who was first.
+    Under somebody else's launcher the ranks share nothing but its store, which decides who was first. Silence of all
+    but rank 0 would not do: torchrun ends the other ranks as soon as one has left.
     """
-    _tell_launcher(failure)
-    first = failure.rank == 0 if failure.everywhere else _is_first(failure)
-    if first:
+    if _is_first(failure):
         print(failure.text(), file=sys.stderr, flush=True)
     elif not failure.user:
         print(f"rank {failure.rank} then stopped: {failure.lines[0]}", file=sys.stderr, flush=True)
+    _tell_launcher()
 
 
 def _is_first(failure: Failure) -> bool:
     """Whether no rank has failed before this one; true where the store cannot be reached."""
     if failure.world == 1:
         return True
+    env = os.environ
+    if failure.everywhere and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return failure.rank == 0  # nobody has made a store yet
     import torch.distributed as dist
 
-    env = os.environ
     try:
         store = dist.TCPStore(
             env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=3)
@@ -126,7 +128,7 @@ def _is_first(failure: Failure) -> bool:
         return True
 
 
-def _tell_launcher(failure: Failure) -> None:
+def _tell_launcher() -> None:
     """Leaves the message where torchrun looks for it, so that its own summary shows it."""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return

@@ -29,7 +29,9 @@ def _units(dtype: torch.dtype) -> list[Unit]:
     draws = torch.Generator().manual_seed(0)
     sizes = {"matrix": 50, "vector": 7}
     return [
-        Unit(key, torch.randn(n, generator=draws, dtype=dtype), torch.zeros(n, dtype=dtype), None, key == "matrix", True)
+        Unit(
+            key, torch.randn(n, generator=draws, dtype=dtype), torch.zeros(n, dtype=dtype), None, key == "matrix", True
+        )
         for key, n in sizes.items()
     ]
 

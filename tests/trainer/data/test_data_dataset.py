@@ -205,3 +205,19 @@ def test_boundaries_of_many_windows_match_a_scan(tmp_path: Path) -> None:
     for row, start in enumerate(starts.tolist()):
         inside = begins[(begins > start) & (begins <= start + T)] - start
         assert found.offset[found.window == row].tolist() == inside.tolist()
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("window", [1, 6, T, 3 * T])
+def test_pairs_with_a_sliding_window_equal_a_count(tmp_path: Path, mask: bool, window: int) -> None:
+    cfg = BinData(paths=(write(tmp_path / "x", make_documents(4)),), document_mask=mask, holdout=0)
+    data = open_data(cfg, seq_len=T, vocab=VOCAB, seed=0, progress=False, window=window)
+    batch = data.train.batch(0, 0, global_batch=20, micro_batch=20)
+    owners = torch.zeros(20, T, dtype=torch.int32) if batch.documents is None else batch.documents
+    wanted = 0
+    for row in owners.tolist():
+        wanted += 2 * sum(row[j] == row[i] for i in range(T) for j in range(max(0, i - window + 1), i + 1))
+        # By convention L tokens count L^2, not L^2 + L; with a window, the correction stops at its width.
+        wanted -= sum(min(row.count(d), window) for d in set(row))
+    assert batch.pairs == wanted
+    assert data.train.global_counts(0, global_batch=20) == (batch.valid, wanted)

@@ -1,0 +1,125 @@
+"""`pentad check`: what a job is and needs, without any device. `pentad flops` as a table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..configs import Config, load
+from ..models.flops import CONVENTION, flops_per_token, flops_per_token_full_attention, parameter_count
+from .memory import GIB, Memory, estimate, local_parameters
+from .train import world_size
+
+
+def check(config: str, overrides: Sequence[str]) -> None:
+    """Validates a job and prints its layout, parameters, FLOPs per token and memory per rank.
+
+    Raises:
+        UserError: every problem found.
+    """
+    cfg = load(config, overrides)
+    memory = estimate(cfg)
+    console = Console(highlight=False)
+    for table in (_layout(cfg), _model(cfg), _memory(cfg, memory)):
+        console.print(table)
+    console.print(f"FLOPs: {CONVENTION}", style="dim", soft_wrap=True)
+    available = cfg.hardware.memory_gib
+    if available is not None and memory.total > available * GIB:
+        message = (
+            f"warning: about {memory.total / GIB:.3g} GiB per rank are needed and hardware.memory_gib={available:g}; "
+            "raise parallel.tp or parallel.dp (with parallel.data.sharding=fsdp), or lower train.micro_batch"
+        )
+        print(message, file=sys.stderr)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=bool(columns))
+    for column in columns or ("", ""):
+        table.add_column(column, justify="left" if column in ("", "part", "axis", "how") else "right")
+    return table
+
+
+def _layout(cfg: Config) -> Table:
+    p, t = cfg.parallel, cfg.train
+    dp = p.dp or 1
+    ranks = world_size(cfg)
+    microbatches = t.global_batch // (t.micro_batch * dp)
+    tokens = t.global_batch * t.seq_len
+    table = _table("layout")
+    degrees = " × ".join(f"{axis} {size}" for axis, size in (("tp", p.tp), ("cp", p.cp), ("dp", dp), ("pp", p.pp)))
+    table.add_row("ranks", f"{degrees} = {ranks}")
+    table.add_row("data parallelism", p.data.sharding)
+    table.add_row("precision", t.dtype)
+    batch = f"{dp} dp × {microbatches} micro-batches × {t.micro_batch} sequences"
+    table.add_row("global batch", f"{t.global_batch} sequences = {batch}")
+    table.add_row("tokens", f"{tokens:,} a step, {tokens * t.steps:,} in {t.steps:,} steps")
+    return table
+
+
+def _model(cfg: Config) -> Table:
+    counts = parameter_count(cfg.model)
+    local = local_parameters(cfg.model, cfg.parallel.tp)
+    seq_len = cfg.train.seq_len
+    table = _table("model")
+    table.add_row("parameters", f"{counts.total:,} ({counts.active:,} active per token)")
+    table.add_row("parameters of a rank", f"{local.total:,}, before data parallel sharding")
+    unmasked = flops_per_token(cfg.model, seq_len)
+    table.add_row("FLOPs per token", f"{_engineering(unmasked)}, unmasked attention (mfu)")
+    full = flops_per_token_full_attention(cfg.model, seq_len)
+    table.add_row("", f"{_engineering(full)}, full attention (mfu_full)")
+    table.add_row("FLOPs per step", _engineering(unmasked * cfg.train.global_batch * seq_len))
+    return table
+
+
+def _memory(cfg: Config, memory: Memory) -> Table:
+    table = _table("memory of a rank (estimate)", "part", "GiB", "how")
+    precise = "fp64" if cfg.train.dtype == "fp64" else "fp32"
+    sharded = cfg.parallel.data.sharding
+    share = (cfg.parallel.dp or 1) * cfg.parallel.cp
+    over = f", sharded over {share}" if sharded != "ddp" and share > 1 else ""
+    parameters = f"{precise} masters{over}" if sharded == "fsdp" else cfg.train.dtype
+    rows = [
+        ("parameters", memory.parameters, parameters),
+        ("gradients", memory.gradients, precise + (over if sharded == "fsdp" and _is_sharded(memory) else "")),
+        ("masters", memory.masters, precise + over),
+        ("optimizer states", memory.states, f"{cfg.optim.name}, {precise}{over}"),
+        ("gathered layers", memory.gathered, cfg.train.dtype),
+        ("activations", memory.activations, f"{cfg.train.micro_batch} × {cfg.train.seq_len} tokens"),
+        ("working memory", memory.working, "head, or one layer's backward"),
+    ]
+    for part, size, how in rows:
+        if size:
+            table.add_row(part, f"{size / GIB:.3f}", how)
+    table.add_section()
+    available = cfg.hardware.memory_gib
+    table.add_row("total", f"{memory.total / GIB:.3f}", "" if available is None else f"of {available:g} GiB")
+    return table
+
+
+def _is_sharded(memory: Memory) -> bool:
+    return memory.gradients == memory.parameters
+
+
+def _engineering(value: float) -> str:
+    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= factor:
+            return f"{value / factor:.4g} {prefix}FLOP"
+    return f"{value:.0f} FLOP"
+
+
+def print_flops(result: dict[str, Any]) -> None:
+    """The report of `pentad.models.flops.report` as a table."""
+    console = Console(highlight=False)
+    table = _table(f"{result['model']}, sequences of {result['seq_len']:,} tokens")
+    table.add_row("parameters", f"{result['params_total']:,}")
+    table.add_row("active per token", f"{result['params_active']:,}")
+    table.add_row("FLOPs per token", f"{_engineering(result['flops_per_token'])}, unmasked attention (mfu)")
+    table.add_row("", f"{_engineering(result['flops_per_token_full_attention'])}, full attention (mfu_full)")
+    for kind, flops in result["breakdown"].items():
+        table.add_row(f"  {kind}", _engineering(flops))
+    console.print(table)
+    console.print(result["convention"], style="dim", soft_wrap=True)
