@@ -1,4 +1,4 @@
-"""torchrun's agent, which `pentad train` starts in a session of its own: ``python -m pentad.launch.agent FOLDER RANKS …``
+"""torchrun's agent, which `pentad train` starts in its own session: ``python -m pentad.launch.agent FOLDER RANKS …``.
 
 It is `torchrun --standalone` through its API, for two differences. torchrun answers SIGTERM and Ctrl-C by ending the
 ranks and failing, while we want them to finish a step and save: so the launcher signals the ranks itself, and the agent

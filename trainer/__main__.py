@@ -1,4 +1,4 @@
-"""One rank of a job: ``torchrun … -m pentad.trainer CONFIG [key=value …]``, or any launcher that sets RANK and so on."""
+"""One rank of a job: ``torchrun … -m pentad.trainer CONFIG [key=value …]``, or any launcher that sets RANK etc."""
 
 from __future__ import annotations
 

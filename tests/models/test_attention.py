@@ -41,23 +41,23 @@ def test_cores(core, length, heads, kv_heads, masking):
     mask = Mask(5 if masking in ("window", "both") else None, documents)
     draws = torch.Generator().manual_seed(0)
     shapes = [(2, length, n, 8) for n in (heads, kv_heads, kv_heads)]
-    inputs = [torch.randn(s, generator=draws, dtype=torch.float64, requires_grad=True) for s in shapes]
+    q, k, v = (torch.randn(s, generator=draws, dtype=torch.float64, requires_grad=True) for s in shapes)
     weight = torch.randn(shapes[0], generator=draws, dtype=torch.float64)
-    expected, found = plain(*inputs, mask), core(*inputs, mask)
+    expected, found = plain(q, k, v, mask), core(q, k, v, mask)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(
-        torch.autograd.grad(found, inputs, weight), torch.autograd.grad(expected, inputs, weight), strict=True
+        torch.autograd.grad(found, (q, k, v), weight), torch.autograd.grad(expected, (q, k, v), weight), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
 
 
 def test_blockwise_in_bf16_is_as_near_to_the_truth_as_torch():
     draws = torch.Generator().manual_seed(0)
-    exact = [torch.randn(2, 150, h, 16, generator=draws) for h in (4, 2, 2)]
-    truth = sdpa(*exact, Mask())
-    rounded = [x.bfloat16() for x in exact]
-    error = (blockwise(*rounded, Mask()) - truth).norm() / truth.norm()
-    theirs = (sdpa(*rounded, Mask()) - truth).norm() / truth.norm()
+    q, k, v = (torch.randn(2, 150, h, 16, generator=draws) for h in (4, 2, 2))
+    truth = sdpa(q, k, v, Mask())
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    error = (blockwise(q, k, v, Mask()) - truth).norm() / truth.norm()
+    theirs = (sdpa(q, k, v, Mask()) - truth).norm() / truth.norm()
     assert error < 1.3 * theirs
 
 
