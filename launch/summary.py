@@ -38,8 +38,8 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 
 def _newest_checkpoint(run: Path, events: list[dict[str, Any]]) -> list[str]:
-    saved = [Path(e["path"]).parent for e in events if e["event"] == "checkpoint_saved"]
-    found = checkpoints(saved[-1] if saved else run / "checkpoints")
+    elsewhere = [Path(e["path"]).parent for e in events if e["event"] == "checkpoint_saved"][-1:]
+    found = [c for folder in (run / "checkpoints", *elsewhere) for c in checkpoints(folder)]
     if not found:
         return ["no checkpoint"]
     folder = found[0][1]

@@ -1,0 +1,53 @@
+"""Stand-ins for a rank, started by the real agent: ``python -m tests.launch.workers FOLDER HOW``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from pentad.launch.worker import publish
+from pentad.trainer.__main__ import describe
+
+
+def _train_until_stopped(folder: Path, rank: str) -> int:
+    stop: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
+    publish(folder / f"pid.{rank}", str(os.getpid()))
+    for _ in range(600):
+        if stop:
+            time.sleep(0.3)  # the rest of the step, and saving
+            (folder / f"saved.{rank}").touch()
+            return 0
+        time.sleep(0.05)
+    return 3
+
+
+def _fail(folder: Path, rank: str) -> int:
+    """Rank 1 fails; the others fail a moment later, because of it."""
+    time.sleep(0.0 if rank == "1" else 0.5)
+    try:
+        raise ArithmeticError(f"cause on {rank}")
+    except ArithmeticError as error:
+        publish(folder / f"failure.{rank}", json.dumps(describe(error).as_dict()))
+    return 1
+
+
+def _die(folder: Path, rank: str) -> int:
+    if rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _train_until_stopped(folder, rank)
+
+
+def main() -> int:
+    """Behaves as the second argument says."""
+    folder, how = Path(sys.argv[1]), sys.argv[2]
+    behaviour = {"train": _train_until_stopped, "fail": _fail, "die": _die}[how]
+    return behaviour(folder, os.environ["RANK"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
