@@ -127,27 +127,6 @@ class Meter:
         )
 
 
-@dataclass
-class Total:
-    """A process's steps in sum."""
-
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    first_loss: float = math.nan
-    last_loss: float = math.nan
-    mfu: float | None = None
-    """Mean over the time."""
-
-    def add(self, m: StepMetrics, tokens: int) -> None:
-        """One more step, of `tokens` tokens."""
-        if m.mfu is not None:
-            self.mfu = ((self.mfu or 0.0) * self.seconds + m.mfu * m.step_time_s) / (self.seconds + m.step_time_s)
-        self.first_loss = m.loss if self.steps == 0 else self.first_loss
-        self.steps, self.tokens, self.last_loss = self.steps + 1, self.tokens + tokens, m.loss
-        self.seconds += m.step_time_s
-
-
 class Pace:
     """Time to the end, from the mean step time without the first steps, which compile and warm up."""
 

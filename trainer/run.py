@@ -98,7 +98,8 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
         finished = trainer.train(outputs, stop)
         if outputs is not None:
             outputs.events.log("end" if finished else "stopped", step=trainer.step)
-            _conclude(cfg, run_dir, trainer, checkpointer.newest, finished)
+            if not finished:
+                print(f"stopped after step {trainer.step}; go on with checkpoint.resume=latest", flush=True)
     finally:
         checkpointer.close()
         if outputs is not None:
@@ -134,25 +135,6 @@ def _introduce(cfg: Config, trainer: Trainer, tokens: int, peak: Peak, resumed: 
     )
     if resumed is not None:
         print(f"resumed from {resumed} at step {trainer.step}", flush=True)
-
-
-def _conclude(cfg: Config, run_dir: Path, trainer: Trainer, saved: int | None, finished: bool) -> None:
-    """What came out of the run, after its last line."""
-    total = trainer.total
-    if total.steps:
-        mfu = "n/a" if total.mfu is None else f"{100 * total.mfu:.1f} %"
-        print(
-            f"\n{total.steps} steps, {total.tokens / 1e6:.2f} M tokens in {total.seconds:.0f} s: "
-            f"{total.tokens / total.seconds:,.0f} tokens/s, mean MFU {mfu}, {trainer.meter.skipped} steps skipped"
-        )
-        held_out = "" if trainer.held_out is None else f", held-out {trainer.held_out:.4f}"
-        print(f"loss {total.first_loss:.4f} at first, {total.last_loss:.4f} at last{held_out}")
-    if saved is not None:
-        where = Path(cfg.checkpoint.dir or run_dir / "checkpoints") / f"step-{saved:08d}"
-        print(f"checkpoint {where}: written, read back and verified")
-    if not finished:
-        print(f"stopped after step {trainer.step}; go on with checkpoint.resume=latest")
-    print(f"everything of this run is in {run_dir}", flush=True)
 
 
 def _write_configs(run_dir: Path, cfg: Config, given: str) -> None:

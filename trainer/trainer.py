@@ -19,7 +19,7 @@ from ..parallel.pipeline.program import single_stage
 from .checkpoint import Checkpointer
 from .data.dataset import Dataset
 from .data.loader import Loader, heldout_batches
-from .metrics import Meter, StepFlops, Total, peak_memory_gib
+from .metrics import Meter, StepFlops, peak_memory_gib
 from .optimizer import make_optimizer
 from .peak import Peak
 from .profiling import Profiler
@@ -92,9 +92,6 @@ class Trainer:
         self._bad_steps = 0
         self._waiting: _Issued | None = None
         self._extra: dict[str, Any] = {}
-        self.total = Total()
-        self.held_out: float | None = None
-        """Loss of the last evaluation."""
 
     def restore(self, path: Path) -> None:
         """Goes on from a checkpoint, written under any layout.
@@ -196,7 +193,6 @@ class Trainer:
             skipped=bool(skipped),
         )
         self._clock = now
-        self.total.add(metrics, self._tokens)
         if self._outputs is not None:
             self._outputs.sinks.log(metrics, self._extra)
         self._extra = {}
@@ -240,7 +236,7 @@ class Trainer:
                 totals[1] += batch.valid
         all_reduce(totals, self.dp).wait()
         loss = (totals[0] / totals[1]).item()
-        self._extra["loss/val"] = self.held_out = loss
+        self._extra["loss/val"] = loss
         if self._outputs is not None:
             self._outputs.events.log("evaluation", step=self.step, loss=loss, perplexity=math.exp(min(loss, 50)))
             print(f"held-out loss after step {self.step}: {loss:.4f}", flush=True)
