@@ -139,8 +139,8 @@ class _Loss(torch.autograd.Function):
         total = whole.new_zeros((), dtype=_precise(x.dtype))
         dx = torch.empty_like(whole) if with_grad else None
         dw = torch.zeros(weight.shape, dtype=total.dtype, device=x.device) if with_grad and slot is None else None
-        for rows in torch.arange(whole.shape[0], device="cpu").split(chunk):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        for first in range(0, whole.shape[0], chunk):
+            part = slice(first, first + chunk)
             h = whole[part]
             logits = torch.mm(h, weight.t())
             losses, dlogits = _cross_entropy(logits, labels[part], scale, shard, with_grad)

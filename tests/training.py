@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from pentad.trainer.data.dataset import MicroBatch
 from pentad.trainer.optimizer import make_optimizer
 from pentad.trainer.setup import degrees_of, make_model
 from pentad.trainer.state import units_by_key
-from pentad.trainer.step import Stepper
+from pentad.trainer.step import Stepper, StepResult
 from tests.distributed import job_store
 
 TINY = ModelConfig(
@@ -101,7 +102,7 @@ def micro_batches(cfg: Config, step: int, rank: int, size: int, *, masked: bool 
     return batches
 
 
-def open_mesh(rank: int, cfg: Config) -> Mesh:
+def open_mesh(rank: int, cfg: Config, record: Path | None = None) -> Mesh:
     """The mesh of a test job, inside a worker of `run_distributed(…, group=False)` or alone."""
     degrees = degrees_of(cfg)
     return Mesh(
@@ -109,7 +110,7 @@ def open_mesh(rank: int, cfg: Config) -> Mesh:
         store=job_store() if degrees.world > 1 else None,
         rank=rank,
         device="cpu",
-        recorder=Recorder(None, rank=rank, world=degrees.world, entries=4096),
+        recorder=Recorder(record, rank=rank, world=degrees.world, entries=4096),
         timeout_s=cfg.faults.timeout_s,
     )
 
@@ -117,9 +118,9 @@ def open_mesh(rank: int, cfg: Config) -> Mesh:
 class Run:
     """A job set up on one rank, to be stepped by a test."""
 
-    def __init__(self, rank: int, cfg: Config, *, masked: bool = False) -> None:
+    def __init__(self, rank: int, cfg: Config, *, masked: bool = False, record: Path | None = None) -> None:
         self.cfg, self.masked = cfg, masked
-        self.mesh = open_mesh(rank, cfg)
+        self.mesh = open_mesh(rank, cfg, record)
         self.parts = make_model(cfg, self.mesh, torch.device("cpu"))
         self.optimizer = make_optimizer(cfg.optim, torch.device("cpu"))
         for unit in units_by_key(self.parts.replicas).values():
@@ -131,11 +132,19 @@ class Run:
 
     def step(self, step: int) -> tuple[float, float, float]:
         """(loss, grad norm, skipped) of one step."""
-        everyone = micro_batches(self.cfg, step, 0, 1, masked=self.masked)
-        dp = self.mesh.axis("dp")
-        mine = micro_batches(self.cfg, step, dp.rank, dp.size, masked=self.masked)
-        result = self.stepper.run(step, mine, sum(b.valid for b in everyone), self.cfg.optim.lr)
+        result = self.issue(step)
         return float(result.loss), float(result.grad_norm), float(result.skipped)
+
+    def issue(self, step: int) -> StepResult:
+        """One step, its numbers still on the device."""
+        return self.stepper.run(step, *self.batches(step), self.cfg.optim.lr)
+
+    def batches(self, step: int) -> tuple[list[MicroBatch], int]:
+        """This rank's micro-batches, and the valid tokens of the global batch."""
+        dp = self.mesh.axis("dp")
+        everyone = micro_batches(self.cfg, step, 0, 1, masked=self.masked)
+        mine = micro_batches(self.cfg, step, dp.rank, dp.size, masked=self.masked)
+        return mine, sum(b.valid for b in everyone)
 
     def close(self) -> None:
         self.mesh.close()

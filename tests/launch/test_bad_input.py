@@ -48,7 +48,7 @@ CASES = [
     (("parallel.dp=2",), "parallel.dp"),
     (("parallel.cp=2",), "parallel.cp"),
     (("train.global_batch=3", "train.micro_batch=2"), "train.global_batch"),
-    (("model.heads=3", "model.head_dim=8", "model.kv_heads=2"), "model.heads=3"),
+    (("model.heads=3", "model.head_dim=8", "model.kv_heads=2"), "model.heads: 3"),
     (("model.kv_heads=4",), "kv_heads"),
     (("train.seq_len=0",), "train.seq_len"),
     (("optim.lr=-1",), "optim.lr"),

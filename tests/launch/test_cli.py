@@ -93,10 +93,10 @@ def test_flops_json_and_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_check_prints_layout_parameters_flops_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = _run(capsys, "check", "demo")
+    code, out, err = _run(capsys, "check", "demo", "train.global_batch=16", "train.micro_batch=2")
     assert (code, err) == (0, [])
     assert "tp 2 × cp 1 × dp 2 × pp 1 = 4" in out
-    assert "16 sequences = 2 dp × 1 micro-batches × 8 sequences" in out
+    assert "16 sequences = 2 dp × 4 micro-batches × 2 sequences" in out
     assert "3,115,264" in out
     assert "unmasked attention" in out and "full attention" in out
     assert "activations" in out and "total" in out
