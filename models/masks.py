@@ -34,11 +34,12 @@ class Mask:
         """The first key that the query at this position, or any later one, may see."""
         return 0 if self.window is None else max(0, query - self.window + 1)
 
-    def hidden(self, sequence: int, first: int, last: int, low: int, high: int) -> tuple[Tensor | None, int]:
+    def hidden(self, first: int, last: int, low: int, high: int) -> tuple[Tensor, int]:
         """What the queries [first, last) may not see of the keys [low, high).
 
         Returns:
-            Booleans (queries, keys from `start` on), true where hidden, and `start`; all keys before it are seen.
+            Booleans (B or 1, queries, keys from `start` on), true where hidden, and `start`: the keys before it are
+            seen by all.
         """
         start = first if self.documents is None and self.window is None else low
         query = torch.arange(first, last)[:, None]
@@ -46,7 +47,7 @@ class Mask:
         hidden = key > query
         if self.window is not None:
             hidden |= key <= query - self.window
-        if self.documents is not None:
-            of = self.documents[sequence]
-            hidden |= of[first:last, None] != of[None, start:high]
-        return hidden, start - low
+        if self.documents is None:
+            return hidden[None], start - low
+        apart = self.documents[:, first:last, None] != self.documents[:, None, start:high]
+        return hidden | apart, start - low
