@@ -15,6 +15,8 @@ from typing import Any
 
 from workload import Measurement, Workload
 
+from pentad.launch.train import rank_environment
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -65,6 +67,8 @@ def run_side(side: Side, warmup: int, steps: int, timeout_s: float = 1800.0) -> 
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(side.processes), "-m", side.module, *arguments, *side.arguments]
         environment = os.environ | {"OMP_NUM_THREADS": str(side.threads), "HF_HUB_OFFLINE": "1"}
+        if side.module == "pentad_worker":  # what `pentad train` sets; the peers have no launcher that does
+            environment = rank_environment(side.processes, cuda=False) | environment
         done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=timeout_s)
         if done.returncode:
             raise RuntimeError(f"{side.label} failed ({done.returncode}):\n{(done.stdout + done.stderr)[-6000:]}")

@@ -66,6 +66,7 @@ class Replicas(Protocol):
     def pieces(self) -> Iterator[Piece]: ...
     def load(self, values: Iterable[tuple[str, Tensor]]) -> None: ...
     def publish(self) -> None: ...
+    def settle(self) -> None: ...
 
 
 class FlatReplicas:
@@ -156,6 +157,11 @@ class FlatReplicas:
             if master is not None:
                 bucket.owned.copy_(master)
             bucket.gather()
+        self.settle()
+
+    def settle(self) -> None:
+        """Returns when no gather is in flight: a communicator must not be closed before."""
+        for bucket in self._buckets:
             bucket.wait_params()
 
 

@@ -147,6 +147,9 @@ class FsdpReplicas:
     def publish(self) -> None:
         """Nothing to do: the units are the parameters."""
 
+    def settle(self) -> None:
+        """Nothing to do: FSDP2 leaves nothing in flight after backward."""
+
 
 def _local(grad: Tensor | None) -> Tensor:
     assert isinstance(grad, DTensor)

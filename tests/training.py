@@ -147,6 +147,7 @@ class Run:
         return mine, sum(b.valid for b in everyone)
 
     def close(self) -> None:
+        self.parts.replicas.settle()
         self.mesh.close()
 
 

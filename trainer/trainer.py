@@ -141,6 +141,7 @@ class Trainer:
             while self.step < train.steps and not stopped:
                 stopped = self._one(loader, stop)
         self._drain()
+        self.parts.replicas.settle()
         if cfg.checkpoint.final or stopped:
             self.save()
         self.checkpointer.wait()

@@ -31,7 +31,7 @@ def _recorded(rank: int, world: int, path: str) -> list[dict]:
     run = Run(rank, cfg, record=Path(path) / f"{rank}.ring")
     run.step(0)
     run.step(1)
-    run.parts.replicas.publish()  # waits for the gathers that the step left in flight
+    run.parts.replicas.settle()
     ring = record_view.read(Path(path) / f"{rank}.ring")
     rows = [
         {
