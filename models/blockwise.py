@@ -51,7 +51,7 @@ class _Blockwise(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         qs, ks, vs, out, lse = ctx.saved_tensors
         mask: Mask = ctx.mask
-        batch, length, heads, width = out.shape
+        batch, length, _, width = out.shape
         groups = ks.shape[0] // batch
         dq = torch.empty_like(out)
         dk = torch.zeros(ks.shape[0], length, width, dtype=lse.dtype)
