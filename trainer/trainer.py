@@ -49,7 +49,6 @@ class _Issued:
     valid: int
     pairs: int
     data_s: float
-    began: float
 
 
 class DivergedError(RuntimeError):
@@ -64,6 +63,7 @@ class Trainer:
         mesh, parts, data: what `setup` and the data room made.
         checkpointer: of the run's checkpoints.
         peak: of one device.
+        run_dir: the run's folder.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Trainer:
         self.profiler = Profiler(cfg.log.profile, run_dir / "profile", mesh.rank)
         self.step = 0
         self._bad_steps = 0
+        self._stopping = False
         self._waiting: _Issued | None = None
         self._extra: dict[str, Any] = {}
 
@@ -149,7 +150,6 @@ class Trainer:
 
     def _one(self, loader: Loader, stop: StopRequest) -> bool:
         cfg = self.cfg
-        began = self._clock
         with self.profiler.step(self.step + 1):
             batches = next(loader)
             lr = learning_rate(cfg.optim.schedule, cfg.optim.lr, self.step, cfg.train.steps)
@@ -158,7 +158,7 @@ class Trainer:
         self.step += 1
         if self.device.type == "cuda":
             self._drain()  # the previous step's numbers: the host stays one step ahead of the device
-        self._waiting = _Issued(self.step, result, lr, valid, pairs, loader.wait_s, began)
+        self._waiting = _Issued(self.step, result, lr, valid, pairs, loader.wait_s)
         if self.device.type == "cpu" or self._due(cfg.eval.every) or self._due(cfg.checkpoint.every):
             self._drain()
         if self._due(cfg.eval.every):
@@ -169,8 +169,6 @@ class Trainer:
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
-
-    _stopping = False
 
     def _drain(self) -> None:
         """Reads and reports the step that was issued last, if it was not yet."""

@@ -31,7 +31,7 @@ def test_jobs_load(name: str) -> None:
 def test_demo_is_four_ranks() -> None:
     config = load("demo", world_size=4)
     assert (config.parallel.tp, config.parallel.dp, config.model.vocab) == (2, 2, 320)
-    assert config.checkpoint.final and config.eval.every == 40
+    assert config.checkpoint.final and config.eval.every == 80
 
 
 def test_released_values() -> None:

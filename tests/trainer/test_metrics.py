@@ -110,7 +110,7 @@ def test_line_never_exceeds_120_columns() -> None:
         total = 10 ** draw.randrange(16)
         step = draw.randrange(total + 1)
         values = {field: draw.choice(EXTREMES) for field in fields}
-        m = metrics(step=step, step_time_s=draw.choice(EXTREMES[1:]), straggler=straggler, **values)
+        m = metrics(step=step, step_time_s=max(draw.choice(EXTREMES[1:]), 1e-9), straggler=straggler, **values)
         line = console_line(m, total, eta_s=draw.choice((None, *EXTREMES)), skipped=bool(trial % 2))
         assert len(line) == len(console_header(total)) + (5 if trial % 2 else 0) <= 120, line
 
