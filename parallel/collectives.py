@@ -3,9 +3,9 @@
 Each call returns a `Handle`; `handle.wait()` gives the result. Autograd forms stand at the end of the file. All
 tensors are contiguous and split along dim 0.
 
-gloo's reduce_scatter reaches a third of the bandwidth of an all-to-all followed by a local sum, and its ring
-all_reduce pays the same; on gloo both are therefore made of all-to-all, sum and all-gather. The sum runs in rank
-order, so that every rank gets the same bits.
+On gloo everything large is an all-to-all: its all_gather takes 2.5 to 3.5 times as long as an all-to-all of the same
+bytes (with the input repeated for every peer), its reduce_scatter three times as long as one followed by a local sum,
+and its all_reduce pays the same. The sum runs in rank order, so that every rank gets the same bits.
 """
 
 from __future__ import annotations
@@ -96,12 +96,21 @@ def all_gather(x: Tensor, axis: Axis, out: Tensor | None = None) -> Handle:
         return Handle(x if out is None else out.copy_(x))
     x = x.contiguous()
     result = out if out is not None else x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    wait = _launch(
-        "all_gather",
-        axis,
-        result,
-        lambda: _torch_all_gather(result, x, group=axis.group, async_op=True),
-    )
+    if _gloo(x):
+        copies = x.expand(axis.size, *x.shape).reshape(result.shape)
+        wait = _launch(
+            "all_gather",
+            axis,
+            result,
+            lambda: dist.all_to_all_single(result, copies, group=axis.group, async_op=True),
+        )
+    else:
+        wait = _launch(
+            "all_gather",
+            axis,
+            result,
+            lambda: _torch_all_gather(result, x, group=axis.group, async_op=True),
+        )
     return Handle(result, lambda: (wait(), result)[1])
 
 
