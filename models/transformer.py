@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..configs.schema import ModelConfig
-from ..parallel.mesh import Axis
 from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard
 from .attention import Attention, Sequences
 from .dropout import Draws
@@ -96,7 +95,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(cfg, i) for i in range(cfg.layers))
         self.norm = make_norm(cfg)
         self.head = None if cfg.tied else Table(cfg.vocab, cfg.hidden)
-        whole = VocabShard(Axis.single("tp"), 0, cfg.vocab)
+        whole = VocabShard.whole(cfg.vocab)
         self.embedding_op: EmbeddingOp = VocabEmbedding(whole)
         self.head_op: HeadOp = VocabHead(whole)
         self._frequencies = frequencies(cfg.rope, cfg.head_dim) if cfg.position == "rope" else None

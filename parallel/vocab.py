@@ -31,6 +31,11 @@ class VocabShard:
     stop: int
 
     @staticmethod
+    def whole(vocab: int) -> VocabShard:
+        """All rows, on one device."""
+        return VocabShard(Axis.single("tp"), 0, vocab)
+
+    @staticmethod
     def of(axis: Axis, vocab: int) -> VocabShard:
         """Equal parts in rank order."""
         size = vocab // axis.size
@@ -51,11 +56,6 @@ class VocabEmbedding:
         """This rank's share of something per token (N, …)."""
         axis = self.shard.axis
         return x if axis.size == 1 else x.chunk(axis.size)[axis.rank]
-
-
-def lookup(tokens: Tensor, weight: Tensor) -> Tensor:
-    """Rows of a whole table on one device."""
-    return _Lookup.apply(tokens, weight, VocabShard(Axis.single("tp"), 0, weight.shape[0]))
 
 
 class _Lookup(torch.autograd.Function):
