@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..configs import to_yaml
+from ..configs import Problem, UserError, to_yaml
 from ..configs.schema import Config
 from ..parallel import record_view
 from ..parallel.collectives import all_reduce
@@ -138,9 +138,12 @@ def _introduce(cfg: Config, trainer: Trainer, tokens: int, peak: Peak, resumed: 
 
 
 def _write_configs(run_dir: Path, cfg: Config, given: str) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(given)
-    (run_dir / "config.resolved.yaml").write_text(to_yaml(cfg))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(given)
+        (run_dir / "config.resolved.yaml").write_text(to_yaml(cfg))
+    except OSError as error:
+        raise UserError(Problem("runs_dir", f"{run_dir} cannot be written ({error.strerror}); set runs_dir")) from error
 
 
 def _index_record(run_dir: Path, mesh: Mesh) -> None:

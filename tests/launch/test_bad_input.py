@@ -66,6 +66,7 @@ CASES = [
     (("checkpoint.resume={tmp}/folder",), "folder"),
     (("checkpoint.init={tmp}/folder",), "folder"),
     (("optim.impl=apex",), "apex"),
+    (("runs_dir={tmp}/empty.txt",), "cannot be written"),
     (("--train.steps=3",), "no leading dashes"),
     (("steps",), "key=value"),
 ]
