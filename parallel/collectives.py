@@ -3,9 +3,9 @@
 Each call returns a `Handle`; `handle.wait()` gives the result. Autograd forms stand at the end of the file. All
 tensors are contiguous and split along dim 0.
 
-On gloo everything large is an all-to-all: its all_gather takes 2.5 to 3.5 times as long as an all-to-all of the same
-bytes (with the input repeated for every peer), its reduce_scatter three times as long as one followed by a local sum,
-and its all_reduce pays the same. The sum runs in rank order, so that every rank gets the same bits.
+On gloo a gather or scatter is an all-to-all: its all_gather takes 2 to 3 times as long as an all-to-all with the input
+repeated for every peer, its reduce_scatter three times as long as one followed by a local sum, and its all_reduce pays
+the same. The sum runs in rank order, so that every rank gets the same bits.
 """
 
 from __future__ import annotations
