@@ -110,8 +110,12 @@ def coerce(annotation: Any, value: Any, text: str | None = None) -> Any:
         return int(value)
     if inner is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if (inner is str or origin is Literal) and text is not None and not isinstance(value, (str, list, dict)):
+    takes_text = inner is str or (origin is Literal and all(isinstance(a, str) for a in args))
+    if takes_text and text is not None and not isinstance(value, (str, list, dict)):
         return text
+    if origin in (Union, types.UnionType) and isinstance(value, (list, tuple)):
+        sequence = next((a for a in args if get_origin(a) in (tuple, list)), None)
+        return coerce(sequence, value) if sequence is not None else value
     if origin in (tuple, list):
         elements = value if isinstance(value, (list, tuple)) else [value]
         if isinstance(value, dict):

@@ -8,7 +8,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from .schema import BinData, BlendData, Config, DataConfig, ModelConfig, ParallelConfig, RopeConfig
+from .schema import BinData, BlendData, Config, DataConfig, ModelConfig, ParallelConfig, PipelineConfig, RopeConfig
+from .schema_parallel import GROUPED, ONE_CHUNK
 
 BYTE_TOKENS = 257
 """256 bytes and the end-of-document token of the built-in tokenizer."""
@@ -87,6 +88,7 @@ def _resolve_rope(rope: RopeConfig) -> RopeConfig:
 
 
 def _resolve_parallel(parallel: ParallelConfig, world_size: int | None) -> ParallelConfig:
+    parallel = replace(parallel, pipeline=_resolve_pipeline(parallel.pipeline, parallel.pp))
     if parallel.dp is not None:
         return parallel
     if world_size is None:
@@ -94,6 +96,16 @@ def _resolve_parallel(parallel: ParallelConfig, world_size: int | None) -> Paral
     inner = parallel.tp * parallel.pp * parallel.cp
     divides = inner > 0 and world_size % inner == 0
     return replace(parallel, dp=world_size // inner) if divides else parallel
+
+
+def _resolve_pipeline(pipeline: PipelineConfig, pp: int) -> PipelineConfig:
+    chunks, schedule = pipeline.chunks, pipeline.schedule
+    if schedule is None:
+        schedule = "1f1b" if chunks is None or chunks == 1 else "gis"
+    if chunks is None:
+        chunks = 1 if schedule in ONE_CHUNK else 2
+    group = pp if pipeline.group is None and schedule in GROUPED else pipeline.group
+    return replace(pipeline, schedule=schedule, chunks=chunks, group=group)
 
 
 def _user_cache() -> Path:

@@ -12,6 +12,54 @@ from typing import Literal
 
 from omegaconf import MISSING
 
+from .schema_data import (
+    DATASETS,
+    BinData,
+    BlendData,
+    DataConfig,
+    JsonlData,
+    ParquetData,
+    StdlibData,
+    TextData,
+    TokenizerConfig,
+)
+from .schema_parallel import DataParallelConfig, MemoryConfig, ParallelConfig, PipelineConfig
+
+__all__ = [
+    "DATASETS",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "AdamWConfig",
+    "BinData",
+    "BlendData",
+    "CheckpointConfig",
+    "Config",
+    "ConstantSchedule",
+    "CosineSchedule",
+    "DataConfig",
+    "DataParallelConfig",
+    "EvalConfig",
+    "FaultsConfig",
+    "HardwareConfig",
+    "JsonlData",
+    "LinearSchedule",
+    "LogConfig",
+    "MemoryConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "ParquetData",
+    "PipelineConfig",
+    "RopeConfig",
+    "ScheduleConfig",
+    "SgdConfig",
+    "StdlibData",
+    "TextData",
+    "TokenizerConfig",
+    "TrainConfig",
+    "WsdSchedule",
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
@@ -87,36 +135,6 @@ class ModelConfig:
     """Standard deviation of initial weights; output projections get init_std / sqrt(2 layers)."""
     dropout: float = 0.0
     """Dropout of the embedding and of each residual branch, drawn per (seed, step, sample, layer)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataParallelConfig:
-    """How replicas share parameters, gradients and optimizer states."""
-
-    sharding: Literal["ddp", "zero1", "fsdp"] = "zero1"
-    """ddp: everything replicated; zero1: optimizer states sharded; fsdp: parameters and gradients too (FSDP2)."""
-    bucket_mib: float = 32.0
-    """Size of a gradient bucket in MiB of parameters; one bucket is one collective."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """Degrees of parallelism; their product is the number of ranks."""
-
-    tp: int = 1
-    """Tensor parallel ranks (with sequence parallelism)."""
-    pp: int = 1
-    """Pipeline parallel ranks."""
-    cp: int = 1
-    """Context parallel ranks."""
-    ep: int = 1
-    """Expert parallel ranks."""
-    etp: int = 1
-    """Tensor parallel ranks inside an expert."""
-    dp: int | None = None
-    """Data parallel ranks; derived: world size / (tp · pp · cp). `pentad train` alone takes 1."""
-    data: DataParallelConfig = field(default_factory=DataParallelConfig)
-    """Data parallelism."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,106 +256,6 @@ OPTIMIZERS: dict[str, type] = {"adamw": AdamWConfig, "sgd": SgdConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """Text to tokens."""
-
-    path: str | None = None
-    """A tokenizer.json; none: the built-in byte tokenizer (256 bytes and one end-of-document token)."""
-    eod: str | None = None
-    """End-of-document token in the tokenizer.json; derived: the first of <|endoftext|>, <|end_of_text|>, </s>."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What every source has."""
-
-    name: str = MISSING
-    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """Text to tokens; unused by bin."""
-    document_mask: bool = False
-    """Packed documents attend only to themselves, and their positions start at 0."""
-    holdout: float = 0.01
-    """Fraction of the sequences kept for evaluation, never trained on."""
-    cache: str | None = None
-    """Folder of tokenized text; derived: the user's cache folder."""
-    prefetch: int = 4
-    """Micro-batches prepared ahead by the loader thread."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StdlibData(DataConfig):
-    """The source text of the running Python's standard library: real text on every machine."""
-
-    name: Literal["stdlib"] = "stdlib"
-    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextData(DataConfig):
-    """Plain text, one document a file."""
-
-    name: Literal["text"] = "text"
-    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
-    paths: tuple[str, ...] = MISSING
-    """Files, folders or glob patterns."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class JsonlData(TextData):
-    """JSON lines, one document a line."""
-
-    name: Literal["jsonl"] = "jsonl"
-    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
-    field: str = "text"
-    """The key that holds the text."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParquetData(TextData):
-    """Parquet files, one document a row."""
-
-    name: Literal["parquet"] = "parquet"
-    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
-    field: str = "text"
-    """The column that holds the text."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BinData(DataConfig):
-    """Megatron's tokenized format: PREFIX.bin and PREFIX.idx."""
-
-    name: Literal["bin"] = "bin"
-    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
-    paths: tuple[str, ...] = MISSING
-    """Prefixes, without the extension; several are concatenated."""
-    eod: int | None = None
-    """End-of-document token; none: a document ends where the index says."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlendData(DataConfig):
-    """A weighted mixture of .bin/.idx prefixes."""
-
-    name: Literal["blend"] = "blend"
-    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
-    weights: dict[str, float] = MISSING
-    """Prefix to weight; weights are normalised to sum to 1."""
-    eod: int | None = None
-    """End-of-document token; none: a document ends where the index says."""
-
-
-DATASETS: dict[str, type] = {
-    "stdlib": StdlibData,
-    "text": TextData,
-    "jsonl": JsonlData,
-    "parquet": ParquetData,
-    "bin": BinData,
-    "blend": BlendData,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Evaluation on the held-out split."""
 
@@ -419,6 +337,8 @@ class Config:
     """The model."""
     parallel: ParallelConfig
     """Layout over ranks."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """What is kept for the backward pass."""
     train: TrainConfig
     """Steps and batches."""
     optim: OptimConfig

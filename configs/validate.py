@@ -12,6 +12,7 @@ from .errors import Problem
 from .fields import nearest
 from .resolve import BYTE_TOKENS, tokenizer_vocab
 from .schema import BinData, BlendData, Config, TextData, WsdSchedule
+from .validate_pipeline import validate_pipeline
 
 _POSITIVE = [
     "model.layers",
@@ -30,6 +31,8 @@ _POSITIVE = [
     "parallel.ep",
     "parallel.etp",
     "parallel.dp",
+    "parallel.pipeline.chunks",
+    "parallel.pipeline.group",
     "train.steps",
     "train.global_batch",
     "train.micro_batch",
@@ -69,7 +72,6 @@ _ABOVE_ZERO = [
 ]
 _FRACTIONS = ["model.dropout", "data.holdout", "optim.beta1", "optim.beta2", "optim.momentum"]
 _NOT_AVAILABLE = {
-    "pp": "pipeline parallelism",
     "cp": "context parallelism",
     "ep": "expert parallelism",
     "etp": "tensor parallelism inside experts",
@@ -89,6 +91,7 @@ def validate(config: Config, world_size: int | None = None) -> list[Problem]:
         *_layout(config, world_size),
         *_model(config),
         *_tensor_parallel(config),
+        *validate_pipeline(config),
         *_batches(config),
         *_schedule(config),
         *_data(config),

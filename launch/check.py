@@ -11,7 +11,8 @@ from rich.table import Table
 
 from ..configs import Config, load
 from ..models.flops import CONVENTION, flops_per_token, flops_per_token_full_attention, parameter_count
-from .memory import GIB, Memory, estimate, local_parameters
+from ..trainer.pipeline import Pipeline
+from .memory import GIB, Memory, estimate
 from .train import world_size
 
 
@@ -24,14 +25,15 @@ def check(config: str, overrides: Sequence[str]) -> None:
     cfg = load(config, overrides)
     memory = estimate(cfg)
     console = Console(highlight=False)
-    for table in (_layout(cfg), _model(cfg), _memory(cfg, memory)):
+    for table in (_layout(cfg), _model(cfg, memory), _memory(cfg, memory)):
         console.print(table)
     console.print(f"FLOPs: {CONVENTION}", style="dim", soft_wrap=True)
     available = cfg.hardware.memory_gib
     if available is not None and memory.total > available * GIB:
         message = (
             f"warning: about {memory.total / GIB:.3g} GiB per rank are needed and hardware.memory_gib={available:g}; "
-            "raise parallel.tp or parallel.dp (with parallel.data.sharding=fsdp), or lower train.micro_batch"
+            "raise parallel.tp, parallel.pp or parallel.dp (with parallel.data.sharding=fsdp), "
+            "lower train.micro_batch, or set memory.recompute=full"
         )
         print(message, file=sys.stderr)
 
@@ -53,6 +55,8 @@ def _layout(cfg: Config) -> Table:
     degrees = " × ".join(f"{axis} {size}" for axis, size in (("tp", p.tp), ("cp", p.cp), ("dp", dp), ("pp", p.pp)))
     table.add_row("ranks", f"{degrees} = {ranks}")
     table.add_row("data parallelism", p.data.sharding)
+    for row in _pipeline(cfg) if p.pp > 1 else ():
+        table.add_row(*row)
     table.add_row("precision", t.dtype)
     batch = f"{dp} dp × {microbatches} micro-batches × {t.micro_batch} sequences"
     table.add_row("global batch", f"{t.global_batch} sequences = {batch}")
@@ -60,13 +64,29 @@ def _layout(cfg: Config) -> Table:
     return table
 
 
-def _model(cfg: Config) -> Table:
+def _pipeline(cfg: Config) -> list[tuple[str, str]]:
+    """Schedule, stages and vocabulary, one row each."""
+    p, pipeline = cfg.parallel.pipeline, Pipeline.of(cfg)
+    chunks = f", {p.chunks} chunks per rank" if p.chunks != 1 else ""
+    vocab = (
+        f"balanced, {p.vocab_barriers} barrier{'s' * (p.vocab_barriers > 1)}" if pipeline.split.balanced else p.vocab
+    )
+    counts = " ".join(str(len(layers)) for layers in pipeline.split.layers)
+    return [
+        ("pipeline", f"{p.schedule}{chunks}"),
+        ("layers of the stages", counts),
+        ("vocabulary", vocab),
+    ]
+
+
+def _model(cfg: Config, memory: Memory) -> Table:
     counts = parameter_count(cfg.model)
-    local = local_parameters(cfg.model, cfg.parallel.tp)
+    local = memory.local
     seq_len = cfg.train.seq_len
     table = _table("model")
     table.add_row("parameters", f"{counts.total:,} ({counts.active:,} active per token)")
-    table.add_row("parameters of a rank", f"{local.total:,}, before data parallel sharding")
+    where = f"pipeline rank {memory.rank}" if cfg.parallel.pp > 1 else "a rank"
+    table.add_row(f"parameters of {where}", f"{local.total:,}, before data parallel sharding")
     unmasked = flops_per_token(cfg.model, seq_len)
     table.add_row("FLOPs per token", f"{_engineering(unmasked)}, unmasked attention (mfu)")
     full = flops_per_token_full_attention(cfg.model, seq_len)
@@ -76,7 +96,8 @@ def _model(cfg: Config) -> Table:
 
 
 def _memory(cfg: Config, memory: Memory) -> Table:
-    table = _table("memory of a rank (estimate)", "part", "GiB", "how")
+    where = f"pipeline rank {memory.rank}, which needs most" if cfg.parallel.pp > 1 else "a rank"
+    table = _table(f"memory of {where} (estimate)", "part", "GiB", "how")
     precise = "fp64" if cfg.train.dtype == "fp64" else "fp32"
     sharded = cfg.parallel.data.sharding
     share = (cfg.parallel.dp or 1) * cfg.parallel.cp
@@ -88,7 +109,7 @@ def _memory(cfg: Config, memory: Memory) -> Table:
         ("masters", memory.masters, precise + over),
         ("optimizer states", memory.states, f"{cfg.optim.name}, {precise}{over}"),
         ("gathered layers", memory.gathered, cfg.train.dtype),
-        ("activations", memory.activations, f"{cfg.train.micro_batch} × {cfg.train.seq_len} tokens"),
+        ("activations", memory.activations, _in_flight(cfg)),
         ("working memory", memory.working, "head, or one layer's backward"),
     ]
     for part, size, how in rows:
@@ -98,6 +119,12 @@ def _memory(cfg: Config, memory: Memory) -> Table:
     available = cfg.hardware.memory_gib
     table.add_row("total", f"{memory.total / GIB:.3f}", "" if available is None else f"of {available:g} GiB")
     return table
+
+
+def _in_flight(cfg: Config) -> str:
+    tokens = f"{cfg.train.micro_batch} × {cfg.train.seq_len} tokens"
+    kept = ", inputs of the layers only" if cfg.memory.recompute == "full" else ""
+    return f"{tokens} per micro-batch in flight{kept}" if cfg.parallel.pp > 1 else tokens + kept
 
 
 def _is_sharded(memory: Memory) -> bool:

@@ -88,6 +88,8 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     flops.add_argument("--json", action="store_true", help="one JSON object")
     flops.set_defaults(run=_flops)
 
+    _schedule_parser(verbs.add_parser("schedule", help="Make, check, simulate and draw the program of a pipeline."))
+
     tokenize = verbs.add_parser("tokenize", help="Turn text, JSONL or parquet into PREFIX.bin and PREFIX.idx.")
     tokenize.add_argument("inputs", metavar="INPUT", nargs="+", help="files, folders or glob patterns")
     tokenize.add_argument("--tokenizer", metavar="T", required=True, help="byte, or a tokenizer.json")
@@ -107,6 +109,38 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     export_hf.add_argument("--dtype", choices=_DTYPES, help="type of the written tensors (as in the checkpoint)")
     export_hf.set_defaults(run=_export_hf)
     return parser, list(verbs.choices)
+
+
+def _schedule_parser(parser: argparse.ArgumentParser) -> None:
+    names = "gpipe, 1f1b, interleaved, gis, zb-h1, zb-h2, zb-v, v-half, v-min, dualpipev"
+    parser.description = (
+        "Make, check, simulate and draw the program of a pipeline. Times are for one micro-batch of one rank's whole "
+        "share, in any one unit: a chunk takes 1/chunks of F, B and W, a fused backward pass takes B + W."
+    )
+    parser.add_argument("name", metavar="NAME", help=names)
+    parser.add_argument("--ranks", metavar="P", type=int, required=True, help="pipeline ranks")
+    parser.add_argument("--microbatches", metavar="M", type=int, required=True, help="micro-batches per step")
+    parser.add_argument("--chunks", metavar="V", type=int, help="stages per rank (what the schedule needs, else 2)")
+    parser.add_argument("--group", metavar="G", type=int, help="interleaved, gis: micro-batches per chunk in turn (P)")
+    parser.add_argument("--vocab", choices=("ends", "balanced"), default="ends", help="where embedding and head run")
+    parser.add_argument(
+        "--vocab-barriers", metavar="1|2", type=int, default=1, help="balanced: barriers of the head (1)"
+    )
+    parser.add_argument(
+        "--time",
+        metavar="K=V",
+        action="append",
+        default=[],
+        help="F, B, W (1), S, T, IF, IB: passes; comm: latency of a hop; collective: of the vocabulary's (0); repeated",
+    )
+    parser.add_argument("--times-file", metavar="FILE", help='JSON of times, numbers or one per rank: {"F": [1, 2]}')
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--svg", metavar="FILE", help="write the timeline as a picture")
+    parser.add_argument("--png", metavar="FILE", help="write the timeline as a picture")
+    parser.add_argument("--trace", metavar="FILE", help="write a trace for chrome://tracing or Perfetto")
+    parser.add_argument("--program", metavar="FILE", help="write the program as JSON")
+    parser.add_argument("--width", metavar="N", type=int, help="columns of the printed timeline (the terminal's)")
+    parser.set_defaults(run=_schedule)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -145,6 +179,12 @@ def _flops(args: argparse.Namespace) -> int:
 
     print_flops(result)
     return 0
+
+
+def _schedule(args: argparse.Namespace) -> int:
+    from .schedule import schedule
+
+    return schedule(args)
 
 
 def _tokenize(args: argparse.Namespace) -> int:

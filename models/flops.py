@@ -153,6 +153,12 @@ def flops_per_step(model: ModelConfig, tokens: int, pairs: float) -> float:
     return step_flops(model, tokens, pairs).total
 
 
+def flops_again(model: ModelConfig, tokens: int, pairs: float) -> float:
+    """FLOPs of a step's second forward pass of all layers (memory.recompute=full); arguments as for `step_flops`."""
+    parts = step_flops(model, tokens, pairs)
+    return (parts.projections + parts.attention + parts.ffn) / 3
+
+
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Training FLOPs per token of whole sequences of `seq_len` tokens, unmasked attention pairs only."""
     return flops_per_step(model, seq_len, unmasked_pairs([seq_len], model.window)) / seq_len

@@ -1,8 +1,9 @@
-"""Applies tensor parallelism to a model from outside, in one ordered function."""
+"""Applies tensor parallelism, recompute and the pipeline's cut to a model from outside, in one ordered function."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -10,13 +11,14 @@ from torch import nn
 
 from ..configs.schema import ModelConfig
 from ..parallel.mesh import Mesh
-from ..parallel.plan import Plan, Row, Rule, Sharding, place
+from ..parallel.plan import Axes, Plan, Row, Rule, Sharding, place
 from ..parallel.tensor import ColumnProjection, RowProjection
 from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard
 from .initialise import initial
 from .linear import Linear
 from .plans import PLANS
-from .transformer import Transformer
+from .recompute import run_layer_again
+from .transformer import Part, Transformer
 
 
 def rule_of(plan: Plan, name: str) -> Rule:
@@ -31,25 +33,44 @@ def rule_of(plan: Plan, name: str) -> Rule:
     raise KeyError(f"the sharding plan has no rule for {name}")
 
 
-def shardings(model: Transformer, mesh: Mesh) -> dict[str, Sharding]:
-    """Where each parameter of the whole (meta) model lives on this rank, by global name."""
+def shardings(model: Transformer, mesh: Mesh, *, balanced: bool = False) -> dict[str, Sharding]:
+    """Where each parameter of the (meta) model lives on this rank, by global name."""
     plan = PLANS[model.cfg.family]
-    axes = (mesh.axis("tp"), mesh.axis("tp_shard"), mesh.axis("tp_replica"))
-    return {
-        name: place(rule_of(plan, name), name, tuple(param.shape), *axes) for name, param in model.named_parameters()
+    vocab = mesh.axis("vocab_head" if balanced else "tp")
+    axes = Axes(mesh.axis("tp"), mesh.axis("tp_shard"), mesh.axis("tp_replica"), vocab)
+    where = {
+        name: place(rule_of(plan, name), name, tuple(param.shape), axes) for name, param in model.named_parameters()
     }
+    # A tied table at both ends of a pipeline has two copies, whose gradients are summed.
+    if model.cfg.tied and mesh.axis("ends").size > 1 and "embed.weight" in where:
+        where["embed.weight"] = replace(where["embed.weight"], partial="ends")
+    return where
 
 
 def build(
-    cfg: ModelConfig, mesh: Mesh, *, device: torch.device, dtype: torch.dtype
+    cfg: ModelConfig,
+    mesh: Mesh,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    part: Part | None = None,
+    balanced: bool = False,
+    recompute: bool = False,
 ) -> tuple[Transformer, dict[str, Sharding]]:
     """This rank's part of the model, uninitialised, and where each of its parameters lives.
 
     The order: build on meta, cut, allocate, replace the seams. Data parallelism comes after (`parallel.data`).
+
+    Args:
+        part: what this rank's stages hold; none: everything.
+        balanced: embedding and head are cut over the tensor and pipeline ranks, which the pipeline's program runs.
+        recompute: each layer keeps its input only, and runs again in backward.
     """
     with torch.device("meta"):
-        model = Transformer(cfg)
-    where = shardings(model, mesh)
+        model = Transformer(cfg, part)
+    where = shardings(model, mesh, balanced=balanced)
+    if recompute:
+        model.run_layer = run_layer_again
     for name, sharding in where.items():
         owner, leaf = _owner(model, name)
         local = torch.empty(sharding.placement.local_shape, device=device, dtype=dtype)

@@ -6,6 +6,8 @@ the head with its loss, every projection and the attention core are seams: objec
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -83,26 +85,63 @@ class HeadOp(Protocol):
     def loss(self, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | float) -> Tensor: ...
 
 
-class Transformer(nn.Module):
-    """The whole model. Parameters are uninitialised: see `models.initialise` and `models.hf.load_hf`."""
+@dataclass(frozen=True)
+class Part:
+    """What one instance holds of the whole model.
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    Args:
+        layers: indices of its layers.
+        begins: it adds learned positions to the embedding.
+        ends: it has the last norm.
+        embeds, predicts: it has (part of) the embedding, the head.
+    """
+
+    layers: tuple[int, ...]
+    begins: bool = True
+    ends: bool = True
+    embeds: bool = True
+    predicts: bool = True
+
+
+RunLayer = Callable[[Layer, Tensor, Sequences, Draws | None], Tensor]
+
+
+def run_layer(layer: Layer, x: Tensor, seq: Sequences, draws: Draws | None) -> Tensor:
+    """Calls the layer and keeps what its backward needs."""
+    return layer(x, seq, draws)
+
+
+class Transformer(nn.Module):
+    """The model, or a part of it. Parameters are uninitialised: see `models.initialise` and `models.hf.load_hf`."""
+
+    def __init__(self, cfg: ModelConfig, part: Part | None = None) -> None:
         super().__init__()
         assert cfg.vocab and cfg.head_dim
-        self.cfg = cfg
-        self.embed = Table(cfg.vocab, cfg.hidden)
-        self.positions = Table(cfg.max_positions or 0, cfg.hidden) if cfg.position == "learned" else None
-        self.layers = nn.ModuleList(Layer(cfg, i) for i in range(cfg.layers))
-        self.norm = make_norm(cfg)
-        self.head = None if cfg.tied else Table(cfg.vocab, cfg.hidden)
+        part = part or Part(tuple(range(cfg.layers)))
+        self.cfg, self.part = cfg, part
+        table = part.embeds or (cfg.tied and part.predicts)
+        self.embed = Table(cfg.vocab, cfg.hidden) if table else None
+        learned = cfg.position == "learned" and part.begins
+        self.positions = Table(cfg.max_positions or 0, cfg.hidden) if learned else None
+        self.layers = nn.ModuleDict({str(i): Layer(cfg, i) for i in part.layers})
+        self.norm = make_norm(cfg) if part.ends else None
+        self.head = Table(cfg.vocab, cfg.hidden) if part.predicts and not cfg.tied else None
         whole = VocabShard.whole(cfg.vocab)
         self.embedding_op: EmbeddingOp = VocabEmbedding(whole)
         self.head_op: HeadOp = VocabHead(whole)
+        self.run_layer: RunLayer = run_layer
         self._frequencies = frequencies(cfg.rope, cfg.head_dim) if cfg.position == "rope" else None
 
     @property
+    def embed_weight(self) -> Tensor:
+        """The embedding's table, where this part has it."""
+        assert self.embed is not None
+        return self.embed.weight
+
+    @property
     def head_weight(self) -> Tensor:
-        return self.embed.weight if self.head is None else self.head.weight
+        """The head's weight, where this part has it."""
+        return self.embed_weight if self.head is None else self.head.weight
 
     def sequences(
         self, tokens: Tensor, positions: Tensor | None, documents: Tensor | None, dtype: torch.dtype
@@ -118,12 +157,30 @@ class Transformer(nn.Module):
 
     def embed_tokens(self, tokens: Tensor, positions: Tensor | None, draws: Draws | None) -> Tensor:
         """tokens (B, T) → (N, h)."""
-        x = self.embedding_op(tokens.reshape(-1), self.embed.weight)
+        rows = self.embedding_op(tokens.reshape(-1), self.embed_weight)
+        return self.begin(rows, tokens, positions, draws)
+
+    def begin(self, rows: Tensor, tokens: Tensor, positions: Tensor | None, draws: Draws | None) -> Tensor:
+        """The input of the first layer from the embedding's rows (N, h) of `tokens` (B, T)."""
+        x = rows
         if self.positions is not None:
             where = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
             where = self.embedding_op.local_tokens(where.expand_as(tokens).reshape(-1))
             x = x + F.embedding(where, self.positions.weight)
         return draws.drop(x, -1) if draws else x
+
+    def run_layers(self, x: Tensor, seq: Sequences, draws: Draws | None, layers: Sequence[int]) -> Tensor:
+        """x (N, h) through the layers with these indices."""
+        for i in layers:
+            layer = self.layers[str(i)]
+            assert isinstance(layer, Layer)
+            x = self.run_layer(layer, x, seq, draws)
+        return x
+
+    def end(self, x: Tensor) -> Tensor:
+        """The head's input from the last layer's output."""
+        assert self.norm is not None
+        return self.norm(x)
 
     def forward(
         self,
@@ -147,9 +204,7 @@ class Transformer(nn.Module):
         """
         x = self.embed_tokens(tokens, positions, draws)
         seq = self.sequences(tokens, positions, documents, x.dtype)
-        for layer in self.layers:
-            x = layer(x, seq, draws)
-        x = self.norm(x)
+        x = self.end(self.run_layers(x, seq, draws, self.part.layers))
         if labels is None:
             return self.head_op.logits(x, self.head_weight).view(*tokens.shape, -1)
         return self.head_op.loss(x, self.head_weight, labels.reshape(-1), scale)

@@ -89,7 +89,7 @@ class Bucket:
         self.start = data.rank * share if self.sharded else 0
         self.stop = self.start + share
         self._slots = [self._adopt(member) for member in members]
-        self._missing = -1
+        self._missing = 0
         self._reducing: Handle | None = None
         self._gathering: Handle | None = None
 
@@ -104,17 +104,11 @@ class Bucket:
 
     # Gradients ------------------------------------------------------------------------------------------------
 
-    def start_step(self) -> None:
-        """Before the first forward of a step."""
-        self._missing, self._reducing = -1, None
+    def start_step(self, microbatches: int) -> None:
+        """Before the first forward of a step. The reduction starts as soon as every gradient is final."""
+        self._missing, self._reducing = len(self._slots), None
         for slot in self._slots:
-            slot.start_step()
-
-    def arm(self) -> None:
-        """The next backward is the step's last: start the reduction as soon as every gradient is final."""
-        self._missing = len(self._slots)
-        for slot in self._slots:
-            slot.arm()
+            slot.start_step(microbatches)
 
     def _one_final(self) -> None:
         self._missing -= 1

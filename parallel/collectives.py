@@ -1,4 +1,4 @@
-"""Every collective of the project: named axis, recorded, launched asynchronously, with one abortable wait.
+"""Every collective and transfer of the project: named axis, recorded, launched asynchronously, with one abortable wait.
 
 Each call returns a `Handle`; `handle.wait()` gives the result. Autograd forms stand at the end of the file. All
 tensors are contiguous and split along dim 0.
@@ -11,7 +11,7 @@ the same. The sum runs in rank order, so that every rank gets the same bits.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .mesh import Axis
+from .waiting import Abort, Transfer, Waiter
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # torch 2.13 renamed them.
@@ -29,10 +30,16 @@ _RING_FROM_BYTES = 1 << 16
 
 
 class Handle:
-    """A collective in flight."""
+    """A collective or transfer in flight."""
 
-    def __init__(self, result: Tensor, finish: Callable[[], Tensor] | None = None) -> None:
-        self._result, self._finish = result, finish
+    def __init__(
+        self, result: Tensor, finish: Callable[[], Tensor] | None = None, test: Callable[[], bool] | None = None
+    ) -> None:
+        self._result, self._finish, self._test = result, finish, test
+
+    def done(self) -> bool:
+        """Whether it is complete, without waiting. A collective knows only after `wait`, a transfer before."""
+        return self._finish is None or (self._test is not None and self._test())
 
     def wait(self) -> Tensor:
         """The result, complete (on CUDA: complete for work enqueued after this call).
@@ -45,19 +52,26 @@ class Handle:
         return self._result
 
 
+def _enter(kind: str, axis: Axis, x: Tensor, peer: int = -1) -> int:
+    """Opens an entry of the record; returns its ticket."""
+    recorder = axis.recorder
+    if recorder is None:
+        return -1
+    return recorder.enter(
+        recorder.intern(kind),
+        axis=axis.code,
+        group=axis.ranks[0],
+        peer=peer,
+        dtype=recorder.intern(str(x.dtype)),
+        nbytes=x.numel() * x.element_size(),
+        seq=next(axis.sequence),
+    )
+
+
 def _launch(kind: str, axis: Axis, x: Tensor, start: Callable[[], dist.Work | None]) -> Callable[[], None]:
     """Starts one torch collective, records it, and returns the function that waits for it."""
     recorder = axis.recorder
-    ticket = -1
-    if recorder is not None:
-        ticket = recorder.enter(
-            recorder.intern(kind),
-            axis=axis.code,
-            group=axis.ranks[0],
-            dtype=recorder.intern(str(x.dtype)),
-            nbytes=x.numel() * x.element_size(),
-            seq=next(axis.sequence),
-        )
+    ticket = _enter(kind, axis, x)
     work = start()
     if work is None:
         raise RuntimeError(f"{kind} over {axis.name}: this rank is not in the group")
@@ -97,7 +111,7 @@ def all_gather(x: Tensor, axis: Axis, out: Tensor | None = None) -> Handle:
     x = x.contiguous()
     result = out if out is not None else x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
     if _gloo(x):
-        copies = x.expand(axis.size, *x.shape).reshape(result.shape)
+        copies = x.expand(axis.size, *x.shape).reshape(result.shape).contiguous()
         wait = _launch(
             "all_gather",
             axis,
@@ -183,6 +197,105 @@ def broadcast(x: Tensor, axis: Axis, source: int) -> Handle:
     root = axis.ranks[source]
     wait = _launch("broadcast", axis, x, lambda: dist.broadcast(x, root, group=axis.group, async_op=True))
     return Handle(x, lambda: (wait(), x)[1])
+
+
+def broadcast_blocks(x: Tensor, axis: Axis, sources: Sequence[int]) -> Handle:
+    """In place: block j of x (len(sources) equal blocks) becomes that of the rank at index `sources[j]` of the axis."""
+    handles = [broadcast(part, axis, source) for part, source in zip(x.chunk(len(sources)), sources, strict=True)]
+    return Handle(x, lambda: ([handle.wait() for handle in handles], x)[1])
+
+
+def reduce(x: Tensor, axis: Axis, to: int) -> Handle:
+    """Sum over the axis, on the rank at index `to`; an empty tensor on the others. x is spent."""
+    return reduce_blocks(x, axis, (to,))
+
+
+def reduce_blocks(x: Tensor, axis: Axis, to: Sequence[int]) -> Handle:
+    """Sums each block of x to one rank; x is spent.
+
+    gloo's own reduce takes up to twice as long as gathering and adding in rank order (8 ranks, 1 to 4 MiB).
+
+    Args:
+        x: (len(to) · n, …), equal blocks.
+        axis: over which to sum.
+        to: ascending indices; the rank at index `to[j]` gets the sum of all ranks' block j.
+
+    Returns:
+        (n, …) on these ranks, (0, …) on the others.
+    """
+    if axis.size == 1:
+        return Handle(x)
+    x = x.contiguous()
+    blocks, block = x.chunk(len(to)), x.shape[0] // len(to)
+    mine = to.index(axis.rank) if axis.rank in to else None
+    if not _gloo(x):
+        waits = [
+            _launch("reduce", axis, part, partial(_torch_reduce, part, axis.ranks[index], axis))
+            for part, index in zip(blocks, to, strict=True)
+        ]
+        result = x[:0] if mine is None else blocks[mine]
+        return Handle(result, lambda: ([wait() for wait in waits], result)[1])
+    rows = block if mine is not None else 0
+    parts = x.new_empty((axis.size * rows, *x.shape[1:]))
+    send = [block if index in to else 0 for index in range(axis.size)]
+    receive = [rows] * axis.size
+    wait = _launch(
+        "reduce",
+        axis,
+        x,
+        lambda: dist.all_to_all_single(parts, x, receive, send, group=axis.group, async_op=True),
+    )
+
+    def finish() -> Tensor:
+        wait()
+        if mine is None:
+            return parts
+        return _sum_in_rank_order(parts.view(axis.size, block, *x.shape[1:]), torch.empty_like(parts[:block]))
+
+    return Handle(parts, finish)
+
+
+def _torch_reduce(x: Tensor, to: int, axis: Axis) -> dist.Work | None:
+    return dist.reduce(x, to, group=axis.group, async_op=True)
+
+
+def send(x: Tensor, axis: Axis, to: int) -> Handle:
+    """Sends x to the rank at index `to` of the axis; x must not change until the handle is done.
+
+    Sends from one rank to another are received in their order. On NCCL the two directions between two ranks need an
+    axis each: `Mesh.channel`.
+    """
+    x = x.contiguous()
+    return _transfer("send", x, axis, to, lambda: dist.isend(x, axis.ranks[to], group=axis.group))
+
+
+def receive(out: Tensor, axis: Axis, source: int) -> Handle:
+    """Receives into `out`, contiguous, from the rank at index `source` of the axis."""
+    if not out.is_contiguous():
+        raise ValueError("a tensor is received into contiguous memory")
+    return _transfer("receive", out, axis, source, lambda: dist.irecv(out, axis.ranks[source], group=axis.group))
+
+
+def _transfer(kind: str, x: Tensor, axis: Axis, peer: int, start: Callable[[], dist.Work | None]) -> Handle:
+    recorder = axis.recorder
+    ticket = _enter(kind, axis, x, axis.ranks[peer])
+    work = start()
+    if work is None:
+        raise RuntimeError(f"{kind} over {axis.name}: this rank is not in the group")
+
+    def ended() -> None:
+        if recorder is not None:
+            recorder.exit(ticket)
+
+    if x.is_cuda:
+        return Handle(x, lambda: (work.wait(), ended(), x)[2], work.is_completed)
+    waiter = axis.waiters.get((kind, peer))
+    if waiter is None:
+        waiter = axis.waiters[kind, peer] = Waiter(f"{kind} {axis.name}")
+    transfer = Transfer(work, ended)
+    waiter.add(transfer)
+    abort, what = axis.abort or Abort(), f"{kind} over {axis.name}"
+    return Handle(x, lambda: (transfer.wait(abort, what), x)[1], transfer.done)
 
 
 class _AllGather(torch.autograd.Function):

@@ -58,8 +58,8 @@ class Replicas(Protocol):
     buckets: int
     """Number of buckets, which the program reduces, optimizes and gathers one by one."""
 
-    def start_step(self) -> None: ...
-    def begin_micro_batch(self, *, last: bool) -> None: ...
+    def start_step(self, microbatches: int) -> None: ...
+    def begin_micro_batch(self) -> None: ...
     def reduce(self, bucket: int) -> None: ...
     def units(self, bucket: int) -> list[Unit]: ...
     def gather(self, bucket: int) -> None: ...
@@ -84,7 +84,7 @@ class FlatReplicas:
         self, model: nn.Module, where: dict[str, Sharding], mesh: Mesh, *, sharded: bool, bucket_mib: float
     ) -> None:
         params = [(name, param, where[name]) for name, param in model.named_parameters()]
-        dtype = params[0][1].dtype
+        dtype = params[0][1].dtype if params else torch.float32  # a rank of empty stages has none
         self._precise = torch.float32 if dtype == torch.bfloat16 else dtype
         self._buckets = make_buckets(
             params,
@@ -100,27 +100,27 @@ class FlatReplicas:
         self._wait_before_use(model)
 
     def _wait_before_use(self, model: nn.Module) -> None:
-        """Each top-level part of the model waits for the gathers of its own parameters, and only those."""
+        """Each layer waits for the gathers of its own parameters, and only those."""
         bucket_of = {id(m.param): b for b in self._buckets for m in b.members}
+        outside: dict[int, Bucket] = {}
+        for part in model.children():
+            if isinstance(part, nn.ModuleDict):
+                for layer in part.values():
+                    mine = {id(b): b for b in (bucket_of[id(p)] for p in layer.parameters())}
+                    layer.register_forward_pre_hook(_waiter(list(mine.values())))
+            else:
+                outside |= {id(b): b for b in (bucket_of[id(p)] for p in part.parameters())}
+        self._outside = list(outside.values())
 
-        for parent in (model, *(m for m in model.children() if isinstance(m, nn.ModuleList))):
-            for part in parent.children():
-                if isinstance(part, nn.ModuleList):
-                    continue
-                mine = {id(b): b for b in (bucket_of[id(p)] for p in part.parameters())}
-                # Tables are read without a call of their own, so the model waits for them.
-                target = part if any(True for _ in part.children()) else model
-                target.register_forward_pre_hook(_waiter(list(mine.values())))
-
-    def start_step(self) -> None:
+    def start_step(self, microbatches: int) -> None:
+        """Before the first forward of a step in which every parameter gets gradients of so many micro-batches."""
         for bucket in self._buckets:
-            bucket.start_step()
+            bucket.start_step(microbatches)
 
-    def begin_micro_batch(self, *, last: bool) -> None:
-        """Call before a micro-batch's forward; `last` is the last one of the step on this rank."""
-        if last:
-            for bucket in self._buckets:
-                bucket.arm()
+    def begin_micro_batch(self) -> None:
+        """Call before a forward: what is read outside the layers must have been gathered."""
+        for bucket in self._outside:
+            bucket.wait_params()
 
     def reduce(self, bucket: int) -> None:
         self._buckets[bucket].reduce()
@@ -175,12 +175,12 @@ def _waiter(buckets: list[Bucket]) -> Callable[..., None]:
 
 def partial_axes(mesh: Mesh) -> dict[str, Axis]:
     """The axis over which gradients of each kind of partial sum are added up."""
-    names: tuple[Partial, ...] = ("", "tp", "tp_replica")
+    names: tuple[Partial, ...] = ("", "tp", "tp_replica", "ends")
     return {name: mesh.axis(name) if name else Axis.single("") for name in names}
 
 
 def mark_tied(weight: Tensor) -> None:
-    """The weight is used twice in a forward pass: its gradient is final after two additions."""
+    """This rank uses the weight twice in every micro-batch: its gradient is final after two additions each."""
     slot = slot_of(weight)
     if slot is not None:
         slot.uses = 2

@@ -69,6 +69,7 @@ class FsdpReplicas:
         for part in (*layers, model):
             fully_shard(part, mesh=data, mp_policy=policy)
         self._model, self._where, self._axis = model, where, mesh.axis("data")
+        self._left = 0
         self._partial = partial_axes(mesh)
         for part in model.modules():
             if isinstance(part, FSDPModule):
@@ -83,12 +84,17 @@ class FsdpReplicas:
             assert isinstance(param, DTensor)
             yield name, param
 
-    def start_step(self) -> None:
+    def start_step(self, microbatches: int) -> None:
+        self._left = microbatches
         for _, param in self._params():
             param.grad = None
 
-    def begin_micro_batch(self, *, last: bool) -> None:
+    def begin_micro_batch(self) -> None:
         assert isinstance(self._model, FSDPModule)
+        if not torch.is_grad_enabled():
+            return
+        self._left -= 1
+        last = self._left == 0
         self._model.set_requires_gradient_sync(last)
         self._model.set_is_last_backward(last)
 

@@ -3,15 +3,20 @@
 A parameter may carry a `Slot` (attribute `slot`). Backward code then adds its weight gradient straight into the slot's
 buffer, in the buffer's precision, and tells autograd nothing; without a slot (FSDP2, tests) the gradient is returned
 to autograd. Adding and telling are two calls, because a gradient may be computed earlier than it becomes final (the
-head's, which is made in forward) or later (deferred weight gradients).
+head's, which is made in forward) or later (deferred weight gradients). Each use of a parameter tells once in every
+micro-batch, so a gradient is final after a known number of calls, in whatever order a program makes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from .collectives import Handle
 
 
 class Slot:
@@ -22,21 +27,19 @@ class Slot:
         on_final: called when the last gradient of the step has been added.
     """
 
-    __slots__ = ("buffer", "fresh", "on_final", "remaining", "uses")
+    __slots__ = ("buffer", "fresh", "on_final", "remaining", "store", "uses")
 
     def __init__(self, buffer: Tensor, on_final: Callable[[], None]) -> None:
         self.buffer, self.on_final = buffer, on_final
         self.fresh = True
         self.uses = 1
-        self.remaining = -1
+        self.remaining = 0
+        self.store: WeightGradients | None = None
+        """Where weight gradients wait while their stage's backward is split."""
 
-    def start_step(self) -> None:
-        """Forgets the last step's sum: the next gradient overwrites it."""
-        self.fresh, self.remaining = True, -1
-
-    def arm(self) -> None:
-        """The backward that comes now is the step's last: `uses` more calls of `done` make the gradient final."""
-        self.remaining = self.uses
+    def start_step(self, microbatches: int) -> None:
+        """Forgets the last step's sum, which the next gradient overwrites; expects `uses` gradients a micro-batch."""
+        self.fresh, self.remaining = True, self.uses * microbatches
 
     def add(self, grad: Tensor) -> None:
         """sum += grad."""
@@ -64,11 +67,72 @@ class Slot:
         self.buffer.index_add_(0, rows, grad.to(self.buffer.dtype))
 
     def done(self) -> None:
-        """One of the parameter's uses has added its gradient of this backward."""
-        if self.remaining > 0:
-            self.remaining -= 1
-            if self.remaining == 0:
-                self.on_final()
+        """One of the parameter's uses has added its gradient of one micro-batch."""
+        self.remaining -= 1
+        if self.remaining == 0:
+            self.on_final()
+
+
+class Deferred(Protocol):
+    """Weight gradients that are still to be computed."""
+
+    def start(self) -> Handle:
+        """Starts whatever communication they need."""
+        ...
+
+    def finish(self, whole: Tensor) -> object:
+        """Computes them; `whole` is what `start` gave."""
+        ...
+
+
+class WeightGradients:
+    """The weight gradients that one stage has not computed yet, per micro-batch."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, list[Deferred]] = {}
+        self._open: list[Deferred] | None = None
+
+    @contextmanager
+    def deferring(self, index: int) -> Iterator[None]:
+        """A backward inside this block leaves its weight gradients here, under the micro-batch's number."""
+        self._open = self._waiting[index] = []
+        try:
+            yield
+        finally:
+            self._open = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._open is not None
+
+    def put(self, deferred: Deferred) -> None:
+        """Leaves weight gradients for later."""
+        assert self._open is not None
+        self._open.append(deferred)
+
+    @torch.no_grad()
+    def compute(self, index: int) -> None:
+        """Computes what was left under the micro-batch's number; each one's communication runs behind the last one."""
+        jobs = self._waiting.pop(index)
+        handle = jobs[0].start() if jobs else None
+        for i in range(len(jobs)):
+            assert handle is not None
+            whole = handle.wait()
+            if i + 1 < len(jobs):
+                handle = jobs[i + 1].start()
+            jobs[i].finish(whole)
+
+    def forget(self) -> None:
+        """Drops everything, after a step that failed."""
+        self._waiting.clear()
+
+
+def open_store(params: Sequence[Tensor | None]) -> WeightGradients | None:
+    """The store into which the weight gradients of `params` go now, if their backward is split."""
+    slot = slot_of(params[0])
+    if slot is None or slot.store is None or not slot.store.is_open:
+        return None
+    return slot.store
 
 
 def slot_of(param: Tensor | None) -> Slot | None:

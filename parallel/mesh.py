@@ -11,7 +11,7 @@ ranks in their slots and a store, and can be made again from others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..configs.errors import UserError
 from .record import Recorder
-from .waiting import Abort
+from .waiting import Abort, Waiter
 
 DENSE_AXES = ("pp", "dp", "cp", "tp_shard", "tp_replica")
 EXPERT_AXES = ("pp", "edp", "ep", "etp")
@@ -77,6 +77,8 @@ class Axis:
     """The axis's name in the record."""
     sequence: Iterator[int] = field(repr=False, default_factory=count)
     """Numbers this rank's collectives over the axis."""
+    waiters: dict[tuple[str, int], Waiter] = field(repr=False, default_factory=dict, compare=False)
+    """What watches this rank's sends to, and receives from, each peer (gloo)."""
 
     @staticmethod
     def single(name: str) -> Axis:
@@ -95,6 +97,9 @@ class Mesh:
         epoch: how many times the mesh has been rebuilt.
         recorder: the rank's record.
         timeout_s: seconds a collective may wait.
+        channels: (source, destination) ranks of the pipeline axis between which `channel` is wanted.
+        vocab: whether the axes of the balanced vocabulary are wanted.
+        ends: the ranks of the pipeline axis with the first and the last stage, where the axis "ends" is wanted.
     """
 
     def __init__(
@@ -107,6 +112,9 @@ class Mesh:
         recorder: Recorder,
         epoch: int = 0,
         timeout_s: float = 600.0,
+        channels: Sequence[tuple[int, int]] = (),
+        vocab: bool = False,
+        ends: tuple[int, int] | None = None,
     ) -> None:
         self.degrees, self.rank, self.epoch, self.device, self.recorder = degrees, rank, epoch, device, recorder
         self.abort = Abort(timeout_s)
@@ -128,9 +136,18 @@ class Mesh:
             device_id=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None,
         )
         self._make_axes()
+        if degrees.pp > 1:
+            self._make_channels(channels)
+        if vocab:
+            self._make_vocab_axes()
+        if ends is not None and ends[0] != ends[1]:
+            lines = [(line[min(ends)], line[max(ends)]) for line in self._pipelines()]
+            self._axes["ends"] = self._cut("ends", lines)
+        # Nobody starts, and nobody can leave, before everybody is connected.
+        dist.barrier(self.host_group)
 
     def _make_axes(self) -> None:
-        """Creates every communicator, in one fixed order on all ranks."""
+        """Creates the communicators of the two factorisations, in one fixed order on all ranks."""
         dense = init_device_mesh(self.device, self.degrees.dense, mesh_dim_names=DENSE_AXES)
         for name in DENSE_AXES:
             self._add(name, dense[name])
@@ -144,8 +161,61 @@ class Mesh:
         # Host-side agreement (checkpoints, Python objects) never shares a communicator with the step.
         self.host_group = _host_group("host")
         self.checkpoint_group = _host_group("checkpoint")
-        # Nobody starts, and nobody can leave, before everybody is connected.
-        dist.barrier(self.host_group)
+
+    def _pipelines(self) -> list[tuple[int, ...]]:
+        """The ranks of every pipeline axis of the job."""
+        stage = self.degrees.world // self.degrees.pp
+        return [tuple(range(first, self.degrees.world, stage)) for first in range(stage)]
+
+    def _make_channels(self, channels: Sequence[tuple[int, int]]) -> None:
+        """One communicator per directed channel, so that no transfer ever waits behind one the other way.
+
+        gloo matches transfers by source, destination and order, so all its channels share the pipeline's group.
+        """
+        for source, to in sorted(set(channels)):
+            name = f"channel {source}>{to}"
+            lines = [(line[source], line[to]) for line in self._pipelines()]
+            if self.device == "cuda":
+                axis = self._cut(name, lines)
+                _connect(axis)
+            else:
+                mine = next((line for line in lines if self.rank in line), ())
+                axis = self._axis(name, mine, self._axes["pp"].group) if mine else Axis.single(name)
+            self._axes[name] = axis
+
+    def _make_vocab_axes(self) -> None:
+        """The ranks of tp x pp of each replica, twice: embedding and head communicate in lanes of their own."""
+        degrees, stage = self.degrees, self.degrees.world // self.degrees.pp
+        replicas = range(0, stage, degrees.tp)
+        # Pipeline-major: index on the axis = pipeline rank · tp + tensor rank.
+        lines = [
+            tuple(pp * stage + first + tp for pp in range(degrees.pp) for tp in range(degrees.tp)) for first in replicas
+        ]
+        for name in ("vocab_embed", "vocab_head"):
+            # A lane stamps the context of its own jobs, which lags behind the step's.
+            self._axes[name] = self._cut(name, lines, urgent=True, recorder=self.recorder.fork())
+
+    def _cut(
+        self,
+        name: str,
+        lines: Sequence[tuple[int, ...]],
+        *,
+        urgent: bool = False,
+        recorder: Recorder | None = None,
+    ) -> Axis:
+        """An axis whose lines are `lines`, disjoint (ascending for collectives); of size 1 on the ranks of no line."""
+        mine = next((line for line in lines if self.rank in line), None)
+        group = None
+        if len(lines[0]) > 1:
+            if self.device == "cuda":
+                options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if urgent else None
+                # One call for all lines: calls would otherwise grow with the size of the job.
+                split = [list(line) for line in lines]
+                group = dist.split_group(split_ranks=split, pg_options=options, group_desc=name)
+            else:
+                groups = [dist.new_group(list(line), group_desc=name) for line in lines]
+                group = groups[lines.index(mine)] if mine is not None else None
+        return self._axis(name, mine, group, recorder) if mine is not None else Axis.single(name)
 
     def _add(self, name: str, mesh: DeviceMesh) -> None:
         ranks = tuple(int(r) for r in mesh.mesh.flatten())
@@ -153,13 +223,29 @@ class Mesh:
         self._axes[name] = self._axis(name, ranks, group)
         self._device_meshes[name] = mesh
 
-    def _axis(self, name: str, ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> Axis:
+    def _axis(
+        self, name: str, ranks: tuple[int, ...], group: dist.ProcessGroup | None, recorder: Recorder | None = None
+    ) -> Axis:
         code = self.recorder.intern(name)
-        return Axis(name, ranks.index(self.rank), len(ranks), ranks, group, self.recorder, self.abort, code)
+        recorder = recorder or self.recorder
+        return Axis(name, ranks.index(self.rank), len(ranks), ranks, group, recorder, self.abort, code)
 
     def axis(self, name: str) -> Axis:
-        """The axis called `name`: pp, dp, cp, tp, tp_shard, tp_replica, data (dp · cp), edp, ep, etp or world."""
+        """The axis called `name`.
+
+        Of every mesh: pp, dp, cp, tp, tp_shard, tp_replica, data (dp · cp), edp, ep, etp, world. Where asked for:
+        vocab_head and vocab_embed (pp · tp, in this order) and ends (the ranks of the first and the last stage, of
+        size 1 on all others).
+        """
         return self._axes.get(name) or Axis.single(name)
+
+    def channel(self, source: int, to: int) -> Axis:
+        """The way from one rank of the pipeline axis to another: index 0 sends, index 1 receives.
+
+        Raises:
+            KeyError: this channel was not asked for.
+        """
+        return self._axes[f"channel {source}>{to}"]
 
     def device_mesh(self, name: str) -> DeviceMesh:
         """torch's view of one axis, for the torch parts that need one (FSDP2)."""
@@ -171,10 +257,24 @@ class Mesh:
 
     def close(self) -> None:
         """Gives the communicators up. A mesh of a later epoch can be made afterwards."""
+        for axis in self._axes.values():
+            for waiter in axis.waiters.values():
+                waiter.close()
         if dist.is_initialized():
             dist.destroy_process_group()
         self._axes.clear()
         self._device_meshes.clear()
+
+
+def _connect(channel: Axis) -> None:
+    """NCCL connects two ranks in their first transfer, and both hosts wait for it: never inside a step."""
+    if channel.size == 2:
+        token = torch.zeros(1, device="cuda")
+        transfer = dist.isend if channel.rank == 0 else dist.irecv
+        work = transfer(token, channel.ranks[1 - channel.rank], group=channel.group)
+        if work is not None:
+            work.wait()
+        torch.cuda.synchronize()
 
 
 def _host_group(name: str) -> dist.ProcessGroup:

@@ -26,7 +26,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Vocab:
-    """Rows of the vocabulary cut over tp."""
+    """Rows of the vocabulary cut over tp, or over tp × pp."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Whole:
 
 Rule = Column | Row | Vocab | Whole
 Plan = tuple[tuple[str, Rule], ...]
-Partial = Literal["", "tp", "tp_replica"]
+Partial = Literal["", "tp", "tp_replica", "ends"]
 """The axis over which a parameter's gradient is a partial sum."""
 
 
@@ -48,14 +48,30 @@ class Sharding:
     partial: Partial = ""
 
 
-def place(rule: Rule, name: str, shape: tuple[int, ...], tp: Axis, shards: Axis, replicas: Axis) -> Sharding:
+@dataclass(frozen=True)
+class Axes:
+    """What the rules cut over."""
+
+    tp: Axis
+    shards: Axis
+    """Groups of tp ranks with different key-value heads."""
+    replicas: Axis
+    """The tp ranks of one such group."""
+    vocab: Axis
+    """tp, or all tensor and pipeline ranks where the vocabulary is balanced."""
+
+
+def place(rule: Rule, name: str, shape: tuple[int, ...], axes: Axes) -> Sharding:
     """The slice of the global parameter `name` that this rank holds."""
+    tp, shards, replicas, vocab = axes.tp, axes.shards, axes.replicas, axes.vocab
     bias = name.endswith("bias")
     match rule:
         case Column(kv=True) if replicas.size > 1:
             return Sharding(Placement.shard(shape, 0, shards.rank, shards.size), "tp_replica")
-        case Column() | Vocab():
+        case Column():
             return Sharding(Placement.shard(shape, 0, tp.rank, tp.size))
+        case Vocab():
+            return Sharding(Placement.shard(shape, 0, vocab.rank, vocab.size))
         case Row() if not bias:
             return Sharding(Placement.shard(shape, 1, tp.rank, tp.size))
         case _:

@@ -8,13 +8,14 @@ tensor parallel ones gather the input's tokens or scatter the output's (`tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .collectives import Handle
-from .gradients import matmul_grad, plain_grad
+from .gradients import matmul_grad, open_store, plain_grad
 
 
 class HasWeight(Protocol):
@@ -74,6 +75,22 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
+@dataclass(frozen=True)
+class _WeightGrads:
+    """The weight gradients of one projection, which its backward computes at once or leaves for later."""
+
+    around: Around
+    x: Tensor
+    weights: Sequence[Tensor]
+    dys: Sequence[Tensor]
+
+    def start(self) -> Handle:
+        return self.around.regather(self.x)
+
+    def finish(self, whole: Tensor) -> list[Tensor | None]:
+        return [matmul_grad(w, dy, whole) for w, dy in zip(self.weights, self.dys, strict=True)]
+
+
 class _Project(torch.autograd.Function):
     """Inputs: around, n, x, n weights, n biases (or None)."""
 
@@ -96,7 +113,8 @@ class _Project(torch.autograd.Function):
         x, *params = ctx.saved_tensors
         weights, biases = params[: ctx.n], params[ctx.n :]
         bias_grads: list[Tensor | None] = [None] * ctx.n
-        gathering = around.regather(x)  # travels while dx is computed
+        store = open_store(weights)
+        gathering = around.regather(x) if store is None else None  # travels while dx is computed
         outer, dys = grads, []
         for dy in grads:
             dys.append(around.leave_backward(dy))
@@ -106,8 +124,10 @@ class _Project(torch.autograd.Function):
             for dy, weight in zip(dys[1:], weights[1:], strict=True):
                 dx.addmm_(dy, weight)
         scattering = around.enter_backward(dx) if dx is not None else None  # travels while dW is computed
-        whole = gathering.wait()
-        weight_grads = [matmul_grad(w, dy, whole) for w, dy in zip(weights, dys, strict=True)]
+        deferred = _WeightGrads(around, x, weights, dys)
+        if store is not None:
+            store.put(deferred)
+        weight_grads = [None] * ctx.n if gathering is None else deferred.finish(gathering.wait())
         for i, bias in enumerate(biases):
             if bias is not None:
                 dy = dys[i] if around.bias_before_leave else outer[i]

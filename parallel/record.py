@@ -7,7 +7,9 @@ entry, the newest `capacity` entries are kept. Format: docs/record.md.
 
 from __future__ import annotations
 
+import copy
 import errno
+import itertools
 import mmap
 import os
 import struct
@@ -65,7 +67,6 @@ class Recorder:
         self.step = 0
         self.micro_batch = 0
         self.op = -1
-        self._epoch = epoch
         self._base = HEADER_BYTES + NAMES_BYTES
         self._base_word, self._base_int = self._base // 8, self._base // 4
         self._map = _allocate(path, self._base + entries * ENTRY_BYTES)
@@ -73,9 +74,9 @@ class Recorder:
         self._words, self._ints = view.cast("q"), view.cast("i")
         # Reentrant: a signal handler or a finalizer may record while this very thread is inside enter().
         self._lock = threading.RLock()
-        self._next = 0
+        self._tickets = itertools.count()
         self._codes: dict[str, int] = {}
-        self._names_end = 0
+        self._origin: Recorder | None = None
         # fmt: off
         HEADER.pack_into(self._map, 0, MAGIC, FORMAT, HEADER_BYTES, NAMES_BYTES, ENTRY_BYTES, entries, rank, world,
                          os.getpid(), time.time_ns(), _now())
@@ -86,12 +87,31 @@ class Recorder:
     @property
     def epoch(self) -> int:
         """Number of times that the mesh was rebuilt; stamped into every entry."""
-        return self._epoch
+        return self._words[EPOCH_WORD]
 
     @epoch.setter
     def epoch(self, value: int) -> None:
-        self._epoch = value
         self._words[EPOCH_WORD] = value
+
+    def fork(self) -> Recorder:
+        """A writer into the same ring with a context of its own, for what is done later than the step asked for it."""
+        fork = copy.copy(self)
+        fork._origin = self
+        return fork
+
+    @property
+    def context(self) -> tuple[int, int, int]:
+        """(step, micro_batch, op) that entries get now."""
+        return self.step, self.micro_batch, self.op
+
+    @context.setter
+    def context(self, value: tuple[int, int, int]) -> None:
+        self.step, self.micro_batch, self.op = value
+
+    @property
+    def origin(self) -> Recorder:
+        """The recorder that this one was forked from, or itself."""
+        return self._origin or self
 
     def intern(self, name: str) -> int:
         """Code of a name, written into the file the first time; "" is 0, and so is any name once the table is full."""
@@ -102,13 +122,14 @@ class Recorder:
             if name in self._codes:
                 return self._codes[name]
             text = name.encode()[:255]
-            end = self._names_end + _NAME_LENGTH.size + len(text)
+            start = self._words[NAMES_USED_WORD]
+            end = start + _NAME_LENGTH.size + len(text)
             if end > NAMES_BYTES:
                 return 0
-            at = HEADER_BYTES + self._names_end
+            at = HEADER_BYTES + start
             _NAME_LENGTH.pack_into(self._map, at, len(text))
             self._map[at + _NAME_LENGTH.size : HEADER_BYTES + end] = text
-            self._words[NAMES_USED_WORD] = self._names_end = end
+            self._words[NAMES_USED_WORD] = end
             self._codes[name] = len(self._codes)
             return self._codes[name]
 
@@ -125,8 +146,7 @@ class Recorder:
     ) -> int:
         """Write an open entry (enqueued = start = now, end = 0); returns its ticket, for `exit` and `stamp`."""
         with self._lock:
-            ticket = self._next
-            self._next = ticket + 1
+            ticket = next(self._tickets)
             generation, slot = divmod(ticket, self.capacity)
             word = self._base_word + slot * _WORDS
             words = self._words
@@ -134,7 +154,7 @@ class Recorder:
             words[word] = 2 * generation + 1
             now = _now()
             # fmt: off
-            _PAYLOAD.pack_into(self._map, word * 8 + 8, now, now, 0, nbytes, seq, self.step, self._epoch,
+            _PAYLOAD.pack_into(self._map, word * 8 + 8, now, now, 0, nbytes, seq, self.step, words[EPOCH_WORD],
                                self.micro_batch, self.op, kind, axis, group, peer, dtype, stream, 0)
             # fmt: on
             words[word] = 2 * generation + 2

@@ -2,12 +2,15 @@
 
 gloo cannot abort an operation that is in flight, so a rank never blocks inside torch: it waits for an event which the
 completion of the operation sets, and which `Abort.trigger` sets as well. Polling `is_completed` instead costs more
-than a millisecond an operation on a busy machine.
+than a millisecond an operation on a busy machine. Waits on memory (`local.py`) poll and ask `Abort.check`.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
+from collections.abc import Callable
+from typing import Any, Protocol
 
 
 class Aborted(RuntimeError):
@@ -46,7 +49,76 @@ class Abort:
         finished = done.wait(self.timeout_s)
         with self._lock:
             self._pending.discard(done)
+        self.check(what, 0.0 if finished else self.timeout_s)
+
+    def check(self, what: str, waited_s: float) -> None:
+        """For waits that poll: raises as `wait` does, after `waited_s` seconds of waiting for `what`."""
         if self.reason is not None:
             raise Aborted(f"{what}: {self.reason}")
-        if not finished:
+        if waited_s >= self.timeout_s:
             raise TimeoutError(f"{what} waited {self.timeout_s:g} s; set faults.timeout_s to wait longer")
+
+
+class Blocking(Protocol):
+    """A transfer of torch's in flight."""
+
+    def wait(self) -> Any: ...
+
+
+class Transfer:
+    """A transfer whose end only a thread that blocks in it sees: gloo has no callback and no test for these.
+
+    Args:
+        work: the transfer.
+        ended: called at its end, by the `Waiter`'s thread.
+    """
+
+    def __init__(self, work: Blocking, ended: Callable[[], None]) -> None:
+        self._work, self._ended = work, ended
+        self._done = threading.Event()
+        self._error: Exception | None = None
+
+    def done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._done.is_set()
+
+    def watch(self) -> None:
+        """Blocks until the end."""
+        try:
+            self._work.wait()
+        except Exception as error:
+            self._error = error
+        self._ended()
+        self._done.set()
+
+    def wait(self, abort: Abort, what: str) -> None:
+        """Returns at the end.
+
+        Raises:
+            Aborted, TimeoutError: see `Abort.wait`.
+            RuntimeError: the peer is gone.
+        """
+        abort.wait(self._done, what)
+        if self._error is not None:
+            raise self._error
+
+
+class Waiter:
+    """A thread that waits for transfers one after the other: those of one kind with one peer end in order."""
+
+    def __init__(self, name: str) -> None:
+        self._queue: queue.SimpleQueue[Transfer | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def add(self, transfer: Transfer) -> None:
+        """Watches a transfer after those added before."""
+        self._queue.put(transfer)
+
+    def close(self) -> None:
+        """Ends the thread, after an abort once torch gives up the transfer on which it waits."""
+        self._queue.put(None)
+
+    def _run(self) -> None:
+        while (transfer := self._queue.get()) is not None:
+            transfer.watch()

@@ -19,18 +19,20 @@ from pentad.configs.schema import (
     FaultsConfig,
     HardwareConfig,
     LogConfig,
+    MemoryConfig,
     ModelConfig,
     ParallelConfig,
+    PipelineConfig,
     SgdConfig,
     StdlibData,
     TrainConfig,
 )
 from pentad.parallel.mesh import Mesh
-from pentad.parallel.pipeline.program import single_stage
 from pentad.parallel.record import Recorder
 from pentad.trainer.data.dataset import MicroBatch
 from pentad.trainer.optimizer import make_optimizer
-from pentad.trainer.setup import degrees_of, make_model
+from pentad.trainer.pipeline import training_program
+from pentad.trainer.setup import buckets_per_rank, make_model, mesh_of
 from pentad.trainer.state import units_by_key
 from pentad.trainer.step import Stepper, StepResult
 from tests.distributed import job_store
@@ -52,7 +54,10 @@ def job(
     *,
     model: dict[str, Any] | None = None,
     tp: int = 1,
+    pp: int = 1,
     dp: int = 1,
+    pipeline: dict[str, Any] | None = None,
+    recompute: str = "none",
     sharding: str = "ddp",
     bucket_mib: float = 0.02,
     optim: str = "adamw",
@@ -63,7 +68,14 @@ def job(
     schedule = ConstantSchedule()
     return Config(
         model=replace(TINY, **(model or {})),
-        parallel=ParallelConfig(tp=tp, dp=dp, data=DataParallelConfig(sharding=sharding, bucket_mib=bucket_mib)),  # type: ignore[arg-type]
+        parallel=ParallelConfig(
+            tp=tp,
+            pp=pp,
+            dp=dp,
+            data=DataParallelConfig(sharding=sharding, bucket_mib=bucket_mib),  # type: ignore[arg-type]
+            pipeline=PipelineConfig(**{"schedule": "1f1b", "chunks": 1, **(pipeline or {})}),
+        ),
+        memory=MemoryConfig(recompute=recompute),  # type: ignore[arg-type]
         train=TrainConfig(**{**settings, **train}),
         optim=AdamWConfig(lr=3e-3, schedule=schedule) if optim == "adamw" else SgdConfig(lr=0.1, schedule=schedule),
         data=StdlibData(),
@@ -104,14 +116,13 @@ def micro_batches(cfg: Config, step: int, rank: int, size: int, *, masked: bool 
 
 def open_mesh(rank: int, cfg: Config, record: Path | None = None) -> Mesh:
     """The mesh of a test job, inside a worker of `run_distributed(…, group=False)` or alone."""
-    degrees = degrees_of(cfg)
-    return Mesh(
-        degrees,
-        store=job_store() if degrees.world > 1 else None,
+    world = cfg.parallel.tp * cfg.parallel.pp * (cfg.parallel.dp or 1)
+    return mesh_of(
+        cfg,
+        store=job_store() if world > 1 else None,
         rank=rank,
         device="cpu",
-        recorder=Recorder(record, rank=rank, world=degrees.world, entries=4096),
-        timeout_s=cfg.faults.timeout_s,
+        recorder=Recorder(record, rank=rank, world=world, entries=4096),
     )
 
 
@@ -127,8 +138,9 @@ class Run:
             self.optimizer.prepare(unit)
         dp = self.mesh.axis("dp")
         count = cfg.train.global_batch // (cfg.train.micro_batch * dp.size)
-        program = single_stage(count, self.parts.replicas.buckets)
-        self.stepper = Stepper(cfg, self.parts.model, self.parts.replicas, self.optimizer, self.mesh, program)
+        buckets = buckets_per_rank(self.parts.replicas, self.mesh)
+        program = training_program(cfg, self.parts.pipeline, count, buckets)
+        self.stepper = Stepper(cfg, self.parts, self.optimizer, self.mesh, program)
 
     def step(self, step: int) -> tuple[float, float, float]:
         """(loss, grad norm, skipped) of one step."""

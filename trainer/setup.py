@@ -14,10 +14,13 @@ from ..configs.schema import Config
 from ..models.parallelize import build, initial_values
 from ..models.transformer import Transformer
 from ..parallel import record
+from ..parallel.collectives import all_gather
 from ..parallel.data import FlatReplicas, Replicas, mark_tied
 from ..parallel.fsdp import FsdpReplicas
+from ..parallel.gradients import WeightGradients, slot_of
 from ..parallel.mesh import Degrees, Mesh
 from ..parallel.plan import Sharding
+from .pipeline import Pipeline
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -89,23 +92,37 @@ def make_mesh(cfg: Config, ranks: Ranks, device: torch.device) -> Mesh:
     recorder = record.create(
         f"{cfg.name}-{ranks.run_id}", rank=ranks.rank, world=ranks.world, entries=cfg.faults.record_entries
     )
+    return mesh_of(cfg, store=open_store(cfg, ranks), rank=ranks.rank, device=device.type, recorder=recorder)
+
+
+def mesh_of(cfg: Config, *, store: dist.Store | None, rank: int, device: str, recorder: record.Recorder) -> Mesh:
+    """The mesh that the job's layout and pipeline need; arguments as of `Mesh`."""
+    pipeline = Pipeline.of(cfg)
+    balanced = pipeline.split.balanced
     return Mesh(
         degrees_of(cfg),
-        store=open_store(cfg, ranks),
-        rank=ranks.rank,
-        device=device.type,
+        store=store,
+        rank=rank,
+        device=device,
         recorder=recorder,
         timeout_s=cfg.faults.timeout_s,
+        channels=pipeline.channels,
+        vocab=balanced,
+        ends=pipeline.ends if cfg.model.tied and not balanced else None,
     )
 
 
 @dataclass(frozen=True)
 class Parts:
-    """This rank's part of the model, and its data parallelism."""
+    """This rank's part of the model, its data parallelism, and the pipeline that both belong to."""
 
     model: Transformer
     where: dict[str, Sharding]
     replicas: Replicas
+    device: torch.device
+    pipeline: Pipeline
+    stores: dict[int, WeightGradients]
+    """Deferred weight gradients of each of this rank's stages."""
 
 
 def make_model(cfg: Config, mesh: Mesh, device: torch.device) -> Parts:
@@ -115,9 +132,19 @@ def make_model(cfg: Config, mesh: Mesh, device: torch.device) -> Parts:
     fsdp = cfg.parallel.data.sharding == "fsdp" and mesh.axis("data").size > 1
     # FSDP2 keeps masters as parameters and casts when it gathers; flat buckets keep masters beside the parameters.
     held = torch.float32 if fsdp and dtype == torch.bfloat16 else dtype
-    model, where = build(cfg.model, mesh, device=device, dtype=held)
+    pipeline = Pipeline.of(cfg)
+    stages = pipeline.stages_of(mesh.axis("pp").rank)
+    model, where = build(
+        cfg.model,
+        mesh,
+        device=device,
+        dtype=held,
+        part=pipeline.split.part(stages),
+        balanced=pipeline.split.balanced,
+        recompute=cfg.memory.recompute == "full",
+    )
     if fsdp:
-        replicas: Replicas = FsdpReplicas(model, model.layers, where, mesh, dtype)
+        replicas: Replicas = FsdpReplicas(model, model.layers.values(), where, mesh, dtype)
     else:
         replicas = FlatReplicas(
             model,
@@ -126,7 +153,26 @@ def make_model(cfg: Config, mesh: Mesh, device: torch.device) -> Parts:
             sharded=cfg.parallel.data.sharding == "zero1",
             bucket_mib=cfg.parallel.data.bucket_mib,
         )
-        if cfg.model.tied:
-            mark_tied(model.embed.weight)
+        if cfg.model.tied and model.part.embeds and model.part.predicts:
+            mark_tied(model.embed_weight)
     replicas.load(initial_values(model, where, cfg.train.seed))
-    return Parts(model, where, replicas)
+    return Parts(model, where, replicas, device, pipeline, _stores(model, pipeline, stages))
+
+
+def _stores(model: Transformer, pipeline: Pipeline, stages: tuple[int, ...]) -> dict[int, WeightGradients]:
+    """One store per stage, which its parameters' slots know."""
+    stores = {stage: WeightGradients() for stage in stages}
+    for stage, store in stores.items():
+        for layer in pipeline.split.layers[stage]:
+            for param in model.layers[str(layer)].parameters():
+                slot = slot_of(param)
+                if slot is not None:
+                    slot.store = store
+    return stores
+
+
+def buckets_per_rank(replicas: Replicas, mesh: Mesh) -> tuple[int, ...]:
+    """How many buckets each rank of the pipeline axis updates."""
+    pp = mesh.axis("pp")
+    device = torch.device("cpu") if mesh.device == "cpu" else torch.device("cuda", torch.cuda.current_device())
+    return tuple(all_gather(torch.tensor([replicas.buckets], device=device), pp).wait().tolist())

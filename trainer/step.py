@@ -14,14 +14,16 @@ from torch import Tensor
 
 from ..configs.schema import Config
 from ..models.dropout import Draws
-from ..models.transformer import Transformer
+from ..models.stages import Inputs, run_stage
 from ..parallel.collectives import all_reduce
-from ..parallel.data import Replicas
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline.execute import Handler, execute
 from ..parallel.pipeline.program import Kind, Op, Program
+from ..parallel.pipeline.runtime import Hidden, Runtime
 from .data.dataset import MicroBatch
 from .optimizer import Optimizer
+from .setup import DTYPES, Parts
+from .vocabulary import BalancedVocabulary
 
 
 @dataclass(frozen=True)
@@ -39,36 +41,52 @@ class StepResult:
 
 
 class Stepper:
-    """Runs the program of one rank.
+    """Runs the programs of one rank.
 
     Args:
         cfg: the job.
-        model: this rank's part of the model.
-        replicas: its data parallelism.
+        parts: this rank's part of the model, its data parallelism, and the pipeline.
         optimizer: its optimizer, states prepared.
         mesh: the mesh.
         program: what a step does; this rank's operations are those of its place on the pipeline axis.
     """
 
-    def __init__(
-        self, cfg: Config, model: Transformer, replicas: Replicas, optimizer: Optimizer, mesh: Mesh, program: Program
-    ) -> None:
-        self.cfg, self.model, self.replicas, self.optimizer, self.mesh = cfg, model, replicas, optimizer, mesh
-        self.ops = program.ranks[mesh.axis("pp").rank]
-        self.microbatches = program.microbatches
-        self.device = next(model.parameters()).device
+    def __init__(self, cfg: Config, parts: Parts, optimizer: Optimizer, mesh: Mesh, program: Program) -> None:
+        self.cfg, self.parts, self.optimizer, self.mesh, self.program = cfg, parts, optimizer, mesh, program
+        self.model, self.replicas = parts.model, parts.replicas
+        self.rank = mesh.axis("pp").rank
+        self.ops = program.ranks[self.rank]
+        self.device = parts.device
+        self.dtype = DTYPES[cfg.train.dtype]
         precise = torch.float64 if cfg.train.dtype == "fp64" else torch.float32
         self.updates = torch.zeros((), dtype=torch.float32, device=self.device)
         """Updates applied so far; skipped steps do not count."""
         self._zero = torch.zeros((), dtype=precise, device=self.device)
-        self._handlers: dict[Kind, Handler] = {
-            Kind.FORWARD: self._forward,
-            Kind.BACKWARD: self._backward,
+        self._runtime = self._make_runtime(program)
+        self._handlers: dict[Kind, Handler] = self._runtime.handlers | {
             Kind.REDUCE: lambda op: self.replicas.reduce(op.index),
             Kind.NORM: self._norm,
             Kind.OPTIMIZE: self._optimize,
             Kind.GATHER: lambda op: self.replicas.gather(op.index),
         }
+        self._evaluation: tuple[Runtime, Program] | None = None
+
+    def _make_runtime(self, program: Program) -> Runtime:
+        tp, train = self.mesh.axis("tp"), self.cfg.train
+        tokens = train.micro_batch * train.seq_len // tp.size
+        vocab = None
+        if self.parts.pipeline.split.balanced:
+            vocab = BalancedVocabulary(self.parts, self.mesh, self.cfg, self._inputs)
+        return Runtime(
+            program,
+            self.rank,
+            forward=self._forward,
+            hidden=Hidden((tokens, self.cfg.model.hidden), self.dtype, self.device),
+            channel=self.mesh.channel,
+            stores=self.parts.stores,
+            vocab=vocab,
+            recorder=self.mesh.recorder,
+        )
 
     def run(self, step: int, batches: Sequence[MicroBatch], valid: int, lr: float, *, stop: bool = False) -> StepResult:
         """Trains on this rank's micro-batches.
@@ -81,38 +99,55 @@ class Stepper:
             stop: whether this rank was asked to stop; the ranks agree inside the step.
         """
         self._stop = torch.full_like(self._zero, float(stop))
-        self._step, self._batches, self._lr = step, batches, lr
-        self._scale = 1.0 / max(valid, 1)
-        self._losses: dict[int, Tensor] = {}
-        self._loss = self._zero
-        self.mesh.recorder.step = step
-        self.replicas.start_step()
+        self._lr = lr
+        self._begin(step, batches, 1.0 / max(valid, 1))
+        self.replicas.start_step(len(batches))
         execute(self.ops, self._handlers, self.mesh.recorder)
         return StepResult(self._loss, self._grad_norm, self._skip, self._stop)
 
-    def loss(self, batch: MicroBatch, scale: float, draws: Draws | None = None) -> Tensor:
-        """The summed loss of a micro-batch times `scale`."""
-        return self.model(
-            batch.tokens.to(self.device, non_blocking=True),
-            batch.labels.to(self.device, non_blocking=True),
-            scale=scale,
-            positions=_to(batch.positions, self.device),
-            documents=_to(batch.documents, self.device),
-            draws=draws,
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch], program: Program) -> Tensor:
+        """The summed loss of this rank's micro-batches; 0 on the ranks that do not count it.
+
+        Args:
+            batches: one per micro-batch of the program.
+            program: forward passes only.
+        """
+        if self._evaluation is None or self._evaluation[1] is not program:
+            self._evaluation = self._make_runtime(program), program
+        runtime = self._evaluation[0]
+        self._begin(-1, batches, 1.0)
+        execute(program.ranks[self.rank], runtime.handlers, self.mesh.recorder)
+        runtime.finish()
+        return self._counted(runtime)
+
+    def _begin(self, step: int, batches: Sequence[MicroBatch], scale: float) -> None:
+        self._batches = [batch.to(self.device) for batch in batches]
+        self._step, self._scale = step, scale
+        if step >= 0:
+            self.mesh.recorder.step = step
+
+    def _counted(self, runtime: Runtime) -> Tensor:
+        """What this rank adds to the loss: every token's loss enters the global sum once."""
+        losses = runtime.losses()
+        if not losses or self.mesh.axis("tp").rank or (self.parts.pipeline.split.balanced and self.rank):
+            return self._zero
+        return torch.stack(losses).sum()
+
+    # Stages ---------------------------------------------------------------------------------------------------
+
+    def _forward(self, stage: int, index: int, x: Tensor | None) -> Tensor:
+        self.replicas.begin_micro_batch()
+        return run_stage(self.model, self.parts.pipeline.split, stage, x, self._inputs(index), self.dtype)
+
+    def _inputs(self, index: int) -> Inputs:
+        batch = self._batches[index]
+        return Inputs(
+            batch.tokens, batch.labels, self._scale, batch.positions, batch.documents, self._draws(batch)
         )
 
-    def _forward(self, op: Op) -> None:
-        self.replicas.begin_micro_batch(last=op.index == self.microbatches - 1)
-        batch = self._batches[op.index]
-        self._losses[op.index] = self.loss(batch, self._scale, self._draws(batch))
-
-    def _backward(self, op: Op) -> None:
-        loss = self._losses.pop(op.index)
-        loss.backward()
-        self._loss = self._loss + loss.detach()
-
     def _draws(self, batch: MicroBatch) -> Draws | None:
-        if not self.cfg.model.dropout:
+        if not self.cfg.model.dropout or not torch.is_grad_enabled():
             return None
         tp = self.mesh.axis("tp")
         tokens = batch.tokens.numel() // tp.size
@@ -126,14 +161,17 @@ class Stepper:
             (tp.rank + 1) * tokens,
         )
 
+    # Update ---------------------------------------------------------------------------------------------------
+
     def _norm(self, op: Op) -> None:
         """One collective for the norm, the loss and the wish to stop; replicas are counted once."""
+        self._runtime.finish()
         square = self._zero
         for bucket in range(self.replicas.buckets):
             for unit in self.replicas.units(bucket):
                 if unit.counted:
                     square = square + torch.linalg.vector_norm(unit.grad).square()
-        counted = self._loss if self.mesh.axis("tp").rank == 0 else self._zero
+        counted = self._counted(self._runtime).to(square.dtype)
         total = all_reduce(torch.stack((square, counted, self._stop)), self.mesh.axis("world")).wait()
         self._grad_norm, self._loss, self._stop = total[0].sqrt(), total[1], total[2]
         self._skip = (~torch.isfinite(total).all()).float()
@@ -148,7 +186,3 @@ class Stepper:
         for unit in units:
             if unit.rounded is not None:
                 unit.rounded.copy_(unit.value)
-
-
-def _to(x: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if x is None else x.to(device, non_blocking=True)

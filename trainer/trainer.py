@@ -12,19 +12,19 @@ from typing import Any
 import torch
 
 from ..configs.schema import Config
-from ..models.flops import flops_per_step, parameter_count
+from ..models.flops import flops_again, flops_per_step, parameter_count
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import Mesh
-from ..parallel.pipeline.program import single_stage
 from .checkpoint import Checkpointer
 from .data.dataset import Dataset
 from .data.loader import Loader, heldout_batches
 from .metrics import Meter, StepFlops, peak_memory_gib
 from .optimizer import make_optimizer
 from .peak import Peak
+from .pipeline import evaluation_program, training_program
 from .profiling import Profiler
 from .schedule import learning_rate
-from .setup import Parts
+from .setup import Parts, buckets_per_rank
 from .signals import StopRequest
 from .sinks import EventLog, SinkSet
 from .state import all_tensors, check_same_data, describe, units_by_key
@@ -79,13 +79,14 @@ class Trainer:
     ) -> None:
         self.cfg, self.mesh, self.parts, self.data, self.checkpointer = cfg, mesh, parts, data, checkpointer
         self.dp = mesh.axis("dp")
-        self.device = next(parts.model.parameters()).device
+        self.device = parts.device
         self.optimizer = make_optimizer(cfg.optim, self.device)
         for unit in units_by_key(parts.replicas).values():
             self.optimizer.prepare(unit)
         microbatches = cfg.train.global_batch // (cfg.train.micro_batch * self.dp.size)
-        self.program = single_stage(microbatches, parts.replicas.buckets)
-        self.stepper = Stepper(cfg, parts.model, parts.replicas, self.optimizer, mesh, self.program)
+        self.program = training_program(cfg, parts.pipeline, microbatches, buckets_per_rank(parts.replicas, mesh))
+        self.stepper = Stepper(cfg, parts, self.optimizer, mesh, self.program)
+        self._evaluation = evaluation_program(cfg, parts.pipeline, microbatches) if cfg.eval.every else None
         self.meter = Meter(devices=mesh.degrees.world, peak=peak)
         self.profiler = Profiler(cfg.log.profile, run_dir / "profile", mesh.rank)
         self.step = 0
@@ -179,6 +180,7 @@ class Trainer:
         now = time.perf_counter()
         self._stopping = stop > 0
         causal, full = self._flops(issued.pairs)
+        again = flops_again(self.cfg.model, self._tokens, issued.pairs / 2) if self._recomputes else 0.0
         metrics = self.meter.step(
             step=issued.step,
             loss=loss,
@@ -188,7 +190,7 @@ class Trainer:
             step_time_s=now - self._clock,
             data_s=issued.data_s,
             memory_gib=peak_memory_gib(self.device),
-            flops=StepFlops(causal, full, causal),
+            flops=StepFlops(causal, full, causal + again),
             skipped=bool(skipped),
         )
         self._clock = now
@@ -206,6 +208,10 @@ class Trainer:
         """Model FLOPs of a step with unmasked attention, and with the full square."""
         model, square = self.cfg.model, self.cfg.train.global_batch * self.cfg.train.seq_len**2
         return flops_per_step(model, self._tokens, pairs / 2), flops_per_step(model, self._tokens, square)
+
+    @property
+    def _recomputes(self) -> bool:
+        return self.cfg.memory.recompute == "full"
 
     @property
     def parameters(self) -> int:
@@ -230,10 +236,11 @@ class Trainer:
             dp_size=self.dp.size,
         )
         for batches in steps:
-            for batch in batches:
-                totals[0] += self.stepper.loss(batch, 1.0)
-                totals[1] += batch.valid
-        all_reduce(totals, self.dp).wait()
+            assert self._evaluation is not None
+            totals[0] += self.stepper.evaluate(batches, self._evaluation)
+            if self.mesh.axis("pp").rank == 0 and self.mesh.axis("tp").rank == 0:
+                totals[1] += sum(batch.valid for batch in batches)
+        all_reduce(totals, self.mesh.axis("world")).wait()
         loss = (totals[0] / totals[1]).item()
         self._extra["loss/val"] = loss
         if self._outputs is not None:

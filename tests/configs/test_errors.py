@@ -74,12 +74,41 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["train.global_batch=12"], "train.global_batch", ["12", "train.micro_batch=4 x parallel.dp=2 = 8", "16"]),
     (["parallel.dp=4", "train.micro_batch=1"], "parallel.dp", ["8 ranks", "world size is 4", "parallel.dp=2"]),
     (["model.position=learned", "model.max_positions=128"], "model.max_positions", ["128", "train.seq_len=256"]),
-    (["parallel.pp=2", "parallel.dp=1"], "parallel.pp", ["pipeline parallelism", "set parallel.pp=1"]),
     (["parallel.cp=2", "parallel.dp=1"], "parallel.cp", ["context parallelism", "set parallel.cp=1"]),
     (["parallel.ep=2"], "parallel.ep", ["expert parallelism", "set parallel.ep=1"]),
     (["parallel.etp=2"], "parallel.etp", ["set parallel.etp=1"]),
     (["model.rope.scaling=llama3", "model.rope.low_freq_factor=4"], "model.rope.high_freq_factor", ["4.0"]),
     (["checkpoint.init=/", "checkpoint.resume=/"], "checkpoint.init", ["checkpoint.resume", "null"]),
+]
+
+
+_PP = ["parallel.pp=2", "parallel.dp=1"]
+_P = "parallel.pipeline"
+WRONG += [
+    (["parallel.pp=0", "parallel.dp=2"], "parallel.pp", ["at least 1", "0"]),
+    ([*_PP, f"{_P}.schedule=2f2b"], f"{_P}.schedule", ["one of gpipe, 1f1b", "dualpipev", "2f2b"]),
+    ([*_PP, f"{_P}.schedule=v-half", f"{_P}.chunks=3"], f"{_P}.chunks", ["v-half", "2 chunks", "3"]),
+    ([*_PP, f"{_P}.schedule=zb-h1", f"{_P}.chunks=2"], f"{_P}.chunks", ["zb-h1", "1 chunk", "2", "gis"]),
+    ([*_PP, f"{_P}.chunks=0"], f"{_P}.chunks", ["at least 1", "0"]),
+    ([f"{_P}.chunks=2"], f"{_P}.chunks", ["2 chunks", "parallel.pp=1", "set parallel.pp=2"]),
+    ([f"{_P}.schedule=zb-v"], f"{_P}.chunks", ["zb-v", "parallel.pp=1", "1f1b"]),
+    ([*_PP, f"{_P}.schedule=zb-v", f"{_P}.vocab=balanced"], f"{_P}.vocab", ["zb-v", "1f1b, gis, interleaved, v-half"]),
+    ([*_PP, f"{_P}.vocab=balanced", "model.vocab=322"], "model.vocab", ["322", "tp=2 x parallel.pp=2 = 4", "324"]),
+    ([*_PP, f"{_P}.vocab_barriers=3"], f"{_P}.vocab_barriers", ["one of 1, 2", "3"]),
+    ([*_PP, f"{_P}.group=2"], f"{_P}.group", ["1f1b", "2", "null"]),
+    (
+        ["parallel.pp=4", "parallel.tp=1", "parallel.dp=1", f"{_P}.chunks=2", f"{_P}.group=1"],
+        f"{_P}.group",
+        ["2 to", "4"],
+    ),
+    ([*_PP, f"{_P}.chunks=2", f"{_P}.group=3"], f"{_P}.group", ["1 to parallel.pp=2", "3"]),
+    ([*_PP, f"{_P}.schedule=interleaved", f"{_P}.group=1"], f"{_P}.group", ["parallel.pp=2", "1"]),
+    ([*_PP, f"{_P}.layers=[4]"], f"{_P}.layers", ["1 counts", "parallel.pp=2", "chunks=1", "2 stages"]),
+    ([*_PP, f"{_P}.layers=[1, 2]"], f"{_P}.layers", ["sums to 3", "model.layers=4"]),
+    ([*_PP, f"{_P}.layers=[-1, 5]"], f"{_P}.layers", ["at least 0", "-1"]),
+    ([*_PP, f"{_P}.layers=even"], f"{_P}.layers", ["auto or a list of integers", "even"]),
+    ([*_PP, "parallel.data.sharding=fsdp"], "parallel.data.sharding", ["fsdp", "parallel.pp=2", "zero1"]),
+    (["memory.recompute=some"], "memory.recompute", ["one of none, full", "some"]),
 ]
 
 
@@ -198,6 +227,14 @@ def test_vocabulary_that_cannot_be_derived(tmp_path: Path) -> None:
 def test_world_size_that_the_degrees_do_not_divide() -> None:
     with pytest.raises(UserError, match=r"parallel\.tp=2 x .* = 2 does not divide the world size 3"):
         load("demo", ["parallel.dp=null"], world_size=3)
+
+
+def test_all_problems_of_a_pipeline_come_at_once() -> None:
+    wrong = ["schedule=v-min", "chunks=3", "vocab=balanced", "group=2", "layers=[1, 1]"]
+    with pytest.raises(UserError) as caught:
+        load("demo", [*_PP, "model.vocab=322", "parallel.data.sharding=fsdp", *(f"{_P}.{w}" for w in wrong)])
+    expected = {f"{_P}.{key}" for key in ("chunks", "vocab", "group", "layers")}
+    assert {p.key for p in caught.value.problems} == expected | {"model.vocab", "parallel.data.sharding"}
 
 
 def test_kv_heads_may_be_fewer_than_tp_when_they_divide_it() -> None:

@@ -35,6 +35,8 @@ def test_types_and_defaults() -> None:
     )
     assert docs["model.tied"].default == "false"
     assert docs["log.profile"].default == "[]"
+    assert docs["parallel.pipeline.layers"].default == "auto"
+    assert "'dualpipev'" in docs["parallel.pipeline.schedule"].type
 
 
 def test_polymorphic_sections_list_every_class() -> None:

@@ -124,6 +124,35 @@ def test_derived_values() -> None:
     assert yarn.attention_factor == pytest.approx(1.1386294361119891)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], ("1f1b", 1, None)),
+        (["chunks=1"], ("1f1b", 1, None)),
+        (["chunks=3"], ("gis", 3, 4)),
+        (["schedule=gis"], ("gis", 2, 4)),
+        (["schedule=gis", "group=3"], ("gis", 2, 3)),
+        (["schedule=interleaved", "chunks=4"], ("interleaved", 4, 4)),
+        (["schedule=gis", "chunks=1"], ("gis", 1, 4)),
+        (["schedule=zb-h2"], ("zb-h2", 1, None)),
+        (["schedule=dualpipev"], ("dualpipev", 2, None)),
+    ],
+)
+def test_derived_pipeline(given: list[str], expected: tuple[str, int, int | None]) -> None:
+    pipeline = load(None, [*TINY, "parallel.pp=4", *(f"parallel.pipeline.{g}" for g in given)]).parallel.pipeline
+    assert (pipeline.schedule, pipeline.chunks, pipeline.group) == expected
+
+
+def test_layers_of_the_stages_are_auto_or_counts() -> None:
+    def layers(*overrides: str) -> object:
+        return load(None, [*TINY, "parallel.pp=2", *overrides]).parallel.pipeline.layers
+
+    assert layers() == layers("parallel.pipeline.layers=auto") == "auto"
+    assert layers("parallel.pipeline.layers=[0, 2.0]") == (0, 2)
+    vee = ["parallel.pipeline.schedule=v-half", "parallel.pipeline.layers=[1, 0, 0, 1]"]
+    assert layers(*vee) == (1, 0, 0, 1)
+
+
 def test_vocabulary_is_that_of_the_tokenizer_file(tmp_path: Path) -> None:
     content = {"model": {"vocab": {"a": 0, "b": 99}}, "added_tokens": [{"id": 130, "content": "</s>"}]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
@@ -139,6 +168,8 @@ def test_resolved_yaml_loads_to_the_same_configuration(tmp_path: Path) -> None:
     for overrides in (
         ["name=1e9", "model.preset=llama3_8b", "hardware.preset=h100_sxm", "optim.lr=1e-5"],
         ["model.preset=mistral_7b", "model.window=null", "optim.name=sgd", "optim.schedule.name=linear"],
+        [*TINY, "parallel.pp=2", "parallel.pipeline.chunks=2", "parallel.pipeline.vocab_barriers=2"],
+        [*TINY, "parallel.pp=2", "parallel.pipeline.layers=[2, 0]", "memory.recompute=full"],
         [*TINY, "runs_dir='on'", r"log.wandb_project=\${escaped}", "log.profile=[1, 2]"],
     ):
         config = load(None, overrides)

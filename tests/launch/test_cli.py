@@ -102,6 +102,15 @@ def test_check_prints_layout_parameters_flops_and_memory(capsys: pytest.CaptureF
     assert "activations" in out and "total" in out
 
 
+def test_check_prints_the_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = ["parallel.pp=2", "parallel.pipeline.chunks=2", "parallel.pipeline.vocab=balanced"]
+    code, out, err = _run(capsys, "check", "demo", *pipeline, "train.global_batch=32")
+    assert (code, err) == (0, [])
+    assert "tp 2 × cp 1 × dp 2 × pp 2 = 8" in out
+    for text in ("gis, 2 chunks per rank", "1 1 1 1", "balanced, 1 barrier", "pipeline rank 0, which needs most"):
+        assert text in out, text
+
+
 def test_check_compares_with_the_memory_of_the_device(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = _run(capsys, "check", "demo", "hardware.memory_gib=0.01")
     assert code == 0
@@ -124,7 +133,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert left.value.code == 0
     out = capsys.readouterr().out
-    for verb in ("train", "check", "show", "flops", "tokenize", "import-hf", "export-hf"):
+    for verb in ("train", "check", "show", "flops", "tokenize", "import-hf", "export-hf", "schedule"):
         assert verb in out
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from pentad.configs import Config, load
-from pentad.launch.memory import GIB, activation_elements, estimate, local_parameters
+from pentad.launch.memory import GIB, activation_elements, estimate, layer_elements, local_parameters, per_rank
 from pentad.models.transformer import Transformer
+from pentad.parallel.pipeline.memory import peak_activations
+from pentad.trainer.pipeline import Pipeline, compute_program
 
 _SMALL = ["model.layers=3", "model.hidden=64", "model.heads=4", "model.ffn=160", "model.vocab=512", "train.seq_len=128"]
 _LAYOUT = ["parallel.tp=1", "parallel.dp=2", "train.micro_batch=2", "train.global_batch=8", "train.dtype=fp32"]
@@ -91,3 +93,57 @@ def test_a_large_model_has_the_size_that_everybody_knows() -> None:
     assert weights / GIB == pytest.approx(8.03e9 * 18 / GIB, rel=0.001)
     half = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, tp=2))
     assert estimate(half).total / memory.total == pytest.approx(0.5, abs=0.05)
+
+
+def _pipeline(*overrides: str, layers: int = 8) -> Config:
+    pp = ["parallel.pp=4", f"model.layers={layers}", "train.global_batch=96", "parallel.data.sharding=ddp"]
+    return _job(*pp, *(o if "." in o else f"parallel.pipeline.{o}" for o in overrides))
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+@pytest.mark.parametrize("vocab", ["ends", "balanced"])
+def test_pipeline_ranks_hold_the_model_between_them(tied: str, vocab: str) -> None:
+    cfg = _pipeline("model.family=llama", f"model.tied={tied}", f"vocab={vocab}")
+    whole = local_parameters(cfg.model, 1)
+    ranks = [memory.local for memory in per_rank(cfg)]
+    table = cfg.model.hidden * 512
+    copies = table if tied == "true" and vocab == "ends" else 0  # the tied table stands on both ends
+    assert sum(rank.total for rank in ranks) == whole.total + copies
+    if vocab == "balanced":
+        tables = table * (1 if tied == "true" else 2) // 4
+        assert [rank.rest for rank in ranks] == [tables, tables, tables, tables + 64]
+    else:
+        assert [rank.rest for rank in ranks] == [table, 0, 0, table + 64]
+
+
+def test_activations_in_flight_are_the_programs() -> None:
+    cfg = _pipeline("layers=[2, 2, 2, 2]")
+    layer = 2 * layer_elements(cfg) * 4
+    head = 3 * cfg.train.micro_batch * cfg.train.seq_len * cfg.model.hidden * 4
+    assert [memory.activations for memory in per_rank(cfg)] == [4 * layer, 3 * layer, 2 * layer, layer + head]
+    assert estimate(cfg).rank == 0 and estimate(cfg).activations == 4 * layer
+    gpipe = per_rank(_pipeline("layers=[2, 2, 2, 2]", "schedule=gpipe"))
+    assert gpipe[0].activations == 24 * layer  # 96 sequences over 2 replicas, 2 per micro-batch
+    uneven = per_rank(_pipeline("layers=[0, 1, 3, 4]"))
+    assert [memory.activations for memory in uneven][:3] == [0, 3 * layer // 2, 3 * layer]
+
+
+def test_recompute_keeps_the_inputs_of_the_layers() -> None:
+    kept, full = _pipeline("layers=[2, 2, 2, 2]"), _pipeline("layers=[2, 2, 2, 2]", "memory.recompute=full")
+    stream = kept.train.micro_batch * kept.train.seq_len * kept.model.hidden * 4
+    assert per_rank(full)[0].activations == 4 * 2 * stream
+    assert per_rank(full)[0].working == per_rank(kept)[0].working + layer_elements(kept) * 4
+
+
+@pytest.mark.parametrize(
+    "schedule", ["1f1b", "interleaved", "gis", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipev"]
+)
+def test_more_micro_batches_hold_no_more(schedule: str) -> None:
+    """What the estimate takes for the steady state: 4 pp micro-batches and two groups."""
+    vocabularies = ["ends", "balanced"] if schedule in ("1f1b", "interleaved", "gis", "v-half") else ["ends"]
+    for vocab in vocabularies:
+        cfg = _pipeline(f"schedule={schedule}", f"vocab={vocab}")
+        pipeline = Pipeline.of(cfg)
+        enough = 16 + 2 * (cfg.parallel.pipeline.group or 0)
+        some, more = (peak_activations(compute_program(cfg, pipeline, m)) for m in (enough, 3 * enough))
+        assert some == more

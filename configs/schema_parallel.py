@@ -1,0 +1,75 @@
+"""The `parallel` and `memory` sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+ONE_CHUNK = frozenset({"gpipe", "1f1b", "zb-h1", "zb-h2"})
+"""Schedules with one stage per rank."""
+VEE = frozenset({"zb-v", "v-half", "v-min", "dualpipev"})
+"""Schedules with two stages per rank, placed like a V."""
+GROUPED = frozenset({"interleaved", "gis"})
+"""Schedules with any number of stages per rank, which micro-batches pass in groups."""
+BALANCED = frozenset({"1f1b", "interleaved", "gis", "v-half"})
+"""Schedules that have passes for a balanced vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataParallelConfig:
+    """How replicas share parameters, gradients and optimizer states."""
+
+    sharding: Literal["ddp", "zero1", "fsdp"] = "zero1"
+    """ddp: everything replicated; zero1: optimizer states sharded; fsdp: parameters and gradients too (FSDP2)."""
+    bucket_mib: float = 32.0
+    """Size of a gradient bucket in MiB of parameters; one bucket is one collective."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """How the layers and micro-batches pass through the pipeline ranks; unused with parallel.pp=1."""
+
+    schedule: (
+        Literal["gpipe", "1f1b", "interleaved", "gis", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipev"] | None
+    ) = None
+    """Order of forward and backward passes (docs/pipeline.md); derived: gis with several chunks, else 1f1b."""
+    chunks: int | None = None
+    """Stages per rank; derived: 2 for interleaved, gis and the V schedules (zb-v, v-half, v-min, dualpipev), else 1."""
+    vocab: Literal["ends", "balanced"] = "ends"
+    """ends: embedding on the first stage, head and loss on the last; balanced: shared by all pipeline ranks."""
+    vocab_barriers: Literal[1, 2] = 1
+    """balanced: collectives between the head and the backward pass; 1 keeps one micro-batch less, 2 multiplies less."""
+    group: int | None = None
+    """interleaved, gis: micro-batches that pass a chunk before the next one; derived: parallel.pp (others: none)."""
+    layers: Literal["auto"] | tuple[int, ...] = "auto"
+    """Layers of each stage in order, 0 for an empty one; auto: the split with the least work on the busiest rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Degrees of parallelism; their product is the number of ranks."""
+
+    tp: int = 1
+    """Tensor parallel ranks (with sequence parallelism)."""
+    pp: int = 1
+    """Pipeline parallel ranks; the layers are split over them."""
+    cp: int = 1
+    """Context parallel ranks."""
+    ep: int = 1
+    """Expert parallel ranks."""
+    etp: int = 1
+    """Tensor parallel ranks inside an expert."""
+    dp: int | None = None
+    """Data parallel ranks; derived: world size / (tp · pp · cp). `pentad train` alone takes 1."""
+    data: DataParallelConfig = field(default_factory=DataParallelConfig)
+    """Data parallelism."""
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    """Pipeline parallelism."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """What is kept in memory between the forward and the backward pass."""
+
+    recompute: Literal["none", "full"] = "none"
+    """full: a layer keeps its input only and is run again in the backward pass."""

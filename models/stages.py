@@ -1,0 +1,82 @@
+"""The model as stages of a pipeline: which layers each stage has, and what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dropout import Draws
+from .transformer import Part, Transformer
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the model is split.
+
+    Args:
+        layers: indices of the layers of each stage.
+        balanced: embedding, head and loss belong to no stage: the program runs them on all ranks.
+    """
+
+    layers: tuple[tuple[int, ...], ...]
+    balanced: bool = False
+
+    @staticmethod
+    def of(counts: Sequence[int], *, balanced: bool = False) -> Split:
+        """Consecutive layers, so many per stage."""
+        starts = [sum(counts[:stage]) for stage in range(len(counts))]
+        layers = tuple(tuple(range(start, start + count)) for start, count in zip(starts, counts, strict=True))
+        return Split(layers, balanced)
+
+    def part(self, stages: Sequence[int]) -> Part:
+        """What a rank with these stages holds."""
+        begins, ends = 0 in stages, len(self.layers) - 1 in stages
+        layers = tuple(i for stage in stages for i in self.layers[stage])
+        return Part(layers, begins, ends, begins or self.balanced, ends or self.balanced)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every stage knows of a micro-batch; arguments as of `Transformer.forward`."""
+
+    tokens: Tensor
+    labels: Tensor
+    scale: float
+    positions: Tensor | None = None
+    documents: Tensor | None = None
+    draws: Draws | None = None
+
+
+def run_stage(model: Transformer, split: Split, stage: int, x: Tensor | None, inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    """The output of a stage (N, h); from a last stage that has the head, the loss (a scalar).
+
+    Args:
+        x: the output of the stage before (N, h); of the first stage the embedding's rows where the vocabulary is
+            balanced, else none.
+        dtype: of the hidden states.
+    """
+    last = len(split.layers) - 1
+    tokens, positions, draws = inputs.tokens, inputs.positions, inputs.draws
+    if last == 0 and not split.balanced:
+        return model(
+            tokens,
+            inputs.labels,
+            scale=inputs.scale,
+            positions=positions,
+            documents=inputs.documents,
+            draws=draws,
+        )
+    if stage == 0:
+        x = model.embed_tokens(tokens, positions, draws) if x is None else model.begin(x, tokens, positions, draws)
+    assert x is not None
+    if split.layers[stage]:
+        seq = model.sequences(tokens, positions, inputs.documents, dtype)
+        x = model.run_layers(x, seq, draws, split.layers[stage])
+    if stage == last:
+        x = model.end(x)
+        if not split.balanced:
+            return model.head_op.loss(x, model.head_weight, inputs.labels.reshape(-1), inputs.scale)
+    return x

@@ -1,0 +1,253 @@
+"""The check: whether a program is complete and correct on all ranks, and finishes, found before it runs.
+
+The classes of defects are looked for one after the other, because each relies on those before it; all defects of the
+first class that has any are reported together.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+
+from ...configs.errors import UserError
+from .communication import (
+    COMMUNICATION,
+    LANES,
+    Key,
+    SlotCounter,
+    channel,
+    consumers,
+    counterpart,
+    expected,
+    is_lowered,
+    is_training,
+    key,
+    predecessors,
+    releases,
+)
+from .deadlock import deadlock
+from .memory import peak_activations
+from .program import COMPUTE, RECEIVES, SENDS, STAGE_COMPUTE, UPDATE, VOCAB_COMPUTE, Kind, Op, Program
+
+
+class ProgramError(UserError):
+    """A program that cannot be run; `problems` holds all defects of one class."""
+
+
+def check(program: Program, *, limit: Sequence[float] | None = None) -> None:
+    """Checks a compute-only or lowered program of a training step or an evaluation (one without backward passes).
+
+    In this order: every operation once and on its rank; local order; sends and receives in the same order on each
+    channel; the same order of collectives on all ranks; slots; deadlock, with sends that complete at once and with
+    sends that complete when their receive is posted; activations.
+
+    Args:
+        limit: the most activations that each rank may hold, in micro-batches of its whole share.
+
+    Raises:
+        ProgramError: all defects of the first class that has any.
+    """
+    training, lowered = is_training(program), is_lowered(program)
+    classes: list[Callable[[Program], Iterator[str]]] = [_frame, partial(_compute, training=training)]
+    classes += [partial(_update, training=training)]
+    if lowered:
+        classes += [partial(_communication, training=training)]
+    classes += [partial(_local_order, training=training)]
+    if lowered:
+        classes += [_channels, _lanes, partial(_slots, training=training)]
+    classes += [_deadlock, partial(_activations, limit=limit)]
+    for defects in classes:
+        found = list(defects(program))
+        if found:
+            raise ProgramError(*found)
+
+
+def _frame(program: Program) -> Iterator[str]:
+    ranks = len(program.ranks)
+    if program.vocab_barriers not in (0, 1, 2):
+        yield f"vocab_barriers is {program.vocab_barriers}: there are 0 (not balanced), 1 or 2"
+    if not program.placement:
+        yield "the program has no stage"
+    for stage, rank in enumerate(program.placement):
+        if not 0 <= rank < ranks:
+            yield f"stage {stage} is on rank {rank}, but there are {ranks} ranks"
+
+
+def _compute(program: Program, training: bool) -> Iterator[str]:
+    """Each stage computes each micro-batch once, on its rank; vocabulary passes once on every rank or not at all."""
+    vocab = (Kind.HEAD, Kind.EMBED) + ((Kind.HEAD_GRAD, Kind.EMBED_GRAD) if training else ())
+    for rank, ops in enumerate(program.ranks):
+        count = Counter((op.kind, op.index, op.stage) for op in ops if op.kind in COMPUTE)
+        want: list[Key] = []
+        stages = program.stages_of(rank)
+        for i in range(program.microbatches):
+            for s in stages:
+                want.append((Kind.FORWARD, i, s))
+                split = [(Kind.INPUT_GRAD, i, s), (Kind.WEIGHT_GRAD, i, s)]
+                if training:
+                    fused = count[Kind.BACKWARD, i, s] and not any(count[half] for half in split)
+                    want += [(Kind.BACKWARD, i, s)] if fused else split
+            if program.vocab_barriers:
+                want += [(kind, i, -1) for kind in vocab]
+        yield from _differences(program, rank, count, want)
+
+
+def _communication(program: Program, training: bool) -> Iterator[str]:
+    """Each compute operation's communication, once and on its rank."""
+    for rank, ops in enumerate(program.ranks):
+        count = Counter((op.kind, op.index, op.stage) for op in ops if op.kind in COMMUNICATION)
+        yield from _differences(program, rank, count, [key(op) for op in expected(program, rank, training)])
+
+
+def _differences(program: Program, rank: int, count: Counter[Key], want: list[Key]) -> Iterator[str]:
+    for wanted in want:
+        times = count.pop(wanted, 0)
+        if times != 1:
+            yield f"rank {rank}: {Op(*wanted)} is listed {times} times, not once"
+    for extra in count:
+        if count[extra]:
+            yield f"rank {rank}: {Op(*extra)} does not belong here ({_why(program, rank, Op(*extra))})"
+
+
+def _why(program: Program, rank: int, op: Op) -> str:
+    if not 0 <= op.index < program.microbatches:
+        return f"there are {program.microbatches} micro-batches"
+    if op.kind in STAGE_COMPUTE | SENDS | RECEIVES:
+        if not 0 <= op.stage < program.stages:
+            return f"there are {program.stages} stages"
+        if program.placement[op.stage] != rank:
+            return f"stage {op.stage} is on rank {program.placement[op.stage]}"
+    if op.kind in VOCAB_COMPUTE and not program.vocab_barriers:
+        return "the vocabulary is not balanced"
+    if op.kind in (Kind.BACKWARD, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD):
+        return "a backward pass is either BW or B and W"
+    return "nothing needs it"
+
+
+def _update(program: Program, training: bool) -> Iterator[str]:
+    """Either no update, or on every rank after all else: each bucket's RG, one NORM, each bucket's OPT and then AG."""
+    norms = [sum(op.kind is Kind.NORM for op in ops) for ops in program.ranks]
+    if len(set(norms)) > 1 or any(n > 1 for n in norms):
+        yield f"NORM is listed {norms} times on the ranks: it must be once on all of them, or on none"
+    for rank, ops in enumerate(program.ranks):
+        tail = [op for op in ops if op.kind in UPDATE]
+        if not tail:
+            continue
+        if not training:
+            yield f"rank {rank}: {tail[0]} updates, but the program has no backward pass"
+        first = next(k for k, op in enumerate(ops) if op.kind in UPDATE)
+        for k, op in enumerate(ops[first:], first):
+            if op.kind not in UPDATE:
+                yield f"rank {rank}: {op} (operation {k}) comes after {ops[first]}, which belongs to the update"
+        buckets = 1 + max((op.index for op in tail), default=-1)
+        want = Counter(Op(kind, i) for kind in (Kind.REDUCE, Kind.OPTIMIZE, Kind.GATHER) for i in range(buckets))
+        have = Counter(op for op in tail if op.kind is not Kind.NORM)
+        for op in sorted((want | have).keys(), key=str):
+            if have[op] != want[op]:
+                yield f"rank {rank}: {op} is listed {have[op]} times, not {want[op]} times"
+        for earlier, later in pairwise(tail):
+            if _phase(earlier) > _phase(later):
+                yield f"rank {rank}: {earlier} comes before {later}"
+        place = {op: k for k, op in enumerate(tail)}
+        for op, k in place.items():
+            if op.kind is Kind.GATHER and place.get(Op(Kind.OPTIMIZE, op.index), -1) > k:
+                yield f"rank {rank}: {op} comes before {Op(Kind.OPTIMIZE, op.index)}"
+        if not norms[rank]:
+            yield f"rank {rank}: the update has no NORM"
+
+
+def _phase(op: Op) -> int:
+    return {Kind.REDUCE: 0, Kind.NORM: 1}.get(op.kind, 2)
+
+
+def _local_order(program: Program, training: bool) -> Iterator[str]:
+    """What needs each other on the same rank is in that order in its list."""
+    for rank, ops in enumerate(program.ranks):
+        place = {key(op): k for k, op in enumerate(ops)}
+        for k, op in enumerate(ops):
+            for need in predecessors(program, op, rank):
+                if place[need] > k:
+                    yield f"rank {rank}: {op} (operation {k}) comes before {_at(program, rank, place[need])}"
+            for user in consumers(program, op, rank, training) if op.kind in COMMUNICATION else ():
+                if place[user] < k:
+                    yield f"rank {rank}: {op} (operation {k}) comes after {_at(program, rank, place[user])}"
+
+
+def _at(program: Program, rank: int, position: int) -> str:
+    return f"{program.ranks[rank][position]} (operation {position})"
+
+
+def _channels(program: Program) -> Iterator[str]:
+    """The k-th receive of a channel takes what its k-th send gives."""
+    sends: dict[tuple[int, int], list[int]] = {}
+    receives: dict[tuple[int, int], list[int]] = {}
+    for rank, ops in enumerate(program.ranks):
+        for k, op in enumerate(ops):
+            if op.kind in SENDS | RECEIVES:
+                (sends if op.kind in SENDS else receives).setdefault(channel(op, rank, program), []).append(k)
+    for where, given in sorted(sends.items()):
+        source, destination = where
+        for n, (a, b) in enumerate(zip(given, receives[where], strict=True)):
+            if key(counterpart(program.ranks[source][a])) != key(program.ranks[destination][b]):
+                yield (
+                    f"channel from rank {source} to rank {destination}: send {n} is {_at(program, source, a)}, "
+                    f"receive {n} is {_at(program, destination, b)}"
+                )
+                break
+
+
+def _lanes(program: Program) -> Iterator[str]:
+    """All ranks join the collectives of a lane in one order."""
+    for name, kinds in LANES.items():
+        orders = [tuple(k for k, op in enumerate(ops) if op.kind in kinds) for ops in program.ranks]
+        tokens = [tuple(ops[k] for k in order) for ops, order in zip(program.ranks, orders, strict=True)]
+        common = Counter(tokens).most_common(1)[0][0]
+        reference = tokens.index(common)
+        for rank, mine in enumerate(tokens):
+            for n, (a, b) in enumerate(zip(mine, common, strict=True)):
+                if a != b:
+                    yield (
+                        f"{name} lane: collective {n} is {_at(program, rank, orders[rank][n])} on rank {rank}, "
+                        f"{_at(program, reference, orders[reference][n])} on rank {reference}"
+                    )
+                    break
+
+
+def _slots(program: Program, training: bool) -> Iterator[str]:
+    """A receive takes the smallest slot that is free, so it never overwrites one in use."""
+    for rank, ops in enumerate(program.ranks):
+        counter = SlotCounter(training)
+        ends = {receive: k for k, op in enumerate(ops) for receive in releases(op, training)}
+        for k, op in enumerate(ops):
+            counter.step(op)
+            where = f"rank {rank}: {op} (operation {k})"
+            if op.kind not in RECEIVES:
+                if op.slot >= 0:
+                    yield f"{where} has a slot, but only receives do"
+                continue
+            holder = counter.holder(op)
+            if op.slot < 0:
+                yield f"{where} has no slot"
+            elif holder is not None:
+                yield f"{where} overwrites slot {op.slot}, which {Op(*holder)} needs until operation {ends[holder]}"
+            elif op.slot != counter.smallest(op):
+                yield f"{where} takes slot {op.slot}, but the smallest free one is {counter.smallest(op)}"
+            counter.take(op)
+
+
+def _deadlock(program: Program) -> Iterator[str]:
+    words = deadlock(program)
+    if words is not None:
+        yield words
+
+
+def _activations(program: Program, limit: Sequence[float] | None) -> Iterator[str]:
+    if limit is None:
+        return
+    if len(limit) != len(program.ranks):
+        raise ValueError(f"{len(limit)} limits for {len(program.ranks)} ranks")
+    for rank, (peak, most) in enumerate(zip(peak_activations(program), limit, strict=True)):
+        if peak > most + 1e-9:
+            yield f"rank {rank} holds {peak:g} activations of a micro-batch, more than the limit of {most:g}"

@@ -1,0 +1,210 @@
+"""Whether a program can finish, found without times; where it cannot, the smallest cycle of ranks that wait.
+
+What an operation waits for is always that other ranks have passed certain places of their lists: a send, the receive
+two sends back on its channel, or a collective's token on every rank. So the answer depends on neither times nor luck.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .communication import OUTSTANDING_SENDS, Key, awaited, channel, is_lowered, key, producer
+from .program import COLLECTIVES, COMPUTE, RECEIVES, SENDS, Kind, Op, Program
+
+
+@dataclass(frozen=True)
+class Waits:
+    """What each operation waits for. Operations of all ranks are numbered through; groups follow.
+
+    Args:
+        starts: the number of each rank's first operation, and their total.
+        on: the operations and groups that an operation waits for, where there are any.
+        groups: the operations that must all have passed.
+    """
+
+    starts: tuple[int, ...]
+    on: dict[int, list[int]]
+    groups: list[list[int]]
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(rank, position) of an operation."""
+        rank = next(r for r in range(len(self.starts) - 1) if number < self.starts[r + 1])
+        return rank, number - self.starts[rank]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How far a program comes: the operations in an order in which they can run, and each rank's next position."""
+
+    order: list[int]
+    reached: list[int]
+
+    def finished(self, program: Program) -> bool:
+        return all(at == len(ops) for at, ops in zip(self.reached, program.ranks, strict=True))
+
+
+def waits(program: Program, rendezvous: bool = True) -> Waits:
+    """What each operation of a complete program waits for beyond its own list.
+
+    Args:
+        rendezvous: a send is complete only when its receive was posted; otherwise at once.
+    """
+    starts = [0]
+    numbers: list[dict[Key, int]] = []
+    for ops in program.ranks:
+        numbers.append({key(op): starts[-1] + k for k, op in enumerate(ops)})
+        starts.append(starts[-1] + len(ops))
+    on: dict[int, list[int]] = {}
+    groups: list[list[int]] = []
+    known: dict[Key, int] = {}
+    lowered = is_lowered(program)
+    for rank, ops in enumerate(program.ranks):
+        for k, op in enumerate(ops):
+            target = awaited(program, op) if op.kind in COMPUTE else None
+            if target is None or len(program.ranks) == 1:
+                continue
+            if target not in known:
+                members = _members(program, numbers, target, lowered)
+                known[target] = members[0] if len(members) == 1 else starts[-1] + len(groups)
+                if len(members) > 1:
+                    groups.append(members)
+            on[starts[rank] + k] = [known[target]]
+    if rendezvous:
+        _add_rendezvous(program, starts, on)
+    return Waits(tuple(starts), on, groups)
+
+
+def _members(program: Program, numbers: list[dict[Key, int]], target: Key, lowered: bool) -> list[int]:
+    """The operations that stand for a send or collective: its tokens, or their producers in a compute-only program."""
+    kind, _, stage = target
+    op = Op(*target)
+    ranks = range(len(program.ranks)) if kind in COLLECTIVES else (program.placement[stage],)
+    found = [(rank, target if lowered else producer(program, op, rank)) for rank in ranks]
+    return [numbers[rank][member] for rank, member in found if member is not None]
+
+
+def _add_rendezvous(program: Program, starts: list[int], on: dict[int, list[int]]) -> None:
+    """Adds that a send waits for the receive of the send before the last on its channel."""
+    sends: dict[tuple[int, int], list[int]] = {}
+    receives: dict[tuple[int, int], list[int]] = {}
+    for rank, ops in enumerate(program.ranks):
+        for k, op in enumerate(ops):
+            if op.kind in SENDS:
+                sends.setdefault(channel(op, rank, program), []).append(starts[rank] + k)
+            elif op.kind in RECEIVES:
+                receives.setdefault(channel(op, rank, program), []).append(starts[rank] + k)
+    for where, numbers in sends.items():
+        for later, receive in zip(numbers[OUTSTANDING_SENDS:], receives.get(where, ()), strict=False):
+            on.setdefault(later, []).append(receive)
+
+
+def run(program: Program, graph: Waits) -> Run:
+    """Passes operations in order on every rank until nothing moves."""
+    starts, total = graph.starts, graph.starts[-1]
+    passed = bytearray(total + len(graph.groups))
+    missing = [len(members) for members in graph.groups]
+    group_of: dict[int, list[int]] = {}
+    for group, members in enumerate(graph.groups):
+        for member in members:
+            group_of.setdefault(member, []).append(group)
+    waiting: dict[int, list[int]] = {}
+    reached = [0] * len(program.ranks)
+    order: list[int] = []
+    ready = deque(range(len(program.ranks)))
+    while ready:
+        rank = ready.popleft()
+        for number in range(starts[rank] + reached[rank], starts[rank + 1]):
+            unmet = next((event for event in graph.on.get(number, ()) if not passed[event]), None)
+            if unmet is not None:
+                waiting.setdefault(unmet, []).append(rank)
+                break
+            passed[number] = 1
+            order.append(number)
+            reached[rank] += 1
+            ready.extend(waiting.pop(number, ()))
+            for group in group_of.get(number, ()):
+                missing[group] -= 1
+                if not missing[group]:
+                    passed[total + group] = 1
+                    ready.extend(waiting.pop(total + group, ()))
+    return Run(order, reached)
+
+
+def deadlock(program: Program) -> str | None:
+    """None if a complete program finishes however its sends behave; else its smallest blocking cycle in words."""
+    graph = waits(program)
+    result = run(program, graph)
+    if result.finished(program):
+        return None
+    eager = waits(program, rendezvous=False)
+    eager_result = run(program, eager)
+    if eager_result.finished(program):
+        head = "deadlock where a send is complete only when its receive is posted"
+        return f"{head}: {_cycle(program, graph, result)}"
+    return f"deadlock: {_cycle(program, eager, eager_result)}"
+
+
+def blocked(graph: Waits, result: Run) -> Iterator[tuple[int, int, int, int]]:
+    """What stopped ranks wait for: (rank, position, rank awaited, position that it has not passed)."""
+    starts, total = graph.starts, graph.starts[-1]
+
+    def is_passed(number: int) -> bool:
+        rank, position = graph.place(number)
+        return position < result.reached[rank]
+
+    for rank, at in enumerate(result.reached):
+        if at == starts[rank + 1] - starts[rank]:
+            continue
+        for event in graph.on.get(starts[rank] + at, ()):
+            for number in graph.groups[event - total] if event >= total else (event,):
+                if not is_passed(number):
+                    yield rank, at, *graph.place(number)
+
+
+def _cycle(program: Program, graph: Waits, result: Run) -> str:
+    edges: dict[int, dict[int, tuple[int, int]]] = {}
+    for rank, at, other, position in blocked(graph, result):
+        edges.setdefault(rank, {}).setdefault(other, (at, position))
+    best: list[int] = []
+    for start in sorted(edges):
+        cycle = _shortest(edges, start)
+        if cycle and (not best or len(cycle) < len(best)):
+            best = cycle
+    links = zip(best, [*best[1:], *best[:1]], strict=True)
+    return "; ".join(_words(program, rank, *edges[rank][other], other) for rank, other in links)
+
+
+def _shortest(edges: dict[int, dict[int, tuple[int, int]]], start: int) -> list[int]:
+    """The ranks of a shortest cycle through `start`, beginning with it; empty if there is none."""
+    before = {start: start}
+    queue = deque([start])
+    while queue:
+        rank = queue.popleft()
+        for other in sorted(edges.get(rank, ())):
+            if other == start:
+                path = [rank]
+                while path[-1] != start:
+                    path.append(before[path[-1]])
+                return path[::-1]
+            if other not in before:
+                before[other] = rank
+                queue.append(other)
+    return []
+
+
+def _words(program: Program, rank: int, at: int, position: int, other: int) -> str:
+    waiter, op = program.ranks[rank][at], program.ranks[other][position]
+    place = f"{op} (operation {position})"
+    if op.kind is Kind.SEND_FORWARD:
+        what = f"the activations that rank {other} sends in {place}"
+    elif op.kind is Kind.SEND_BACKWARD:
+        what = f"the gradient that rank {other} sends in {place}"
+    elif op.kind in RECEIVES:
+        what = f"rank {other} to post {place}, with {OUTSTANDING_SENDS} sends outstanding"
+    elif op.kind in COLLECTIVES:
+        what = f"rank {other} to join {place}"
+    else:
+        what = f"rank {other} to finish {place}"
+    return f"rank {rank} at {waiter} (operation {at}) waits for {what}"

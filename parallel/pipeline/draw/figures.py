@@ -1,0 +1,97 @@
+"""What the pictures state beside the boxes: idle time and activations of each rank, and what each wait was for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..memory import peak_activations
+from ..program import COMPUTE, STAGE_COMPUTE, UPDATE, Kind, Op, data_needs
+from ..readings import utilization
+from ..simulate import Timeline
+
+DRAWN = COMPUTE | UPDATE - {Kind.NORM, Kind.GATHER}
+"""What stands in a lane. The others run beside, from their token to their completion."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """An operation that took time."""
+
+    rank: int
+    op: Op
+    start: float
+    end: float
+
+
+def boxes(timeline: Timeline) -> list[Box]:
+    """Operations that took time, rank by rank."""
+    return [
+        Box(rank, op, start, end)
+        for rank, (ops, spans) in enumerate(zip(timeline.program.ranks, timeline.spans, strict=True))
+        for op, (start, end) in zip(ops, spans, strict=True)
+        if op.kind in DRAWN and end > start
+    ]
+
+
+def chunk_of(timeline: Timeline) -> list[int]:
+    """For each stage, which of its rank's stages it is, from 0."""
+    where = timeline.program.placement
+    return [where[:stage].count(rank) for stage, rank in enumerate(where)]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Totals of a timeline.
+
+    Args:
+        end: of the last computation.
+        bubble: rate, as in `readings.Utilization.bubble_rate`.
+        idle: per rank, the share of its span that it does not compute.
+        peak: per rank, activations in micro-batches.
+    """
+
+    end: float
+    bubble: float
+    idle: tuple[float, ...]
+    peak: tuple[float, ...]
+
+
+def figures(timeline: Timeline) -> Figures:
+    """Totals of a timeline; operations of the update do not count."""
+    used = utilization(timeline)
+    idle = tuple(idle / span if span else 0.0 for idle, span in zip(used.idle, used.span, strict=True))
+    end = max((box.end for box in boxes(timeline) if box.op.kind in COMPUTE), default=0.0)
+    return Figures(end, used.bubble_rate, idle, peak_activations(timeline.program))
+
+
+def causes(timeline: Timeline, least: float) -> Iterator[tuple[Box, Box]]:
+    """(what was waited for, what waited) for every wait longer than `least` for an operation of another rank."""
+    found = {(box.rank, _as_need(box.op)): box for box in boxes(timeline)}
+    before: dict[int, float] = {}
+    for box in boxes(timeline):
+        idle = box.start - before.get(box.rank, 0.0)
+        before[box.rank] = box.end
+        if idle <= least or box.op.kind not in COMPUTE:
+            continue
+        needs = [found[need] for need in data_needs(timeline.program, box.op) if need in found]
+        latest = max(needs, key=lambda need: need.end, default=None)
+        if latest is not None and latest.rank != box.rank:
+            yield latest, box
+
+
+def stage_flows(timeline: Timeline) -> Iterator[tuple[Box, Box]]:
+    """(sender, receiver) of every hand-over between stages on different ranks."""
+    found = {(box.rank, _as_need(box.op)): box for box in boxes(timeline)}
+    for box in boxes(timeline):
+        if box.op.kind not in STAGE_COMPUTE:
+            continue
+        for rank, need in data_needs(timeline.program, box.op):
+            source = found.get((rank, need))
+            if source is not None and rank != box.rank and need.kind in STAGE_COMPUTE:
+                yield source, box
+
+
+def _as_need(op: Op) -> Op:
+    """`data_needs` names every backward pass B."""
+    return Op(Kind.INPUT_GRAD, op.index, op.stage) if op.kind is Kind.BACKWARD else op

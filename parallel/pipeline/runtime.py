@@ -1,0 +1,248 @@
+"""What a rank holds while its program runs: inputs, outputs, graphs, gradients, buffers, and what is on its way.
+
+The handlers here do everything a pipeline adds to a step. What a stage computes is given from outside, so nothing in
+this file knows of layers. Memory follows the program:
+
+* An input is received into the slot that its token names; the slot's memory is made once and used again.
+* An output lives until its send is complete. Backward needs the graph, not the output, so only the graph is kept.
+* A gradient of an output is received into a slot too; a gradient of an input lives until its send is complete.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ..collectives import Handle, receive, send
+from ..gradients import WeightGradients
+from ..mesh import Axis
+from ..record import Recorder
+from .execute import Handler
+from .program import Kind, Op, Program
+
+MAX_SENDS = 2
+"""Sends on their way per channel; the next one waits for the oldest, so that outputs cannot pile up."""
+
+Forward = Callable[[int, int, Tensor | None], Tensor]
+"""(stage, micro-batch, input or None for the first stage) → output, or the loss where the last stage has the head."""
+
+
+class Vocabulary(Protocol):
+    """Embedding, head and loss over all ranks of the pipeline; one method per token, `index` is the micro-batch."""
+
+    def post_hidden(self, index: int, x: Tensor | None) -> None: ...
+    def score(self, index: int) -> None: ...
+    def post_statistics(self, index: int) -> None: ...
+    def head_grad(self, index: int) -> None: ...
+    def post_hidden_grad(self, index: int) -> None: ...
+    def hidden_grad(self, index: int) -> Tensor: ...
+    def loss(self, index: int) -> Tensor: ...
+    def look_up(self, index: int) -> None: ...
+    def post_rows(self, index: int) -> None: ...
+    def rows(self, index: int) -> Tensor: ...
+    def post_rows_grad(self, index: int, grad: Tensor | None) -> None: ...
+    def embed_grad(self, index: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What travels between stages."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A forward whose backward is to come."""
+
+    x: Tensor | None
+    output: GradientEdge
+
+
+_Key = tuple[int, int]
+"""(stage, micro-batch)"""
+
+
+class Runtime:
+    """Runs the compute and communication of one rank's program.
+
+    Args:
+        program: of all ranks.
+        rank: this one, on the pipeline axis.
+        forward: a stage's computation.
+        hidden: of the tensors between stages.
+        channel: (source, destination) on the pipeline axis → their axis, source first.
+        stores: the deferred weight gradients of each of this rank's stages.
+        vocab: the balanced vocabulary, if the program has one.
+        recorder: of this rank.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        rank: int,
+        *,
+        forward: Forward,
+        hidden: Hidden,
+        channel: Callable[[int, int], Axis],
+        stores: Mapping[int, WeightGradients],
+        vocab: Vocabulary | None,
+        recorder: Recorder,
+    ) -> None:
+        self.program, self.rank, self.hidden = program, rank, hidden
+        self._forward, self._channel, self._stores, self._vocab = forward, channel, stores, vocab
+        self._recorder, self._wait_code = recorder, recorder.intern("wait")
+        self._last = program.stages - 1
+        self._buffers: dict[tuple[Kind, int, int], Tensor] = {}
+        self._arriving: dict[tuple[Kind, int, int], Handle] = {}
+        self._outputs: dict[_Key, Tensor] = {}
+        self._graphs: dict[_Key, _Graph] = {}
+        self._grads: dict[_Key, Tensor] = {}
+        self._sends: dict[tuple[int, int], deque[tuple[Handle, Tensor]]] = {}
+        self._losses: list[Tensor] = []
+
+    @property
+    def handlers(self) -> dict[Kind, Handler]:
+        """One per kind of operation, for `execute`."""
+        handlers: dict[Kind, Handler] = {
+            Kind.FORWARD: self._run_forward,
+            Kind.BACKWARD: self._run_backward,
+            Kind.INPUT_GRAD: self._run_input_grad,
+            Kind.WEIGHT_GRAD: lambda op: self._stores[op.stage].compute(op.index),
+            Kind.SEND_FORWARD: lambda op: self._send(op.stage + 1, self._outputs.pop((op.stage, op.index))),
+            Kind.SEND_BACKWARD: lambda op: self._send(op.stage - 1, self._grads.pop((op.stage, op.index))),
+            Kind.RECV_FORWARD: lambda op: self._receive(op, op.stage - 1),
+            Kind.RECV_BACKWARD: lambda op: self._receive(op, op.stage + 1),
+        }
+        if self._vocab is not None:
+            handlers |= self._vocab_handlers(self._vocab)
+        return handlers
+
+    def _vocab_handlers(self, vocab: Vocabulary) -> dict[Kind, Handler]:
+        return {
+            Kind.HIDDEN: lambda op: vocab.post_hidden(op.index, self._outputs.pop((self._last, op.index), None)),
+            Kind.HEAD: self._waiting(vocab.score),
+            Kind.STATISTICS: lambda op: vocab.post_statistics(op.index),
+            Kind.HEAD_GRAD: self._waiting(vocab.head_grad),
+            Kind.HIDDEN_GRAD: lambda op: vocab.post_hidden_grad(op.index),
+            Kind.EMBED: lambda op: vocab.look_up(op.index),
+            Kind.EMBEDDED: lambda op: vocab.post_rows(op.index),
+            Kind.EMBEDDED_GRAD: lambda op: vocab.post_rows_grad(op.index, self._grads.pop((0, op.index), None)),
+            Kind.EMBED_GRAD: self._waiting(vocab.embed_grad),
+        }
+
+    def losses(self) -> list[Tensor]:
+        """What was added up on this rank since the last call: the last stage's losses, or with a balanced vocabulary
+        every micro-batch's, on all ranks."""
+        losses, self._losses = self._losses, []
+        return losses
+
+    def finish(self) -> None:
+        """Returns when everything sent has left; call at the end of a program."""
+        for queue in self._sends.values():
+            while queue:
+                queue.popleft()[0].wait()
+
+    # Compute --------------------------------------------------------------------------------------------------
+
+    def _run_forward(self, op: Op) -> None:
+        key = (op.stage, op.index)
+        x = self._input(op)
+        y = self._forward(op.stage, op.index, x)
+        if torch.is_grad_enabled():
+            self._graphs[key] = _Graph(x, get_gradient_edge(y if y is not x else y.view_as(y)))
+        if op.stage == self._last and self._vocab is None:
+            self._losses.append(y.detach())
+        else:
+            self._outputs[key] = y.detach()
+        self._sweep()
+
+    def _input(self, op: Op) -> Tensor | None:
+        if op.stage == 0:
+            if self._vocab is None:
+                return None
+            with self._wait():
+                x = self._vocab.rows(op.index)
+        else:
+            x = self._arrived(Kind.RECV_FORWARD, op, self._outputs, op.stage - 1)
+        return x.detach().requires_grad_(torch.is_grad_enabled())
+
+    def _run_backward(self, op: Op) -> None:
+        graph = self._graphs.pop((op.stage, op.index))
+        grad = self._output_grad(op)
+        torch.autograd.backward((graph.output,), (grad,))
+        if graph.x is not None:
+            dx = graph.x.grad
+            assert dx is not None
+            # An empty stage hands the gradient through, in memory that the next receive may overwrite.
+            own = grad is None or dx.data_ptr() != grad.data_ptr()
+            self._grads[op.stage, op.index] = dx if own else dx.clone()
+        self._sweep()
+
+    def _run_input_grad(self, op: Op) -> None:
+        with self._stores[op.stage].deferring(op.index):
+            self._run_backward(op)
+
+    def _output_grad(self, op: Op) -> Tensor | None:
+        if op.stage < self._last:
+            return self._arrived(Kind.RECV_BACKWARD, op, self._grads, op.stage + 1)
+        if self._vocab is None:
+            return None  # the loss itself: its factor is already in it
+        with self._wait():
+            return self._vocab.hidden_grad(op.index)
+
+    # Communication --------------------------------------------------------------------------------------------
+
+    def _send(self, to_stage: int, x: Tensor) -> None:
+        channel = (self.rank, self.program.placement[to_stage])
+        queue = self._sends.setdefault(channel, deque())
+        if len(queue) >= MAX_SENDS:
+            with self._wait():
+                queue.popleft()[0].wait()
+        x = x.contiguous()
+        queue.append((send(x, self._channel(*channel), 1), x))
+
+    def _receive(self, op: Op, from_stage: int) -> None:
+        slot = (op.kind, op.stage, op.slot)
+        buffer = self._buffers.get(slot)
+        if buffer is None:
+            buffer = self._buffers[slot] = self.hidden.empty()
+        axis = self._channel(self.program.placement[from_stage], self.rank)
+        self._arriving[op.kind, op.stage, op.index] = receive(buffer, axis, 0)
+
+    def _arrived(self, kind: Kind, op: Op, local: dict[_Key, Tensor], neighbour: int) -> Tensor:
+        """What the neighbouring stage made, from its slot or, on the same rank, as it is."""
+        handle = self._arriving.pop((kind, op.stage, op.index), None)
+        if handle is None:
+            return local.pop((neighbour, op.index))
+        with self._wait():
+            return handle.wait()
+
+    def _sweep(self) -> None:
+        """Lets go of what has been sent."""
+        for queue in self._sends.values():
+            while queue and queue[0][0].done():
+                queue.popleft()
+
+    def _waiting(self, run: Callable[[int], None]) -> Handler:
+        return lambda op: run(op.index)
+
+    @contextmanager
+    def _wait(self) -> Iterator[None]:
+        ticket = self._recorder.enter(self._wait_code)
+        try:
+            yield
+        finally:
+            self._recorder.exit(ticket)

@@ -1,0 +1,163 @@
+"""How long each operation takes: what the simulator is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from math import isfinite
+from statistics import median
+from typing import Any
+
+from ...configs.errors import Problem, UserError
+from .program import Kind, Op
+
+_ZERO = (0.0,)
+_FIELDS = {
+    Kind.FORWARD: "forward",
+    Kind.INPUT_GRAD: "backward",
+    Kind.WEIGHT_GRAD: "weight",
+    Kind.HEAD: "head",
+    Kind.HEAD_GRAD: "head_grad",
+    Kind.EMBED: "embed",
+    Kind.EMBED_GRAD: "embed_grad",
+    Kind.REDUCE: "reduce",
+    Kind.OPTIMIZE: "optimize",
+    Kind.GATHER: "gather",
+}
+_PER_STAGE = frozenset({Kind.FORWARD, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Durations in any one unit of time; a tuple of one element holds for every stage (or rank).
+
+    Args:
+        forward, backward, weight: F, B and W of one micro-batch, per stage. A fused backward takes backward + weight.
+        head, head_grad, embed, embed_grad: S, T, IF and IB of one micro-batch, per rank.
+        reduce, optimize, gather: RG, OPT and AG of one bucket, per rank.
+        norm: of NORM, from the last rank's start to its end.
+        hop: from the end of a send's source operation to the arrival at another rank; occupies no compute.
+        collective: of each collective of the vocabulary, from the last rank's start to its end; occupies no compute.
+
+    Raises:
+        UserError: a duration is negative or not a number, or a tuple is empty.
+    """
+
+    forward: tuple[float, ...] = (1.0,)
+    backward: tuple[float, ...] = (1.0,)
+    weight: tuple[float, ...] = (1.0,)
+    head: tuple[float, ...] = _ZERO
+    head_grad: tuple[float, ...] = _ZERO
+    embed: tuple[float, ...] = _ZERO
+    embed_grad: tuple[float, ...] = _ZERO
+    reduce: tuple[float, ...] = _ZERO
+    optimize: tuple[float, ...] = _ZERO
+    gather: tuple[float, ...] = _ZERO
+    norm: float = 0.0
+    hop: float = 0.0
+    collective: float = 0.0
+
+    def __post_init__(self) -> None:
+        problems = []
+        for each in fields(self):
+            value = getattr(self, each.name)
+            values = value if isinstance(value, tuple) else (value,)
+            bad = [v for v in values if not (isfinite(v) and v >= 0)]
+            if bad:
+                problems.append(Problem(each.name, f"a duration is at least 0, got {bad[0]}"))
+            if not values:
+                problems.append(Problem(each.name, "no durations: give one for all, or one per stage (or rank)"))
+        if problems:
+            raise UserError(*problems)
+
+    @staticmethod
+    def uniform(
+        *,
+        chunks: int = 1,
+        forward: float = 1.0,
+        backward: float = 1.0,
+        weight: float = 1.0,
+        head: float = 0.0,
+        head_grad: float = 0.0,
+        embed: float = 0.0,
+        embed_grad: float = 0.0,
+        hop: float = 0.0,
+        collective: float = 0.0,
+    ) -> Times:
+        """All ranks equal. F, B and W are of one rank's whole share: each of its chunks takes 1/chunks of them."""
+        return Times(
+            forward=(forward / chunks,),
+            backward=(backward / chunks,),
+            weight=(weight / chunks,),
+            head=(head,),
+            head_grad=(head_grad,),
+            embed=(embed,),
+            embed_grad=(embed_grad,),
+            hop=hop,
+            collective=collective,
+        )
+
+    @staticmethod
+    def from_spans(
+        spans: Iterable[tuple[int, Op, float, float]],
+        placement: Sequence[int],
+        *,
+        hop: float = 0.0,
+        collective: float = 0.0,
+        weight_share: float = 0.5,
+    ) -> Times:
+        """The median duration of each kind at each stage or rank of a recorded run.
+
+        Args:
+            spans: (rank of the pipeline axis, operation, start, end) of operations that did not wait in between.
+            placement: the rank of each stage.
+            weight_share: the part of a fused backward that counts as weight gradient, where the run has no B and W.
+
+        Raises:
+            UserError: a stage has no forward in the record.
+        """
+        measured: dict[tuple[Kind, int], list[float]] = {}
+        for rank, op, start, end in spans:
+            place = op.stage if op.kind in _PER_STAGE or op.kind is Kind.BACKWARD else rank
+            measured.setdefault((op.kind, place), []).append(end - start)
+        stages, ranks = len(placement), max(placement) + 1
+        medians = {key: median(values) for key, values in measured.items()}
+        for stage in range(stages):
+            if (Kind.FORWARD, stage) not in medians:
+                raise UserError(f"the record has no forward pass of stage {stage} (of {stages}): give its times")
+            fused = medians.get((Kind.BACKWARD, stage), 0.0)
+            medians.setdefault((Kind.INPUT_GRAD, stage), fused * (1 - weight_share))
+            medians.setdefault((Kind.WEIGHT_GRAD, stage), fused * weight_share)
+        found: dict[str, Any] = {
+            name: tuple(medians.get((kind, i), 0.0) for i in range(stages if kind in _PER_STAGE else ranks))
+            for kind, name in _FIELDS.items()
+        }
+        return Times(**found, hop=hop, collective=collective)
+
+    def of(self, op: Op, rank: int) -> float:
+        """How long an operation occupies its rank; 0 for everything that is only started."""
+        if op.kind is Kind.BACKWARD:
+            return _at(self.backward, op.stage) + _at(self.weight, op.stage)
+        if op.kind not in _FIELDS or op.kind is Kind.GATHER:
+            return 0.0
+        return _at(getattr(self, _FIELDS[op.kind]), op.stage if op.kind in _PER_STAGE else rank)
+
+
+def _at(values: tuple[float, ...], index: int) -> float:
+    return values[0] if len(values) == 1 else values[index]
+
+
+def by_rank(placement: tuple[int, ...], chunks: int, per_rank: tuple[float, ...]) -> tuple[float, ...]:
+    """Times per stage from times of one rank's whole share: a chunk takes 1/chunks of it."""
+    return tuple(_at(per_rank, rank) / chunks for rank in placement)
+
+
+def spread(name: str, values: tuple[float, ...], count: int, things: str) -> list[float]:
+    """One duration for each of `count` stages or ranks.
+
+    Raises:
+        UserError: neither one value nor `count`.
+    """
+    if len(values) not in (1, count):
+        raise UserError(Problem(name, f"{len(values)} times for {count} {things}: give 1, or {count}"))
+    return [values[0]] * count if len(values) == 1 else list(values)

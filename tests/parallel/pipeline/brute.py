@@ -1,0 +1,173 @@
+"""Simulations that share nothing with the package's but the definition of what an operation needs; slow and literal."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from pentad.parallel.pipeline.program import COMPUTE, EMBED_LANE, HEAD_LANE, Kind, Op, Program, data_needs
+from pentad.parallel.pipeline.times import Times
+
+Spans = list[list[tuple[float, float]]]
+
+
+def compute_only(program: Program, times: Times) -> Spans | None:
+    """Spans of a program of compute, by going round until nothing moves; None where it is stuck."""
+    ended: dict[tuple[int, Kind, int, int], float] = {}
+    spans: Spans = [[] for _ in program.ranks]
+    moved = True
+    while moved:
+        moved = False
+        for rank, ops in enumerate(program.ranks):
+            if len(spans[rank]) == len(ops):
+                continue
+            op = ops[len(spans[rank])]
+            arrivals = [0.0] + [end for _, end in spans[rank][-1:]]
+            for source, need in data_needs(program, op):
+                end = ended.get((source, need.kind, need.index, need.stage))
+                if end is None:
+                    break
+                arrivals.append(end + _delay(times, op, need, source != rank))
+            else:
+                start = max(arrivals)
+                spans[rank].append((start, start + times.of(op, rank)))
+                kind = Kind.INPUT_GRAD if op.kind is Kind.BACKWARD else op.kind
+                ended[rank, kind, op.index, op.stage] = spans[rank][-1][1]
+                moved = True
+    return None if any(len(mine) < len(ops) for mine, ops in zip(spans, program.ranks, strict=True)) else spans
+
+
+def _delay(times: Times, op: Op, need: Op, remote: bool) -> float:
+    vocabulary = {Kind.HEAD, Kind.HEAD_GRAD, Kind.EMBED, Kind.EMBED_GRAD}
+    if vocabulary & {op.kind, need.kind}:
+        return times.collective
+    return times.hop if remote else 0.0
+
+
+@dataclass
+class _Channel:
+    sends: deque[Op] = field(default_factory=deque)
+    receives: deque[Op] = field(default_factory=deque)
+    under_way: int = 0
+
+
+class Lowered:
+    """A lowered program, played instant by instant."""
+
+    def __init__(self, program: Program, times: Times) -> None:
+        self.program, self.times = program, times
+        self.now = 0.0
+        self.at = [0] * len(program.ranks)
+        self.busy = [0.0] * len(program.ranks)
+        self.starts: list[list[float]] = [[] for _ in program.ranks]
+        self.channels: dict[tuple[int, int], _Channel] = {}
+        self.lanes = [[deque[Op]() for _ in program.ranks] for _ in range(2)]
+        self.lane_busy = [False, False]
+        self.pending: list[tuple[float, str, object]] = []
+        self.arrived: set[tuple[Kind, int, int]] = set()
+
+    def run(self) -> list[list[float]] | None:
+        """When each operation starts (its token runs); None where the program is stuck or matches other operations."""
+        while True:
+            try:
+                while any([self._advance(rank) for rank in range(len(self.at))]) or self._match():
+                    pass
+            except ValueError:
+                return None
+            moments = [when for when, _, _ in self.pending] + [when for when in self.busy if when > self.now]
+            if not moments:
+                break
+            self.now = min(moments)
+            self._complete()
+        done = all(at == len(ops) for at, ops in zip(self.at, self.program.ranks, strict=True))
+        left = any(c.sends or c.receives for c in self.channels.values()) or any(q for lane in self.lanes for q in lane)
+        return self.starts if done and not left else None
+
+    def _complete(self) -> None:
+        due = [each for each in self.pending if each[0] <= self.now]
+        self.pending = [each for each in self.pending if each[0] > self.now]
+        for _, what, which in due:
+            if what == "lane":
+                lane, op = which  # type: ignore[misc]
+                self.lane_busy[lane] = False
+            else:
+                channel, op = which  # type: ignore[misc]
+                self.channels[channel].under_way -= 1
+            self.arrived.add((op.kind, op.index, op.stage))
+
+    def _match(self) -> bool:
+        moved = False
+        for key, channel in self.channels.items():
+            while channel.sends and channel.receives:
+                sent, received = channel.sends.popleft(), channel.receives.popleft()
+                forward = sent.kind is Kind.SEND_FORWARD
+                if (received.kind is Kind.RECV_FORWARD) != forward or received.index != sent.index:
+                    raise ValueError
+                if received.stage != sent.stage + (1 if forward else -1):
+                    raise ValueError
+                self.pending.append((self.now + self.times.hop, "channel", (key, received)))
+                moved = True
+        for number, lane in enumerate(self.lanes):
+            if not self.lane_busy[number] and all(lane):
+                heads = {queue.popleft() for queue in lane}
+                if len(heads) > 1:
+                    raise ValueError
+                self.lane_busy[number] = True
+                self.pending.append((self.now + self.times.collective, "lane", (number, heads.pop())))
+                moved = True
+        if self.times.hop == 0.0 or self.times.collective == 0.0:
+            before = len(self.pending)
+            self._complete()
+            moved = moved or len(self.pending) < before
+        return moved
+
+    def _advance(self, rank: int) -> bool:
+        moved = False
+        ops = self.program.ranks[rank]
+        while self.at[rank] < len(ops) and self.busy[rank] <= self.now and self._start(rank, ops[self.at[rank]]):
+            self.starts[rank].append(self.now)
+            self.at[rank] += 1
+            moved = True
+        return moved
+
+    def _start(self, rank: int, op: Op) -> bool:
+        where, s = self.program.placement, op.stage
+        if op.kind in COMPUTE:
+            if not self._ready(rank, op):
+                return False
+            self.busy[rank] = self.now + self.times.of(op, rank)
+        elif op.kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD):
+            to = where[s + 1 if op.kind is Kind.SEND_FORWARD else s - 1]
+            channel = self.channels.setdefault((rank, to), _Channel())
+            if channel.under_way == 2:
+                return False
+            channel.under_way += 1
+            channel.sends.append(op)
+        elif op.kind in (Kind.RECV_FORWARD, Kind.RECV_BACKWARD):
+            source = where[s - 1 if op.kind is Kind.RECV_FORWARD else s + 1]
+            plain = Op(op.kind, op.index, op.stage)
+            self.channels.setdefault((source, rank), _Channel()).receives.append(plain)
+        elif op.kind in HEAD_LANE | EMBED_LANE:
+            self.lanes[op.kind in EMBED_LANE][rank].append(op)
+        return True
+
+    def _ready(self, rank: int, op: Op) -> bool:
+        where, s, i = self.program.placement, op.stage, op.index
+        last, barriers = self.program.stages - 1, self.program.vocab_barriers
+        waits: tuple[Kind, int, int] | None = None
+        match op.kind:
+            case Kind.FORWARD if s > 0 and where[s - 1] != rank:
+                waits = (Kind.RECV_FORWARD, i, s)
+            case Kind.FORWARD if s == 0 and barriers:
+                waits = (Kind.EMBEDDED, i, -1)
+            case Kind.BACKWARD | Kind.INPUT_GRAD if s < last and where[s + 1] != rank:
+                waits = (Kind.RECV_BACKWARD, i, s)
+            case Kind.BACKWARD | Kind.INPUT_GRAD if s == last and barriers:
+                waits = (Kind.STATISTICS if barriers == 1 else Kind.HIDDEN_GRAD, i, -1)
+            case Kind.HEAD:
+                waits = (Kind.HIDDEN, i, -1)
+            case Kind.HEAD_GRAD:
+                waits = (Kind.STATISTICS, i, -1)
+            case Kind.EMBED_GRAD:
+                waits = (Kind.EMBEDDED_GRAD, i, -1)
+        return waits is None or waits in self.arrived
