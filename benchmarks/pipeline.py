@@ -42,9 +42,16 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of one side left: a report per process, and Pentad's program and record."""
+    """What one run of one side left.
+
+    Args:
+        reports: one per process.
+        program: Pentad's, of the same job.
+        ideal_s: Pentad's side only: simulated seconds of a step, from its record.
+    """
 
     reports: list[Report]
+    program: Program
     ideal_s: float = math.nan
 
 
@@ -77,13 +84,13 @@ def run_side(module: str, arguments: argparse.Namespace, **changed: object) -> R
             raise RuntimeError(f"{module} failed ({done.returncode}):\n{(done.stdout + done.stderr)[-6000:]}")
         files = [Path(out) / f"rank-{rank}.json" for rank in range(arguments.processes)]
         reports = [Report(**json.loads(file.read_text())) for file in files]
+        program = Program.from_json((Path(out) / "program.json").read_text())
         wanted = module == OURS and not changed
-        return Run(reports, _ideal(Path(out), arguments) if wanted else math.nan)
+        return Run(reports, program, _ideal(program, Path(out), arguments) if wanted else math.nan)
 
 
-def _ideal(out: Path, arguments: argparse.Namespace) -> float:
-    """Simulated seconds of a step of the program in `out`, whose record is there too."""
-    program = Program.from_json((out / "program.json").read_text())
+def _ideal(program: Program, out: Path, arguments: argparse.Namespace) -> float:
+    """Simulated seconds of a step of the program, whose record is in `out`."""
     rings = [read(out / f"rank-{rank}.ring") for rank in range(arguments.processes)]
     spans: list[tuple[int, Op, float, float]] = []
     for step in range(arguments.warmup, arguments.warmup + arguments.steps):
@@ -136,10 +143,19 @@ def speed(arguments: argparse.Namespace) -> None:
     )
 
 
+def slots(program: Program, rank: int) -> int:
+    """Receive buffers that the program gives a process."""
+    return len({(op.kind, op.stage, op.slot) for op in program.ranks[rank] if op.slot >= 0})
+
+
 def memory(arguments: argparse.Namespace) -> None:
-    """What is alive at most, for two numbers of micro-batches."""
-    print("\n| side | micro-batches | input buffers | gradient buffers | outputs | peak RSS MiB |")
-    print("|---|---|---|---|---|---|")
+    """What is alive at most, for two numbers of micro-batches.
+
+    Raises:
+        ValueError: Pentad has more receive buffers than slots.
+    """
+    print("\n| side | micro-batches | slots | input buffers | gradient buffers | outputs | peak RSS MiB |")
+    print("|---|---|---|---|---|---|---|")
     for count in (8, 32):
         for label, module in (("Pentad", OURS), ("torch", THEIRS)):
             run = run_side(module, arguments, microbatches=count, watch=True, warmup=1, steps=1)
@@ -148,7 +164,11 @@ def memory(arguments: argparse.Namespace) -> None:
                 for kind in ("inputs", "grads", "outputs")
             ]
             rss = "/".join(f"{report.rss_mib:.0f}" for report in run.reports)
-            print(f"| {label} | {count} | {' | '.join(live)} | {rss} |", flush=True)
+            given = [slots(run.program, rank) for rank in range(arguments.processes)] if module == OURS else []
+            for report, most in zip(run.reports, given, strict=False):
+                if report.live.get("inputs", 0) + report.live.get("grads", 0) > most:
+                    raise ValueError(f"{report.live} are alive and there are {most} slots")
+            print(f"| {label} | {count} | {'/'.join(map(str, given))} | {' | '.join(live)} | {rss} |", flush=True)
     print(f"\nAlive at a time, per process ({arguments.schedule}, {arguments.processes} processes).")
 
 

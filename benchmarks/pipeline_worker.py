@@ -151,7 +151,7 @@ class Setup:
     def of(arguments: argparse.Namespace) -> Setup:
         """Meets the other processes, then builds this one's part of the model."""
         libraries = peak_rss_mib()
-        # Random logits give denormal softmax gradients, which slow x86 GEMMs down many times; the trainer sets the same.
+        # Random logits give denormal softmax gradients, which slow x86 GEMMs down many times; so does the trainer.
         torch.set_flush_denormal(True)
         ranks = Ranks.from_environment()
         cfg = make_config(arguments, ranks.world)
@@ -254,15 +254,13 @@ def empty_stages(arguments: argparse.Namespace) -> None:
     cfg = make_config(arguments, ranks.world)
     mesh = _open_mesh(cfg, ranks, arguments.out)
     name = arguments.schedule
-    compute = schedules.generate(
-        name, ranks=ranks.world, microbatches=arguments.microbatches, chunks=CHUNKS[name]
-    )
+    compute = schedules.generate(name, ranks=ranks.world, microbatches=arguments.microbatches, chunks=CHUNKS[name])
     program = lower(compute)
     anchor, last = torch.zeros(1, 1, requires_grad=True), program.stages - 1
 
     def forward(stage: int, index: int, x: Tensor | None) -> Tensor:
-        x = anchor if x is None else x
-        return x.view(()) if stage == last else x.view(1, 1)
+        y = anchor if x is None else x
+        return y.view(()) if stage == last else y.view(1, 1)
 
     operation, waiting, totals = Stopwatch(), Stopwatch(), []
     ours = runtime.Runtime(

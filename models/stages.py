@@ -50,7 +50,9 @@ class Inputs:
     draws: Draws | None = None
 
 
-def run_stage(model: Transformer, split: Split, stage: int, x: Tensor | None, inputs: Inputs, dtype: torch.dtype) -> Tensor:
+def run_stage(
+    model: Transformer, split: Split, stage: int, x: Tensor | None, inputs: Inputs, dtype: torch.dtype
+) -> Tensor:
     """The output of a stage (N, h); from a last stage that has the head, the loss (a scalar).
 
     Args:

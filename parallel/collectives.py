@@ -3,6 +3,7 @@
 Each call returns a `Handle`; `handle.wait()` gives the result. Autograd forms stand at the end of the file. All
 tensors are contiguous and split along dim 0.
 
+Between CPU processes of one host they copy from memory to memory (`local_collectives.py`), elsewhere torch runs them.
 On gloo a gather or scatter is an all-to-all: its all_gather takes 2 to 3 times as long as an all-to-all with the input
 repeated for every peer, its reduce_scatter three times as long as one followed by a local sum, and its all_reduce pays
 the same. The sum runs in rank order, so that every rank gets the same bits.
@@ -18,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import local_collectives as local
+from .local_collectives import Flight, sum_in_rank_order
 from .mesh import Axis
 from .waiting import Abort, Transfer, Waiter
 
@@ -100,6 +103,30 @@ def _wait_cuda(work: dist.Work, axis: Axis, ticket: int) -> None:
         axis.recorder.exit(ticket)
 
 
+def _copied(kind: str, axis: Axis, x: Tensor, start: Callable[[], Flight], peer: int = -1) -> Handle:
+    """Starts a collective between the memories of one host, and records it."""
+    ticket = _enter(kind, axis, x, peer)
+    flight = start()
+
+    def finish() -> Tensor:
+        result = flight.finish()
+        _exit(axis, ticket)
+        return result
+
+    def done() -> bool:
+        if not flight.done():
+            return False
+        _exit(axis, ticket)
+        return True
+
+    return Handle(x, finish, done)
+
+
+def _exit(axis: Axis, ticket: int) -> None:
+    if axis.recorder is not None:
+        axis.recorder.exit(ticket)
+
+
 def _gloo(x: Tensor) -> bool:
     return not x.is_cuda
 
@@ -110,6 +137,8 @@ def all_gather(x: Tensor, axis: Axis, out: Tensor | None = None) -> Handle:
         return Handle(x if out is None else out.copy_(x))
     x = x.contiguous()
     result = out if out is not None else x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    if axis.local is not None:
+        return _copied("all_gather", axis, result, partial(local.all_gather, axis.local, x, result))
     if _gloo(x):
         copies = x.expand(axis.size, *x.shape).reshape(result.shape).contiguous()
         wait = _launch(
@@ -134,6 +163,8 @@ def reduce_scatter(x: Tensor, axis: Axis, out: Tensor | None = None) -> Handle:
         return Handle(x if out is None else out.copy_(x))
     x = x.contiguous()
     result = out if out is not None else x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    if axis.local is not None:
+        return _copied("reduce_scatter", axis, x, partial(local.reduce_scatter, axis.local, x, result))
     if not _gloo(x):
         wait = _launch(
             "reduce_scatter",
@@ -147,16 +178,9 @@ def reduce_scatter(x: Tensor, axis: Axis, out: Tensor | None = None) -> Handle:
 
     def finish() -> Tensor:
         wait()
-        return _sum_in_rank_order(parts.view(axis.size, *result.shape), result)
+        return sum_in_rank_order(parts.view(axis.size, *result.shape), result)
 
     return Handle(result, finish)
-
-
-def _sum_in_rank_order(parts: Tensor, out: Tensor) -> Tensor:
-    """parts (size, n, …) → out (n, …). bf16 is summed in fp32."""
-    if parts.shape[0] == 2:
-        return torch.add(parts[0], parts[1], out=out)
-    return torch.sum(parts, dim=0, out=out)
 
 
 def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Handle:
@@ -168,6 +192,8 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Handle:
         flat = x.view(-1)
         scattered = reduce_scatter(flat, axis)
         return Handle(x, lambda: (all_gather(scattered.wait(), axis, out=flat).wait(), x)[1])
+    if axis.local is not None:
+        return _copied("all_reduce", axis, x, partial(local.all_reduce, axis.local, x, op))
     wait = _launch("all_reduce", axis, x, lambda: dist.all_reduce(x, _OPS[op], group=axis.group, async_op=True))
     return Handle(x, lambda: (wait(), x)[1])
 
@@ -181,6 +207,8 @@ def all_to_all(
     x = x.contiguous()
     rows = sum(receive) if receive is not None else x.shape[0]
     result = out if out is not None else x.new_empty((rows, *x.shape[1:]))
+    if axis.local is not None:
+        return _copied("all_to_all", axis, x, partial(local.all_to_all, axis.local, x, result, send, receive))
     wait = _launch(
         "all_to_all",
         axis,
@@ -194,6 +222,8 @@ def broadcast(x: Tensor, axis: Axis, source: int) -> Handle:
     """In place: x becomes that of the rank at index `source` of the axis."""
     if axis.size == 1:
         return Handle(x)
+    if axis.local is not None:
+        return _copied("broadcast", axis, x, partial(local.broadcast, axis.local, x, source))
     root = axis.ranks[source]
     wait = _launch("broadcast", axis, x, lambda: dist.broadcast(x, root, group=axis.group, async_op=True))
     return Handle(x, lambda: (wait(), x)[1])
@@ -226,6 +256,8 @@ def reduce_blocks(x: Tensor, axis: Axis, to: Sequence[int]) -> Handle:
     if axis.size == 1:
         return Handle(x)
     x = x.contiguous()
+    if axis.local is not None:
+        return _copied("reduce", axis, x, partial(local.reduce_blocks, axis.local, x, to))
     blocks, block = x.chunk(len(to)), x.shape[0] // len(to)
     mine = to.index(axis.rank) if axis.rank in to else None
     if not _gloo(x):
@@ -250,7 +282,7 @@ def reduce_blocks(x: Tensor, axis: Axis, to: Sequence[int]) -> Handle:
         wait()
         if mine is None:
             return parts
-        return _sum_in_rank_order(parts.view(axis.size, block, *x.shape[1:]), torch.empty_like(parts[:block]))
+        return sum_in_rank_order(parts.view(axis.size, block, *x.shape[1:]), torch.empty_like(parts[:block]))
 
     return Handle(parts, finish)
 
@@ -266,6 +298,8 @@ def send(x: Tensor, axis: Axis, to: int) -> Handle:
     axis each: `Mesh.channel`.
     """
     x = x.contiguous()
+    if axis.local is not None:
+        return _copied("send", axis, x, partial(local.send, axis.local, x, to), axis.ranks[to])
     return _transfer("send", x, axis, to, lambda: dist.isend(x, axis.ranks[to], group=axis.group))
 
 
@@ -273,6 +307,8 @@ def receive(out: Tensor, axis: Axis, source: int) -> Handle:
     """Receives into `out`, contiguous, from the rank at index `source` of the axis."""
     if not out.is_contiguous():
         raise ValueError("a tensor is received into contiguous memory")
+    if axis.local is not None:
+        return _copied("receive", axis, out, partial(local.receive, axis.local, out, source), axis.ranks[source])
     return _transfer("receive", out, axis, source, lambda: dist.irecv(out, axis.ranks[source], group=axis.group))
 
 

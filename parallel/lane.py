@@ -20,6 +20,7 @@ from typing import Generic, TypeVar
 import torch
 
 from .mesh import Axis
+from .record import Recorder
 from .waiting import Abort
 
 T = TypeVar("T")
@@ -32,8 +33,11 @@ class LaneFailed(RuntimeError):
 class Pending(Generic[T]):
     """The result of a job, now or later."""
 
-    def __init__(self, job: Callable[[], T], context: tuple[int, int, int], abort: Abort, what: str) -> None:
+    def __init__(
+        self, job: Callable[[], T], context: tuple[int, int, int], abort: Abort, what: str, recorder: Recorder | None
+    ) -> None:
         self._job: Callable[[], T] | None = job
+        self._recorder = recorder
         self._context, self._abort, self._what = context, abort, what
         self._done = threading.Event()
         self._result: list[T] = []
@@ -51,7 +55,10 @@ class Pending(Generic[T]):
             Aborted, TimeoutError: see `Abort.wait`.
             Exception: the job's own, or `LaneFailed`.
         """
+        ticket = self._recorder.enter(self._recorder.intern("wait")) if self._recorder is not None else -1
         self._abort.wait(self._done, self._what)
+        if self._recorder is not None:
+            self._recorder.exit(ticket)
         if self._error is not None:
             raise self._error
         if self._event is not None:
@@ -99,8 +106,9 @@ class Lane:
 
     def submit(self, job: Callable[[], T]) -> Pending[T]:
         """Appends a job. After a job has failed, all later ones fail."""
-        context = self._recorder.origin.context if self._recorder is not None else (0, 0, -1)
-        pending = Pending(job, context, self._abort, f"lane {self.name}")
+        origin = self._recorder.origin if self._recorder is not None else None
+        context = origin.context if origin is not None else (0, 0, -1)
+        pending = Pending(job, context, self._abort, f"lane {self.name}", origin)
         if self._stream is None:
             self._queue.put(pending)
         else:
@@ -126,8 +134,10 @@ class Lane:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.no_grad():
             self._run(pending)
-            pending._event = stream.record_event()
-        self._alive.append((pending._event, job))
+            event = torch.cuda.Event()
+            event.record(stream)
+        pending._event = event
+        self._alive.append((event, job))
         while self._alive and self._alive[0][0].query():
             self._alive.popleft()
 

@@ -8,8 +8,12 @@ part out when it waits, and tells the owner (process_vm_writev), which may then 
     rank 0   post(n) ──── read rank 1's ── told by 1 ─▶ done
     rank 1   post(n) ──── read rank 0's ── told by 0 ─▶ done
 
-Posts are numbered per axis, by the order of the axis's collectives, which is the same on all its ranks. The order of
-the stores (tensor, place, number) is kept by x86 processors; elsewhere, and across hosts, gloo does the work.
+A transfer between two ranks is done by whoever comes second, so that neither waits for the other's next wait: a sender
+that finds the receive announced writes into it at once; a receiver that finds a post copies it at once.
+
+Posts are numbered per board: each axis has one for its collectives, whose order is the same on all ranks, and one per
+pair of ranks for what the first sends to the second. x86 processors keep the order of the stores (tensor, place,
+number); on others, and across hosts, gloo does the work. `local_collectives.py` has the collectives.
 """
 
 from __future__ import annotations
@@ -29,9 +33,10 @@ from torch import Tensor
 
 from .waiting import Abort
 
-_SLOTS = 64
-"""Posts of one axis that may be unread at a time."""
+_SLOTS = 32
+"""Posts of one board that may be unread at a time."""
 _POSTED, _PLACE, _OFFSETS, _READ = 0, 1, 2, 3
+_ANNOUNCED, _BUFFER, _ARRIVED, _INBOX_ROW = 0, 1, 2, 3
 _WORD = 8
 _SPIN_S = 40e-6
 """Waiting starts by yielding the core, for about as long as a process takes to be woken up."""
@@ -59,7 +64,8 @@ class _Memory:
         self._read, self._write = libc.process_vm_readv, libc.process_vm_writev
         for call in (self._read, self._write):
             call.restype = ctypes.c_ssize_t
-            call.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
+            vector = (ctypes.c_void_p, ctypes.c_ulong)
+            call.argtypes = [ctypes.c_int, *vector, *vector, ctypes.c_ulong]
         self._pids = pids
 
     def read(self, rank: int, place: int, into: int, nbytes: int) -> None:
@@ -88,85 +94,168 @@ class Read:
 
 
 class LocalAxis:
-    """One axis, seen from one rank. Peers and readers are indices on the axis."""
+    """One axis, seen from one rank. Peers and readers are indices on the axis.
 
-    def __init__(self, rank: int, ranks: tuple[int, ...], abort: Abort) -> None:
-        self.rank, self.ranks = rank, ranks
+    A board is an int64 table with a row per slot: number + 1, address of the tensor, address of the offsets, and per
+    reader the number + 1 of what it has read last. Board 0 is for collectives, board 1 + i for sends to peer i. After
+    the boards comes an inbox per peer, with a row per slot: number + 1 of an announced receive, its address, and
+    number + 1 of what has been written there.
+
+    Args:
+        name: for errors.
+        rank, ranks: this rank's index, and the mesh's ranks.
+        abort: of the mesh.
+    """
+
+    def __init__(self, name: str, rank: int, ranks: tuple[int, ...], abort: Abort) -> None:
+        self.name, self.rank, self.ranks = name, rank, ranks
         self._abort = abort
-        self._stride = _READ + len(ranks)
-        self._words = (ctypes.c_int64 * (_SLOTS * self._stride))()
-        self._alive: dict[int, Tensor | object] = {}
+        self._row = _READ + len(ranks)
+        boards = 1 + len(ranks)
+        self._inboxes = boards * _SLOTS * self._row
+        self._words = (ctypes.c_int64 * (self._inboxes + len(ranks) * _SLOTS * _INBOX_ROW))()
+        self._next = [0] * boards
+        self._received = [0] * len(ranks)
+        self._alive: dict[int, tuple[int, tuple[int, ...], Tensor | None, object]] = {}
+        """Per row: number, readers, and what must stay in memory until they have read."""
         self._memory: _Memory | None = None
         self._places: tuple[int, ...] = ()
 
     @property
     def place(self) -> int:
-        """Address of this rank's posts."""
+        """Address of this rank's boards."""
         return ctypes.addressof(self._words)
 
     def connect(self, memory: _Memory, places: tuple[int, ...]) -> None:
-        """`places`: the addresses of all ranks' posts."""
+        """`places`: the addresses of all ranks' boards."""
         self._memory, self._places = memory, places
 
     def exchange(
         self,
-        number: int,
+        what: str,
         post: Tensor | None,
         reads: Sequence[Read],
         readers: Iterable[int],
-        what: str,
         offsets: Sequence[int] | None = None,
     ) -> Exchange:
-        """Starts collective `number` of the axis.
+        """Starts the axis's next collective.
 
         Args:
+            what: its name, for errors.
             post: what this rank offers, contiguous; unchanged until the exchange is finished.
             reads: what it copies from others.
             readers: who copies from it.
             offsets: the first byte for each peer, where peers cannot know it.
         """
-        slot = number % _SLOTS
-        if post is not None:
+        return self._start(0, self._number(self._next, 0), what, post, reads, readers, offsets)
+
+    def send(self, x: Tensor, to: int) -> Exchange:
+        """Gives x (contiguous, unchanged until it is done) to one peer."""
+        memory, rank, number = self._memory, self.ranks[to], self._number(self._next, 1 + to)
+        assert memory is not None
+        inbox = self._places[to] + self._inbox(self.rank, number) * _WORD
+        row = (ctypes.c_int64 * _INBOX_ROW)()
+        memory.read(rank, inbox, ctypes.addressof(row), _INBOX_ROW * _WORD)
+        if row[_ANNOUNCED] != number + 1:
+            return self._start(1 + to, number, "send", x, (), (to,), None)
+        # This is the only place that decides: what is written here is never posted.
+        memory.write(rank, row[_BUFFER], x.data_ptr(), x.numel() * x.element_size())
+        row[_ARRIVED] = number + 1
+        memory.write(rank, inbox + _ARRIVED * _WORD, ctypes.addressof(row) + _ARRIVED * _WORD, _WORD)
+        return self._start(1 + to, number, "send", None, (), (), None)
+
+    def receive(self, out: Tensor, source: int) -> Exchange:
+        """What a peer sends, into `out`."""
+        number = self._number(self._received, source)
+        exchange = self._start(1 + self.rank, number, "receive", None, (Read(source, 0, out),), (), None)
+        if not exchange.done():
+            inbox = self._inbox(source, number)
+            self._words[inbox + _BUFFER] = out.data_ptr()
+            self._words[inbox + _ANNOUNCED] = number + 1
+            self._abort.tend(id(exchange), exchange.done)
+        return exchange
+
+    def arrived(self, number: int, source: int) -> bool:
+        """Whether the peer has written into the announced receive."""
+        return self._words[self._inbox(source, number) + _ARRIVED] == number + 1
+
+    def _inbox(self, source: int, number: int) -> int:
+        return self._inboxes + (source * _SLOTS + number % _SLOTS) * _INBOX_ROW
+
+    @staticmethod
+    def _number(counts: list[int], at: int) -> int:
+        counts[at] += 1
+        return counts[at] - 1
+
+    def _start(
+        self,
+        board: int,
+        number: int,
+        what: str,
+        post: Tensor | None,
+        reads: Sequence[Read],
+        readers: Iterable[int],
+        offsets: Sequence[int] | None,
+    ) -> Exchange:
+        row, what = board * _SLOTS + number % _SLOTS, f"{what} over {self.name}"
+        readers = tuple(readers) if post is not None else ()
+        if readers:
+            if row in self._alive:
+                before, its_readers, *_ = self._alive[row]
+                self.wait_read(row, before, its_readers, f"{what} ({_SLOTS} unread)")
             table = None if offsets is None else (ctypes.c_int64 * len(offsets))(*offsets)
-            self._wait(lambda: slot not in self._alive, f"{what} ({_SLOTS} are unread)", ())
-            self._alive[slot] = (post, table)
-            first = slot * self._stride
+            self._alive[row] = (number, readers, post, table)
+            first = row * self._row
+            assert post is not None
             self._words[first + _PLACE] = post.data_ptr()
             self._words[first + _OFFSETS] = ctypes.addressof(table) if table is not None else 0
             self._words[first + _POSTED] = number + 1
-        return Exchange(self, number, reads, tuple(readers) if post is not None else (), what)
+        return Exchange(self, row, number, reads, readers, what)
 
-    def copy(self, number: int, read: Read, what: str) -> None:
+    def copy(self, row: int, number: int, read: Read, what: str) -> None:
         """Copies from a peer, when it has posted, and tells it."""
+        self._wait(lambda: self.try_copy(row, number, read), what, ())
+
+    def try_copy(self, row: int, number: int, read: Read) -> bool:
+        """Copies from a peer and tells it, if it has posted."""
         memory, rank = self._memory, self.ranks[read.peer]
         assert memory is not None
-        first = self._places[read.peer] + (number % _SLOTS) * self._stride * _WORD
+        first = self._places[read.peer] + row * self._row * _WORD
         word = ctypes.c_int64()
 
         def peek(place: int) -> int:
             memory.read(rank, place, ctypes.addressof(word), _WORD)
             return word.value
 
-        self._wait(lambda: peek(first) == number + 1, what, ())
+        if peek(first) != number + 1:
+            return False
         place, offset = peek(first + _PLACE * _WORD), read.offset
         if offset is None:
             offset = peek(peek(first + _OFFSETS * _WORD) + self.rank * _WORD)
         memory.read(rank, place + offset, read.into.data_ptr(), read.into.numel() * read.into.element_size())
         word.value = number + 1
         memory.write(rank, first + (_READ + self.rank) * _WORD, ctypes.addressof(word), _WORD)
-
-    def was_read(self, number: int, readers: tuple[int, ...]) -> bool:
-        """Whether all readers have copied this rank's post; then it is forgotten."""
-        slot = number % _SLOTS
-        first = slot * self._stride + _READ
-        if any(self._words[first + reader] != number + 1 for reader in readers):
-            return False
-        self._alive.pop(slot, None)
         return True
 
-    def wait_read(self, number: int, readers: tuple[int, ...], what: str) -> None:
+    def forget(self, receive: Exchange) -> None:
+        """A receive is complete."""
+        self._abort.leave(id(receive))
+
+    def wait(self, holds: Callable[[], bool], what: str) -> None:
+        """Returns when it holds."""
+        self._wait(holds, what, ())
+
+    def was_read(self, row: int, number: int, readers: tuple[int, ...]) -> bool:
+        """Whether all readers have copied this rank's post; then it is forgotten."""
+        first = row * self._row + _READ
+        if any(self._words[first + reader] != number + 1 for reader in readers):
+            return False
+        self._alive.pop(row, None)
+        return True
+
+    def wait_read(self, row: int, number: int, readers: tuple[int, ...], what: str) -> None:
         """Returns when all readers have copied this rank's post."""
-        self._wait(lambda: self.was_read(number, readers), what, readers)
+        self._wait(lambda: self.was_read(row, number, readers), what, readers)
 
     def _wait(self, holds: Callable[[], bool], what: str, readers: tuple[int, ...]) -> None:
         """Polls; `readers` are the peers on whom it depends and whom the condition does not touch."""
@@ -180,6 +269,7 @@ class LocalAxis:
                 os.sched_yield()
                 continue
             self._abort.check(what, now - begin)
+            self._abort.poll()
             if now - checked > _ALIVE_EVERY_S:
                 checked = now
                 self._probe(readers)
@@ -193,21 +283,37 @@ class LocalAxis:
 
 
 class Exchange:
-    """One collective in flight."""
+    """One collective or transfer in flight."""
 
-    def __init__(self, axis: LocalAxis, number: int, reads: Sequence[Read], readers: tuple[int, ...], what: str) -> None:
-        self._axis, self._number, self._reads, self._readers, self._what = axis, number, reads, readers, what
+    def __init__(
+        self, axis: LocalAxis, row: int, number: int, reads: Sequence[Read], readers: tuple[int, ...], what: str
+    ) -> None:
+        self._axis, self._row, self._number, self._what = axis, row, number, what
+        self._reads, self._readers = reads, readers
+        self._is_receive = row >= _SLOTS and bool(reads)
 
     def finish(self) -> None:
         """Copies what this rank reads, then returns when the others have read this rank's."""
+        if self._is_receive:
+            self._axis.wait(self.done, self._what)
         for read in self._reads:
-            self._axis.copy(self._number, read, self._what)
+            self._axis.copy(self._row, self._number, read, self._what)
         self._reads = ()
-        self._axis.wait_read(self._number, self._readers, self._what)
+        if self._readers:
+            self._axis.wait_read(self._row, self._number, self._readers, self._what)
+            self._readers = ()
 
     def done(self) -> bool:
-        """Whether `finish` would return at once, for an exchange that only posts."""
-        return not self._reads and self._axis.was_read(self._number, self._readers)
+        """Whether `finish` would return at once. Receives what has been sent."""
+        if self._reads and self._is_receive:
+            read = self._reads[0]
+            axis, number = self._axis, self._number
+            if axis.arrived(number, read.peer) or axis.try_copy(self._row, number, read):
+                self._reads = ()
+                axis.forget(self)
+        if self._readers and self._axis.was_read(self._row, self._number, self._readers):
+            self._readers = ()
+        return not self._reads and not self._readers
 
 
 def connect(axes: dict[str, LocalAxis], rank: int, world: int, store: dist.Store) -> bool:

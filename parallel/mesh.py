@@ -12,7 +12,7 @@ ranks in their slots and a store, and can be made again from others.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import count
 
@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..configs.errors import UserError
+from .local import LocalAxis
+from .local import connect as connect_memories
 from .record import Recorder
 from .waiting import Abort, Waiter
 
@@ -77,6 +79,8 @@ class Axis:
     """The axis's name in the record."""
     sequence: Iterator[int] = field(repr=False, default_factory=count)
     """Numbers this rank's collectives over the axis."""
+    local: LocalAxis | None = field(repr=False, default=None, compare=False)
+    """Where its ranks can read each other's memory."""
     waiters: dict[tuple[str, int], Waiter] = field(repr=False, default_factory=dict, compare=False)
     """What watches this rank's sends to, and receives from, each peer (gloo)."""
 
@@ -143,6 +147,8 @@ class Mesh:
         if ends is not None and ends[0] != ends[1]:
             lines = [(line[min(ends)], line[max(ends)]) for line in self._pipelines()]
             self._axes["ends"] = self._cut("ends", lines)
+        if device == "cpu":
+            self._connect_memories(dist.PrefixStore(f"memory-{epoch}", store))
         # Nobody starts, and nobody can leave, before everybody is connected.
         dist.barrier(self.host_group)
 
@@ -195,6 +201,15 @@ class Mesh:
             # A lane stamps the context of its own jobs, which lags behind the step's.
             self._axes[name] = self._cut(name, lines, urgent=True, recorder=self.recorder.fork())
 
+    def _connect_memories(self, store: dist.Store) -> None:
+        local = {
+            name: LocalAxis(name, axis.rank, axis.ranks, self.abort)
+            for name, axis in self._axes.items()
+            if axis.size > 1
+        }
+        if connect_memories(local, self.rank, self.degrees.world, store):
+            self._axes = {name: replace(axis, local=local.get(name)) for name, axis in self._axes.items()}
+
     def _cut(
         self,
         name: str,
@@ -214,7 +229,7 @@ class Mesh:
                 group = dist.split_group(split_ranks=split, pg_options=options, group_desc=name)
             else:
                 groups = [dist.new_group(list(line), group_desc=name) for line in lines]
-                group = groups[lines.index(mine)] if mine is not None else None
+                group = next((own for own in groups if isinstance(own, dist.ProcessGroup)), None)
         return self._axis(name, mine, group, recorder) if mine is not None else Axis.single(name)
 
     def _add(self, name: str, mesh: DeviceMesh) -> None:

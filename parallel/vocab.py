@@ -187,7 +187,7 @@ def _cross_entropy(
     exp = logits32.sub_(peak[:, None]).exp_()
     sums = all_reduce(torch.stack((exp.sum(dim=-1), picked)), axis).wait()
     denominator, picked = sums[0], sums[1]
-    factor = valid * scale
+    factor = valid.to(logits32.dtype) * scale  # bool × float would be fp32
     loss = ((denominator.log() - picked) * factor).sum()
     if not with_grad:
         return loss, None

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
+
+_TEND_EVERY_S = 0.002
 
 
 class Aborted(RuntimeError):
@@ -25,6 +28,8 @@ class Abort:
         self.reason: str | None = None
         self._pending: set[threading.Event] = set()
         self._lock = threading.Lock()
+        self._thread = threading.get_ident()
+        self._tended: dict[int, Callable[[], object]] = {}
 
     def trigger(self, reason: str) -> None:
         """Wakes every waiting thread with `Aborted`; later waits fail at once."""
@@ -46,10 +51,35 @@ class Abort:
             if self.reason is not None:
                 raise Aborted(f"{what}: {self.reason}")
             self._pending.add(done)
-        finished = done.wait(self.timeout_s)
+        finished = done.wait(self.timeout_s) if not self._tends() else self._wait_tending(done)
         with self._lock:
             self._pending.discard(done)
         self.check(what, 0.0 if finished else self.timeout_s)
+
+    def tend(self, key: int, poll: Callable[[], object]) -> None:
+        """Calls `poll` again and again whenever the thread that made this object waits, until `leave(key)`."""
+        self._tended[key] = poll
+
+    def leave(self, key: int) -> None:
+        """Ends `tend`."""
+        self._tended.pop(key, None)
+
+    def poll(self) -> None:
+        """For waits that poll: what `tend` asks for."""
+        if self._tends():
+            for poll in list(self._tended.values()):
+                poll()
+
+    def _tends(self) -> bool:
+        return bool(self._tended) and threading.get_ident() == self._thread
+
+    def _wait_tending(self, done: threading.Event) -> bool:
+        begin = time.monotonic()
+        while not done.wait(_TEND_EVERY_S):
+            if time.monotonic() - begin > self.timeout_s:
+                return False
+            self.poll()
+        return True
 
     def check(self, what: str, waited_s: float) -> None:
         """For waits that poll: raises as `wait` does, after `waited_s` seconds of waiting for `what`."""

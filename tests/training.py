@@ -160,6 +160,7 @@ class Run:
 
     def close(self) -> None:
         self.parts.replicas.settle()
+        self.stepper.close()
         self.mesh.close()
 
 

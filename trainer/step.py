@@ -62,6 +62,10 @@ class Stepper:
         self.updates = torch.zeros((), dtype=torch.float32, device=self.device)
         """Updates applied so far; skipped steps do not count."""
         self._zero = torch.zeros((), dtype=precise, device=self.device)
+        self._vocabulary: BalancedVocabulary | None = None
+        if parts.pipeline.split.balanced:
+            barriers = cfg.parallel.pipeline.vocab_barriers
+            self._vocabulary = BalancedVocabulary(parts, mesh, barriers, self.dtype, self._inputs)
         self._runtime = self._make_runtime(program)
         self._handlers: dict[Kind, Handler] = self._runtime.handlers | {
             Kind.REDUCE: lambda op: self.replicas.reduce(op.index),
@@ -74,9 +78,6 @@ class Stepper:
     def _make_runtime(self, program: Program) -> Runtime:
         tp, train = self.mesh.axis("tp"), self.cfg.train
         tokens = train.micro_batch * train.seq_len // tp.size
-        vocab = None
-        if self.parts.pipeline.split.balanced:
-            vocab = BalancedVocabulary(self.parts, self.mesh, self.cfg, self._inputs)
         return Runtime(
             program,
             self.rank,
@@ -84,7 +85,7 @@ class Stepper:
             hidden=Hidden((tokens, self.cfg.model.hidden), self.dtype, self.device),
             channel=self.mesh.channel,
             stores=self.parts.stores,
-            vocab=vocab,
+            vocab=self._vocabulary,
             recorder=self.mesh.recorder,
         )
 
@@ -121,6 +122,11 @@ class Stepper:
         runtime.finish()
         return self._counted(runtime)
 
+    def close(self) -> None:
+        """Ends what runs beside the step; call before the mesh is closed."""
+        if self._vocabulary is not None:
+            self._vocabulary.close()
+
     def _begin(self, step: int, batches: Sequence[MicroBatch], scale: float) -> None:
         self._batches = [batch.to(self.device) for batch in batches]
         self._step, self._scale = step, scale
@@ -142,9 +148,7 @@ class Stepper:
 
     def _inputs(self, index: int) -> Inputs:
         batch = self._batches[index]
-        return Inputs(
-            batch.tokens, batch.labels, self._scale, batch.positions, batch.documents, self._draws(batch)
-        )
+        return Inputs(batch.tokens, batch.labels, self._scale, batch.positions, batch.documents, self._draws(batch))
 
     def _draws(self, batch: MicroBatch) -> Draws | None:
         if not self.cfg.model.dropout or not torch.is_grad_enabled():

@@ -144,6 +144,7 @@ class Trainer:
                 stopped = self._one(loader, stop)
         self._drain()
         self.parts.replicas.settle()
+        self.stepper.close()
         if cfg.checkpoint.final or stopped:
             self.save()
         self.checkpointer.wait()

@@ -133,19 +133,21 @@ class Runtime:
     def _vocab_handlers(self, vocab: Vocabulary) -> dict[Kind, Handler]:
         return {
             Kind.HIDDEN: lambda op: vocab.post_hidden(op.index, self._outputs.pop((self._last, op.index), None)),
-            Kind.HEAD: self._waiting(vocab.score),
+            Kind.HEAD: lambda op: vocab.score(op.index),
             Kind.STATISTICS: lambda op: vocab.post_statistics(op.index),
-            Kind.HEAD_GRAD: self._waiting(vocab.head_grad),
+            Kind.HEAD_GRAD: lambda op: vocab.head_grad(op.index),
             Kind.HIDDEN_GRAD: lambda op: vocab.post_hidden_grad(op.index),
             Kind.EMBED: lambda op: vocab.look_up(op.index),
             Kind.EMBEDDED: lambda op: vocab.post_rows(op.index),
             Kind.EMBEDDED_GRAD: lambda op: vocab.post_rows_grad(op.index, self._grads.pop((0, op.index), None)),
-            Kind.EMBED_GRAD: self._waiting(vocab.embed_grad),
+            Kind.EMBED_GRAD: lambda op: vocab.embed_grad(op.index),
         }
 
     def losses(self) -> list[Tensor]:
-        """What was added up on this rank since the last call: the last stage's losses, or with a balanced vocabulary
-        every micro-batch's, on all ranks."""
+        """The micro-batches' losses, after the program: on the last stage's rank, on all ranks with a balanced
+        vocabulary."""
+        if self._vocab is not None:
+            return [self._vocab.loss(index) for index in range(self.program.microbatches)]
         losses, self._losses = self._losses, []
         return losses
 
@@ -173,8 +175,7 @@ class Runtime:
         if op.stage == 0:
             if self._vocab is None:
                 return None
-            with self._wait():
-                x = self._vocab.rows(op.index)
+            x = self._vocab.rows(op.index)
         else:
             x = self._arrived(Kind.RECV_FORWARD, op, self._outputs, op.stage - 1)
         return x.detach().requires_grad_(torch.is_grad_enabled())
@@ -200,8 +201,7 @@ class Runtime:
             return self._arrived(Kind.RECV_BACKWARD, op, self._grads, op.stage + 1)
         if self._vocab is None:
             return None  # the loss itself: its factor is already in it
-        with self._wait():
-            return self._vocab.hidden_grad(op.index)
+        return self._vocab.hidden_grad(op.index)
 
     # Communication --------------------------------------------------------------------------------------------
 
@@ -235,9 +235,6 @@ class Runtime:
         for queue in self._sends.values():
             while queue and queue[0][0].done():
                 queue.popleft()
-
-    def _waiting(self, run: Callable[[int], None]) -> Handler:
-        return lambda op: run(op.index)
 
     @contextmanager
     def _wait(self) -> Iterator[None]:

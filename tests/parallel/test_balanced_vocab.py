@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -80,12 +80,23 @@ def _slot(weight: Tensor, finals: list[str], name: str) -> nn.Parameter:
 class _Rank:
     """Embedding and head of one rank."""
 
-    def __init__(self, rank: int, tp: int, pp: int, barriers: int, dtype: torch.dtype, at: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        tp: int,
+        pp: int,
+        barriers: int,
+        dtype: torch.dtype,
+        at: tuple[int, int],
+        memory: bool = True,
+    ) -> None:
         recorder = Recorder(None, rank=rank, world=tp * pp, entries=1024)
         degrees = Degrees(tp=tp, pp=pp)
         store = job_store() if degrees.world > 1 else None
         self.mesh = Mesh(degrees, store=store, rank=rank, device="cpu", recorder=recorder, timeout_s=60, vocab=True)
         head, embed = self.mesh.axis("vocab_head"), self.mesh.axis("vocab_embed")
+        if not memory:
+            head, embed = replace(head, local=None), replace(embed, local=None)
         self.lanes = [Lane("head", "cpu", head), Lane("embed", "cpu", embed)]
         shard = VocabShard.of(head, VOCAB)
         first, last = (tuple(range(stage * tp, stage * tp + tp)) for stage in at)
@@ -106,10 +117,10 @@ class _Rank:
 
 
 def _passes(
-    rank: int, world: int, tp: int, barriers: int, dtype: torch.dtype, at: tuple[int, int], tokens: int
+    rank: int, world: int, tp: int, barriers: int, dtype: torch.dtype, at: tuple[int, int], tokens: int, memory: bool
 ) -> dict[str, Any]:
     """Three micro-batches, interleaved: a pass of one between the passes of the others."""
-    r = _Rank(rank, tp, world // tp, barriers, dtype, at)
+    r = _Rank(rank, tp, world // tp, barriers, dtype, at, memory)
     batches = [_batch(i, dtype, tokens) for i in range(MICRO_BATCHES)]
     out: dict[str, Any] = {"loss": [], "dx": [], "rows": []}
     size = (tokens, HIDDEN, dtype)
@@ -166,10 +177,11 @@ def _compare(outputs: list[dict[str, Any]], dtype: torch.dtype, tokens: int = TO
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("barriers", [1, 2])
-@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 2), (1, 4)])
-def test_equals_dense(tp: int, pp: int, barriers: int):
-    at = (0, pp - 1)
-    _compare(run_distributed(_passes, tp * pp, tp, barriers, torch.float64, at, TOKENS, group=False), torch.float64)
+@pytest.mark.parametrize(("tp", "pp", "memory"), [(1, 2, True), (2, 2, True), (2, 2, False), (1, 4, True)])
+def test_equals_dense(tp: int, pp: int, memory: bool, barriers: int):
+    """`memory`: between the ranks' memories, as on one host; or over gloo."""
+    args = (tp, barriers, torch.float64, (0, pp - 1), TOKENS, memory)
+    _compare(run_distributed(_passes, tp * pp, *args, group=False), torch.float64)
 
 
 @pytest.mark.distributed
@@ -178,11 +190,11 @@ def test_equals_dense(tp: int, pp: int, barriers: int):
 def test_lower_precisions_with_both_ends_on_the_first_rank(dtype: torch.dtype, barriers: int):
     """The placement of V schedules; in bf16 the softmax walks over more than one chunk of tokens."""
     tokens = 1500 if dtype == torch.bfloat16 else TOKENS
-    _compare(run_distributed(_passes, 4, 2, barriers, dtype, (0, 0), tokens, group=False), dtype, tokens)
+    _compare(run_distributed(_passes, 4, 2, barriers, dtype, (0, 0), tokens, True, group=False), dtype, tokens)
 
 
 def test_one_rank_is_the_dense_head():
-    _compare([_passes(0, 1, 1, 1, torch.float64, (0, 0), TOKENS)], torch.float64)
+    _compare([_passes(0, 1, 1, 1, torch.float64, (0, 0), TOKENS, True)], torch.float64)
 
 
 def _large_logits(rank: int, world: int) -> tuple[float, bool]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pentad.parallel import collectives as c
+from pentad.parallel import record_view
 from pentad.parallel.mesh import Axis, Degrees, Mesh
 from pentad.parallel.record import Recorder
 from pentad.parallel.waiting import Abort, Aborted
@@ -152,16 +156,16 @@ def test_mesh_can_be_rebuilt_with_fewer_ranks():
 
 def _aborted(rank: int, world: int) -> str:
     mesh = open_mesh(rank, job(dp=2))
-    if rank == 1:
+    if rank == 1:  # comes too late
         time.sleep(1.0)
-        c.all_reduce(torch.ones(4), mesh.axis("dp")).wait()
-        return "slow"
-    threading.Timer(0.2, mesh.abort.trigger, ["a peer is gone"]).start()
+        threading.Timer(0.2, mesh.abort.trigger, ["the others have left"]).start()
+    else:
+        threading.Timer(0.2, mesh.abort.trigger, ["a peer is gone"]).start()
     handle = c.all_reduce(torch.ones(4), mesh.axis("dp"))
     try:
         handle.wait()
     except Aborted as error:
-        time.sleep(1.2)  # the abandoned operation ends by itself
+        time.sleep(1.2 if rank == 0 else 0.0)  # both are gone before the mesh is
         return str(error)
     return "not aborted"
 
@@ -180,3 +184,178 @@ def test_one_rank_communicates_nothing():
     x, axis = torch.arange(4.0), Axis.single("tp")
     for collective in (c.all_gather, c.reduce_scatter, c.all_reduce, c.all_to_all):
         assert collective(x, axis).wait() is x
+
+
+def _mesh(rank: int, degrees: Degrees, *, record: Path | None = None, timeout_s: float = 60.0, **groups: Any) -> Mesh:
+    recorder = Recorder(record, rank=rank, world=degrees.world, entries=256)
+    store = job_store()
+    return Mesh(degrees, store=store, rank=rank, device="cpu", recorder=recorder, timeout_s=timeout_s, **groups)
+
+
+def _over_torch(axis: Axis) -> Axis:
+    """The axis without the way through memory that CPU ranks of one host have."""
+    return replace(axis, local=None)
+
+
+def _pipeline_axes(rank: int, world: int) -> dict[str, tuple[int, tuple[int, ...]]]:
+    channels = [(0, 1), (1, 0)]
+    mesh = _mesh(rank, Degrees(tp=2, pp=2, dp=2), channels=channels, vocab=True, ends=(0, 1))
+    axes = [mesh.axis(n) for n in ("vocab_head", "vocab_embed", "ends")] + [mesh.channel(*pair) for pair in channels]
+    sums = [float(c.all_reduce(torch.tensor([2.0**rank]), axis).wait()) for axis in axes[:3]]
+    assert sums == [float(sum(2**r for r in axis.ranks)) for axis in axes[:3]]
+    with pytest.raises(KeyError):
+        mesh.channel(0, 0)
+    mesh.close()
+    return {axis.name: (axis.rank, axis.ranks) for axis in axes}
+
+
+@pytest.mark.distributed
+def test_axes_of_a_pipeline():
+    for rank, axes in enumerate(run_distributed(_pipeline_axes, 8, group=False)):
+        pp, dp, tp = rank // 4, rank // 2 % 2, rank % 2
+        vocab = tuple(4 * stage + 2 * dp + t for stage in range(2) for t in range(2))
+        peer = (rank % 4, rank % 4 + 4)
+        assert axes == {
+            "vocab_head": (2 * pp + tp, vocab),
+            "vocab_embed": (2 * pp + tp, vocab),
+            "ends": (pp, peer),
+            "channel 0>1": (pp, peer),
+            "channel 1>0": (1 - pp, peer[::-1]),
+        }
+
+
+def _inner_ranks(rank: int, world: int) -> tuple[int, int, bool]:
+    """Sizes of `ends` and a channel on each rank, and whether anything is there that was not asked for."""
+    mesh = _mesh(rank, Degrees(pp=4), channels=[(0, 3)], ends=(3, 0))
+    sizes = mesh.axis("ends").size, mesh.channel(0, 3).size, mesh.axis("vocab_head").size > 1
+    mesh.close()
+    return sizes
+
+
+@pytest.mark.distributed
+def test_axes_of_some_ranks_have_size_1_on_the_others():
+    outputs = run_distributed(_inner_ranks, 4, group=False)
+    assert outputs == [(2, 2, False), (1, 1, False), (1, 1, False), (2, 2, False)]
+
+
+def _transfers(rank: int, world: int, record: Path, memory: bool) -> list[float]:
+    """Both directions between the same two ranks at once, several outstanding, sizes and precisions mixed."""
+    mesh = _mesh(rank, Degrees(pp=2), record=record / str(rank), channels=[(1, 0), (0, 1)])
+    mesh.recorder.context = (3, 1, 9)
+    to, back = mesh.channel(rank, 1 - rank), mesh.channel(1 - rank, rank)
+    if not memory:
+        to, back = _over_torch(to), _over_torch(back)
+    payloads = [
+        torch.full((size,), 10.0 * rank + k, dtype=torch.bfloat16 if k % 2 else torch.float64)
+        for k, size in enumerate((7, 1 << 19, 1, 1 << 18, 300, 1 << 16))
+    ]
+    outs = [torch.zeros_like(x) for x in payloads]
+    sends = [c.send(x, to, 1) for x in payloads]
+    receives = [c.receive(out, back, 0) for out in outs]
+    values = []
+    for handle, out in zip(receives, outs, strict=True):
+        assert handle.wait() is out and handle.done()
+        values.append(float(out.unique()))
+    for handle in sends:
+        handle.wait()
+        assert handle.done()
+    mesh.close()
+    return values
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("memory", [True, False])
+def test_transfers_keep_their_order_in_both_directions_at_once(tmp_path: Path, memory: bool):
+    assert run_distributed(_transfers, 2, tmp_path, memory, group=False) == [
+        [10.0, 11.0, 12.0, 13.0, 14.0, 15.0],
+        [0.0, 1.0, 2.0, 3.0, 4.0, 5.0],
+    ]
+    for rank in range(2):
+        ring = record_view.read(tmp_path / str(rank))
+        sends = [e for e in ring.entries if ring.name(e["kind"]) == "send"]
+        receives = [e for e in ring.entries if ring.name(e["kind"]) == "receive"]
+        assert [int(e["nbytes"]) for e in sends] == [56, 1 << 20, 8, 1 << 19, 2400, 1 << 17]
+        assert [int(e["seq"]) for e in receives] == list(range(6))
+        for e in sends + receives:
+            assert e["end"] >= e["start"] > 0 and e["peer"] == 1 - rank
+            assert (e["step"], e["micro_batch"], e["op"]) == (3, 1, 9)
+
+
+def _early(rank: int, world: int, record: Path) -> list[bool]:
+    """Both ends of both transfers are seen, and recorded, although nobody waits for them."""
+    mesh = _mesh(rank, Degrees(pp=2), record=record / str(rank), channels=[(0, 1), (1, 0)])
+    to, back = _over_torch(mesh.channel(rank, 1 - rank)), _over_torch(mesh.channel(1 - rank, rank))
+    x, out = torch.ones(1 << 18), torch.zeros(1 << 18)
+    receive = c.receive(out, back, 0)
+    before = receive.done()
+    c.all_reduce(torch.zeros(1), mesh.axis("world")).wait()  # nobody sends before both have posted
+    send = c.send(x, to, 1)
+    deadline = time.monotonic() + 30
+    while not all([send.done(), receive.done()]) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    ended = len(record_view.read(record / str(rank)).open()) == 0
+    found = [before, send.done(), receive.done(), ended]
+    send.wait()
+    receive.wait()
+    mesh.close()
+    return found
+
+
+@pytest.mark.distributed
+def test_the_end_of_a_transfer_is_seen_without_waiting_for_it(tmp_path: Path):
+    assert run_distributed(_early, 2, tmp_path, group=False) == [[False, True, True, True]] * 2
+
+
+def _receive_aborted(rank: int, world: int, memory: bool) -> str:
+    mesh = _mesh(rank, Degrees(pp=2), channels=[(1, 0)])
+    channel, message = mesh.channel(1, 0) if memory else _over_torch(mesh.channel(1, 0)), ""
+    if rank == 0:
+        handle = c.receive(torch.zeros(4), channel, 0)
+        threading.Timer(0.2, mesh.abort.trigger, ["a peer is gone"]).start()
+        with pytest.raises(Aborted) as raised:
+            handle.wait()
+        message = str(raised.value)
+    mesh.close()  # does not wait for what was given up
+    return message
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("memory", [True, False])
+def test_a_receive_can_be_aborted(memory: bool):
+    assert run_distributed(_receive_aborted, 2, memory, group=False)[0] == "receive over channel 1>0: a peer is gone"
+
+
+def test_receiving_needs_contiguous_memory():
+    with pytest.raises(ValueError, match="contiguous"):
+        c.receive(torch.zeros(4, 4).t(), Axis.single("pp"), 0)
+
+
+def _reductions(rank: int, world: int, memory: bool) -> list[torch.Tensor]:
+    mesh = _mesh(rank, Degrees(pp=world), vocab=True)
+    axis, results = mesh.axis("vocab_head") if memory else _over_torch(mesh.axis("vocab_head")), []
+    for dtype in (torch.float64, torch.bfloat16):
+        x = _input(rank, 12, dtype)
+        results += [c.reduce(x.clone(), axis, 2).wait(), c.reduce_blocks(x.clone(), axis, (1, 3)).wait()]
+        whole = torch.zeros(12, 3, dtype=dtype)
+        if rank in (1, 3):
+            whole[6 * (rank == 3) :][:6] = x[:6]
+        results.append(c.broadcast_blocks(whole, axis, (1, 3)).wait())
+    mesh.close()
+    return results
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("memory", [True, False])
+def test_sums_to_owners_and_back(memory: bool):
+    world = 4
+    outputs = run_distributed(_reductions, world, memory, group=False)
+    for k, dtype in enumerate((torch.float64, torch.bfloat16)):
+        xs = [_input(r, 12, dtype) for r in range(world)]
+        total = torch.stack(xs).sum(0)
+        for rank, results in enumerate(outputs):
+            one, blocks, spread = results[3 * k : 3 * k + 3]
+            assert one.dtype == blocks.dtype == dtype
+            torch.testing.assert_close(one, total if rank == 2 else total[:0], rtol=0, atol=0)
+            mine = {1: total[:6], 3: total[6:]}.get(rank, total[:0])
+            torch.testing.assert_close(blocks, mine, rtol=0, atol=0)
+            torch.testing.assert_close(spread, torch.cat([xs[1][:6], xs[3][:6]]), rtol=0, atol=0)

@@ -69,7 +69,7 @@ def test_wait_times_out():
     lane.close()
 
 
-def test_jobs_record_no_gradients_and_flush_denormals_like_their_maker():
+def test_jobs_track_no_gradients_and_flush_denormals_like_their_maker():
     torch.set_flush_denormal(True)
     try:
         lane = Lane("test", "cpu")
@@ -84,12 +84,11 @@ def test_entries_carry_the_context_of_their_submission(tmp_path):
     main = Recorder(tmp_path / "ring", rank=0, world=1, entries=64)
     lane_recorder = main.fork()
     lane = Lane("test", "cpu", Axis("vocab_head", 0, 1, (0,), recorder=lane_recorder))
-    kind, gate, written = main.intern("job"), threading.Event(), threading.Event()
+    kind, gate = main.intern("job"), threading.Event()
 
     def job() -> None:
         gate.wait(10)
         lane_recorder.exit(lane_recorder.enter(kind))
-        written.set()
 
     main.context = (7, 2, 30)
     pending = lane.submit(job)
