@@ -8,19 +8,28 @@ import pytest
 import torch
 
 from pentad.parallel import record_view
-from pentad.parallel.pipeline.program import Kind, Op, Program, single_stage
+from pentad.parallel.pipeline.program import Kind, Op, Program, update
 from pentad.parallel.record import Recorder
+from pentad.trainer.pipeline import Pipeline, training_program
 from tests.distributed import run_distributed
 from tests.training import Run, curve, job
 
 
+def _one_stage(microbatches: int, buckets: int) -> Program:
+    cfg = job(global_batch=2 * microbatches)
+    return training_program(cfg, Pipeline.of(cfg), microbatches, (buckets,))
+
+
 def test_the_program_in_text_and_json():
-    program = single_stage(2, 1)
-    assert [str(op) for op in program.ranks[0]] == ["F0", "BW0", "F1", "BW1", "RG0", "NORM", "OPT0", "AG0"]
+    program = _one_stage(2, 1)
+    tokens = ["F0@0", "BW0@0", "F1@0", "BW1@0", "RG0", "NORM", "OPT0", "AG0"]
+    assert [str(op) for op in program.ranks[0]] == tokens
+    assert program.ranks[0][4:] == update(1)
     assert Program.from_json(program.to_json()) == program
-    assert program.hash == single_stage(2, 1).hash != single_stage(2, 2).hash
-    assert Op.parse("BW13") == Op(Kind.BACKWARD, 13)
-    for wrong in ("Q1", "", "F-1"):
+    assert program.hash == _one_stage(2, 1).hash != _one_stage(2, 2).hash
+    assert Op.parse("BW13@2") == Op(Kind.BACKWARD, 13, 2)
+    assert Op.parse("RF3@1#4") == Op(Kind.RECV_FORWARD, 3, 1, 4)
+    for wrong in ("Q1", "", "F-1", "F1@", "F1#"):
         with pytest.raises(ValueError):
             Op.parse(wrong)
 
@@ -56,18 +65,18 @@ def test_the_record_of_a_step(tmp_path):
         program = header["program"]
         second = [r for r in rows if r["step"] == 1]
         spans = [r["kind"] for r in second if r["kind"] in set(Kind)]
-        kinds = [op.rstrip("0123456789") for op in program]
+        kinds = [Op.parse(token).kind for token in program]
         assert spans == kinds  # the program, in order
         assert all(r["closed"] for r in rows)
         # Four projections and norms a layer: each gathers or scatters the tokens of tp, never fewer, never more.
-        forward = [r for r in second if r["axis"] == "tp" and r["op"] == program.index("F0")]
+        forward = [r for r in second if r["axis"] == "tp" and r["op"] == program.index("F0@0")]
         assert sum(r["kind"] == "all_gather" for r in forward) == 2 * 2 + 1  # two per layer, one for the head
         assert sum(r["kind"] == "reduce_scatter" for r in forward) == 2 * 2 + 1  # two per layer, the embedding's
         tokens = 2 * 16 * 32 * 8  # micro-batch, sequence, hidden, bytes of fp64
         assert {r["bytes"] for r in forward if r["kind"] == "all_gather"} == {tokens}
         # Gradients are reduced as soon as they are final: in the last backward pass, and not before it.
         reductions = [r["op"] for r in second if r["axis"] == "data" and r["kind"] == "reduce_scatter"]
-        last = program.index("BW1")
+        last = program.index("BW1@0")
         assert min(reductions) == last
         assert reductions.count(last) >= len(reductions) - 1  # the norms' bucket first sums over tp
         # Every axis counts its collectives without gaps.

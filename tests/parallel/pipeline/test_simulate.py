@@ -123,8 +123,8 @@ def test_the_update_by_hand() -> None:
 @given(
     p=st.integers(1, 6),
     m=st.integers(1, 12),
-    times=st.tuples(*[st.floats(0.1, 4)] * 3),
-    hop=st.floats(0, 2),
+    times=st.tuples(*[st.floats(0.1, 4, allow_subnormal=False)] * 3),
+    hop=st.floats(0, 2, allow_subnormal=False),
 )
 def test_gpipe_formula(p: int, m: int, times: tuple[float, float, float], hop: float) -> None:
     forward, backward, weight = times
@@ -137,7 +137,7 @@ def test_gpipe_formula(p: int, m: int, times: tuple[float, float, float], hop: f
 
 
 @settings(deadline=None, max_examples=40)
-@given(p=st.integers(1, 6), m=st.integers(1, 12), times=st.tuples(*[st.floats(0.1, 4)] * 3))
+@given(p=st.integers(1, 6), m=st.integers(1, 12), times=st.tuples(*[st.floats(0.1, 4, allow_subnormal=False)] * 3))
 def test_1f1b_formula(p: int, m: int, times: tuple[float, float, float]) -> None:
     forward, backward, weight = times
     timeline = simulate(

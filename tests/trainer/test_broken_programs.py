@@ -1,0 +1,73 @@
+"""Programs with two operations exchanged that the check still accepts: they must train like one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pentad.configs.errors import UserError
+from pentad.parallel.pipeline.check import check
+from pentad.parallel.pipeline.program import Program, update
+from pentad.trainer.setup import buckets_per_rank
+from pentad.trainer.step import Stepper
+from tests.distributed import run_distributed
+from tests.parallel.pipeline.broken import broken_programs
+from tests.trainer.test_same_training import worst
+from tests.training import Run, curve, job
+
+LAYERS = 4
+
+
+def _accepted(seed: int, count: int) -> list[Program]:
+    found = []
+    for kind, program in broken_programs(seed=seed, count=count):
+        try:
+            check(program)
+        except UserError:
+            continue
+        assert kind == "swapped"
+        found.append(program)
+    return found
+
+
+ACCEPTED = _accepted(seed=3, count=300)
+
+
+def _settings(program: Program) -> dict:
+    """A job whose pipeline has the program's stages and vocabulary."""
+    vee = program.chunks == 2 and program.placement[-1] == 0
+    vocab = {"vocab": "balanced", "vocab_barriers": program.vocab_barriers} if program.vocab_barriers else {}
+    schedule = "v-half" if vee else "gis"
+    return {
+        "pp": len(program.ranks),
+        "pipeline": {"schedule": schedule, "chunks": program.chunks, **vocab},
+        "model": {"layers": LAYERS, "vocab": 48},
+        "micro_batch": 1,
+        "global_batch": program.microbatches,
+        "steps": 1,
+    }
+
+
+def _curve(rank: int, world: int, program: Program) -> list[tuple[float, float, float]]:
+    """Two steps: what the first leaves behind would show in the second."""
+    run = Run(rank, job(**_settings(program)))
+    try:
+        buckets = buckets_per_rank(run.parts.replicas, run.mesh)
+        lists = tuple(ops + update(count) for ops, count in zip(program.ranks, buckets, strict=True))
+        run.stepper.close()
+        run.stepper = Stepper(run.cfg, run.parts, run.optimizer, run.mesh, replace(program, ranks=lists))
+        return [run.step(0), run.step(1)]
+    finally:
+        run.close()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_accepted_programs_train_the_same(ranks):
+    programs = [program for program in ACCEPTED if len(program.ranks) == ranks]
+    assert len(programs) > 3
+    for program in programs:
+        alone = job(**{**_settings(program), "pp": 1, "pipeline": None, "steps": 2})
+        curves = run_distributed(_curve, ranks, program, group=False)
+        assert worst(curves, curve(0, 1, alone)) < 1e-11
