@@ -117,9 +117,10 @@ def _schedule_parser(parser: argparse.ArgumentParser) -> None:
         "Make, check, simulate and draw the program of a pipeline. Times are for one micro-batch of one rank's whole "
         "share, in any one unit: a chunk takes 1/chunks of F, B and W, a fused backward pass takes B + W."
     )
-    parser.add_argument("name", metavar="NAME", help=names)
-    parser.add_argument("--ranks", metavar="P", type=int, required=True, help="pipeline ranks")
-    parser.add_argument("--microbatches", metavar="M", type=int, required=True, help="micro-batches per step")
+    parser.add_argument("name", metavar="NAME", help=f"{names}; or a run's folder: its program, planned and real")
+    parser.add_argument("--ranks", metavar="P", type=int, help="pipeline ranks")
+    parser.add_argument("--microbatches", metavar="M", type=int, help="micro-batches per step")
+    parser.add_argument("--step", metavar="N", type=int, help="of a run: which step, from 1 (the last one recorded)")
     parser.add_argument("--chunks", metavar="V", type=int, help="stages per rank (what the schedule needs, else 2)")
     parser.add_argument("--group", metavar="G", type=int, help="interleaved, gis: micro-batches per chunk in turn (P)")
     parser.add_argument("--vocab", choices=("ends", "balanced"), default="ends", help="where embedding and head run")

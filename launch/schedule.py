@@ -19,10 +19,12 @@ from ..parallel.pipeline.lower import lower
 from ..parallel.pipeline.memory import peak_activations
 from ..parallel.pipeline.program import Program
 from ..parallel.pipeline.readings import Bubble, Utilization, bubbles, utilization
+from ..parallel.pipeline.recorded import actual, last_step
 from ..parallel.pipeline.schedules import SCHEDULES, generate
 from ..parallel.pipeline.simulate import Timeline, simulate
 from ..parallel.pipeline.times import Times, by_rank
 from ..parallel.pipeline.vocabulary import balanced
+from ..parallel.record_view import RecordError
 
 _PER_RANK = {
     "F": "forward",
@@ -34,6 +36,8 @@ _PER_RANK = {
     "IB": "embed_grad",
 }
 """Names of times that may differ between ranks, and the fields of `Times` that they fill."""
+PROGRAM_FILE = "program.json"
+"""Where a run keeps its program."""
 _LATENCIES = {"comm": "hop", "collective": "collective"}
 _NAMES = (*_PER_RANK, *_LATENCIES)
 _PER_STAGE = ("F", "B", "W")
@@ -57,23 +61,25 @@ class Plan:
         timeline: the lowered program's simulated run.
         use: spans, work and bubbles of the timeline.
         peaks: activations of each rank, in micro-batches of its whole share.
-        plain_peak: the highest peak of any rank under the same schedule with `ends`.
+        plain_peak: the highest peak of any rank under the same schedule with `ends`; None where it is not known.
+        actual: what a run really did, in seconds.
     """
 
     name: str
     timeline: Timeline
     use: Utilization
     peaks: tuple[float, ...]
-    plain_peak: float
+    plain_peak: float | None
+    actual: Timeline | None = None
 
     @property
     def program(self) -> Program:
         return self.timeline.program
 
     @property
-    def extra(self) -> float:
-        """Activations that the balanced vocabulary adds to the peak."""
-        return max(self.peaks) - self.plain_peak
+    def extra(self) -> float | None:
+        """Activations that the balanced vocabulary adds to the peak; None where it is not known."""
+        return None if self.plain_peak is None else max(self.peaks) - self.plain_peak
 
 
 def schedule(args: argparse.Namespace) -> int:
@@ -97,6 +103,11 @@ def schedule(args: argparse.Namespace) -> int:
 
 def make(args: argparse.Namespace) -> Plan:
     """The program that the arguments ask for, checked and simulated."""
+    if (Path(args.name) / PROGRAM_FILE).is_file():
+        return of_run(Path(args.name), args.step)
+    missing = [option for option in ("ranks", "microbatches") if getattr(args, option) is None]
+    if missing:
+        raise UserError(*(Problem(f"--{option}", f"is missing: how many {option}?") for option in missing))
     problems = [
         Problem(option, f"must be at least 1, got {value}")
         for option, value in (("--ranks", args.ranks), ("--microbatches", args.microbatches), ("--width", args.width))
@@ -122,6 +133,32 @@ def make(args: argparse.Namespace) -> Plan:
     return Plan(args.name, timeline, utilization(timeline), peak_activations(program), max(peak_activations(plain)))
 
 
+def of_run(folder: Path, step: int | None) -> Plan:
+    """The program of a run, simulated with the median times of one recorded step, and that step.
+
+    Args:
+        folder: of the run.
+        step: counted from 1; None: the last one of which every rank has a complete record.
+
+    Raises:
+        UserError: the record does not hold the step.
+    """
+    program = Program.from_json((folder / PROGRAM_FILE).read_text(encoding="utf-8"))
+    try:
+        real = actual(program, folder, step - 1 if step is not None else last_step(program, folder))
+    except (OSError, RecordError) as error:
+        raise UserError(Problem(str(folder), f"its record cannot be read: {error}")) from None
+    spans = [
+        (rank, op, *span)
+        for rank, ops in enumerate(program.ranks)
+        for op, span in zip(ops, real.spans[rank], strict=True)
+    ]
+    timeline = simulate(program, Times.from_spans(spans, program.placement))
+    peaks = peak_activations(program)
+    plain = None if program.vocab_barriers else max(peaks)
+    return Plan(str(folder), timeline, utilization(timeline), peaks, plain, real)
+
+
 def as_json(plan: Plan) -> dict[str, Any]:
     """What `--json` prints: times in the unit of those given, activations in micro-batches of a rank's whole share."""
     program, use = plan.program, plan.use
@@ -145,6 +182,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "hash": program.hash,
         "placement": program.placement,
         "ops": [[str(op) for op in ops] for ops in program.ranks],
+        **({"actual": asdict(utilization(plan.actual))} if plan.actual is not None else {}),
     }
 
 
@@ -156,15 +194,20 @@ def _summary(plan: Plan) -> str:
     total = {f.name: sum(getattr(bubble, f.name) for bubble in causes) / len(causes) for f in fields(Bubble)}
     parts = ", ".join(f"{name.replace('_', '-')} {value:.4g}" for name, value in total.items() if value > 1e-9)
     worst = plan.peaks.index(max(plan.peaks))
-    extra = f", {plan.extra:+.4g} for the vocabulary" if program.vocab_barriers else ""
+    extra = f", {plan.extra:+.4g} for the vocabulary" if program.vocab_barriers and plan.extra is not None else ""
+    about = f": {SCHEDULES[plan.name].description}" if plan.name in SCHEDULES else ""
     rows = [
-        ("schedule", f"{plan.name}, {vocab}: {SCHEDULES[plan.name].description}"),
+        ("schedule", f"{plan.name}, {vocab}{about}"),
         ("program", f"{program.hash}, {sum(map(len, program.ranks)):,} operations, checked"),
         ("longest span", f"{max(use.span):.6g} on rank {use.longest}, of which idle {use.idle[use.longest]:.6g}"),
         ("bubble", f"{use.bubble_rate:.4f} of that span, {use.bubble_rate_makespan:.4f} of the makespan"),
         ("by cause", f"{parts or 'none'} (mean over the ranks)"),
         ("peak", f"{plan.peaks[worst]:.4g} activations on rank {worst}{extra}; lowest {min(plan.peaks):.4g}"),
     ]
+    if plan.actual is not None:
+        real = utilization(plan.actual)
+        text = f"{real.makespan:.6g} s, planned {use.makespan:.6g} s; bubble {real.bubble_rate_makespan:.4f} of it"
+        rows.append(("real step", text))
     return "\n".join(f"{name:<14}{text}" for name, text in rows)
 
 
@@ -172,11 +215,13 @@ def _write_files(plan: Plan, args: argparse.Namespace) -> None:
     from ..parallel.pipeline import draw
 
     title = f"{plan.name}, vocabulary balanced" if plan.program.vocab_barriers else plan.name
+    unit, drawn = ("s", plan.actual) if plan.actual is not None else ("ms", plan.timeline)
+    look: dict[str, Any] = {"title": title, "actual": plan.actual, "unit": "s" if plan.actual is not None else ""}
     writers: list[tuple[str | None, Callable[[Path], object]]] = [
         (args.program, lambda path: path.write_text(plan.program.to_json() + "\n", encoding="utf-8")),
-        (args.svg, lambda path: path.write_text(draw.svg(plan.timeline, title=title), encoding="utf-8")),
-        (args.png, lambda path: draw.png(plan.timeline, path, title=title)),
-        (args.trace, lambda path: path.write_text(json.dumps(draw.chrome_trace(plan.timeline)), encoding="utf-8")),
+        (args.svg, lambda path: path.write_text(draw.svg(plan.timeline, **look), encoding="utf-8")),
+        (args.png, lambda path: draw.png(plan.timeline, path, **look)),
+        (args.trace, lambda path: path.write_text(json.dumps(draw.chrome_trace(drawn, unit)), encoding="utf-8")),
     ]
     for name, write in writers:
         if name is None:

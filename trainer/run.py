@@ -93,6 +93,7 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
         _introduce(cfg, trainer, data.tokens, peak, found)
         sinks = make_sinks(cfg.log, run_dir, dataclasses.asdict(cfg), cfg.train.steps, trainer.step)
         outputs = Outputs(sinks, events)
+        (run_dir / "program.json").write_text(trainer.program.to_json() + "\n")
         events.log("start", step=trainer.step, world=mesh.degrees.world, program=trainer.program.hash)
     try:
         finished = trainer.train(outputs, stop)
@@ -128,13 +129,23 @@ def _introduce(cfg: Config, trainer: Trainer, tokens: int, peak: Peak, resumed: 
     rate = "unknown" if peak.tflops is None else f"{peak.tflops:.3g} TFLOP/s"
     print(
         f"{cfg.name}: {cfg.model.family}, {millions:.1f} M parameters, {cfg.train.dtype} on {trainer.device.type}\n"
-        f"layout: tp {d.tp} × dp {d.dp} ({p.data.sharding}) = {d.world} ranks, "
+        f"layout: tp {d.tp} × pp {d.pp} × dp {d.dp} ({p.data.sharding}) = {d.world} ranks, "
         f"{trainer.program.microbatches} micro-batches of {cfg.train.micro_batch} × {cfg.train.seq_len} tokens each\n"
+        f"{_pipeline(cfg, trainer)}"
         f"data: {cfg.data.name}, {tokens / 1e6:.1f} M tokens; peak of a device: {rate} ({peak.source})",
         flush=True,
     )
     if resumed is not None:
         print(f"resumed from {resumed} at step {trainer.step}", flush=True)
+
+
+def _pipeline(cfg: Config, trainer: Trainer) -> str:
+    """A line about the pipeline, where there is one."""
+    p, layers = cfg.parallel.pipeline, trainer.parts.pipeline.split.layers
+    if cfg.parallel.pp == 1:
+        return ""
+    stages = ", ".join(str(len(stage)) for stage in layers)
+    return f"pipeline: {p.schedule}, {len(layers)} stages of {stages} layers, vocabulary {p.vocab}\n"
 
 
 def _write_configs(run_dir: Path, cfg: Config, given: str) -> None:

@@ -48,6 +48,20 @@ def actual(
     return Timeline(program, seconds, times)
 
 
+def last_step(program: Program, record: Path | str | Sequence[Ring], *, replica: int = 0) -> int:
+    """The last step of which every rank of the pipeline has a complete record; arguments and errors as of `actual`."""
+    pipeline = _pipeline(_with_clocks(record), len(program.ranks), replica)
+    steps = [set(ring.entries["step"][ring.entries["op"] >= 0].tolist()) for ring, _ in pipeline]
+    for step in sorted(set.intersection(*steps), reverse=True):
+        try:
+            for (ring, clock), ops in zip(pipeline, program.ranks, strict=True):
+                _spans(ring, ops, step, clock)
+        except UserError:
+            continue
+        return step
+    raise UserError("the record holds no complete step of the run's program; give the run's program, or record longer")
+
+
 def _with_clocks(record: Path | str | Sequence[Ring]) -> list[tuple[Ring, int]]:
     """Rings, and what to add to each one's monotonic times so that they stand on one clock.
 
@@ -129,4 +143,4 @@ def _complete(own: np.ndarray, count: int) -> np.ndarray | None:
     return next(whole, None)
 
 
-__all__ = ["WAIT", "RecordError", "actual"]
+__all__ = ["WAIT", "RecordError", "actual", "last_step"]
