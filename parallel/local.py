@@ -40,8 +40,8 @@ _ANNOUNCED, _BUFFER, _ARRIVED, _INBOX_ROW = 0, 1, 2, 3
 _WORD = 8
 _SPIN_S = 40e-6
 """Waiting starts by yielding the core, for about as long as a process takes to be woken up."""
-_SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 20e-6, 1e-3
-_SLEEP_SHARE = 0.05
+_SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 20e-6, 2e-3
+_SLEEP_SHARE = 0.1
 """After that it sleeps for this share of the time that it has waited: late by little, and cheap when it is long."""
 _ALIVE_EVERY_S = 0.2
 _PR_SET_PTRACER = 0x59616D61
