@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from pentad.configs import UserError, load
+from tests.jobs import DENSE
 
-# Override(s) of the demo job (4 ranks: tp 2 x dp 2), the key of the line, and fragments that the line must contain.
+# Override(s) of the dense job (4 ranks: tp 2 x dp 2), the key of the line, and fragments that the line must contain.
 WRONG: list[tuple[list[str], str, list[str]]] = [
     (["train.stepz=1"], "train.stepz", ["unknown key", "train.steps", "command line"]),
     (["trian.steps=1"], "trian.steps", ["unknown section", "train"]),
@@ -115,7 +116,7 @@ WRONG += [
 @pytest.mark.parametrize(("overrides", "key", "fragments"), WRONG, ids=[" ".join(w[0]) for w in WRONG])
 def test_one_mistake_is_one_line(overrides: list[str], key: str, fragments: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        load("demo", overrides, world_size=4)
+        load(DENSE, overrides, world_size=4)
     lines = {str(p) for p in caught.value.problems if p.key == key}
     assert len(lines) >= 1, f"no line about {key}: {caught.value}"
     for fragment in fragments:
@@ -127,7 +128,7 @@ def test_one_mistake_is_one_line(overrides: list[str], key: str, fragments: list
 
 def test_tensor_degree_that_divides_nothing_names_every_size() -> None:
     with pytest.raises(UserError) as caught:
-        load("demo", ["parallel.tp=3", "model.vocab=320", "train.seq_len=256"], world_size=4)
+        load(DENSE, ["parallel.tp=3", "model.vocab=320", "train.seq_len=256"], world_size=4)
     assert {p.key for p in caught.value.problems} == {
         "parallel.tp",
         "model.heads",
@@ -226,18 +227,18 @@ def test_vocabulary_that_cannot_be_derived(tmp_path: Path) -> None:
 
 def test_world_size_that_the_degrees_do_not_divide() -> None:
     with pytest.raises(UserError, match=r"parallel\.tp=2 x .* = 2 does not divide the world size 3"):
-        load("demo", ["parallel.dp=null"], world_size=3)
+        load(DENSE, ["parallel.dp=null"], world_size=3)
 
 
 def test_all_problems_of_a_pipeline_come_at_once() -> None:
     wrong = ["schedule=v-min", "chunks=3", "vocab=balanced", "group=2", "layers=[1, 1]"]
     with pytest.raises(UserError) as caught:
-        load("demo", [*_PP, "model.vocab=322", "parallel.data.sharding=fsdp", *(f"{_P}.{w}" for w in wrong)])
+        load(DENSE, [*_PP, "model.vocab=322", "parallel.data.sharding=fsdp", *(f"{_P}.{w}" for w in wrong)])
     expected = {f"{_P}.{key}" for key in ("chunks", "vocab", "group", "layers")}
     assert {p.key for p in caught.value.problems} == expected | {"model.vocab", "parallel.data.sharding"}
 
 
 def test_kv_heads_may_be_fewer_than_tp_when_they_divide_it() -> None:
-    assert load("demo", ["model.kv_heads=1", "parallel.tp=4", "parallel.dp=1"], world_size=4).model.kv_heads == 1
+    assert load(DENSE, ["model.kv_heads=1", "parallel.tp=4", "parallel.dp=1"], world_size=4).model.kv_heads == 1
     with pytest.raises(UserError, match=r"model\.kv_heads: 6 and parallel\.tp=4"):
-        load("demo", ["model.heads=12", "model.head_dim=16", "model.kv_heads=6", "parallel.tp=4"])
+        load(DENSE, ["model.heads=12", "model.head_dim=16", "model.kv_heads=6", "parallel.tp=4"])

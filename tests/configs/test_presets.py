@@ -28,10 +28,12 @@ def test_jobs_load(name: str) -> None:
     assert isinstance(load(name), Config)
 
 
-def test_demo_is_four_ranks() -> None:
-    config = load("demo", world_size=4)
-    assert (config.parallel.tp, config.parallel.dp, config.model.vocab) == (2, 2, 320)
-    assert config.checkpoint.final and config.eval.every == 80
+def test_demo_is_eight_ranks() -> None:
+    config = load("demo", world_size=8)
+    p = config.parallel
+    assert (p.tp, p.pp, p.dp, config.model.vocab) == (2, 2, 2, 320)
+    assert (p.pipeline.schedule, p.pipeline.chunks, p.pipeline.vocab) == ("gis", 2, "balanced")
+    assert config.checkpoint.final and config.eval.every == 100
 
 
 def test_released_values() -> None:

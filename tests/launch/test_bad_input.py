@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pentad.trainer.__main__ import main
+from tests.jobs import DENSE
 
 SMALL = (
     "model.layers=1", "model.hidden=16", "model.heads=2", "model.kv_heads=2", "model.ffn=16", "model.vocab=320",
@@ -83,7 +84,7 @@ def test_one_clear_line(
     _files(tmp_path)
     given = [o.replace("{tmp}", str(tmp_path)) for o in overrides]
     places = [f"runs_dir={tmp_path}/runs", f"data.cache={tmp_path}/cache"]
-    assert main(["demo", *SMALL, *places, *given]) == 2
+    assert main([DENSE, *SMALL, *places, *given]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     if overrides in SEVERAL:
         lines = [line for line in lines if expected in line][:1]
@@ -95,7 +96,7 @@ def test_one_clear_line(
 @pytest.mark.parametrize("damage", ["flip", "cut", "lose", "manifest"])
 def test_a_damaged_checkpoint(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = [f"runs_dir={tmp_path}/runs", "checkpoint.every=1"]
-    assert main(["demo", *SMALL, *places]) == 0
+    assert main([DENSE, *SMALL, *places]) == 0
     older, newest = sorted((tmp_path / "runs/demo/checkpoints").iterdir())
     victim = next(newest.glob("*.distcp"))
     match damage:
@@ -110,12 +111,12 @@ def test_a_damaged_checkpoint(damage: str, tmp_path: Path, capsys: pytest.Captur
         case _:
             (newest / "manifest.json").write_text("{")
     capsys.readouterr()
-    assert main(["demo", *SMALL, *places, f"checkpoint.resume={newest}"]) == 2
+    assert main([DENSE, *SMALL, *places, f"checkpoint.resume={newest}"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert str(newest) in lines[0]
     # `latest` says so, and goes on from the one before.
-    assert main(["demo", *SMALL, *places, "checkpoint.resume=latest"]) == 0
+    assert main([DENSE, *SMALL, *places, "checkpoint.resume=latest"]) == 0
     captured = capsys.readouterr()
     assert str(newest) in captured.err
     assert f"resumed from {older} at step 1" in captured.out

@@ -11,6 +11,7 @@ import pytest
 
 from pentad.configs import load
 from pentad.launch.cli import main
+from tests.jobs import DENSE
 
 
 def _run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, list[str]]:
@@ -93,7 +94,7 @@ def test_flops_json_and_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_check_prints_layout_parameters_flops_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = _run(capsys, "check", "demo", "train.global_batch=16", "train.micro_batch=2")
+    code, out, err = _run(capsys, "check", DENSE, "train.global_batch=16", "train.micro_batch=2")
     assert (code, err) == (0, [])
     assert "tp 2 × cp 1 × dp 2 × pp 1 = 4" in out
     assert "16 sequences = 2 dp × 4 micro-batches × 2 sequences" in out
@@ -104,7 +105,7 @@ def test_check_prints_layout_parameters_flops_and_memory(capsys: pytest.CaptureF
 
 def test_check_prints_the_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
     pipeline = ["parallel.pp=2", "parallel.pipeline.chunks=2", "parallel.pipeline.vocab=balanced"]
-    code, out, err = _run(capsys, "check", "demo", *pipeline, "train.global_batch=32")
+    code, out, err = _run(capsys, "check", DENSE, *pipeline, "train.global_batch=32")
     assert (code, err) == (0, [])
     assert "tp 2 × cp 1 × dp 2 × pp 2 = 8" in out
     for text in ("gis, 2 chunks per rank", "1 1 1 1", "balanced, 1 barrier", "pipeline rank 0, which needs most"):

@@ -12,13 +12,14 @@ from pentad.launch.memory import GIB, activation_elements, estimate, layer_eleme
 from pentad.models.transformer import Transformer
 from pentad.parallel.pipeline.memory import peak_activations
 from pentad.trainer.pipeline import Pipeline, compute_program
+from tests.jobs import DENSE
 
 _SMALL = ["model.layers=3", "model.hidden=64", "model.heads=4", "model.ffn=160", "model.vocab=512", "train.seq_len=128"]
 _LAYOUT = ["parallel.tp=1", "parallel.dp=2", "train.micro_batch=2", "train.global_batch=8", "train.dtype=fp32"]
 
 
 def _job(*overrides: str) -> Config:
-    return load("demo", [*_SMALL, *_LAYOUT, *overrides])
+    return load(DENSE, [*_SMALL, *_LAYOUT, *overrides])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gpt2"])

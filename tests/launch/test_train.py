@@ -18,6 +18,7 @@ from pentad.configs import UserError, load
 from pentad.launch import train as launch
 from pentad.launch.cli import main
 from pentad.trainer.__main__ import main as run_rank
+from tests.jobs import DENSE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,14 +91,14 @@ def _until(file: Path) -> Iterator[None]:
 def test_ranks_and_gpus_are_counted_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cfg = load("demo", ["parallel.tp=4", "parallel.dp=2", "model.heads=4"])
+    cfg = load(DENSE, ["parallel.tp=4", "parallel.dp=2", "model.heads=4"])
     assert launch.world_size(cfg) == 8
     monkeypatch.setattr(launch, "_GPU_DRIVERS", ())
     assert launch.uses_gpus(cfg, 8) is False
     with pytest.raises(UserError, match=r"needs 8 GPUs and 0 are visible"):
-        launch.uses_gpus(load("demo", ["parallel.tp=4", "train.device=cuda"]), 8)
+        launch.uses_gpus(load(DENSE, ["parallel.tp=4", "train.device=cuda"]), 8)
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("something was started"))
-    assert main(["train", "demo", "train.device=cuda"]) == 2
+    assert main(["train", DENSE, "train.device=cuda"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pentad.parallel.balanced_vocab import BalancedEmbedding, BalancedHead
-from pentad.parallel.gradients import Slot
+from pentad.parallel.gradients import Slot, slot_of
 from pentad.parallel.lane import Lane
 from pentad.parallel.mesh import Degrees, Mesh
 from pentad.parallel.record import Recorder
@@ -75,6 +75,12 @@ def _slot(weight: Tensor, finals: list[str], name: str) -> nn.Parameter:
     param.slot = Slot(buffer, lambda: finals.append(name))  # type: ignore[attr-defined]
     param.slot.start_step(MICRO_BATCHES)  # type: ignore[attr-defined]
     return param
+
+
+def _slot_of(param: torch.Tensor) -> Slot:
+    slot = slot_of(param)
+    assert slot is not None
+    return slot
 
 
 class _Rank:
@@ -144,7 +150,7 @@ def _passes(
             out["dx"].append(r.head.hidden_grad(i))
         if r.embed.is_owner:
             out["rows"].append(r.embed.rows(i))
-    out["head"], out["table"] = r.weight.slot.buffer, r.table.slot.buffer
+    out["head"], out["table"] = _slot_of(r.weight).buffer, _slot_of(r.table).buffer
     out["finals"] = r.finals
     out["kept"] = sum(len(v) for part in (r.head, r.embed) for v in vars(part).values() if isinstance(v, dict))
     r.close()
@@ -250,8 +256,9 @@ def _tied(rank: int, world: int) -> tuple[Tensor, list[str]]:
     r = _Rank(rank, 1, world, 1, torch.float64, (0, world - 1))
     batch, size = _batch(0, torch.float64), (TOKENS, HIDDEN, torch.float64)
     weight = r.weight
-    weight.slot.uses = 2
-    weight.slot.start_step(1)
+    slot = _slot_of(weight)
+    slot.uses = 2
+    slot.start_step(1)
     r.embed.look_up(0, batch.tokens, weight)
     r.embed.post_rows(0)
     r.head.post_hidden(0, batch.hidden if r.head.is_owner else None, *size)
@@ -263,7 +270,7 @@ def _tied(rank: int, world: int) -> tuple[Tensor, list[str]]:
     r.head.weight_grad(0, weight)
     r.close()
     assert before == []
-    return weight.slot.buffer, r.finals
+    return slot.buffer, r.finals
 
 
 @pytest.mark.distributed

@@ -29,9 +29,9 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def _timeline(name: str, ranks: int, microbatches: int, chunks: int = 1, **times: float) -> Timeline:
-    shares = {kind: (times.get(kind, 1.0) / chunks,) for kind in ("forward", "backward", "weight")}
+    forward, backward, weight = ((times.get(kind, 1.0) / chunks,) for kind in ("forward", "backward", "weight"))
     program = generate(name, ranks=ranks, microbatches=microbatches, chunks=chunks)
-    return simulate(program, Times(**shares, hop=times.get("hop", 0.0)))
+    return simulate(program, Times(forward=forward, backward=backward, weight=weight, hop=times.get("hop", 0.0)))
 
 
 def _balanced() -> Timeline:
