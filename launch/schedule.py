@@ -145,7 +145,12 @@ def of_run(folder: Path, step: int | None) -> Plan:
     """
     program = Program.from_json((folder / PROGRAM_FILE).read_text(encoding="utf-8"))
     try:
-        real = actual(program, folder, step - 1 if step is not None else last_step(program, folder))
+        last = last_step(program, folder)
+        try:
+            real = actual(program, folder, last if step is None else step - 1)  # the record counts from 0
+        except UserError:
+            message = f"step {step} is not whole in the record of {folder}; its last whole step is {last + 1}"
+            raise UserError(Problem("--step", message)) from None
     except (OSError, RecordError) as error:
         raise UserError(Problem(str(folder), f"its record cannot be read: {error}")) from None
     spans = [

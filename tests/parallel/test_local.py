@@ -1,0 +1,59 @@
+"""Memory to memory: who is reached, what happens when a process is gone, and many posts in flight."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pentad.parallel import collectives as c
+from pentad.parallel.local import PeerGone, _Memory
+from tests.distributed import run_distributed
+from tests.training import job, open_mesh
+
+
+def _is_local(rank: int, world: int) -> bool:
+    mesh = open_mesh(rank, job(tp=2, dp=2))
+    found = all(mesh.axis(name).local is not None for name in ("tp", "dp", "world"))
+    mesh.close()
+    return found
+
+
+@pytest.mark.distributed
+def test_ranks_of_one_host_agree_on_the_way():
+    assert len(set(run_distributed(_is_local, 4, group=False))) == 1
+
+
+def test_a_process_that_is_gone_is_named():
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    word = ctypes.c_int64()
+    with pytest.raises(PeerGone, match=rf"rank 0 \(process {child.pid}\) cannot be reached"):
+        _Memory([child.pid]).read(0, ctypes.addressof(word), ctypes.addressof(word), 8)
+
+
+def _burst(rank: int, world: int, count: int) -> list[float]:
+    """More transfers in flight than a board has slots, sent before the other side looks, and collectives between."""
+    mesh = open_mesh(rank, job(pp=2))
+    to, back = mesh.channel(rank, 1 - rank), mesh.channel(1 - rank, rank)
+    pp, out = mesh.axis("pp"), []
+    for first in range(0, count, 20):
+        sent = [c.send(torch.full((3,), float(100 * rank + i)), to, 1) for i in range(first, first + 20)]
+        total = c.all_reduce(torch.ones(1), pp)
+        received = [c.receive(torch.empty(3), back, 0) for _ in range(20)]
+        assert float(total.wait()) == world
+        out += [float(handle.wait()[2]) for handle in received]
+        for handle in sent:
+            handle.wait()
+    mesh.close()
+    return out
+
+
+@pytest.mark.distributed
+def test_slots_are_used_again():
+    first, second = run_distributed(_burst, 2, 100, group=False)
+    assert first == [100.0 + i for i in range(100)]
+    assert second == [float(i) for i in range(100)]
