@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.distributed import close_pool
 
@@ -14,3 +15,10 @@ def _worker_processes() -> Iterator[None]:
     """Ends the worker processes of `run_distributed` with the session."""
     yield
     close_pool()
+
+
+@pytest.fixture(autouse=True)
+def _denormals() -> Iterator[None]:
+    """Jobs that run inside a test flush denormals for the whole process, in which hypothesis refuses to draw floats."""
+    yield
+    torch.set_flush_denormal(False)
