@@ -45,43 +45,55 @@ class BalancedVocabulary:
             lane.close()
 
     def post_hidden(self, index: int, x: Tensor | None) -> None:
+        """CX: x is the last stage's output, None on other ranks."""
         self._head.post_hidden(index, x, *self._shape(index), self._dtype)
 
     def score(self, index: int) -> None:
+        """S: logits and softmax statistics of this rank's rows."""
         self._replicas.begin_micro_batch()
         inputs = self._inputs(index)
         labels, with_grad = inputs.labels.reshape(-1), torch.is_grad_enabled()
         self._head.score(index, self._model.head_weight, labels, inputs.scale, with_grad=with_grad)
 
     def post_statistics(self, index: int) -> None:
+        """CS."""
         self._head.post_statistics(index)
 
     def head_grad(self, index: int) -> None:
+        """T: the gradient of this rank's rows of the head."""
         self._head.weight_grad(index, self._model.head_weight)
 
     def post_hidden_grad(self, index: int) -> None:
+        """CD."""
         self._head.post_hidden_grad(index)
 
     def hidden_grad(self, index: int) -> Tensor:
+        """The gradient of the last stage's output, on its ranks."""
         return self._head.hidden_grad(index)
 
     def loss(self, index: int) -> Tensor:
+        """The micro-batch's loss, on all ranks."""
         return self._head.loss(index)
 
     def look_up(self, index: int) -> None:
+        """IF: the rows that this rank has."""
         self._replicas.begin_micro_batch()
         self._embedding.look_up(index, self._inputs(index).tokens.reshape(-1), self._model.embed_weight)
 
     def post_rows(self, index: int) -> None:
+        """CE."""
         self._embedding.post_rows(index)
 
     def rows(self, index: int) -> Tensor:
+        """The input of the first stage, on its ranks."""
         return self._embedding.rows(index)
 
     def post_rows_grad(self, index: int, grad: Tensor | None) -> None:
+        """CG: the gradient of `rows`, None on other ranks."""
         self._embedding.post_grad(index, grad, *self._shape(index), self._dtype)
 
     def embed_grad(self, index: int) -> None:
+        """IB: the gradient of this rank's rows of the embedding."""
         self._embedding.weight_grad(index, self._inputs(index).tokens.reshape(-1), self._model.embed_weight)
 
     def _shape(self, index: int) -> tuple[int, int]:
