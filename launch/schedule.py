@@ -18,7 +18,7 @@ from ..parallel.pipeline.check import check
 from ..parallel.pipeline.lower import lower
 from ..parallel.pipeline.memory import peak_activations
 from ..parallel.pipeline.program import Program
-from ..parallel.pipeline.readings import Bubble, Utilization, bubbles, utilization
+from ..parallel.pipeline.readings import Bubble, Utilization, bubbles, critical_path, utilization
 from ..parallel.pipeline.recorded import actual, last_step
 from ..parallel.pipeline.schedules import SCHEDULES, generate
 from ..parallel.pipeline.simulate import Timeline, simulate
@@ -182,6 +182,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "work": use.work,
         "idle": use.idle,
         "bubbles": [asdict(bubble) for bubble in bubbles(plan.timeline)],
+        "critical_path": [[step.rank, str(step.op), str(step.edge)] for step in critical_path(plan.timeline)],
         "peak_activations": plan.peaks,
         "extra_activations_for_vocab": plan.extra,
         "hash": program.hash,

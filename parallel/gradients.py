@@ -9,6 +9,7 @@ micro-batch, so a gradient is final after a known number of calls, in whatever o
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -89,13 +90,13 @@ class WeightGradients:
     """The weight gradients that one stage has not computed yet, per micro-batch."""
 
     def __init__(self) -> None:
-        self._waiting: dict[int, list[Deferred]] = {}
-        self._open: list[Deferred] | None = None
+        self._waiting: dict[int, deque[Deferred]] = {}
+        self._open: deque[Deferred] | None = None
 
     @contextmanager
     def deferring(self, index: int) -> Iterator[None]:
         """A backward inside this block leaves its weight gradients here, under the micro-batch's number."""
-        self._open = self._waiting[index] = []
+        self._open = self._waiting[index] = deque()
         try:
             yield
         finally:
@@ -115,16 +116,10 @@ class WeightGradients:
         """Computes what was left under the micro-batch's number; each one's communication runs behind the last one."""
         jobs = self._waiting.pop(index)
         handle = jobs[0].start() if jobs else None
-        for i in range(len(jobs)):
-            assert handle is not None
-            whole = handle.wait()
-            if i + 1 < len(jobs):
-                handle = jobs[i + 1].start()
-            jobs[i].finish(whole)
-
-    def forget(self) -> None:
-        """Drops everything, after a step that failed."""
-        self._waiting.clear()
+        while handle is not None:
+            job, whole = jobs.popleft(), handle.wait()
+            handle = jobs[0].start() if jobs else None
+            job.finish(whole)
 
 
 def open_store(params: Sequence[Tensor | None]) -> WeightGradients | None:

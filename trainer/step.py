@@ -65,7 +65,7 @@ class Stepper:
         self._vocabulary: BalancedVocabulary | None = None
         if parts.pipeline.split.balanced:
             barriers = cfg.parallel.pipeline.vocab_barriers
-            self._vocabulary = BalancedVocabulary(parts, mesh, barriers, self.dtype, self._inputs)
+            self._vocabulary = BalancedVocabulary(parts, mesh, barriers, self.dtype, lambda index: self._inputs[index])
         self._runtime = self._make_runtime(program)
         self._handlers: dict[Kind, Handler] = self._runtime.handlers | {
             Kind.REDUCE: lambda op: self.replicas.reduce(op.index),
@@ -128,8 +128,7 @@ class Stepper:
             self._vocabulary.close()
 
     def _begin(self, step: int, batches: Sequence[MicroBatch], scale: float) -> None:
-        self._batches = [batch.to(self.device) for batch in batches]
-        self._step, self._scale = step, scale
+        self._inputs = [self._prepared(batch, step, scale) for batch in batches]
         if step >= 0:
             self.mesh.recorder.step = step
 
@@ -144,13 +143,14 @@ class Stepper:
 
     def _forward(self, stage: int, index: int, x: Tensor | None) -> Tensor:
         self.replicas.begin_micro_batch()
-        return run_stage(self.model, self.parts.pipeline.split, stage, x, self._inputs(index), self.dtype)
+        return run_stage(self.model, self.parts.pipeline.split, stage, x, self._inputs[index], self.dtype)
 
-    def _inputs(self, index: int) -> Inputs:
-        batch = self._batches[index]
-        return Inputs(batch.tokens, batch.labels, self._scale, batch.positions, batch.documents, self._draws(batch))
+    def _prepared(self, batch: MicroBatch, step: int, scale: float) -> Inputs:
+        """A micro-batch on the device; `batch` is on the host, where reading its sample numbers costs nothing."""
+        moved, draws = batch.to(self.device), self._draws(batch, step)
+        return Inputs(moved.tokens, moved.labels, scale, moved.positions, moved.documents, draws)
 
-    def _draws(self, batch: MicroBatch) -> Draws | None:
+    def _draws(self, batch: MicroBatch, step: int) -> Draws | None:
         if not self.cfg.model.dropout or not torch.is_grad_enabled():
             return None
         tp = self.mesh.axis("tp")
@@ -158,7 +158,7 @@ class Stepper:
         return Draws(
             self.cfg.model.dropout,
             self.cfg.train.seed,
-            self._step,
+            step,
             tuple(batch.samples.tolist()),
             self.cfg.train.seq_len,
             tp.rank * tokens,

@@ -53,7 +53,7 @@ class TorchStepper(Stepper):
         self._handlers[Kind.FORWARD] = self._run_schedule
 
     def _run_schedule(self, op: Op) -> None:
-        tokens, labels = (torch.cat([getattr(b, name) for b in self._batches]) for name in ("tokens", "labels"))
+        tokens, labels = (torch.cat([getattr(b, name) for b in self._inputs]) for name in ("tokens", "labels"))
         self._runner(self._losses, tokens, labels)
 
     def _counted(self, runtime: Runtime) -> Tensor:

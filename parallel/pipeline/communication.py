@@ -14,8 +14,6 @@ COMMUNICATION = SENDS | RECEIVES | COLLECTIVES
 TRAINING = frozenset({Kind.BACKWARD, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD, Kind.HEAD_GRAD, Kind.EMBED_GRAD})
 """A program without any of these is an evaluation."""
 LANES = {"head": HEAD_LANE, "embed": EMBED_LANE}
-OUTSTANDING_SENDS = 2
-"""Per channel: a further send waits until the oldest is complete."""
 
 Key = tuple[Kind, int, int]
 

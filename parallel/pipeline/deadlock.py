@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .communication import OUTSTANDING_SENDS, Key, awaited, channel, is_lowered, key, producer
-from .program import COLLECTIVES, COMPUTE, RECEIVES, SENDS, Kind, Op, Program
+from .communication import Key, awaited, channel, is_lowered, key, producer
+from .program import COLLECTIVES, COMPUTE, OUTSTANDING_SENDS, RECEIVES, SENDS, Kind, Op, Program
 
 
 @dataclass(frozen=True)

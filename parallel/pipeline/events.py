@@ -12,13 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from .program import COLLECTIVES, EMBED_LANE, RECEIVES, SENDS, Kind, Op, Ops, Program
+from .program import COLLECTIVES, EMBED_LANE, OUTSTANDING_SENDS, RECEIVES, SENDS, Kind, Op, Ops, Program
 from .times import Times, spread
 
 ALWAYS, NEVER = 0, 1
 """The event that is there from the start, and the one that never comes: a misplaced operation waits for it."""
-OUTSTANDING = 2
-"""Sends that may be under way on a directed channel."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +214,7 @@ class _Builder:
         event = made + (self.m if forward else -self.m)
         channel = (self.rank, self.where[to])
         line = self.sends.get(channel) or self.sends.setdefault(channel, _Line())
-        need = line.events[-OUTSTANDING] if len(line.events) >= OUTSTANDING else ALWAYS
+        need = line.events[-OUTSTANDING_SENDS] if len(line.events) >= OUTSTANDING_SENDS else ALWAYS
         line.put(event, op)
         return need, event, 0.0
 

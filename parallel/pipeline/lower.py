@@ -14,7 +14,6 @@ from itertools import pairwise
 from .check import check
 from .communication import (
     LANES,
-    OUTSTANDING_SENDS,
     Key,
     channel,
     consumers,
@@ -27,7 +26,7 @@ from .communication import (
     producer,
 )
 from .deadlock import run, waits
-from .program import COLLECTIVES, COMPUTE, SENDS, Kind, Op, Ops, Program
+from .program import COLLECTIVES, COMPUTE, OUTSTANDING_SENDS, SENDS, Kind, Op, Ops, Program
 from .simulate import simulate
 from .times import Times
 

@@ -81,6 +81,9 @@ COLLECTIVES = HEAD_LANE | EMBED_LANE
 """Over all ranks of the pipeline (times tp). Each lane runs its collectives one after the other, in program order."""
 UPDATE = frozenset({Kind.REDUCE, Kind.NORM, Kind.OPTIMIZE, Kind.GATHER})
 
+OUTSTANDING_SENDS = 2
+"""Sends under way per directed channel; a further one waits until the oldest is complete, so outputs cannot pile up."""
+
 _TOKEN = re.compile(r"([A-Z]+)(\d*)(?:@(\d+))?(?:#(\d+))?")
 
 

@@ -25,10 +25,7 @@ from ..gradients import WeightGradients
 from ..mesh import Axis
 from ..record import Recorder
 from .execute import Handler
-from .program import Kind, Op, Program
-
-MAX_SENDS = 2
-"""Sends on their way per channel; the next one waits for the oldest, so that outputs cannot pile up."""
+from .program import OUTSTANDING_SENDS, Kind, Op, Program
 
 Forward = Callable[[int, int, Tensor | None], Tensor]
 """(stage, micro-batch, input or None for the first stage) → output, or the loss where the last stage has the head."""
@@ -208,7 +205,7 @@ class Runtime:
     def _send(self, to_stage: int, x: Tensor) -> None:
         channel = (self.rank, self.program.placement[to_stage])
         queue = self._sends.setdefault(channel, deque())
-        if len(queue) >= MAX_SENDS:
+        if len(queue) >= OUTSTANDING_SENDS:
             with self._wait():
                 queue.popleft()[0].wait()
         x = x.contiguous()

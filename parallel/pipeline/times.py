@@ -71,33 +71,6 @@ class Times:
             raise UserError(*problems)
 
     @staticmethod
-    def uniform(
-        *,
-        chunks: int = 1,
-        forward: float = 1.0,
-        backward: float = 1.0,
-        weight: float = 1.0,
-        head: float = 0.0,
-        head_grad: float = 0.0,
-        embed: float = 0.0,
-        embed_grad: float = 0.0,
-        hop: float = 0.0,
-        collective: float = 0.0,
-    ) -> Times:
-        """All ranks equal. F, B and W are of one rank's whole share: each of its chunks takes 1/chunks of them."""
-        return Times(
-            forward=(forward / chunks,),
-            backward=(backward / chunks,),
-            weight=(weight / chunks,),
-            head=(head,),
-            head_grad=(head_grad,),
-            embed=(embed,),
-            embed_grad=(embed_grad,),
-            hop=hop,
-            collective=collective,
-        )
-
-    @staticmethod
     def from_spans(
         spans: Iterable[tuple[int, Op, float, float]],
         placement: Sequence[int],

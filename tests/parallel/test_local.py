@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +25,26 @@ def _is_local(rank: int, world: int) -> bool:
     return found
 
 
+def _allowed() -> bool:
+    """Whether this host lets a user's processes read each other, by other means than the code under test asks."""
+    scope = Path("/proc/sys/kernel/yama/ptrace_scope")
+    if (
+        platform.system() != "Linux"
+        or platform.machine() != "x86_64"
+        or (scope.exists() and int(scope.read_text()) > 1)
+    ):
+        return False
+    theirs, ours = ctypes.c_int64(7), ctypes.c_int64()
+    try:
+        _Memory([os.getpid()]).read(0, ctypes.addressof(theirs), ctypes.addressof(ours), 8)
+    except PeerGone:  # a container may forbid the call itself
+        return False
+    return True
+
+
 @pytest.mark.distributed
-def test_ranks_of_one_host_agree_on_the_way():
-    assert len(set(run_distributed(_is_local, 4, group=False))) == 1
+def test_ranks_of_one_host_reach_each_other_where_they_may():
+    assert run_distributed(_is_local, 4, group=False) == [_allowed()] * 4
 
 
 def test_a_process_that_is_gone_is_named():

@@ -352,9 +352,7 @@ def test_mistakes_in_times_are_told() -> None:
         simulate(generate("1f1b", ranks=2, microbatches=1), Times(head=(1.0, 1.0, 1.0)))
 
 
-def test_uniform_times_share_a_rank_among_its_chunks() -> None:
-    times = Times.uniform(chunks=2, forward=3.0, backward=4.0, weight=5.0, head=1.0, hop=0.5)
-    assert (times.forward, times.backward, times.weight, times.head, times.hop) == ((1.5,), (2.0,), (2.5,), (1.0,), 0.5)
+def test_a_rank_shares_its_time_among_its_chunks() -> None:
     assert by_rank((0, 1, 1, 0), 2, (4.0, 6.0)) == (2.0, 3.0, 3.0, 2.0)
 
 
