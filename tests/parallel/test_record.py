@@ -101,7 +101,9 @@ def test_no_torn_entry_from_a_writer_at_full_speed(tmp_path: Path) -> None:
             closed = e["end"] > 0
             np.testing.assert_array_equal(e["flags"][closed], n[closed] % 2)
             assert np.all(e["end"][closed] >= e["start"][closed])
-            assert len(e) and e["ticket"][-1] >= last
+            if not len(e):  # the writer came round the whole ring while this process was not running
+                continue
+            assert e["ticket"][-1] >= last
             last = e["ticket"][-1]
             seen += len(e)
     finally:
