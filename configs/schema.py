@@ -23,6 +23,7 @@ from .schema_data import (
     TextData,
     TokenizerConfig,
 )
+from .schema_model import MlaConfig, ModelConfig, MoeConfig, RopeConfig, RouterConfig
 from .schema_parallel import DataParallelConfig, MemoryConfig, ParallelConfig, PipelineConfig
 
 __all__ = [
@@ -45,12 +46,15 @@ __all__ = [
     "LinearSchedule",
     "LogConfig",
     "MemoryConfig",
+    "MlaConfig",
     "ModelConfig",
+    "MoeConfig",
     "OptimConfig",
     "ParallelConfig",
     "ParquetData",
     "PipelineConfig",
     "RopeConfig",
+    "RouterConfig",
     "ScheduleConfig",
     "SgdConfig",
     "StdlibData",
@@ -59,82 +63,6 @@ __all__ = [
     "TrainConfig",
     "WsdSchedule",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding."""
-
-    theta: float = 10000.0
-    """Base of the geometric series of wavelengths."""
-    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
-    """How wavelengths are stretched for contexts longer than the original one."""
-    factor: float = 1.0
-    """Ratio of the new context length to the original one."""
-    original_positions: int = 8192
-    """Context length, in tokens, that the unscaled model was trained with."""
-    low_freq_factor: float = 1.0
-    """llama3: wavelengths above original_positions / low_freq_factor are stretched by the whole factor."""
-    high_freq_factor: float = 4.0
-    """llama3: wavelengths below original_positions / high_freq_factor are left alone."""
-    beta_fast: float = 32.0
-    """yarn: dimensions that turn more often than this within the original context are left alone."""
-    beta_slow: float = 1.0
-    """yarn: dimensions that turn less often than this are stretched by the whole factor."""
-    attention_factor: float | None = None
-    """yarn: multiplier of cos and sin; derived as 0.1 ln(factor) + 1."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The decoder-only transformer."""
-
-    preset: str | None = None
-    """Name of a model in presets/models; the keys below override it."""
-    family: Literal["llama", "qwen2", "qwen3", "mistral", "gpt2"] = "llama"
-    """Sharding plan and Hugging Face names; also sets the defaults of presets/families/FAMILY.yaml."""
-    layers: int = MISSING
-    """Number of transformer layers."""
-    hidden: int = MISSING
-    """Width of the residual stream."""
-    heads: int = MISSING
-    """Number of query heads."""
-    kv_heads: int | None = None
-    """Number of key and value heads; derived: heads."""
-    head_dim: int | None = None
-    """Width of a head; derived: hidden / heads."""
-    ffn: int = MISSING
-    """Inner width of the feed-forward network."""
-    vocab: int | None = None
-    """Vocabulary size; derived: the tokenizer's, where it is built in or a file."""
-    norm: Literal["rms", "layer"] = "rms"
-    """Normalisation of the residual stream."""
-    norm_eps: float = 1e-5
-    """Added to the mean square (rms) or the variance (layer)."""
-    position: Literal["rope", "learned"] = "rope"
-    """Rotary embedding of queries and keys, or a learned table added to the token embedding."""
-    max_positions: int | None = None
-    """Rows of the learned table, or the context recorded on export, in tokens; derived: train.seq_len."""
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    """Rotary embedding; unused with position=learned."""
-    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
-    """Feed-forward non-linearity; swiglu has a gate, the others have none."""
-    qk_norm: bool = False
-    """RMSNorm of every query and key head before the rotary embedding."""
-    qkv_bias: bool = False
-    """Bias on the query, key and value projections."""
-    out_bias: bool = False
-    """Bias on the attention output projection."""
-    ffn_bias: bool = False
-    """Bias on the feed-forward projections."""
-    window: int | None = None
-    """Sliding attention window in tokens, the query's own included; none: full causal attention."""
-    tied: bool = False
-    """The head uses the embedding's weight."""
-    init_std: float = 0.02
-    """Standard deviation of initial weights; output projections get init_std / sqrt(2 layers)."""
-    dropout: float = 0.0
-    """Dropout of the embedding and of each residual branch, drawn per (seed, step, sample, layer)."""
 
 
 @dataclass(frozen=True, kw_only=True)
