@@ -8,7 +8,17 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from .schema import BinData, BlendData, Config, DataConfig, ModelConfig, ParallelConfig, PipelineConfig, RopeConfig
+from .schema import (
+    BinData,
+    BlendData,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoeConfig,
+    ParallelConfig,
+    PipelineConfig,
+    RopeConfig,
+)
 from .schema_parallel import GROUPED, ONE_CHUNK
 
 BYTE_TOKENS = 257
@@ -39,7 +49,7 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
 
 
 def resolve_model(model: ModelConfig, seq_len: int, data: DataConfig | None = None) -> ModelConfig:
-    """The model with kv_heads, head_dim, vocab, max_positions and the rope's attention factor filled in.
+    """The model with kv_heads, head_dim, vocab, max_positions, the rope's attention factor and the experts' sizes.
 
     Args:
         model: as read.
@@ -47,6 +57,8 @@ def resolve_model(model: ModelConfig, seq_len: int, data: DataConfig | None = No
         data: whose tokenizer gives the vocabulary where model.vocab is None; None: the vocabulary is left alone.
     """
     head_dim = model.head_dim
+    if head_dim is None and model.mla.kv_rank:
+        head_dim = model.mla.nope_dim + model.mla.rope_dim
     if head_dim is None and model.heads > 0 and model.hidden % model.heads == 0:
         head_dim = model.hidden // model.heads
     vocab = model.vocab
@@ -60,6 +72,7 @@ def resolve_model(model: ModelConfig, seq_len: int, data: DataConfig | None = No
         vocab=vocab,
         max_positions=seq_len if model.max_positions is None and seq_len > 0 else model.max_positions,
         rope=_resolve_rope(model.rope),
+        moe=_resolve_moe(model.moe, model.ffn),
     )
 
 
@@ -85,6 +98,14 @@ def _resolve_rope(rope: RopeConfig) -> RopeConfig:
     stretched = rope.scaling == "yarn" and rope.factor > 1
     # YaRN, eq. 22 (Peng et al., 2023): sqrt(1/t) = 0.1 ln(s) + 1.
     return replace(rope, attention_factor=0.1 * math.log(rope.factor) + 1 if stretched else 1.0)
+
+
+def _resolve_moe(moe: MoeConfig, ffn: int) -> MoeConfig:
+    if not moe.experts:
+        return moe
+    router = moe.router
+    kept = router.groups if router.groups_kept is None else router.groups_kept
+    return replace(moe, ffn=ffn if moe.ffn is None else moe.ffn, router=replace(router, groups_kept=kept))
 
 
 def _resolve_parallel(parallel: ParallelConfig, world_size: int | None) -> ParallelConfig:

@@ -12,6 +12,7 @@ from .errors import Problem
 from .fields import nearest
 from .resolve import BYTE_TOKENS, tokenizer_vocab
 from .schema import BinData, BlendData, Config, TextData, WsdSchedule
+from .validate_moe import validate_moe
 from .validate_pipeline import validate_pipeline
 
 _POSITIVE = [
@@ -71,11 +72,7 @@ _ABOVE_ZERO = [
     "hardware.memory_gib",
 ]
 _FRACTIONS = ["model.dropout", "data.holdout", "optim.beta1", "optim.beta2", "optim.momentum"]
-_NOT_AVAILABLE = {
-    "cp": "context parallelism",
-    "ep": "expert parallelism",
-    "etp": "tensor parallelism inside experts",
-}
+_NOT_AVAILABLE = {"cp": "context parallelism"}
 
 
 def validate(config: Config, world_size: int | None = None) -> list[Problem]:
@@ -92,6 +89,7 @@ def validate(config: Config, world_size: int | None = None) -> list[Problem]:
         *_model(config),
         *_tensor_parallel(config),
         *validate_pipeline(config),
+        *validate_moe(config),
         *_batches(config),
         *_schedule(config),
         *_data(config),
@@ -189,8 +187,8 @@ def _rope(config: Config) -> list[Problem]:
     if m.rope.scaling == "llama3" and not low < high:
         message = f"must be above model.rope.low_freq_factor={low}, got {high}"
         problems.append(Problem("model.rope.high_freq_factor", message))
-    if m.rope.scaling == "yarn" and not m.rope.beta_slow < m.rope.beta_fast:
-        message = f"must be above model.rope.beta_slow={m.rope.beta_slow}, got {m.rope.beta_fast}"
+    if m.rope.scaling == "yarn" and not m.rope.beta_slow <= m.rope.beta_fast:
+        message = f"must be at least model.rope.beta_slow={m.rope.beta_slow}, got {m.rope.beta_fast}"
         problems.append(Problem("model.rope.beta_fast", message))
     if m.rope.scaling != "none" and m.rope.factor < 1:
         problems.append(Problem("model.rope.factor", f"must be at least 1 with scaling, got {m.rope.factor}"))

@@ -1,9 +1,11 @@
-"""Parameters and model FLOPs of a training step, in closed form. Imports no torch.
+"""Model FLOPs of a training step, in closed form. Imports no torch.
 
 Convention (NVIDIA's; Megatron-LM's `num_floating_point_operations`): matrix multiplications only, two FLOPs per
 multiply-add, and three times the forward pass for training (forward, input gradients, weight gradients). The head
-counts always, tied or not. Embedding look-ups, norms, biases, activations, the softmax, the optimizer and recomputation
-do not count. Attention counts the unmasked pairs of a query and a key only:
+counts always, tied or not. Of routed experts those count that a token is sent to (`counts.active_experts`). Embedding
+look-ups, norms, biases, activations, the softmax, routers and gates, the optimizer and recomputation do not count.
+Multi-token prediction counts: its layers, the projections before them and one more head each. Attention counts the
+unmasked pairs of a query and a key only:
 
     one sequence (or packed document) of L tokens, causal         L^2 / 2
     the same with a sliding window of W < L tokens                W L - W^2 / 2
@@ -14,14 +16,16 @@ token); the diagonal counts as half. The window's form is the same integral and 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..configs import Config, ModelConfig, Problem, UserError, load, preset_names, resolve_model
+from ..configs import Config, ModelConfig, Problem, UserError, load, preset_names
 from ..configs.fields import nearest
 from ..configs.sources import find_config
+from .counts import active_experts, parameter_count, sizes
 
 CONVENTION = (
     "model FLOPs, forward + backward = 3 x forward, matrix multiplications only, head included; "
@@ -33,18 +37,6 @@ _TRAINING = 3 * 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts:
-    """Numbers of parameters."""
-
-    total: int
-    """All parameters; a tied head counts once."""
-    active: int
-    """Parameters that one token passes through, the embedding table included."""
-    embedding: int
-    """Rows looked up at the input: the token table and the learned positions."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class StepFlops:
     """Training FLOPs (forward + backward) by kind of layer."""
 
@@ -53,68 +45,25 @@ class StepFlops:
     attention: float
     """Scores and weighted values, of the given pairs."""
     ffn: float
-    """Feed-forward matrices."""
+    """Matrices of dense feed-forward networks."""
+    experts: float
+    """Matrices of the routed experts that a token is sent to."""
+    shared: float
+    """Matrices of the shared experts."""
+    mtp: float
+    """Projections that join two streams for multi-token prediction; its layers and heads are in the other kinds."""
     head: float
-    """Logits."""
+    """Logits, once more for every token predicted beyond the next."""
+
+    @property
+    def layers(self) -> float:
+        """The kinds that layers are made of."""
+        return self.projections + self.attention + self.ffn + self.experts + self.shared
 
     @property
     def total(self) -> float:
         """The sum of all kinds."""
-        return self.projections + self.attention + self.ffn + self.head
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Shape:
-    """The model's sizes as plain integers: widths of all query heads (q) and of all key heads (kv) together."""
-
-    layers: int
-    hidden: int
-    head_dim: int
-    q: int
-    kv: int
-    ffn: int
-    ffn_matrices: int
-    vocab: int
-    positions: int
-
-
-def _shape(model: ModelConfig) -> _Shape:
-    m = resolve_model(model, model.max_positions or 1)
-    if m.vocab is None:
-        raise UserError(Problem("model.vocab", "missing; it is needed to count parameters and FLOPs"))
-    if m.head_dim is None or m.kv_heads is None:
-        message = f"model.hidden={m.hidden} is not a multiple of model.heads={m.heads}; set model.head_dim"
-        raise UserError(Problem("model.head_dim", message))
-    if m.position == "learned" and model.max_positions is None:
-        raise UserError(Problem("model.max_positions", "missing; it is needed to count learned positions"))
-    return _Shape(
-        layers=m.layers,
-        hidden=m.hidden,
-        head_dim=m.head_dim,
-        q=m.heads * m.head_dim,
-        kv=m.kv_heads * m.head_dim,
-        ffn=m.ffn,
-        ffn_matrices=3 if m.activation == "swiglu" else 2,
-        vocab=m.vocab,
-        positions=(m.max_positions or 0) if m.position == "learned" else 0,
-    )
-
-
-def parameter_count(model: ModelConfig) -> Counts:
-    """Parameters of the model.
-
-    Raises:
-        UserError: a size that is neither given nor derivable (`model.vocab`, learned `model.max_positions`).
-    """
-    s = _shape(model)
-    norm = s.hidden * (2 if model.norm == "layer" else 1)
-    attention = s.hidden * (s.q + 2 * s.kv) + s.q * s.hidden
-    attention += (s.q + 2 * s.kv) * model.qkv_bias + s.hidden * model.out_bias + 2 * s.head_dim * model.qk_norm
-    ffn = s.ffn_matrices * s.hidden * s.ffn + ((s.ffn_matrices - 1) * s.ffn + s.hidden) * model.ffn_bias
-    embedding = (s.vocab + s.positions) * s.hidden
-    head = 0 if model.tied else s.vocab * s.hidden
-    total = s.layers * (attention + ffn + 2 * norm) + norm + embedding + head
-    return Counts(total=total, active=total, embedding=embedding)
+        return self.layers + self.mtp + self.head
 
 
 def unmasked_pairs(lengths: Iterable[int], window: int | None = None) -> float:
@@ -131,20 +80,42 @@ def unmasked_pairs(lengths: Iterable[int], window: int | None = None) -> float:
     return total
 
 
+def layer_windows(model: ModelConfig) -> tuple[int | None, ...]:
+    """The sliding window of each layer, modules of multi-token prediction included; None: full attention."""
+    return tuple(model.window_of(layer) for layer in range(model.layers + model.mtp))
+
+
+def mean_pairs(model: ModelConfig, lengths: Iterable[int]) -> float:
+    """`unmasked_pairs` of one layer, the mean over the model's layers, which may differ in their windows.
+
+    Args:
+        model: the model.
+        lengths: tokens of each sequence, or of each document where documents do not see each other.
+    """
+    lengths = list(lengths)
+    windows = Counter(layer_windows(model))
+    pairs = [(count, unmasked_pairs(lengths, window)) for window, count in windows.items()]
+    return pairs[0][1] if len(pairs) == 1 else sum(count * each for count, each in pairs) / windows.total()
+
+
 def step_flops(model: ModelConfig, tokens: int, pairs: float) -> StepFlops:
     """FLOPs of a training step by kind of layer.
 
     Args:
         model: the model.
         tokens: tokens of the step that pass through the model.
-        pairs: attention pairs of one layer, from `unmasked_pairs`, summed over the step's sequences or documents.
+        pairs: attention pairs of one layer, from `mean_pairs`, summed over the step's sequences or documents.
     """
-    s = _shape(model)
+    s = sizes(model)
+    per_token = _TRAINING * tokens
     return StepFlops(
-        projections=float(_TRAINING * tokens * s.layers * s.hidden * 2 * (s.q + s.kv)),
-        attention=_TRAINING * pairs * s.layers * 2 * s.q,
-        ffn=float(_TRAINING * tokens * s.layers * s.ffn_matrices * s.hidden * s.ffn),
-        head=float(_TRAINING * tokens * s.hidden * s.vocab),
+        projections=float(per_token * s.layers * s.projections),
+        attention=_TRAINING * pairs * s.layers * s.per_pair,
+        ffn=float(per_token * s.dense * s.ffn),
+        experts=per_token * s.routed * active_experts(model) * s.expert,
+        shared=float(per_token * s.routed * s.shared),
+        mtp=float(per_token * model.mtp * 2 * s.hidden**2),
+        head=float(per_token * (1 + model.mtp) * s.hidden * s.vocab),
     )
 
 
@@ -155,13 +126,39 @@ def flops_per_step(model: ModelConfig, tokens: int, pairs: float) -> float:
 
 def flops_again(model: ModelConfig, tokens: int, pairs: float) -> float:
     """FLOPs of a step's second forward pass of all layers (memory.recompute=full); arguments as for `step_flops`."""
-    parts = step_flops(model, tokens, pairs)
-    return (parts.projections + parts.attention + parts.ffn) / 3
+    return step_flops(model, tokens, pairs).layers / 3
+
+
+def layer_flops(model: ModelConfig, seq_len: int) -> tuple[float, ...]:
+    """FLOPs of a forward pass of one sequence in each layer, and last in the head."""
+    s, active, routed = sizes(model), active_experts(model), set(model.moe_layers)
+    found = []
+    for layer in range(model.layers):
+        beside = active * s.expert + s.shared if layer in routed else s.ffn
+        pairs = unmasked_pairs([seq_len], model.window_of(layer))
+        found.append(2 * (seq_len * (s.projections + beside) + pairs * s.per_pair))
+    return (*found, 2.0 * seq_len * s.hidden * s.vocab)
+
+
+def s_mfu_flops_per_step(model: ModelConfig, tokens: int, pairs: float) -> float:
+    """What S-MFU divides by time and peak: attention, router and the experts that compute, of all layers.
+
+    MoE-CAP (arXiv 2412.07067) counts per token and layer F_attention + 2 N_router + 2 k N_expert, k with the shared
+    experts, and no head; here times 3 for training. A dense layer is one expert without a router. Arguments as for
+    `step_flops`.
+    """
+    s = sizes(model)
+    return step_flops(model, tokens, pairs).layers + _TRAINING * tokens * s.routed * s.router
+
+
+def s_mfu_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """`s_mfu_flops_per_step` per token of whole sequences of `seq_len` tokens, unmasked attention pairs only."""
+    return s_mfu_flops_per_step(model, seq_len, mean_pairs(model, [seq_len])) / seq_len
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Training FLOPs per token of whole sequences of `seq_len` tokens, unmasked attention pairs only."""
-    return flops_per_step(model, seq_len, unmasked_pairs([seq_len], model.window)) / seq_len
+    return flops_per_step(model, seq_len, mean_pairs(model, [seq_len])) / seq_len
 
 
 def flops_per_token_full_attention(model: ModelConfig, seq_len: int) -> float:
@@ -181,7 +178,7 @@ def report(model: str | Path | ModelConfig | Config, seq_len: int) -> dict[str, 
     """
     config = _find(model, seq_len)
     counts = parameter_count(config)
-    parts = step_flops(config, seq_len, unmasked_pairs([seq_len], config.window))
+    parts = step_flops(config, seq_len, mean_pairs(config, [seq_len]))
     return {
         "model": str(model) if isinstance(model, (str, Path)) else (config.preset or config.family),
         "seq_len": seq_len,
@@ -190,6 +187,7 @@ def report(model: str | Path | ModelConfig | Config, seq_len: int) -> dict[str, 
         "params_embedding": counts.embedding,
         "flops_per_token": parts.total / seq_len,
         "flops_per_token_full_attention": flops_per_token_full_attention(config, seq_len),
+        "s_mfu_flops_per_token": s_mfu_flops_per_token(config, seq_len),
         "breakdown": {kind: flops / seq_len for kind, flops in asdict(parts).items()},
         "convention": CONVENTION,
     }

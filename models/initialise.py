@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +26,15 @@ def normal(name: str, placement: Placement, std: float, seed: int) -> Tensor:
     rows, *rest = placement.global_shape
     width = math.prod(rest)
     step = max(1, _BLOCK // max(width, 1))
-    first, last = (placement.start, placement.stop) if placement.dim == 0 else (0, rows)
+    first = placement.offsets[0]
+    last = first + placement.local_shape[0]
     parts = []
     for block in range(first // step, -(-last // step)):
         low, high = block * step, min((block + 1) * step, rows)
         draws = torch.randn(high - low, *rest, generator=torch.Generator().manual_seed(_seed(seed, name, block)))
         parts.append(draws[max(first - low, 0) : last - low])
     whole = torch.cat(parts).mul_(std)
-    if placement.dim is not None and placement.dim > 0:
-        whole = whole.narrow(placement.dim, placement.start, placement.stop - placement.start)
-    return whole
+    return replace(placement, offsets=(0, *placement.offsets[1:])).of(whole)
 
 
 def initial(name: str, placement: Placement, cfg: ModelConfig, seed: int) -> Tensor:
@@ -47,7 +47,9 @@ def initial(name: str, placement: Placement, cfg: ModelConfig, seed: int) -> Ten
         return torch.zeros(placement.local_shape)
     if "norm" in name:
         return torch.ones(placement.local_shape)
-    residual = name.endswith(("attention.out.weight", "ffn.down.weight"))
+    residual = name.endswith(
+        ("attention.out.weight", "ffn.down.weight", "moe.shared.down.weight", "moe.experts.down.weight")
+    )
     return normal(name, placement, cfg.init_std / math.sqrt(2 * cfg.layers) if residual else cfg.init_std, seed)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..parallel import grouped
+from ..parallel.grouped import GroupedProjection, Groups
 from ..parallel.projection import Projection, local
 
 
@@ -27,3 +29,21 @@ class Linear(nn.Module):
 def project(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
     """Several linears of the same input x (N, in), each giving its y (N, out)."""
     return linears[0].apply_weights(x, linears)
+
+
+class GroupedLinear(nn.Module):
+    """One linear per expert: y = x W_eᵀ + b_e for the rows x (R, in) of each expert e, y (R, out)."""
+
+    def __init__(self, experts: int, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(experts, out_features)) if bias else None
+        self.apply_weights: GroupedProjection = grouped.local
+
+    def forward(self, x: Tensor, groups: Groups) -> Tensor:
+        return self.apply_weights(x, groups, (self,))[0]
+
+
+def project_grouped(x: Tensor, groups: Groups, *linears: GroupedLinear) -> tuple[Tensor, ...]:
+    """Several grouped linears of the same rows x (R, in), each giving its y (R, out)."""
+    return linears[0].apply_weights(x, groups, linears)

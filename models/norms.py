@@ -7,19 +7,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..configs.schema import ModelConfig
-from .functional import rms_norm
+from .functional import Total, rms_norm
 
 
 class RmsNorm(nn.Module):
-    """RMSNorm over the last dim."""
+    """RMSNorm over the last dim.
+
+    `total` is replaceable from outside: where weight and input have only a part of the dim, it makes the sums over all
+    of it.
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.eps = eps
+        self.size, self.eps = size, eps
         self.weight = nn.Parameter(torch.empty(size))
+        self.total: Total | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.size, self.total)
 
 
 class LayerNorm(nn.Module):

@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 from ..configs.schema import ModelConfig
+from ..parallel.expert.dispatch import AllToAll
+from ..parallel.expert.tokens import TokenGroup
 from ..parallel.mesh import Mesh
-from ..parallel.plan import Axes, Plan, Row, Rule, Sharding, place
+from ..parallel.plan import Axes, Column, Plan, Row, Rule, Sharding, place
 from ..parallel.tensor import ColumnProjection, RowProjection
 from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard
 from .initialise import initial
 from .linear import Linear
+from .moe import Moe
 from .plans import PLANS
 from .recompute import run_layer_again
 from .transformer import Part, Transformer
@@ -37,7 +40,9 @@ def shardings(model: Transformer, mesh: Mesh, *, balanced: bool = False) -> dict
     """Where each parameter of the (meta) model lives on this rank, by global name."""
     plan = PLANS[model.cfg.family]
     vocab = mesh.axis("vocab_head" if balanced else "tp")
-    axes = Axes(mesh.axis("tp"), mesh.axis("tp_shard"), mesh.axis("tp_replica"), vocab)
+    axes = Axes(
+        mesh.axis("tp"), mesh.axis("tp_shard"), mesh.axis("tp_replica"), vocab, mesh.axis("ep"), mesh.axis("etp")
+    )
     where = {
         name: place(rule_of(plan, name), name, tuple(param.shape), axes) for name, param in model.named_parameters()
     }
@@ -75,8 +80,12 @@ def build(
         owner, leaf = _owner(model, name)
         local = torch.empty(sharding.placement.local_shape, device=device, dtype=dtype)
         setattr(owner, leaf, nn.Parameter(local))
+    for name, buffer in model.named_buffers():
+        owner, leaf = _owner(model, name)
+        setattr(owner, leaf, torch.zeros(buffer.shape, device=device, dtype=buffer.dtype))
     if mesh.axis("tp").size > 1:
         _replace_seams(model, mesh)
+    _replace_dispatchers(model, mesh)
     return model, where
 
 
@@ -85,10 +94,23 @@ def _replace_seams(model: Transformer, mesh: Mesh) -> None:
     column, row = ColumnProjection(tp), RowProjection(tp)
     plan = PLANS[model.cfg.family]
     for name, linear in _linears(model):
-        linear.apply_weights = row if isinstance(rule_of(plan, f"{name}.weight"), Row) else column
+        match rule_of(plan, f"{name}.weight"):
+            case Row():
+                linear.apply_weights = row
+            case Column():
+                linear.apply_weights = column
     assert model.cfg.vocab
     shard = VocabShard.of(tp, model.cfg.vocab)
     model.embedding_op, model.head_op = VocabEmbedding(shard), VocabHead(shard)
+
+
+def _replace_dispatchers(model: Transformer, mesh: Mesh) -> None:
+    """The experts' ranks are those of the expert mesh, whatever the dense one is."""
+    ep, etp, tokens = mesh.axis("ep"), mesh.axis("etp"), TokenGroup(mesh.axis("tp"))
+    for module in model.modules():
+        if isinstance(module, Moe):
+            module.dispatch = AllToAll(model.cfg.moe.experts, ep, etp, weigh_before=model.cfg.moe.weigh == "before")
+            module.router.tokens = tokens
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..parallel.plan import Column, Plan, Row, Vocab, Whole
+from ..parallel.plan import Column, Expert, Plan, Row, Vocab, Whole
 
 _DECODER: Plan = (
     ("embed.weight", Vocab()),
@@ -15,13 +15,30 @@ _DECODER: Plan = (
     ("layers.*.ffn.gate.*", Column()),
     ("layers.*.ffn.up.*", Column()),
     ("layers.*.ffn.down.*", Row()),
+    ("layers.*.moe.router.*", Whole()),
+    ("layers.*.moe.shared_gate.*", Whole()),
+    ("layers.*.moe.shared.gate.*", Column()),
+    ("layers.*.moe.shared.up.*", Column()),
+    ("layers.*.moe.shared.down.*", Row()),
+    ("layers.*.moe.experts.gate.*", Expert(inner=1)),
+    ("layers.*.moe.experts.up.*", Expert(inner=1)),
+    ("layers.*.moe.experts.down.weight", Expert(inner=2)),
+    ("layers.*.moe.experts.down.bias", Expert()),
     ("*norm.*", Whole()),
 )
 
-PLANS: dict[str, Plan] = {
-    "llama": _DECODER,
-    "mistral": _DECODER,
-    "qwen2": _DECODER,
-    "qwen3": _DECODER,
-    "gpt2": _DECODER,
-}
+_FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gpt2",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+)
+PLANS: dict[str, Plan] = dict.fromkeys(_FAMILIES, _DECODER)

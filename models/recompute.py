@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Sequences
 from .dropout import Draws
+from .sequences import Sequences
 from .transformer import Layer
 
 

@@ -39,11 +39,12 @@ def _yarn(cfg: RopeConfig, base: Tensor, head_dim: int) -> Tensor:
         """The (fractional) pair index whose wavelength fits `turns` times into the original context."""
         return head_dim * math.log(cfg.original_positions / (turns * 2 * math.pi)) / (2 * math.log(cfg.theta))
 
-    low = max(math.floor(dim_of(cfg.beta_fast)), 0)
-    high = min(math.ceil(dim_of(cfg.beta_slow)), head_dim - 1)
-    stretch = ((torch.arange(head_dim // 2, dtype=torch.float64, device="cpu") - low) / max(high - low, 1e-3)).clamp(
-        0, 1
-    )
+    low, high = dim_of(cfg.beta_fast), dim_of(cfg.beta_slow)
+    if cfg.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    pair = torch.arange(head_dim // 2, dtype=torch.float64, device="cpu")
+    stretch = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
     return base * (1 - stretch) + base / cfg.factor * stretch
 
 

@@ -48,6 +48,7 @@ class Inputs:
     positions: Tensor | None = None
     documents: Tensor | None = None
     draws: Draws | None = None
+    share: float = 0.0
 
 
 def run_stage(
@@ -70,12 +71,13 @@ def run_stage(
             positions=positions,
             documents=inputs.documents,
             draws=draws,
+            share=inputs.share,
         )
     if stage == 0:
         x = model.embed_tokens(tokens, positions, draws) if x is None else model.begin(x, tokens, positions, draws)
     assert x is not None
     if split.layers[stage]:
-        seq = model.sequences(tokens, positions, inputs.documents, dtype)
+        seq = model.sequences(tokens, positions, inputs.documents, dtype, inputs.share)
         x = model.run_layers(x, seq, draws, split.layers[stage])
     if stage == last:
         x = model.end(x)

@@ -16,48 +16,37 @@ from torch.nn import functional as F
 
 from ..configs.schema import ModelConfig
 from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard
-from .attention import Attention, Sequences
+from .attention import Attention
 from .dropout import Draws
-from .functional import swiglu
-from .linear import Linear, project
-from .masks import Mask
+from .feed_forward import FeedForward
+from .moe import Moe
 from .norms import make_norm
 from .rope import angles, frequencies
-
-
-class FeedForward(nn.Module):
-    """Two layers, the first of them gated with swiglu."""
-
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__()
-        self.gate = Linear(cfg.hidden, cfg.ffn, cfg.ffn_bias) if cfg.activation == "swiglu" else None
-        self.up = Linear(cfg.hidden, cfg.ffn, cfg.ffn_bias)
-        self.down = Linear(cfg.ffn, cfg.hidden, cfg.ffn_bias)
-        self.approximate = "tanh" if cfg.activation == "gelu_tanh" else "none"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (N, h) → (N, h)."""
-        if self.gate is not None:
-            return self.down(swiglu(*project(x, self.gate, self.up)))
-        return self.down(F.gelu(self.up(x), approximate=self.approximate))
+from .sequences import Sequences
 
 
 class Layer(nn.Module):
-    """Pre-norm residual block: attention, then feed-forward."""
+    """Pre-norm residual block: attention, then feed-forward or mixture of experts."""
 
     def __init__(self, cfg: ModelConfig, index: int) -> None:
         super().__init__()
         self.index = index
         self.attention_norm = make_norm(cfg)
-        self.attention = Attention(cfg)
+        self.attention = Attention(cfg, index)
         self.ffn_norm = make_norm(cfg)
-        self.ffn = FeedForward(cfg)
+        routed = index in cfg.moe_layers
+        self.ffn = None if routed else FeedForward(cfg)
+        self.moe = Moe(cfg, index) if routed else None
 
     def forward(self, x: Tensor, seq: Sequences, draws: Draws | None = None) -> Tensor:
         """x (N, h) → (N, h)."""
         y = self.attention(self.attention_norm(x), seq)
         x = x + (draws.drop(y, 2 * self.index) if draws else y)
-        y = self.ffn(self.ffn_norm(x))
+        y = self.ffn_norm(x)
+        if self.moe is not None:
+            y = self.moe(y, seq, draws)
+        elif self.ffn is not None:
+            y = self.ffn(y)
         return x + (draws.drop(y, 2 * self.index + 1) if draws else y)
 
 
@@ -144,16 +133,25 @@ class Transformer(nn.Module):
         return self.embed_weight if self.head is None else self.head.weight
 
     def sequences(
-        self, tokens: Tensor, positions: Tensor | None, documents: Tensor | None, dtype: torch.dtype
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        dtype: torch.dtype,
+        share: float = 0.0,
     ) -> Sequences:
-        """Shape, rotary angles and mask of a batch of tokens (B, T)."""
+        """What the layers know of a batch of tokens (B, T); arguments as of `forward`."""
         batch, length = tokens.shape
         cos = sin = None
         if self._frequencies is not None:
             where = torch.arange(length, device=tokens.device) if positions is None else positions
             freq, factor = self._frequencies
             cos, sin = angles(freq.to(tokens.device), factor, where, dtype)
-        return Sequences(batch, length, cos, sin, Mask(self.cfg.window, documents))
+        rows = None
+        if self.cfg.moe.experts:
+            rows = torch.arange(batch, device=tokens.device).repeat_interleave(length)
+            rows = self.embedding_op.local_tokens(rows)
+        return Sequences(batch, length, cos, sin, documents, rows, share)
 
     def embed_tokens(self, tokens: Tensor, positions: Tensor | None, draws: Draws | None) -> Tensor:
         """tokens (B, T) → (N, h)."""
@@ -191,6 +189,7 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         draws: Draws | None = None,
+        share: float = 0.0,
     ) -> Tensor:
         """Logits (B, T, V), or with labels (B, T) the summed cross-entropy times `scale` (a scalar).
 
@@ -201,9 +200,10 @@ class Transformer(nn.Module):
             positions: (T,) or (B, T); none: 0 … T−1.
             documents: (B, T) document ids of packed sequences; none: one document each.
             draws: the dropout of this step; none: no dropout.
+            share: this micro-batch's share in the step's balancing losses; 0: evaluation.
         """
         x = self.embed_tokens(tokens, positions, draws)
-        seq = self.sequences(tokens, positions, documents, x.dtype)
+        seq = self.sequences(tokens, positions, documents, x.dtype, share)
         x = self.end(self.run_layers(x, seq, draws, self.part.layers))
         if labels is None:
             return self.head_op.logits(x, self.head_weight).view(*tokens.shape, -1)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .collectives import Handle, all_gather, all_reduce, reduce_scatter
 from .gradients import Slot, route
 from .mesh import Axis
-from .plan import Partial, Sharding
+from .plan import Family, Partial, Sharding
 
 _ALIGN = 16
 """Elements; every rank's share is a multiple, so that vectorised kernels start aligned."""
@@ -32,7 +32,7 @@ _ALIGN = 16
 class Kind:
     """What the parameters of a bucket have in common."""
 
-    family: str
+    family: Family
     partial: Partial
     decay: bool
 
@@ -173,10 +173,15 @@ class Bucket:
                 yield member, low - member.start, high - member.start, low - self.start
 
 
+def _decays(name: str, sharding: Sharding) -> bool:
+    """Matrices do; vectors do not, nor the biases of experts, which are stacked."""
+    return len(sharding.placement.global_shape) > 1 and not name.endswith("bias")
+
+
 def make_buckets(
     params: Sequence[tuple[str, nn.Parameter, Sharding]],
     *,
-    data: Axis,
+    data_axes: dict[Family, Axis],
     partial_axes: dict[str, Axis],
     sharded: bool,
     grad_dtype: torch.dtype,
@@ -186,15 +191,17 @@ def make_buckets(
 
     `params` come in the order of the forward pass.
     """
-    make = partial(Bucket, data=data, sharded=sharded, grad_dtype=grad_dtype)
+    make = partial(Bucket, sharded=sharded, grad_dtype=grad_dtype)
     open_kinds: dict[Kind, list[tuple[str, nn.Parameter, Sharding]]] = {}
     buckets: list[Bucket] = []
 
     def close(kind: Kind) -> None:
-        buckets.append(make(kind, open_kinds.pop(kind), partial=partial_axes[kind.partial]))
+        buckets.append(
+            make(kind, open_kinds.pop(kind), data=data_axes[kind.family], partial=partial_axes[kind.partial])
+        )
 
     for name, param, sharding in reversed(params):
-        kind = Kind("dense", sharding.partial, decay=len(sharding.placement.global_shape) > 1)
+        kind = Kind(sharding.family, sharding.partial, decay=_decays(name, sharding))
         members = open_kinds.setdefault(kind, [])
         members.append((name, param, sharding))
         if sum(p.numel() * p.element_size() for _, p, _ in members) >= bucket_bytes:

@@ -88,7 +88,7 @@ class FlatReplicas:
         self._precise = torch.float32 if dtype == torch.bfloat16 else dtype
         self._buckets = make_buckets(
             params,
-            data=mesh.axis("data"),
+            data_axes={"dense": mesh.axis("data"), "expert": mesh.axis("edp")},
             partial_axes=partial_axes(mesh),
             sharded=sharded,
             grad_dtype=self._precise,
@@ -175,7 +175,7 @@ def _waiter(buckets: list[Bucket]) -> Callable[..., None]:
 
 def partial_axes(mesh: Mesh) -> dict[str, Axis]:
     """The axis over which gradients of each kind of partial sum are added up."""
-    names: tuple[Partial, ...] = ("", "tp", "tp_replica", "ends")
+    names: tuple[Partial, ...] = ("", "tp", "tp_replica", "ends", "etp")
     return {name: mesh.axis(name) if name else Axis.single("") for name in names}
 
 

@@ -1,8 +1,8 @@
 """A rank's piece of a named global tensor, in the words of torch's distributed checkpoint (DCP).
 
-Parameters are cut along at most one dimension (`Placement`); the data-parallel shares of that slice are flat runs of
-its row-major elements, because parameters and optimizer states live in flat buckets. DCP only knows axis-aligned
-boxes, and a flat run of an n-dimensional slice is at most 2n − 1 of them:
+A rank's part of a parameter is an axis-aligned slice (`Placement`); the data-parallel shares of that slice are flat
+runs of its row-major elements, because parameters and optimizer states live in flat buckets. DCP only knows
+axis-aligned boxes, and a flat run of an n-dimensional slice is at most 2n − 1 of them:
 
     run [3, 14) of a 4 × 4 slice      . . . a       boxes: a (1 × 1), b (2 × 4), c (1 × 2)
                                       b b b b
@@ -25,24 +25,22 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 @dataclass(frozen=True)
 class Placement:
-    """The slice [start, stop) along `dim` of a global tensor; `dim` None: all of it (start and stop are 0)."""
+    """An axis-aligned slice of a global tensor.
+
+    Args:
+        global_shape: of the whole tensor.
+        offsets: first index of the slice, per dimension.
+        local_shape: of the slice.
+    """
 
     global_shape: tuple[int, ...]
-    dim: int | None
-    start: int
-    stop: int
-
-    @property
-    def local_shape(self) -> tuple[int, ...]:
-        """Shape of the slice."""
-        if self.dim is None:
-            return self.global_shape
-        return (*self.global_shape[: self.dim], self.stop - self.start, *self.global_shape[self.dim + 1 :])
+    offsets: tuple[int, ...]
+    local_shape: tuple[int, ...]
 
     @staticmethod
     def whole(shape: tuple[int, ...]) -> Placement:
         """The whole tensor."""
-        return Placement(tuple(shape), None, 0, 0)
+        return Placement(tuple(shape), (0,) * len(shape), tuple(shape))
 
     @staticmethod
     def shard(shape: tuple[int, ...], dim: int, index: int, count: int) -> Placement:
@@ -51,10 +49,26 @@ class Placement:
         Raises:
             ValueError: the dimension does not divide.
         """
-        size, rest = divmod(shape[dim], count)
+        return Placement.whole(shape).cut(dim, index, count)
+
+    def cut(self, dim: int, index: int, count: int) -> Placement:
+        """Part `index` of `count` equal ones of this slice, along `dim`.
+
+        Raises:
+            ValueError: the dimension does not divide.
+        """
+        size, rest = divmod(self.local_shape[dim], count)
         if rest:
-            raise ValueError(f"dim {dim} of shape {tuple(shape)} does not divide into {count} equal slices")
-        return Placement(tuple(shape), dim, index * size, (index + 1) * size)
+            raise ValueError(f"dim {dim} of shape {self.local_shape} does not divide into {count} equal slices")
+        offsets, sizes = list(self.offsets), list(self.local_shape)
+        offsets[dim], sizes[dim] = offsets[dim] + index * size, size
+        return Placement(self.global_shape, tuple(offsets), tuple(sizes))
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The view of the whole tensor that this slice is."""
+        for dim, (start, size) in enumerate(zip(self.offsets, self.local_shape, strict=True)):
+            whole = whole.narrow(dim, start, size)
+        return whole
 
 
 @dataclass(frozen=True)
@@ -82,12 +96,9 @@ def boxes(placement: Placement, flat_start: int, flat_stop: int) -> list[Box]:
     numel = math.prod(placement.local_shape)
     if not 0 <= flat_start <= flat_stop <= numel:
         raise ValueError(f"elements [{flat_start}, {flat_stop}) are not inside a slice of {numel} elements")
-    shift = [0] * len(placement.global_shape)
-    if placement.dim is not None:
-        shift[placement.dim] = placement.start
     found, at = [], flat_start
     for index, sizes in _runs(placement.local_shape, flat_start, flat_stop):
-        offsets = tuple(i + s for i, s in zip(index, shift, strict=True))
+        offsets = tuple(i + s for i, s in zip(index, placement.offsets, strict=True))
         found.append(Box(offsets, sizes, at))
         at += found[-1].numel
     return found

@@ -60,6 +60,22 @@ class Slot:
         else:
             self.buffer.addmm_(dy.t(), x)
 
+    def add_grouped(self, dy: Tensor, x: Tensor, runs: Sequence[tuple[int, int, int]]) -> None:
+        """sum[e] += dyᵀ x over the rows [start, stop) of each (e, start, stop)."""
+        if self.fresh and len(runs) < len(self.buffer):
+            self.buffer.zero_()
+            self.fresh = False
+        for expert, start, stop in runs:
+            whole, rows = self.buffer[expert], dy[start:stop].t()
+            if dy.dtype != self.buffer.dtype:
+                grad = rows @ x[start:stop]
+                whole.copy_(grad) if self.fresh else whole.add_(grad)
+            elif self.fresh:
+                torch.mm(rows, x[start:stop], out=whole)
+            else:
+                whole.addmm_(rows, x[start:stop])
+        self.fresh = False
+
     def add_rows(self, rows: Tensor, grad: Tensor) -> None:
         """sum[rows] += grad: an embedding's gradient."""
         if self.fresh:
@@ -141,6 +157,19 @@ def matmul_grad(param: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
     if slot is None:
         return dy.t() @ x
     slot.add_matmul(dy, x)
+    slot.done()
+    return None
+
+
+def grouped_grad(param: Tensor, dy: Tensor, x: Tensor, runs: Sequence[tuple[int, int, int]]) -> Tensor | None:
+    """Weight gradient (E, out, in) of a grouped projection, whose expert e has the rows [start, stop) of each run."""
+    slot = slot_of(param)
+    if slot is None:
+        grad = torch.zeros_like(param)
+        for expert, start, stop in runs:
+            torch.mm(dy[start:stop].t(), x[start:stop], out=grad[expert])
+        return grad
+    slot.add_grouped(dy, x, runs)
     slot.done()
     return None
 

@@ -34,10 +34,20 @@ class Whole:
     """Replicated over tp; each rank's gradient covers its own tokens or heads only, so gradients are summed."""
 
 
-Rule = Column | Row | Vocab | Whole
+@dataclass(frozen=True)
+class Expert:
+    """Experts cut over ep along dim 0, and their inner width, dim `inner`, over etp; none: whole in every rank of etp,
+    whose gradients are parts of a sum."""
+
+    inner: int | None = None
+
+
+Rule = Column | Row | Vocab | Whole | Expert
 Plan = tuple[tuple[str, Rule], ...]
-Partial = Literal["", "tp", "tp_replica", "ends"]
+Partial = Literal["", "tp", "tp_replica", "ends", "etp"]
 """The axis over which a parameter's gradient is a partial sum."""
+Family = Literal["dense", "expert"]
+"""Whose replicas a parameter has: those of the data axis, or those of the expert data axis (edp)."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Sharding:
 
     placement: Placement
     partial: Partial = ""
+    family: Family = "dense"
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,8 @@ class Axes:
     """The tp ranks of one such group."""
     vocab: Axis
     """tp, or all tensor and pipeline ranks where the vocabulary is balanced."""
+    ep: Axis
+    etp: Axis
 
 
 def place(rule: Rule, name: str, shape: tuple[int, ...], axes: Axes) -> Sharding:
@@ -70,6 +83,11 @@ def place(rule: Rule, name: str, shape: tuple[int, ...], axes: Axes) -> Sharding
             return Sharding(Placement.shard(shape, 0, shards.rank, shards.size), "tp_replica")
         case Column():
             return Sharding(Placement.shard(shape, 0, tp.rank, tp.size))
+        case Expert(inner=inner):
+            mine = Placement.shard(shape, 0, axes.ep.rank, axes.ep.size)
+            if inner is not None:
+                return Sharding(mine.cut(inner, axes.etp.rank, axes.etp.size), family="expert")
+            return Sharding(mine, "etp" if axes.etp.size > 1 else "", "expert")
         case Vocab():
             return Sharding(Placement.shard(shape, 0, vocab.rank, vocab.size))
         case Row() if not bias:

@@ -56,6 +56,8 @@ def job(
     tp: int = 1,
     pp: int = 1,
     dp: int = 1,
+    ep: int = 1,
+    etp: int = 1,
     pipeline: dict[str, Any] | None = None,
     recompute: str = "none",
     sharding: str = "ddp",
@@ -63,7 +65,7 @@ def job(
     optim: str = "adamw",
     **train: Any,
 ) -> Config:
-    """A resolved config, made by hand; `train` overrides keys of that section."""
+    """A resolved config, made by hand; `train` overrides keys of that section, `model` may hold a MoeConfig."""
     settings: dict[str, Any] = {"steps": 10, "global_batch": 8, "micro_batch": 2, "seq_len": 16, "dtype": "fp64"}
     schedule = ConstantSchedule()
     return Config(
@@ -72,6 +74,8 @@ def job(
             tp=tp,
             pp=pp,
             dp=dp,
+            ep=ep,
+            etp=etp,
             data=DataParallelConfig(sharding=sharding, bucket_mib=bucket_mib),  # type: ignore[arg-type]
             pipeline=PipelineConfig(**{"schedule": "1f1b", "chunks": 1, **(pipeline or {})}),
         ),

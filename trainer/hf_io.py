@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..configs.errors import Problem, UserError
-from ..configs.schema import ModelConfig, RopeConfig
+from ..configs.schema import MlaConfig, ModelConfig, MoeConfig, RopeConfig, RouterConfig
 from ..models.hf import hf_weights, model_config_from_hf, read_hf_config, read_hf_weights, write_hf
 from ..models.hf_names import links
 from ..parallel.plan import Sharding
@@ -123,16 +123,16 @@ def check_same_model(given: ModelConfig, job: ModelConfig, path: Path) -> None:
 
 def model_config_from_state(model: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig of a checkpoint's ``state["model"]``."""
-    return ModelConfig(**{**model, "rope": RopeConfig(**model["rope"])})
+    moe = dict(model.get("moe", {}))
+    moe["router"] = RouterConfig(**moe.get("router", {}))
+    nested = {"rope": RopeConfig(**model["rope"]), "mla": MlaConfig(**model.get("mla", {})), "moe": MoeConfig(**moe)}
+    return ModelConfig(**{**model, **nested})
 
 
 def _slices(weights: Iterator[tuple[str, Tensor]], where: Mapping[str, Sharding]) -> Iterator[tuple[str, Tensor]]:
     """This rank's slice of each whole tensor."""
     for name, whole in weights:
-        placement = where[name].placement
-        if placement.dim is not None:
-            whole = whole.narrow(placement.dim, placement.start, placement.stop - placement.start)
-        yield name, whole
+        yield name, where[name].placement.of(whole)
 
 
 def _computed(config: ModelConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..configs.schema import Config
-from ..models.flops import step_flops, unmasked_pairs
+from ..models.flops import layer_flops
 from ..models.stages import Split
 from ..parallel.pipeline import schedules
 from ..parallel.pipeline.check import check
@@ -41,15 +41,13 @@ class Pipeline:
         assert p.schedule is not None and p.chunks is not None
         placement = schedules.placement(p.schedule, ranks, p.chunks)
         is_balanced = p.vocab == "balanced" and ranks > 1
-        layer, head = _costs(cfg)
+        *costs, head = layer_flops(cfg.model, cfg.train.seq_len)
         if p.layers == "auto":
-            counts = partition(
-                [layer] * cfg.model.layers, len(placement), last=0.0 if is_balanced else head, placement=placement
-            )
+            counts = partition(costs, len(placement), last=0.0 if is_balanced else head, placement=placement)
         else:
             counts = tuple(p.layers)
-        times = _times(cfg, counts, placement, layer, head, balanced=is_balanced)
-        return Pipeline(placement, Split.of(counts, balanced=is_balanced), times)
+        split = Split.of(counts, balanced=is_balanced)
+        return Pipeline(placement, split, _times(cfg, split, placement, costs, head))
 
     @property
     def ends(self) -> tuple[int, int]:
@@ -108,24 +106,15 @@ def evaluation_program(cfg: Config, pipeline: Pipeline, microbatches: int) -> Pr
     return program
 
 
-def _costs(cfg: Config) -> tuple[float, float]:
-    """FLOPs of a forward pass of one sequence in one layer, and in the head."""
-    length = cfg.train.seq_len
-    flops = step_flops(cfg.model, length, unmasked_pairs([length], cfg.model.window))
-    return (flops.projections + flops.attention + flops.ffn) / cfg.model.layers / 3, flops.head / 3
-
-
-def _times(
-    cfg: Config, counts: Sequence[int], placement: Sequence[int], layer: float, head: float, *, balanced: bool
-) -> Times:
+def _times(cfg: Config, split: Split, placement: Sequence[int], costs: Sequence[float], head: float) -> Times:
+    """Of the passes through each stage; `costs` of the layers and of the head are in one unit."""
     ranks = max(placement) + 1
-    unit = cfg.model.layers * layer / ranks
-    layer, head = layer / unit, head / unit
-    forward = [count * layer for count in counts]
+    unit = sum(costs) / ranks
+    forward, head = [sum(costs[layer] for layer in layers) / unit for layers in split.layers], head / unit
     again = 1.0 if cfg.memory.recompute == "full" else 0.0
     grad = [(1.0 + again) * f for f in forward]
     weight = list(forward)
-    if balanced:
+    if split.balanced:
         # Three GEMMs over the vocabulary: two of them in S with one barrier, in T with two.
         gemm = head / ranks
         two_first = cfg.parallel.pipeline.vocab_barriers == 1

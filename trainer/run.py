@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ..configs import Problem, UserError, to_yaml
 from ..configs.schema import Config
+from ..models.flops import layer_windows
 from ..parallel import record_view
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import Mesh
@@ -62,7 +63,7 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
         seq_len=cfg.train.seq_len,
         vocab=cfg.model.vocab or 0,
         seed=cfg.train.seed,
-        window=cfg.model.window,
+        windows=layer_windows(cfg.model),
         progress=mesh.is_first,
     )
     parts = make_model(cfg, mesh, device)

@@ -148,7 +148,11 @@ class Stepper:
     def _prepared(self, batch: MicroBatch, step: int, scale: float) -> Inputs:
         """A micro-batch on the device; `batch` is on the host, where reading its sample numbers costs nothing."""
         moved, draws = batch.to(self.device), self._draws(batch, step)
-        return Inputs(moved.tokens, moved.labels, scale, moved.positions, moved.documents, draws)
+        return Inputs(moved.tokens, moved.labels, scale, moved.positions, moved.documents, draws, self._share(step))
+
+    def _share(self, step: int) -> float:
+        """A micro-batch's share in the balancing losses of a training step."""
+        return self.cfg.train.micro_batch / self.cfg.train.global_batch if step >= 0 else 0.0
 
     def _draws(self, batch: MicroBatch, step: int) -> Draws | None:
         if not self.cfg.model.dropout or not torch.is_grad_enabled():

@@ -47,7 +47,7 @@ class _Issued:
     result: StepResult
     lr: float
     valid: int
-    pairs: int
+    pairs: float
     data_s: float
 
 

@@ -18,20 +18,12 @@ from pentad.parallel.global_tensor import GlobalTensor, Placement, boxes
 @st.composite
 def _runs(draw: st.DrawFn) -> tuple[Placement, int, int]:
     shape = tuple(draw(st.lists(st.integers(1, 5), max_size=4)))
-    placement = Placement.whole(shape)
-    if shape and draw(st.booleans()):
-        dim = draw(st.integers(0, len(shape) - 1))
-        start = draw(st.integers(0, shape[dim]))
-        placement = Placement(shape, dim, start, draw(st.integers(start, shape[dim])))
+    offsets = tuple(draw(st.integers(0, size)) if draw(st.booleans()) else 0 for size in shape)
+    sizes = tuple(draw(st.integers(0, size - start)) for size, start in zip(shape, offsets, strict=True))
+    placement = Placement(shape, offsets, sizes)
     numel = math.prod(placement.local_shape)
     start = draw(st.integers(0, numel))
     return placement, start, draw(st.integers(start, numel))
-
-
-def _slice(whole: torch.Tensor, placement: Placement) -> torch.Tensor:
-    if placement.dim is None:
-        return whole
-    return whole.narrow(placement.dim, placement.start, placement.stop - placement.start)
 
 
 def _numbered(shape: tuple[int, ...]) -> torch.Tensor:
@@ -43,7 +35,7 @@ def _numbered(shape: tuple[int, ...]) -> torch.Tensor:
 def test_boxes_are_exactly_the_run(run: tuple[Placement, int, int]) -> None:
     placement, start, stop = run
     whole = _numbered(placement.global_shape)
-    expected = _slice(whole, placement).reshape(-1)[start:stop]
+    expected = placement.of(whole).reshape(-1)[start:stop]
     found = boxes(placement, start, stop)
     parts = []
     for box in found:
@@ -60,7 +52,7 @@ def test_boxes_are_exactly_the_run(run: tuple[Placement, int, int]) -> None:
 @given(_runs())
 def test_views_share_the_memory_of_the_data(run: tuple[Placement, int, int]) -> None:
     placement, start, stop = run
-    data = _slice(_numbered(placement.global_shape), placement).reshape(-1)[start:stop].clone()
+    data = placement.of(_numbered(placement.global_shape)).reshape(-1)[start:stop].clone()
     tensor = GlobalTensor(placement, start, stop, data)
     assert tuple(tensor.shape) == placement.global_shape
     for box in tensor.boxes:
@@ -92,11 +84,14 @@ def test_dcp_with_its_own_planners_saves_and_reshards(tmp_path: Path) -> None:
     load(plain, checkpoint_id=tmp_path, no_dist=True)
     assert torch.equal(plain["w"], whole) and torch.equal(plain["s"], scalar)
 
-    slices = [Placement(whole.shape, 1, 0, 3), Placement(whole.shape, 1, 3, 7)]
+    slices = [
+        Placement(tuple(whole.shape), (0, 0), (whole.shape[0], 3)),
+        Placement(tuple(whole.shape), (0, 3), (whole.shape[0], 4)),
+    ]
     for placement in slices:
         data = torch.zeros(9)
         load({"w": GlobalTensor(placement, 2, 11, data)}, checkpoint_id=tmp_path, no_dist=True)
-        assert torch.equal(data, _slice(whole, placement).reshape(-1)[2:11])
+        assert torch.equal(data, placement.of(whole).reshape(-1)[2:11])
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

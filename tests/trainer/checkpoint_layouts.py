@@ -87,7 +87,7 @@ def _piece(place: Placement, run: tuple[int, int], value: Tensor | None) -> Glob
     bucket = torch.full((run[1] - run[0] + 5,), math.nan)
     data = bucket[2 : 2 + run[1] - run[0]]
     if value is not None:
-        local = value if place.dim is None else value.narrow(place.dim, place.start, place.stop - place.start)
+        local = place.of(value)
         data.copy_(local.reshape(-1)[run[0] : run[1]])
     return GlobalTensor(place, *run, data)
 

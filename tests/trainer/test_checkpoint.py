@@ -89,7 +89,7 @@ def _against_dtensor(rank: int, world: int, folder: Path) -> None:
     whole = torch.arange(77.0).reshape(7, 11)  # uneven in both dimensions
     theirs = distribute_tensor(whole, mesh, [Shard(1), Shard(0)])
     save({"w": theirs}, checkpoint_id=folder / "theirs")
-    place = Placement((7, 11), 1, 0, 6) if rank < 2 else Placement((7, 11), 1, 6, 11)
+    place = Placement((7, 11), (0, 0), (7, 6)) if rank < 2 else Placement((7, 11), (0, 6), (7, 5))
     local = whole[:, place.start : place.stop].reshape(-1)
     run = (0, 19) if rank % 2 else (19, len(local))
     data = torch.zeros(run[1] - run[0])

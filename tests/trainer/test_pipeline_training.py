@@ -90,8 +90,7 @@ def assembled(ranks: list[Trained]) -> dict[str, torch.Tensor]:
     for _, slices in ranks:
         for name, (placement, value) in slices.items():
             target = whole.setdefault(name, torch.full(placement.global_shape, torch.nan, dtype=value.dtype))
-            if placement.dim is not None:
-                target = target.narrow(placement.dim, placement.start, placement.stop - placement.start)
+            target = placement.of(target)
             assert torch.isnan(target).all() or torch.equal(target, value), name
             target.copy_(value)
     assert not any(torch.isnan(value).any() for value in whole.values())

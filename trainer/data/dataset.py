@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -27,7 +30,7 @@ class MicroBatch:
     (counted from 0 in each sequence) are None unless documents are masked from each other. ``samples`` are run-wide
     numbers, step * global_batch + sequence. ``valid`` counts labels that are not -1; ``pairs`` is twice the unmasked
     attention pairs: the squared length of every document (of every sequence, without document mask), and less where
-    the model attends through a sliding window.
+    the model attends through a sliding window. It is the mean over the model's layers, whose windows may differ.
     """
 
     tokens: torch.Tensor  # int64 [b, T]
@@ -36,7 +39,7 @@ class MicroBatch:
     documents: torch.Tensor | None  # int32 [b, T]
     samples: torch.Tensor  # int64 [b]
     valid: int
-    pairs: int
+    pairs: float
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> MicroBatch:
         """The same micro-batch with its tensors on ``device``."""
@@ -63,12 +66,17 @@ class Split:
     seq_len: int
     vocab: int
     document_mask: bool
-    window: int | None = None
+    windows: tuple[int | None, ...] = (None,)
 
-    @property
-    def reach(self) -> int:
-        """Tokens that a token may attend to, itself included."""
-        return self.seq_len if self.window is None else min(self.window, self.seq_len)
+    @cached_property
+    def _reaches(self) -> Counter[int]:
+        """Tokens that a token may attend to, itself included, and the number of layers where these are so many."""
+        return Counter(self.seq_len if w is None else min(w, self.seq_len) for w in self.windows)
+
+    def _mean(self, pairs: Callable[[int], int]) -> float:
+        """The mean of `pairs(reach)` over the layers."""
+        found = [(layers, pairs(reach)) for reach, layers in self._reaches.items()]
+        return sum(layers * each for layers, each in found) / self._reaches.total() if len(found) > 1 else found[0][1]
 
     @property
     def sequences(self) -> int:
@@ -91,7 +99,7 @@ class Split:
             size = micro_batch * self.seq_len
             return MicroBatch(
                 torch.from_numpy(tokens), torch.from_numpy(labels), None, None, torch.from_numpy(samples),
-                valid=size, pairs=micro_batch * (2 * self.reach * self.seq_len - self.reach**2),
+                valid=size, pairs=micro_batch * self._mean(self._whole),
             )  # fmt: skip
         begins = np.zeros(rows.shape, bool)
         for s in np.unique(source):
@@ -110,10 +118,14 @@ class Split:
             torch.from_numpy(samples),
             valid=int((labels != IGNORED).sum()),
             # L^2 is the sum of the first L odd numbers; a window adds 2 r for each token beyond its reach r.
-            pairs=int(np.where(positions < self.reach, 2 * positions + 1, 2 * self.reach).sum()),
+            pairs=self._mean(lambda reach: int(np.where(positions < reach, 2 * positions + 1, 2 * reach).sum())),
         )
 
-    def global_counts(self, step: int, *, global_batch: int) -> tuple[int, int]:
+    def _whole(self, reach: int) -> int:
+        """Twice the pairs of a sequence that is one document."""
+        return 2 * reach * self.seq_len - reach**2
+
+    def global_counts(self, step: int, *, global_batch: int) -> tuple[int, float]:
         """(valid labels, pairs) of a step's whole global batch, the same on every rank without communication.
 
         A constant without document mask. With it, two bisections of the index per sequence, or, where documents end
@@ -121,15 +133,15 @@ class Split:
         """
         size = global_batch * self.seq_len
         if not self.document_mask:
-            return size, global_batch * (2 * self.reach * self.seq_len - self.reach**2)
+            return size, global_batch * self._mean(self._whole)
         source, starts = self._locate(np.arange(step * global_batch, (step + 1) * global_batch))
-        valid, pairs = size, 0
+        valid = size
+        found: list[tuple[Boundaries, int]] = []
         for s in np.unique(source):
             at = starts[source == s]
-            found: Boundaries = self.streams[s].boundaries(at, self.seq_len)
-            valid -= len(found.offset)
-            pairs += pair_sum(found, len(at), self.seq_len, self.reach)
-        return valid, pairs
+            found.append((self.streams[s].boundaries(at, self.seq_len), len(at)))
+            valid -= len(found[-1][0].offset)
+        return valid, self._mean(lambda reach: sum(pair_sum(cuts, n, self.seq_len, reach) for cuts, n in found))
 
     def _locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         source, window = self.sampler.locate(samples)
@@ -163,9 +175,17 @@ class Dataset:
 
 
 def open_data(
-    cfg: DataConfig, *, seq_len: int, vocab: int, seed: int, window: int | None = None, progress: bool = True
+    cfg: DataConfig,
+    *,
+    seq_len: int,
+    vocab: int,
+    seed: int,
+    windows: Sequence[int | None] = (None,),
+    progress: bool = True,
 ) -> Dataset:
     """Open (and, the first time, tokenize) the sources of ``cfg``; may be called by all ranks at once.
+
+    ``windows`` are the sliding windows of the model's layers, None for full attention (`models.flops.layer_windows`).
 
     Raises UserError for files that are missing, damaged or too small, and for token ids that do not fit ``vocab``.
     """
@@ -182,9 +202,9 @@ def open_data(
     problems = [split for split in splits if isinstance(split, Problem)]
     if problems:
         raise UserError(*problems)
-    windows, held = zip(*(split for split in splits if not isinstance(split, Problem)), strict=True)
-    sampler = Sampler(windows, held, make_pattern(weights), seed)
-    train = Split(tuple(streams), sampler, seq_len, vocab, cfg.document_mask, window)
+    samples, held = zip(*(split for split in splits if not isinstance(split, Problem)), strict=True)
+    sampler = Sampler(samples, held, make_pattern(weights), seed)
+    train = Split(tuple(streams), sampler, seq_len, vocab, cfg.document_mask, tuple(windows))
     evaluate = dataclasses.replace(sampler, evaluate=True)
     return Dataset(
         train=train,

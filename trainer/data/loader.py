@@ -26,7 +26,7 @@ class _Item:
     """One micro-batch, and the (valid labels, pairs) of the global batch that it belongs to."""
 
     batch: MicroBatch
-    counts: tuple[int, int]
+    counts: tuple[int, float]
 
 
 class Loader:
@@ -57,7 +57,7 @@ class Loader:
         self._split, self._global_batch = split, global_batch
         self._next, self._steps = start_step, steps
         self.wait_s = 0.0
-        self.counts = (0, 0)
+        self.counts: tuple[int, float] = (0, 0)
         pin = torch.cuda.is_available() if pin_memory is None else pin_memory
         shape = (global_batch, micro_batch, dp_rank, dp_size)
         self._items = _items(split, range(start_step, steps), shape, pin)
@@ -84,7 +84,7 @@ class Loader:
         self._next += 1
         return [item.batch for item in items]
 
-    def global_counts(self, step: int) -> tuple[int, int]:
+    def global_counts(self, step: int) -> tuple[int, float]:
         """(valid labels, pairs) of any step's global batch, the same on every rank."""
         return self._split.global_counts(step, global_batch=self._global_batch)
 

@@ -12,7 +12,7 @@ import torch
 from pentad.configs.errors import UserError
 from pentad.configs.schema import BinData, BlendData, DataConfig, JsonlData, TextData
 from pentad.trainer.data import packing
-from pentad.trainer.data.dataset import Dataset, MicroBatch, open_data
+from pentad.trainer.data.dataset import Dataset, MicroBatch, Split, open_data
 from pentad.trainer.data.indexed import IndexedReader, IndexedWriter
 from pentad.trainer.data.packing import TokenStream
 from pentad.trainer.data.tokenizer import check_vocab
@@ -211,7 +211,7 @@ def test_boundaries_of_many_windows_match_a_scan(tmp_path: Path) -> None:
 @pytest.mark.parametrize("window", [1, 6, T, 3 * T])
 def test_pairs_with_a_sliding_window_equal_a_count(tmp_path: Path, mask: bool, window: int) -> None:
     cfg = BinData(paths=(write(tmp_path / "x", make_documents(4)),), document_mask=mask, holdout=0)
-    data = open_data(cfg, seq_len=T, vocab=VOCAB, seed=0, progress=False, window=window)
+    data = open_data(cfg, seq_len=T, vocab=VOCAB, seed=0, progress=False, windows=[window])
     batch = data.train.batch(0, 0, global_batch=20, micro_batch=20)
     owners = torch.zeros(20, T, dtype=torch.int32) if batch.documents is None else batch.documents
     wanted = 0
@@ -221,3 +221,17 @@ def test_pairs_with_a_sliding_window_equal_a_count(tmp_path: Path, mask: bool, w
         wanted -= sum(min(row.count(d), window) for d in set(row))
     assert batch.pairs == wanted
     assert data.train.global_counts(0, global_batch=20) == (batch.valid, wanted)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_pairs_of_layers_with_different_windows_are_their_mean(tmp_path: Path, mask: bool) -> None:
+    cfg = BinData(paths=(write(tmp_path / "x", make_documents(4)),), document_mask=mask, holdout=0)
+
+    def split(*windows: int | None) -> Split:
+        return open_data(cfg, seq_len=T, vocab=VOCAB, seed=0, progress=False, windows=windows).train
+
+    stacks: list[tuple[int | None, ...]] = [(6,), (None,), (6, None, 6)]
+    near, all_, mixed = (split(*windows).batch(0, 0, global_batch=20, micro_batch=20) for windows in stacks)
+    assert near.pairs < all_.pairs
+    assert mixed.pairs == pytest.approx((2 * near.pairs + all_.pairs) / 3, rel=1e-15)
+    assert split(6, None, 6).global_counts(0, global_batch=20) == (mixed.valid, pytest.approx(mixed.pairs, rel=1e-15))

@@ -1,0 +1,82 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+Keys and values of all heads are made from one narrow latent vector per token, queries too where they are compressed.
+Only a part of each head turns with the position, and the key's turning part is one for all heads:
+
+    x ─ kv_down ─┬─ latent (r) ─ norm ─ kv_up ─▶ per head: key (n), value (e)
+                 └─ rotary key (p), for all heads
+    x ─ q_down ─ norm ─ q_up ─▶ per head: query (n + p)          or  x ─ q ─▶
+
+Shapes: N = B · T tokens, H heads, r = kv_rank, n = nope_dim, p = rope_dim, e = value_dim. The tokens at the narrow
+places may be fewer than N, and the heads fewer than the model's: the projections decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..configs.schema import ModelConfig
+from .attention import Core, attend
+from .functional import rotate
+from .linear import Linear, project
+from .masks import Mask
+from .norms import RmsNorm
+from .sequences import Sequences
+
+
+def all_at_hand(x: Tensor) -> Tensor:
+    """The tokens at the narrow places are all tokens."""
+    return x
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention in its training form: keys and values are expanded to all heads.
+
+    `gather_tokens` is replaceable from outside: the rotary key (n', p) of the tokens at hand → (N, p) of all tokens.
+    """
+
+    def __init__(self, cfg: ModelConfig, index: int) -> None:
+        super().__init__()
+        mla = cfg.mla
+        width = mla.nope_dim + mla.rope_dim
+        self.mla, self.scale = mla, width**-0.5 * cfg.rope.score_factor
+        self.window, self.interleaved = cfg.window_of(index), cfg.rope.interleaved
+        compressed = mla.q_rank is not None
+        self.q = None if compressed else Linear(cfg.hidden, cfg.heads * width)
+        if mla.q_rank is not None:
+            self.q_down = Linear(cfg.hidden, mla.q_rank, cfg.qkv_bias)
+            self.q_norm = RmsNorm(mla.q_rank, cfg.norm_eps)
+            self.q_up = Linear(mla.q_rank, cfg.heads * width)
+        self.kv_down = Linear(cfg.hidden, mla.kv_rank + mla.rope_dim, cfg.qkv_bias)
+        self.kv_norm = RmsNorm(mla.kv_rank, cfg.norm_eps)
+        self.kv_up = Linear(mla.kv_rank, cfg.heads * (mla.nope_dim + mla.value_dim))
+        self.out = Linear(cfg.heads * mla.value_dim, cfg.hidden, cfg.out_bias)
+        self.gather_tokens: Callable[[Tensor], Tensor] = all_at_hand
+        self.core: Core = attend
+
+    def forward(self, x: Tensor, seq: Sequences) -> Tensor:
+        """x (N, h) → (N, h)."""
+        if self.q is not None:
+            q, low = self.q(x), self.kv_down(x)
+        else:
+            q, low = project(x, self.q_down, self.kv_down)
+            q = self.q_up(self.q_norm(q))
+        latent, turning = low.split((self.mla.kv_rank, self.mla.rope_dim), dim=-1)
+        turning = self.gather_tokens(turning)
+        expanded = self.kv_up(self.kv_norm(latent))
+        shape = (seq.batch, seq.length, -1)
+        q = q.view(*shape, self.mla.nope_dim + self.mla.rope_dim)
+        turning = turning.view(*shape, self.mla.rope_dim)
+        still, v = expanded.view(*shape, self.mla.nope_dim + self.mla.value_dim).split(
+            (self.mla.nope_dim, self.mla.value_dim), dim=-1
+        )
+        if seq.cos is not None and seq.sin is not None:
+            q, turning = (rotate(y, seq.cos, seq.sin, self.interleaved) for y in (q, turning))
+        # Heads first in memory, as attention wants them.
+        parts = still.transpose(1, 2), turning.transpose(1, 2).expand(-1, still.shape[2], -1, -1)
+        k = torch.cat(parts, dim=-1).transpose(1, 2)
+        y = self.core(q, k, v, Mask(self.window, seq.documents), self.scale)
+        return self.out(y.reshape(seq.batch * seq.length, -1))

@@ -1,0 +1,72 @@
+"""The mixture-of-experts layer.
+
+Shapes: n tokens, K experts per token, R = rows that the experts of this device get, E experts on it, f inner width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..configs.schema import ModelConfig
+from ..parallel.expert.dispatch import AllToAll, Dispatcher
+from ..parallel.grouped import Groups
+from ..parallel.mesh import Axis
+from .dropout import Draws
+from .feed_forward import FeedForward
+from .functional import swiglu, swiglu_clipped
+from .linear import GroupedLinear, Linear, project_grouped
+from .router import Router
+from .sequences import Sequences
+
+
+class Experts(nn.Module):
+    """Feed-forward networks side by side, each for its own rows."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        moe, h = cfg.moe, cfg.hidden
+        f = moe.ffn or cfg.ffn
+        gated = cfg.activation.startswith("swiglu")
+        self.gate = GroupedLinear(moe.experts, h, f, moe.bias) if gated else None
+        self.up = GroupedLinear(moe.experts, h, f, moe.bias)
+        self.down = GroupedLinear(moe.experts, f, h, moe.bias)
+        self.gated = swiglu_clipped if cfg.activation == "swiglu_clipped" else swiglu
+        self.approximate = "tanh" if cfg.activation == "gelu_tanh" else "none"
+
+    def forward(self, rows: Tensor, groups: Groups, weights: Tensor | None = None) -> Tensor:
+        """rows (R, h), expert by expert → (R, h), multiplied by weights (R,) where these are given."""
+        if self.gate is not None:
+            hidden = self.gated(*project_grouped(rows, groups, self.gate, self.up))
+        else:
+            hidden = F.gelu(self.up(rows, groups), approximate=self.approximate)
+        if weights is not None:
+            hidden = hidden * weights.unsqueeze(-1)
+        return self.down(hidden, groups)
+
+
+class Moe(nn.Module):
+    """Routed experts, and a shared one that every token passes (DeepSeekMoE, arXiv 2401.06066)."""
+
+    def __init__(self, cfg: ModelConfig, index: int) -> None:
+        super().__init__()
+        moe = cfg.moe
+        self.router = Router(cfg, index)
+        self.experts = Experts(cfg)
+        self.shared = FeedForward(cfg, moe.shared) if moe.shared else None
+        self.shared_gate = Linear(cfg.hidden, 1) if moe.shared and moe.shared_gate else None
+        alone = Axis.single("ep")
+        self.dispatch: Dispatcher = AllToAll(moe.experts, alone, alone, weigh_before=moe.weigh == "before")
+
+    def forward(self, x: Tensor, seq: Sequences, draws: Draws | None = None) -> Tensor:
+        """x (n, h) → (n, h)."""
+        routing = self.router(x, seq, draws)
+        y, shared = self.dispatch(x, routing, self.experts, lambda: self._shared(x))
+        return y if shared is None else y + shared
+
+    def _shared(self, x: Tensor) -> Tensor | None:
+        if self.shared is None:
+            return None
+        y = self.shared(x)
+        return y if self.shared_gate is None else y * torch.sigmoid(self.shared_gate(x))
