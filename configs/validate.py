@@ -25,7 +25,18 @@ _POSITIVE = [
     "model.vocab",
     "model.max_positions",
     "model.window",
+    "model.window_every",
     "model.rope.original_positions",
+    "model.mla.q_rank",
+    "model.mla.nope_dim",
+    "model.mla.rope_dim",
+    "model.mla.value_dim",
+    "model.moe.top_k",
+    "model.moe.ffn",
+    "model.moe.every",
+    "model.moe.router.groups",
+    "model.moe.router.groups_kept",
+    "model.moe.router.group_members",
     "parallel.tp",
     "parallel.pp",
     "parallel.cp",
@@ -55,6 +66,16 @@ _NOT_NEGATIVE = [
     "checkpoint.every",
     "checkpoint.keep",
     "model.init_std",
+    "model.mtp",
+    "model.mtp_loss",
+    "model.mla.kv_rank",
+    "model.moe.experts",
+    "model.moe.shared",
+    "model.moe.dense_layers",
+    "model.moe.router.bias_rate",
+    "model.moe.router.null_experts",
+    "model.moe.router.aux_loss",
+    "model.moe.router.z_loss",
 ]
 _ABOVE_ZERO = [
     "model.norm_eps",
@@ -65,13 +86,16 @@ _ABOVE_ZERO = [
     "model.rope.beta_fast",
     "model.rope.beta_slow",
     "model.rope.attention_factor",
+    "model.rope.score_factor",
+    "model.moe.capacity_factor",
+    "model.moe.router.scale",
     "parallel.data.bucket_mib",
     "optim.eps",
     "faults.timeout_s",
     "hardware.peak_tflops",
     "hardware.memory_gib",
 ]
-_FRACTIONS = ["model.dropout", "data.holdout", "optim.beta1", "optim.beta2", "optim.momentum"]
+_FRACTIONS = ["model.dropout", "model.moe.router.jitter", "data.holdout", "optim.beta1", "optim.beta2", "optim.momentum"]
 _NOT_AVAILABLE = {"cp": "context parallelism"}
 
 

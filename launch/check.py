@@ -12,7 +12,7 @@ from rich.table import Table
 from ..configs import Config, load
 from ..models.flops import CONVENTION, flops_per_token, flops_per_token_full_attention, parameter_count
 from ..trainer.pipeline import Pipeline
-from .memory import GIB, Memory, estimate
+from .memory import GIB, Memory, estimate, expert_replicas
 from .train import world_size
 
 
@@ -32,10 +32,15 @@ def check(config: str, overrides: Sequence[str]) -> None:
     if available is not None and memory.total > available * GIB:
         message = (
             f"warning: about {memory.total / GIB:.3g} GiB per rank are needed and hardware.memory_gib={available:g}; "
-            "raise parallel.tp, parallel.pp or parallel.dp (with parallel.data.sharding=fsdp), "
-            "lower train.micro_batch, or set memory.recompute=full"
+            f"raise {_what_to_raise(cfg)}, lower train.micro_batch, or set memory.recompute=full"
         )
         print(message, file=sys.stderr)
+
+
+def _what_to_raise(cfg: Config) -> str:
+    if cfg.model.moe.experts:
+        return "parallel.ep, parallel.tp or parallel.pp"
+    return "parallel.tp, parallel.pp or parallel.dp (with parallel.data.sharding=fsdp)"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -54,6 +59,8 @@ def _layout(cfg: Config) -> Table:
     table = _table("layout")
     degrees = " × ".join(f"{axis} {size}" for axis, size in (("tp", p.tp), ("cp", p.cp), ("dp", dp), ("pp", p.pp)))
     table.add_row("ranks", f"{degrees} = {ranks}")
+    for row in _experts(cfg) if cfg.model.moe.experts else ():
+        table.add_row(*row)
     table.add_row("data parallelism", p.data.sharding)
     for row in _pipeline(cfg) if p.pp > 1 else ():
         table.add_row(*row)
@@ -62,6 +69,16 @@ def _layout(cfg: Config) -> Table:
     table.add_row("global batch", f"{t.global_batch} sequences = {batch}")
     table.add_row("tokens", f"{tokens:,} a step, {tokens * t.steps:,} in {t.steps:,} steps")
     return table
+
+
+def _experts(cfg: Config) -> list[tuple[str, str]]:
+    """The expert mesh and the layers that it serves, one row each."""
+    p, model, edp = cfg.parallel, cfg.model, expert_replicas(cfg)
+    moe = model.moe
+    mesh = f"etp {p.etp} × ep {p.ep} × edp {edp} = {p.etp * p.ep * edp}" + " of each stage" * (p.pp > 1)
+    share = f", {moe.experts // p.ep} on a rank" if p.ep > 1 else ""
+    layers = f"in {len(model.moe_layers)} of {model.layers} layers"
+    return [("ranks, for experts", mesh), ("experts", f"{moe.experts}, {moe.top_k} per token, {layers}{share}")]
 
 
 def _pipeline(cfg: Config) -> list[tuple[str, str]]:
@@ -86,7 +103,8 @@ def _model(cfg: Config, memory: Memory) -> Table:
     table = _table("model")
     table.add_row("parameters", f"{counts.total:,} ({counts.active:,} active per token)")
     where = f"pipeline rank {memory.rank}" if cfg.parallel.pp > 1 else "a rank"
-    table.add_row(f"parameters of {where}", f"{local.total:,}, before data parallel sharding")
+    experts = f" ({local.experts:,} in experts)" if local.experts else ""
+    table.add_row(f"parameters of {where}", f"{local.total:,}{experts}, before data parallel sharding")
     unmasked = flops_per_token(cfg.model, seq_len)
     table.add_row("FLOPs per token", f"{_engineering(unmasked)}, unmasked attention (mfu)")
     full = flops_per_token_full_attention(cfg.model, seq_len)
@@ -100,8 +118,7 @@ def _memory(cfg: Config, memory: Memory) -> Table:
     table = _table(f"memory of {where} (estimate)", "part", "GiB", "how")
     precise = "fp64" if cfg.train.dtype == "fp64" else "fp32"
     sharded = cfg.parallel.data.sharding
-    share = (cfg.parallel.dp or 1) * cfg.parallel.cp
-    over = f", sharded over {share}" if sharded != "ddp" and share > 1 else ""
+    over = _sharded_over(cfg) if sharded != "ddp" else ""
     parameters = f"{precise} masters{over}" if sharded == "fsdp" else cfg.train.dtype
     rows = [
         ("parameters", memory.parameters, parameters),
@@ -119,6 +136,14 @@ def _memory(cfg: Config, memory: Memory) -> Table:
     available = cfg.hardware.memory_gib
     table.add_row("total", f"{memory.total / GIB:.3f}", "" if available is None else f"of {available:g} GiB")
     return table
+
+
+def _sharded_over(cfg: Config) -> str:
+    share = (cfg.parallel.dp or 1) * cfg.parallel.cp
+    replicas = expert_replicas(cfg) if cfg.model.moe.experts else share
+    if replicas != share:
+        return f", sharded over {share}, experts over {replicas}"
+    return f", sharded over {share}" if share > 1 else ""
 
 
 def _in_flight(cfg: Config) -> str:
@@ -147,6 +172,9 @@ def print_flops(result: dict[str, Any]) -> None:
     table.add_row("FLOPs per token", f"{_engineering(result['flops_per_token'])}, unmasked attention (mfu)")
     table.add_row("", f"{_engineering(result['flops_per_token_full_attention'])}, full attention (mfu_full)")
     for kind, flops in result["breakdown"].items():
-        table.add_row(f"  {kind}", _engineering(flops))
+        if flops:
+            table.add_row(f"  {kind}", _engineering(flops))
+    if result["params_active"] < result["params_total"]:
+        table.add_row("for S-MFU (MoE-CAP)", _engineering(result["s_mfu_flops_per_token"]))
     console.print(table)
     console.print(result["convention"], style="dim", soft_wrap=True)

@@ -10,28 +10,38 @@ P parameters of one rank, b bytes of train.dtype and m bytes of the precise type
     optimizer states    s P m             s P m / r          s P m / r       s: 2 AdamW, 1 SGD with momentum, 0 SGD
     gathered layers                                          (the two largest layers + the rest) b
 
+Routed experts are divided by ep and etp, and r is t dp cp / (ep etp) for them.
+
 Activations are what backward needs. Elements per layer and rank, with q and k the widths of all query and all key
 heads of one rank, f the feed-forward width of one rank, h the hidden size:
 
     residual stream and norms     4 N h / t         inputs and outputs of both norms (sequence parallel)
     attention                     N (2 q + 2 k)     rotated queries and keys, values, result; N (q + k) for QK-norm
+    latent attention              N (3 q + 2 v)     queries, keys, keys and values expanded (q - p, v), result (v)
+                                                    and the narrow vectors, normalised and not, once in t ranks
     feed-forward                  3 N f             gate, up, their product (2 N f without a gate)
+    experts                       R (2 h + 3 f)     their inputs, inner vectors and results, R = N K etp / t rows;
+                                                    R (h + 3 f) with moe.weigh=before
+    router                        2 N E / t         logits and scores
 
-and once 3 N h / t around the final norm and the head; with memory.recompute=full only N h / t per layer. A rank of a
-pipeline holds those of its stages for as many micro-batches as its program has in flight. A balanced vocabulary adds
-N (V / (t pp) + h) from the head's forward to its gradient. Working memory is the larger of two moments: the head with
-the logits of one chunk of tokens (all tokens where it is balanced), and the backward pass of one feed-forward network
-(of one whole layer with recompute).
+The experts' rows are those of an even load (nothing dropped; with moe.pad times moe.capacity_factor): a rank whose
+experts are sought after has more. And once 3 N h / t around the final norm and the head; with memory.recompute=full only N h / t per layer. A rank
+of a pipeline holds those of its stages for as many micro-batches as its program has in flight. A balanced vocabulary
+adds N (V / (t pp) + h) from the head's forward to its gradient. Working memory is the larger of two moments: the head
+with the logits of one chunk of tokens (all tokens where it is balanced), and the backward pass of one feed-forward
+network or of the experts of one layer (of one whole layer with recompute).
 
 Not counted: the device's context, communication buffers, fragmentation, attention's own workspace.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..configs import Config, ModelConfig
 from ..configs.schema import AdamWConfig, SgdConfig
+from ..models.counts import active_experts, matrices_of
 from ..models.transformer import Part
 from ..parallel.pipeline.memory import ActivationBytes, peak_bytes
 from ..trainer.pipeline import Pipeline, compute_program
@@ -44,10 +54,12 @@ _BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 @dataclass(frozen=True, kw_only=True)
 class LocalParameters:
-    """Parameters of one rank after tensor and pipeline parallelism."""
+    """Parameters of one rank after tensor, expert and pipeline parallelism."""
 
     layer: int
-    """Of one transformer layer."""
+    """Of its largest transformer layer."""
+    experts: int
+    """Routed experts of all its layers."""
     rest: int
     """Embedding, learned positions, final norm and head."""
     total: int
@@ -78,26 +90,36 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class _Widths:
-    """Widths of one rank's part: query heads together, key heads together, feed-forward, vocabulary."""
+    """Widths of one rank's part: query heads together, key heads together, networks, vocabulary."""
 
     q: int
     kv: int
+    value: int
+    """Of all heads' results."""
     ffn: int
+    shared: int
+    expert: int
     vocab: int
 
 
-def _widths(model: ModelConfig, tp: int) -> _Widths:
+def _widths(model: ModelConfig, tp: int, etp: int = 1) -> _Widths:
     kv_heads, head_dim = model.kv_heads or model.heads, model.head_dim or model.hidden // model.heads
+    q = model.heads * head_dim // tp
     # Fewer key heads than ranks: each rank keeps a copy of one.
     return _Widths(
-        q=model.heads * head_dim // tp,
+        q=q,
         kv=max(1, kv_heads // tp) * head_dim,
+        value=model.heads * model.mla.value_dim // tp if model.mla.kv_rank else q,
         ffn=model.ffn // tp,
+        shared=model.moe.shared // tp,
+        expert=(model.moe.ffn or 0) // etp,
         vocab=(model.vocab or 0) // tp,
     )
 
 
-def local_parameters(model: ModelConfig, tp: int, part: Part | None = None, *, shared: int = 1) -> LocalParameters:
+def local_parameters(
+    model: ModelConfig, tp: int, part: Part | None = None, *, shared: int = 1, ep: int = 1, etp: int = 1
+) -> LocalParameters:
     """Parameters of one rank; the model is resolved.
 
     Args:
@@ -105,20 +127,49 @@ def local_parameters(model: ModelConfig, tp: int, part: Part | None = None, *, s
         tp: tensor parallel ranks.
         part: what the rank's stages hold of it; none: everything.
         shared: pipeline ranks that share the vocabulary.
+        ep: ranks that share the experts.
+        etp: ranks that share each expert's inner width.
     """
     part = Part(tuple(range(model.layers))) if part is None else part
-    w, h = _widths(model, tp), model.hidden
+    w, h, moe = _widths(model, tp, etp), model.hidden, model.moe
     norm = h * (2 if model.norm == "layer" else 1)
-    head_dim = model.head_dim or h // model.heads
-    matrices = 3 if model.activation == "swiglu" else 2
-    layer = h * (2 * w.q + 2 * w.kv) + matrices * h * w.ffn + 2 * norm
-    layer += (w.q + 2 * w.kv) * model.qkv_bias + h * model.out_bias + 2 * head_dim * model.qk_norm
-    layer += ((matrices - 1) * w.ffn + h) * model.ffn_bias
+    around = _attention_parameters(model, w, tp) + 2 * norm
+    choices = moe.experts + moe.router.null_experts
+    beside = choices * (h + moe.router.logit_bias)
+    if moe.shared:
+        beside += _network(model, w.shared, model.ffn_bias) + h * moe.shared_gate
+    experts = moe.experts // ep * _network(model, w.expert, moe.bias)
+    routed = set(model.moe_layers).intersection(part.layers)
+    dense = _network(model, w.ffn, model.ffn_bias)
+    layers = [beside + experts if layer in routed else dense for layer in part.layers]
     # A tied table stands on the last stage too, unless that is on the first one's rank.
     tables = (part.embeds or part.predicts) if model.tied else part.embeds + part.predicts
     rest = norm * part.ends + w.vocab // shared * h * tables
     rest += (model.max_positions or 0) * h if model.position == "learned" and part.begins else 0
-    return LocalParameters(layer=layer, rest=rest, total=len(part.layers) * layer + rest)
+    return LocalParameters(
+        layer=around + max(layers, default=0) if layers else 0,
+        experts=len(routed) * experts,
+        rest=rest,
+        total=len(layers) * around + sum(layers) + rest,
+    )
+
+
+def _network(model: ModelConfig, width: int, bias: bool) -> int:
+    matrices = matrices_of(model)
+    return matrices * model.hidden * width + ((matrices - 1) * width + model.hidden) * bias
+
+
+def _attention_parameters(model: ModelConfig, w: _Widths, tp: int) -> int:
+    h, mla = model.hidden, model.mla
+    found = w.value * h + h * model.out_bias + model.heads // tp * model.sinks
+    if mla.kv_rank:
+        narrow = mla.kv_rank + mla.rope_dim + (mla.q_rank or 0)
+        found += (h + model.qkv_bias) * narrow + (narrow - mla.rope_dim)
+        expanded = model.heads // tp * (mla.nope_dim + mla.value_dim)
+        return found + mla.kv_rank * expanded + (h if mla.q_rank is None else mla.q_rank) * w.q
+    head_dim = model.head_dim or h // model.heads
+    norms = (w.q + w.kv if model.qk_norm_whole else 2 * head_dim) * model.qk_norm
+    return found + (h + model.qkv_bias) * (w.q + 2 * w.kv) + norms
 
 
 def estimate(cfg: Config) -> Memory:
@@ -134,7 +185,8 @@ def per_rank(cfg: Config) -> list[Memory]:
     found = []
     for rank, bytes_held in enumerate(activations):
         part = pipeline.split.part(pipeline.stages_of(rank))
-        local = local_parameters(cfg.model, cfg.parallel.tp, part, shared=shared)
+        p = cfg.parallel
+        local = local_parameters(cfg.model, p.tp, part, shared=shared, ep=p.ep, etp=p.etp)
         found.append(_on_rank(cfg, rank, part, local, bytes_held))
     return found
 
@@ -145,50 +197,75 @@ def _on_rank(cfg: Config, rank: int, part: Part, local: LocalParameters, activat
     share = dp * p.cp
     bits, precise = _BYTES[t.dtype], max(4, _BYTES[t.dtype])
     kept = local.total * precise
-    states = kept * _states_per_parameter(cfg)
     accumulates = t.global_batch > t.micro_batch * dp
     match p.data.sharding:
         case "fsdp":
             # FSDP2 keeps the layer in use and the next one gathered, and what is outside the layers all the time.
             gathered = (min(2, cfg.model.layers) * local.layer + local.rest) * bits
             parameters, gradients = kept // share, kept if accumulates else kept // share
-            masters, states = 0, states // share
-        case sharding:
-            divisor = share if sharding == "zero1" else 1
+            masters, sharded = 0, kept // share
+        case "zero1":
             parameters, gradients, gathered = local.total * bits, kept, 0
-            masters, states = (kept // divisor if bits < precise else 0), states // divisor
+            experts = local.experts * precise
+            sharded = (kept - experts) // share + experts // expert_replicas(cfg)
+            masters = sharded if bits < precise else 0
+        case "ddp":
+            parameters, gradients, gathered, sharded = local.total * bits, kept, 0, kept
+            masters = kept if bits < precise else 0
     return Memory(
         rank=rank,
         local=local,
         parameters=parameters,
         gradients=gradients,
         masters=masters,
-        states=states,
+        states=sharded * _states_per_parameter(cfg),
         gathered=gathered,
         activations=activations,
         working=_working(cfg, part, bits, precise),
     )
 
 
-def layer_elements(cfg: Config) -> int:
-    """Elements that the forward pass of a micro-batch through one layer makes for backward on one rank."""
-    m, w, stream = cfg.model, _widths(cfg.model, cfg.parallel.tp), _stream(cfg)
-    tokens = _tokens(cfg)
-    attention = tokens * (2 * w.q + 2 * w.kv + (w.q + w.kv) * m.qk_norm)
-    ffn = tokens * w.ffn * (3 if m.activation == "swiglu" else 2)
-    return 4 * stream + attention + ffn
+def expert_replicas(cfg: Config) -> int:
+    """Ranks of a pipeline stage that hold the same experts."""
+    p = cfg.parallel
+    return max(1, p.tp * p.cp * (p.dp or 1) // (p.ep * p.etp))
 
 
-def activation_elements(cfg: Config, layers: int | None = None, *, ends: bool = True) -> int:
+def layer_elements(cfg: Config, layer: int = 0) -> int:
+    """Elements that the forward pass of a micro-batch through a layer makes for backward on one rank."""
+    m, w, tokens, tp = cfg.model, _widths(cfg.model, cfg.parallel.tp, cfg.parallel.etp), _tokens(cfg), cfg.parallel.tp
+    inner = matrices_of(m)
+    if m.mla.kv_rank:
+        expanded = m.heads // tp * (m.mla.nope_dim + m.mla.value_dim)
+        narrow = 2 * (m.mla.kv_rank + (m.mla.q_rank or 0)) + m.mla.rope_dim
+        attention = tokens * (2 * w.q + expanded + w.value) + tokens * narrow // tp
+    else:
+        attention = tokens * (2 * w.q + 2 * w.kv + (w.q + w.kv) * m.qk_norm)
+    if layer not in m.moe_layers:
+        return 4 * _stream(cfg) + attention + tokens * w.ffn * inner
+    rows = _expert_rows(cfg) * (m.hidden * (1 if m.moe.weigh == "before" else 2) + w.expert * inner)
+    router = 2 * tokens * (m.moe.experts + m.moe.router.null_experts) // tp
+    return 4 * _stream(cfg) + attention + rows + router + tokens * w.shared * inner
+
+
+def _expert_rows(cfg: Config) -> int:
+    """Rows of the experts of one rank in a forward pass at even load."""
+    moe, p = cfg.model.moe, cfg.parallel
+    padded = moe.capacity_factor if moe.pad and moe.capacity_factor else 1.0
+    return round(_tokens(cfg) * active_experts(cfg.model) * padded * p.etp / p.tp)
+
+
+def activation_elements(cfg: Config, layers: Sequence[int] | None = None, *, ends: bool = True) -> int:
     """Elements that the forward pass of a micro-batch keeps for backward on one rank.
 
     Args:
         cfg: the job.
-        layers: how many it passes; none: all.
+        layers: indices of those that it passes; none: all.
         ends: it passes the final norm and the head.
     """
-    each = _stream(cfg) if cfg.memory.recompute == "full" else layer_elements(cfg)
-    return (cfg.model.layers if layers is None else layers) * each + 3 * _stream(cfg) * ends
+    full = cfg.memory.recompute == "full"
+    layers = range(cfg.model.layers) if layers is None else layers
+    return sum(_stream(cfg) if full else layer_elements(cfg, i) for i in layers) + 3 * _stream(cfg) * ends
 
 
 def _activations(cfg: Config, pipeline: Pipeline) -> list[int]:
@@ -204,7 +281,7 @@ def _activations(cfg: Config, pipeline: Pipeline) -> list[int]:
         head = _tokens(cfg) * (_widths(cfg.model, p.tp).vocab // p.pp + cfg.model.hidden) * bits
     sizes = ActivationBytes(
         activation=tuple(
-            float(activation_elements(cfg, len(mine), ends=stage == len(layers) - 1) * bits)
+            float(activation_elements(cfg, mine, ends=stage == len(layers) - 1) * bits)
             for stage, mine in enumerate(layers)
         ),
         head=(float(head),),
@@ -221,16 +298,20 @@ def _stream(cfg: Config) -> int:
 
 
 def _working(cfg: Config, part: Part, bits: int, precise: int) -> int:
-    w, tokens = _widths(cfg.model, cfg.parallel.tp), _tokens(cfg)
+    w, tokens = _widths(cfg.model, cfg.parallel.tp, cfg.parallel.etp), _tokens(cfg)
     balanced = cfg.parallel.pp > 1 and cfg.parallel.pipeline.vocab == "balanced"
     head = 0
     if part.predicts:
         at_once, vocab = (tokens, w.vocab // cfg.parallel.pp) if balanced else (min(HEAD_CHUNK, tokens), w.vocab)
         # Logits, their precise copy and their gradient; the tokens' hidden states and the gradients of those.
         head = at_once * vocab * (bits + 2 * precise) + 2 * tokens * cfg.model.hidden * bits
-    layer = layer_elements(cfg) * bits if cfg.memory.recompute == "full" else 0
-    ffn = (3 * w.ffn + 2 * cfg.model.hidden) * tokens * bits
-    return max(head, ffn + layer)
+    routed = set(cfg.model.moe_layers)
+    moments = [0]
+    for i in part.layers:
+        rows, width = (_expert_rows(cfg), w.expert) if i in routed else (tokens, w.ffn)
+        again = layer_elements(cfg, i) if cfg.memory.recompute == "full" else 0
+        moments.append(((3 * width + 2 * cfg.model.hidden) * rows + again) * bits)
+    return max(head, *moments)
 
 
 def _states_per_parameter(cfg: Config) -> int:

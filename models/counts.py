@@ -143,5 +143,6 @@ def _attention_vectors(model: ModelConfig) -> int:
     q, kv = m.heads * head_dim, kv_heads * head_dim
     found = m.hidden * m.out_bias + m.heads * m.sinks
     if mla.kv_rank:
-        return found + mla.kv_rank + (mla.q_rank or 0)
+        narrow = mla.kv_rank + (mla.q_rank or 0)
+        return found + narrow + (narrow + mla.rope_dim) * m.qkv_bias
     return found + (q + 2 * kv) * m.qkv_bias + (q + kv if m.qk_norm_whole else 2 * head_dim) * m.qk_norm

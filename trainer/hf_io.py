@@ -92,7 +92,7 @@ def load_initial(path: Path, parts: Parts, checkpointer: Checkpointer) -> None:
     if (path / "config.json").exists():
         given = model_config_from_hf(read_hf_config(path))
         check_same_model(given, parts.model.cfg, path)
-        parts.replicas.load(_slices(hf_weights(path, given), parts.where))
+        parts.load(_slices(hf_weights(path, given), parts.where))
         return
     try:
         verified = checkpointer.find_resume(path)
@@ -101,7 +101,7 @@ def load_initial(path: Path, parts: Parts, checkpointer: Checkpointer) -> None:
     assert verified is not None  # a named checkpoint is found or is an error
     check_same_model(model_config_from_state(read_state(verified)["model"]), parts.model.cfg, path)
     # Masters of a bf16 run are fp32, imported weights what their files held: any of them may start any run.
-    checkpointer.load(verified, model_tensors(parts.replicas), prefix="model/", cast=True)
+    checkpointer.load(verified, model_tensors(parts), prefix="model/", cast=True)
     parts.replicas.publish()
 
 
@@ -130,9 +130,9 @@ def model_config_from_state(model: Mapping[str, Any]) -> ModelConfig:
 
 
 def _slices(weights: Iterator[tuple[str, Tensor]], where: Mapping[str, Sharding]) -> Iterator[tuple[str, Tensor]]:
-    """This rank's slice of each whole tensor."""
+    """This rank's slice of each whole parameter; buffers are whole everywhere."""
     for name, whole in weights:
-        yield name, where[name].placement.of(whole)
+        yield name, where[name].placement.of(whole) if name in where else whole
 
 
 def _computed(config: ModelConfig) -> dict[str, Any]:

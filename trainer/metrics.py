@@ -19,12 +19,14 @@ from .peak import Peak
 class StepFlops:
     """FLOPs of one optimizer step over all devices, forward and backward.
 
-    causal counts unmasked attention pairs only, full the whole square, hardware the causal ones and recomputation.
+    causal counts unmasked attention pairs only, full the whole square, hardware the causal ones and recomputation,
+    sparse what S-MFU counts in models with experts (`moe_metrics.sparse_flops`).
     """
 
     causal: float
     full: float
     hardware: float
+    sparse: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,8 @@ def finite(value: Any) -> Any:
     """The value with every NaN and infinity in it replaced by None: what JSON can hold."""
     if isinstance(value, Mapping):
         return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -100,8 +104,15 @@ class Meter:
         memory_gib: float,
         flops: StepFlops,
         skipped: bool = False,
+        moe: Mapping[str, Any] | None = None,
     ) -> StepMetrics:
-        """tokens: of this step's global batch; flops: of this step, which with packed documents differ per step."""
+        """Counts one step.
+
+        Args:
+            tokens: of this step's global batch.
+            flops: of this step, which with packed documents differ per step.
+            moe: what its routers did (`moe_metrics.summarize`); `s_mfu` is added to it.
+        """
         self.tokens += tokens
         self.skipped += skipped
         step_time_s = max(step_time_s, 1e-9)
@@ -124,7 +135,12 @@ class Meter:
             memory_gib=memory_gib,
             data_s=data_s,
             skipped=self.skipped,
+            moe=None if moe is None else {**moe, "s_mfu": _product(flops.sparse, per_peak)},
         )
+
+
+def _product(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a * b
 
 
 class Pace:
@@ -167,14 +183,19 @@ _COLUMNS = (
     ("slowest", 15, "31"),
     ("eta", 6, "90"),
 )
+_LOAD = ("load", 4, "33")
 _STEP_WIDTH = 17
 _ALERT = "1;31"
 
 
-def console_header(total_steps: int) -> str:
-    """Column titles over `console_line`."""
+def console_header(total_steps: int, moe: bool = False) -> str:
+    """Column titles over `console_line`; moe: of a model with experts."""
     step_width = _step_width(total_steps)
-    return " ".join(["step/total".rjust(step_width), *(name.rjust(width) for name, width, _ in _COLUMNS)])
+    return " ".join(["step/total".rjust(step_width), *(name.rjust(width) for name, width, _ in _columns(moe))])
+
+
+def _columns(moe: bool) -> tuple[tuple[str, int, str], ...]:
+    return (*_COLUMNS[:-2], _LOAD, *_COLUMNS[-2:]) if moe else _COLUMNS
 
 
 def console_line(
@@ -187,6 +208,7 @@ def console_line(
 ) -> str:
     """One step in fixed columns, at most 120 of them without the colours.
 
+    With experts there is one column more: the load of the busiest expert, over the mean one, of the worst layer.
     skipped: this very step was skipped; the line then ends in SKIP. eta_s: None is shown as '-'.
     """
     position = f"{m.step}/{total_steps}"
@@ -203,12 +225,13 @@ def console_line(
         _number(m.memory_gib, 5, 2) + "G",
         _number(100 * m.data_s / m.step_time_s, 5, 1),
         _number(m.step_time_s, 7, 3),
+        *(() if m.moe is None else (_load(m.moe),)),
         _slowest(m.straggler),
         "-" if eta_s is None else duration(eta_s),
     )
     alerts = {"loss": bad_loss, "gnorm": not math.isfinite(m.grad_norm)}
     cells = [position.rjust(_step_width(total_steps))]
-    for (name, width, code), text in zip(_COLUMNS, texts, strict=True):
+    for (name, width, code), text in zip(_columns(m.moe is not None), texts, strict=True):
         code = _ALERT if alerts.get(name) else code
         cells.append(_paint(text.rjust(width), code, color and text != "-"))
     if skipped:
@@ -270,6 +293,11 @@ def _si(value: float) -> str:
     steps = ((1, ""), (1e3, "K"), (1e6, "M"), (1e9, "G"), (1e12, "T"), (1e15, "P"))
     factor, suffix = next((pair for pair in steps if abs(value) < 999.5 * pair[0]), (0, ""))
     return f"{value / factor:.3g}{suffix}" if factor else "big"
+
+
+def _load(moe: Mapping[str, Any]) -> str:
+    value = moe["worst"]["load_max"][0]
+    return "-" if value is None else _number(value, 4, 2)
 
 
 def _slowest(straggler: Mapping[str, Any] | None) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..configs.errors import UserError
 from ..configs.schema import Config
@@ -123,6 +125,25 @@ class Parts:
     pipeline: Pipeline
     stores: dict[int, WeightGradients]
     """Deferred weight gradients of each of this rank's stages."""
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """What the model keeps beside its parameters, by global name."""
+        names = self.model.state_dict().keys()
+        return {name: buffer for name, buffer in self.model.named_buffers() if name in names}
+
+    def load(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """Sets parameters and buffers from (name, value of this rank's slice); other ranks' layers are passed over."""
+        buffers = self.buffers
+
+        def parameters() -> Iterator[tuple[str, Tensor]]:
+            for name, value in values:
+                if name in buffers:
+                    buffers[name].copy_(value)
+                elif name in self.where:
+                    yield name, value
+
+        self.replicas.load(parameters())
 
 
 def make_model(cfg: Config, mesh: Mesh, device: torch.device) -> Parts:

@@ -9,6 +9,7 @@ from ..configs.schema import Config
 from ..parallel.data import Replicas, Unit
 from ..parallel.global_tensor import GlobalTensor
 from .optimizer import Optimizer
+from .setup import Parts
 
 
 def units_by_key(replicas: Replicas) -> dict[str, Unit]:
@@ -16,18 +17,20 @@ def units_by_key(replicas: Replicas) -> dict[str, Unit]:
     return {unit.key: unit for bucket in range(replicas.buckets) for unit in replicas.units(bucket)}
 
 
-def model_tensors(replicas: Replicas) -> dict[str, GlobalTensor]:
-    """`model/NAME` → this rank's piece of the parameter in full precision."""
-    return _tensors(replicas, {"model": {unit.key: unit.value for unit in units_by_key(replicas).values()}})
+def model_tensors(parts: Parts) -> dict[str, GlobalTensor]:
+    """`model/NAME` → this rank's piece of the parameter in full precision, or the buffer."""
+    values = {unit.key: unit.value for unit in units_by_key(parts.replicas).values()}
+    buffers = {f"model/{name}": GlobalTensor.of(buffer) for name, buffer in parts.buffers.items()}
+    return _tensors(parts.replicas, {"model": values}) | buffers
 
 
-def all_tensors(replicas: Replicas, optimizer: Optimizer) -> dict[str, GlobalTensor]:
+def all_tensors(parts: Parts, optimizer: Optimizer) -> dict[str, GlobalTensor]:
     """`model_tensors` and `optim/STATE/NAME`."""
-    kinds: dict[str, dict[str, Any]] = {"model": {u.key: u.value for u in units_by_key(replicas).values()}}
+    kinds: dict[str, dict[str, Any]] = {}
     for key, states in optimizer.states.items():
         for state, value in states.items():
             kinds.setdefault(f"optim/{state}", {})[key] = value
-    return _tensors(replicas, kinds)
+    return model_tensors(parts) | _tensors(parts.replicas, kinds)
 
 
 def _tensors(replicas: Replicas, kinds: dict[str, dict[str, Any]]) -> dict[str, GlobalTensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..configs.schema import Config
+from ..models.balance import collect, settle
 from ..models.dropout import Draws
 from ..models.stages import Inputs, run_stage
 from ..parallel.collectives import all_reduce
@@ -38,6 +39,8 @@ class StepResult:
     """1 where the gradient was not finite and nothing was updated."""
     stop: Tensor
     """Number of ranks that were asked to stop: all ranks see the same number after the same step."""
+    moe: Tensor | None
+    """What the routers counted in the step, over all ranks: (mixture-of-experts layers, `balance` columns)."""
 
 
 class Stepper:
@@ -104,7 +107,7 @@ class Stepper:
         self._begin(step, batches, 1.0 / max(valid, 1))
         self.replicas.start_step(len(batches))
         execute(self.ops, self._handlers, self.mesh.recorder)
-        return StepResult(self._loss, self._grad_norm, self._skip, self._stop)
+        return StepResult(self._loss, self._grad_norm, self._skip, self._stop, self._routed)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch], program: Program) -> Tensor:
@@ -155,12 +158,13 @@ class Stepper:
         return self.cfg.train.micro_batch / self.cfg.train.global_batch if step >= 0 else 0.0
 
     def _draws(self, batch: MicroBatch, step: int) -> Draws | None:
-        if not self.cfg.model.dropout or not torch.is_grad_enabled():
+        model = self.cfg.model
+        if not (model.dropout or model.moe.router.jitter) or not torch.is_grad_enabled():
             return None
         tp = self.mesh.axis("tp")
         tokens = batch.tokens.numel() // tp.size
         return Draws(
-            self.cfg.model.dropout,
+            model.dropout,
             self.cfg.train.seed,
             step,
             tuple(batch.samples.tolist()),
@@ -172,17 +176,24 @@ class Stepper:
     # Update ---------------------------------------------------------------------------------------------------
 
     def _norm(self, op: Op) -> None:
-        """One collective for the norm, the loss and the wish to stop; replicas are counted once."""
+        """One collective for the norm, the loss, the wish to stop and the routers' counts; replicas count once."""
         self._runtime.finish()
         square = self._zero
         for bucket in range(self.replicas.buckets):
             for unit in self.replicas.units(bucket):
                 if unit.counted:
                     square = square + torch.linalg.vector_norm(unit.grad).square()
-        counted = self._counted(self._runtime).to(square.dtype)
-        total = all_reduce(torch.stack((square, counted, self._stop)), self.mesh.axis("world")).wait()
+        mine = torch.stack((square, self._counted(self._runtime), self._stop)).double()
+        routed = collect(self.model)  # of all layers, those of other stages zero
+        if routed is not None:
+            mine = torch.cat((mine, routed.flatten()))
+        whole = all_reduce(mine, self.mesh.axis("world")).wait()
+        total = whole[:3].to(self._zero.dtype)
         self._grad_norm, self._loss, self._stop = total[0].sqrt(), total[1], total[2]
         self._skip = (~torch.isfinite(total).all()).float()
+        self._routed = whole[3:].view_as(routed) if routed is not None else None
+        if self._routed is not None:
+            settle(self.model, self._routed, self._skip)
         self.updates = self.updates + (1 - self._skip)
         clip = self.cfg.optim.clip
         factor = (clip / (self._grad_norm + 1e-6)).clamp(max=1.0) if clip else torch.ones_like(self._grad_norm)

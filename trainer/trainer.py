@@ -101,7 +101,7 @@ class Trainer:
         Raises:
             UserError: the checkpoint does not fit the model or was trained on other data.
         """
-        state = self.checkpointer.load(path, all_tensors(self.parts.replicas, self.optimizer))
+        state = self.checkpointer.load(path, all_tensors(self.parts, self.optimizer))
         check_same_data(state["same"], describe(self.cfg, self.data.fingerprint))
         self.parts.replicas.publish()
         self.step = int(state["step"])
@@ -121,7 +121,7 @@ class Trainer:
             "same": describe(self.cfg, self.data.fingerprint),
             "model": dataclasses.asdict(self.cfg.model),
         }
-        self.checkpointer.save(self.step, all_tensors(self.parts.replicas, self.optimizer), state)
+        self.checkpointer.save(self.step, all_tensors(self.parts, self.optimizer), state)
 
     def train(self, outputs: Outputs | None, stop: StopRequest) -> bool:
         """Trains to the last step or until the ranks were asked to stop; True if it went to the end."""
@@ -177,7 +177,10 @@ class Trainer:
         issued, self._waiting = self._waiting, None
         if issued is None:
             return
-        loss, norm, skipped, stop = torch.stack([x.double() for x in vars(issued.result).values()]).tolist()
+        result = issued.result
+        loss, norm, skipped, stop = torch.stack(
+            [x.double() for x in (result.loss, result.grad_norm, result.skipped, result.stop)]
+        ).tolist()
         now = time.perf_counter()
         self._stopping = stop > 0
         causal, full = self._flops(issued.pairs)

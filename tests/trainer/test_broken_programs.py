@@ -13,7 +13,7 @@ from pentad.trainer.setup import buckets_per_rank
 from pentad.trainer.step import Stepper
 from tests.distributed import run_distributed
 from tests.parallel.pipeline.broken import broken_programs
-from tests.trainer.test_same_training import worst
+from tests.same_training import worst
 from tests.training import Run, curve, job
 
 LAYERS = 4

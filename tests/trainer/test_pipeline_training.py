@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from pentad.configs.schema_parallel import BALANCED, VEE
 from tests.covering import Case, pairwise
-from tests.distributed import run_distributed
-from tests.trainer.test_same_training import TOLERANCE, worst
-from tests.training import Run, job
+from tests.same_training import check
 
 STEPS = 5
 FACTORS: dict[str, list[Any]] = {
@@ -66,62 +63,6 @@ def settings(case: Case) -> dict[str, Any]:
         "micro_batch": 2,
         "global_batch": 2 * dp * count,
     }
-
-
-Trained = tuple[list[tuple[float, float, float]], dict[str, tuple[Any, torch.Tensor]]]
-
-
-def train(rank: int, world: int, cfg: Any, masked: bool) -> Trained:
-    """The curve, and this rank's slice of every parameter after the last step."""
-    run = Run(rank, cfg, masked=masked)
-    try:
-        curve = [run.step(step) for step in range(cfg.train.steps)]
-        run.parts.replicas.settle()
-        model, where = run.parts.model, run.parts.where
-        slices = {name: (where[name].placement, p.detach().clone()) for name, p in model.named_parameters()}
-        return curve, slices
-    finally:
-        run.close()
-
-
-def assembled(ranks: list[Trained]) -> dict[str, torch.Tensor]:
-    """Whole parameters; wherever several ranks hold the same elements, these must be the same bits."""
-    whole: dict[str, torch.Tensor] = {}
-    for _, slices in ranks:
-        for name, (placement, value) in slices.items():
-            target = whole.setdefault(name, torch.full(placement.global_shape, torch.nan, dtype=value.dtype))
-            target = placement.of(target)
-            assert torch.isnan(target).all() or torch.equal(target, value), name
-            target.copy_(value)
-    assert not any(torch.isnan(value).any() for value in whole.values())
-    return whole
-
-
-_REFERENCES: dict[str, Trained] = {}
-
-
-def reference(cfg: Any, masked: bool) -> Trained:
-    """One process without a pipeline."""
-    key = repr((cfg.model, cfg.train, cfg.optim, masked))
-    if key not in _REFERENCES:
-        _REFERENCES[key] = run_distributed(train, 1, cfg, masked, group=False)[0]
-    return _REFERENCES[key]
-
-
-def check(masked: bool = False, **wanted: Any) -> None:
-    """Trains the job and its single-process twin, and compares curves and parameters."""
-    cfg = job(**wanted)
-    alone = job(**{**wanted, "tp": 1, "pp": 1, "dp": 1, "sharding": "ddp", "pipeline": None, "recompute": "none"})
-    world = cfg.parallel.tp * cfg.parallel.pp * (cfg.parallel.dp or 1)
-    ranks = run_distributed(train, world, cfg, masked, group=False)
-    expected = reference(alone, masked)
-    tolerance = TOLERANCE[cfg.train.dtype]
-    assert worst([curve for curve, _ in ranks], expected[0]) < tolerance
-    theirs = assembled([expected])
-    mine = assembled(ranks)
-    assert mine.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert torch.linalg.vector_norm(mine[name] - value) < tolerance * torch.linalg.vector_norm(value), name
 
 
 def _name(case: Case) -> str:

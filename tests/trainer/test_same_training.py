@@ -8,9 +8,9 @@ import random
 import pytest
 
 from tests.distributed import run_distributed
+from tests.same_training import TOLERANCE, worst
 from tests.training import curve, job
 
-TOLERANCE = {"fp64": 1e-11, "fp32": 1e-5}
 GRID = [
     (tp, dp, sharding, dtype)
     for tp, dp, sharding, dtype in itertools.product((1, 2, 4), (1, 2, 4), ("ddp", "zero1", "fsdp"), ("fp64", "fp32"))
@@ -18,16 +18,6 @@ GRID = [
 ]
 # Every run sees some layouts; `make test-all` sees them all.
 SAMPLE = set(random.Random(2).sample(GRID, 12)) | {(2, 2, "zero1", "fp64"), (4, 2, "fsdp", "fp32")}
-
-
-def worst(curves: list, reference: list) -> float:
-    """Largest relative difference of a loss or norm on any rank in any step."""
-    return max(
-        abs(a - b) / abs(b)
-        for one in curves
-        for mine, theirs in zip(one, reference, strict=True)
-        for a, b in zip(mine[:2], theirs[:2], strict=True)
-    )
 
 
 _REFERENCES: dict = {}
