@@ -21,11 +21,12 @@ from pentad.trainer.data.indexed import IndexedWriter
 def make_config(workload: Workload, arguments: argparse.Namespace) -> dict[str, object]:
     """The job as a config file's content."""
     dp = int(os.environ["WORLD_SIZE"]) // arguments.tp
+    moe = {"experts": arguments.experts, "top_k": arguments.top_k, "compute": arguments.compute}
     return {
         "name": "run",
         "runs_dir": str(arguments.out),
         "model": {
-            "family": "llama",
+            "family": "mixtral" if arguments.experts else "llama",
             "layers": workload.layers,
             "hidden": workload.hidden,
             "heads": workload.heads,
@@ -33,6 +34,7 @@ def make_config(workload: Workload, arguments: argparse.Namespace) -> dict[str, 
             "ffn": workload.ffn,
             "vocab": workload.vocab,
             "tied": False,
+            "moe": moe if arguments.experts else {},
         },
         "parallel": {"tp": arguments.tp, "dp": dp, "data": {"sharding": arguments.sharding}},
         "train": {
@@ -74,6 +76,9 @@ def main() -> None:
     parser.add_argument("--policy", choices=["fp32", "bf16"], required=True)
     parser.add_argument("--tp", type=int, required=True)
     parser.add_argument("--sharding", required=True)
+    parser.add_argument("--experts", type=int, default=0, help="in every layer; 0: dense")
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--compute", default="auto", help="model.moe.compute")
     parser.add_argument("--warmup", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)

@@ -22,6 +22,7 @@ from .resolve import resolve
 from .schema import Config
 from .sources import Given, Layer, find_config, find_preset, read_overrides, read_yaml, select
 from .validate import check_files, validate
+from .validate_moe import not_trainable
 
 T = TypeVar("T")
 
@@ -38,13 +39,20 @@ class _Reading:
         self.untrusted.add(key)
 
 
-def load(path: str | Path | None, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Config:
+def load(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int | None = None,
+    training: bool = True,
+) -> Config:
     """Read, merge, resolve and validate a job's configuration.
 
     Args:
         path: a YAML file, the name of a job in presets/jobs, or None for the overrides alone.
         overrides: `section.key=value` arguments, values in YAML.
         world_size: number of ranks, where it is known; `parallel.dp` is derived from it.
+        training: False where the model is only counted, which some are that cannot be trained yet.
 
     Returns:
         The configuration with every derivable value filled in.
@@ -59,7 +67,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = (), *, world_size: 
     values = _merge(layers, chosen, reading)
     config = _build(values, chosen, reading)
     config = resolve(config, world_size)
-    found = validate(config, world_size) + check_files(config)
+    found = validate(config, world_size) + check_files(config) + (not_trainable(config) if training else [])
     reading.problems += [_located(p, values) for p in found if not _consequence(p, reading.untrusted)]
     if reading.problems:
         raise UserError(*reading.problems)

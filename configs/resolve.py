@@ -104,7 +104,7 @@ def _resolve_moe(moe: MoeConfig, ffn: int) -> MoeConfig:
     if not moe.experts:
         return moe
     router = moe.router
-    kept = router.groups if router.groups_kept is None else router.groups_kept
+    kept = router.groups if router.groups_kept is None and router.groups >= 1 else router.groups_kept
     return replace(moe, ffn=ffn if moe.ffn is None else moe.ffn, router=replace(router, groups_kept=kept))
 
 

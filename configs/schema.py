@@ -23,7 +23,7 @@ from .schema_data import (
     TextData,
     TokenizerConfig,
 )
-from .schema_model import MlaConfig, ModelConfig, MoeConfig, RopeConfig, RouterConfig
+from .schema_model import LinearAttentionConfig, MlaConfig, ModelConfig, MoeConfig, RopeConfig, RouterConfig
 from .schema_parallel import DataParallelConfig, MemoryConfig, ParallelConfig, PipelineConfig
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "FaultsConfig",
     "HardwareConfig",
     "JsonlData",
+    "LinearAttentionConfig",
     "LinearSchedule",
     "LogConfig",
     "MemoryConfig",
@@ -207,6 +208,8 @@ class CheckpointConfig:
     """`latest` (start afresh if there is none) or the path of one checkpoint."""
     init: str | None = None
     """Weights only, at step 0, from a checkpoint or a Hugging Face folder."""
+    upcycle: bool = False
+    """checkpoint.init holds the dense model: the experts start as parts of its feed-forward networks."""
     asynchronous: bool = True
     """Write in the background, training on."""
     final: bool = True

@@ -55,6 +55,20 @@ class MlaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearAttentionConfig:
+    """Gated linear attention (GLA, arXiv 2312.06635): a decaying state of key_dim x value_dim numbers per head."""
+
+    key_dim: int = 64
+    """Width of a query or key head; each of its dimensions has a decay of its own."""
+    value_dim: int = 128
+    """Width of a value head."""
+    gate_rank: int = 16
+    """Rank of the projection that the decays come from."""
+    chunk: int = 64
+    """Tokens that are computed together, a power of two; the result does not depend on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """Which experts a token goes to, and how their load is kept even. Scores are computed in fp32."""
 
@@ -196,6 +210,10 @@ class ModelConfig:
     """Sliding attention window in tokens, the query's own included; none: full causal attention."""
     window_every: int = 1
     """The window holds in layers 0, n, 2n, …; the others see everything."""
+    attention_every: int = 1
+    """Every so many-th layer (n − 1, 2n − 1, …) has softmax attention, the others linear attention; 1: all softmax."""
+    linear: LinearAttentionConfig = field(default_factory=LinearAttentionConfig)
+    """Linear attention, of as many heads as the softmax layers' queries; unused with attention_every=1."""
     moe: MoeConfig = field(default_factory=MoeConfig)
     """Mixture of experts; unused with experts=0."""
     mtp: int = 0
@@ -216,6 +234,11 @@ class ModelConfig:
             return ()
         first, every = self.moe.dense_layers, self.moe.every
         return tuple(i for i in range(first, self.layers) if (i - first + 1) % every == 0)
+
+    @property
+    def linear_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with linear attention."""
+        return tuple(i for i in range(self.layers) if (i + 1) % self.attention_every)
 
     def window_of(self, layer: int) -> int | None:
         """The sliding window of one layer, if it has one."""

@@ -26,6 +26,11 @@ _POSITIVE = [
     "model.max_positions",
     "model.window",
     "model.window_every",
+    "model.attention_every",
+    "model.linear.key_dim",
+    "model.linear.value_dim",
+    "model.linear.gate_rank",
+    "model.linear.chunk",
     "model.rope.original_positions",
     "model.mla.q_rank",
     "model.mla.nope_dim",
@@ -95,7 +100,14 @@ _ABOVE_ZERO = [
     "hardware.peak_tflops",
     "hardware.memory_gib",
 ]
-_FRACTIONS = ["model.dropout", "model.moe.router.jitter", "data.holdout", "optim.beta1", "optim.beta2", "optim.momentum"]
+_FRACTIONS = [
+    "model.dropout",
+    "model.moe.router.jitter",
+    "data.holdout",
+    "optim.beta1",
+    "optim.beta2",
+    "optim.momentum",
+]
 _NOT_AVAILABLE = {"cp": "context parallelism"}
 
 
@@ -188,6 +200,10 @@ def _model(config: Config) -> list[Problem]:
         problems += _indivisible(
             "model.heads", m.heads, "model.kv_heads", m.kv_heads, "each key head serves whole groups of query heads"
         )
+    chunk = m.linear.chunk
+    if chunk > 0 and chunk & (chunk - 1):
+        message = f"must be a power of two (a chunk is halved again and again), got {chunk}; set 64"
+        problems.append(Problem("model.linear.chunk", message))
     if m.position == "rope":
         problems += _rope(config)
     elif m.max_positions is not None and m.max_positions < seq_len:
@@ -202,7 +218,7 @@ def _model(config: Config) -> list[Problem]:
 def _rope(config: Config) -> list[Problem]:
     m = config.model
     problems = []
-    if m.head_dim is not None and m.head_dim % 2:
+    if m.head_dim is not None and m.head_dim % 2 and not m.mla.kv_rank:
         message = (
             f"must be even, rotary embedding turns pairs; got {m.head_dim} (by default model.hidden / model.heads)"
         )
@@ -244,7 +260,8 @@ def _tensor_parallel(config: Config) -> list[Problem]:
             f"set parallel.tp={m.kv_heads} or change model.kv_heads"
         )
         problems.append(Problem("model.kv_heads", message))
-    problems += _indivisible("model.ffn", m.ffn, "parallel.tp", tp, "it is split over the tensor ranks")
+    if m.moe.every < 1 or len(m.moe_layers) < m.layers:
+        problems += _indivisible("model.ffn", m.ffn, "parallel.tp", tp, "it is split over the tensor ranks")
     if m.vocab is not None:
         problems += _indivisible("model.vocab", m.vocab, "parallel.tp", tp, "it is split over the tensor ranks")
     tokens = t.micro_batch * t.seq_len
@@ -314,6 +331,11 @@ def _run(config: Config) -> list[Problem]:
     if c.init is not None and c.resume is not None and c.resume != "latest":
         message = "checkpoint.init and a path in checkpoint.resume exclude each other; set one of them to null"
         problems.append(Problem("checkpoint.init", message))
+    if c.upcycle and c.init is None:
+        message = "true needs the dense model's weights; set checkpoint.init to a checkpoint or a Hugging Face folder"
+        problems.append(Problem("checkpoint.upcycle", message))
+    if c.upcycle and not config.model.moe.experts:
+        problems.append(Problem("checkpoint.upcycle", "true needs a model with experts; set model.moe.experts"))
     return problems
 
 

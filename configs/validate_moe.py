@@ -11,10 +11,19 @@ _ROUTER = "model.moe.router"
 
 def validate_moe(config: Config) -> list[Problem]:
     """Every problem of the resolved sections that follows from the values alone."""
-    problems = [*_latent_attention(config), *_unavailable(config), *_mesh(config)]
+    problems = [*_latent_attention(config), *_sharding(config), *_mesh(config)]
     if config.model.moe.experts >= 1:
         problems += [*_sizes(config), *_top_k(config), *_groups(config), *_balance(config), *_capacity(config)]
     return problems
+
+
+def not_trainable(config: Config) -> list[Problem]:
+    """What can be counted, but not trained yet."""
+    mtp = config.model.mtp
+    if mtp < 1:
+        return []
+    message = f"multi-token prediction (model.mtp={mtp}) is not available yet in training; set model.mtp=0"
+    return [Problem("model.mtp", message)]
 
 
 def _latent_attention(config: Config) -> list[Problem]:
@@ -25,7 +34,9 @@ def _latent_attention(config: Config) -> list[Problem]:
     problems: list[Problem] = []
     why = f"latent attention (model.mla.kv_rank={mla.kv_rank})"
     if mla.rope_dim % 2:
-        problems.append(Problem("model.mla.rope_dim", f"must be even, rotary embedding turns pairs; got {mla.rope_dim}"))
+        problems.append(
+            Problem("model.mla.rope_dim", f"must be even, rotary embedding turns pairs; got {mla.rope_dim}")
+        )
     if m.head_dim is not None and m.head_dim != mla.nope_dim + mla.rope_dim:
         message = (
             f"{m.head_dim} is not model.mla.nope_dim={mla.nope_dim} + model.mla.rope_dim={mla.rope_dim} = "
@@ -38,20 +49,18 @@ def _latent_attention(config: Config) -> list[Problem]:
     for key in ("sinks", "qk_norm"):
         if getattr(m, key):
             problems.append(Problem(f"model.{key}", f"{why} has none; set model.{key}=false or model.mla.kv_rank=0"))
-    if m.position != "rope":
-        problems.append(Problem("model.position", f"{why} needs rope, got {m.position}; set model.position=rope"))
     return problems
 
 
-def _unavailable(config: Config) -> list[Problem]:
-    m, problems = config.model, list[Problem]()
-    if m.moe.experts >= 1 and config.parallel.data.sharding == "fsdp":
-        message = (
-            f"fsdp does not go with experts ({_MOE}.experts={m.moe.experts}), which parallel.ep shards instead; "
-            "set parallel.data.sharding=zero1"
-        )
-        problems.append(Problem("parallel.data.sharding", message))
-    return problems
+def _sharding(config: Config) -> list[Problem]:
+    experts = config.model.moe.experts
+    if experts < 1 or config.parallel.data.sharding != "fsdp":
+        return []
+    message = (
+        f"fsdp does not go with experts yet ({_MOE}.experts={experts}); set parallel.data.sharding=zero1 and shard the "
+        "experts with parallel.ep"
+    )
+    return [Problem("parallel.data.sharding", message)]
 
 
 def _mesh(config: Config) -> list[Problem]:
@@ -132,13 +141,15 @@ def _groups(config: Config) -> list[Problem]:
     problems += _multiple(f"{_MOE}.experts", moe.experts, f"{_ROUTER}.groups", router.groups, "groups are equal")
     if router.groups_kept is not None and router.groups_kept > router.groups:
         key = f"{_ROUTER}.groups_kept"
-        message = f"{router.groups_kept} is more than {_ROUTER}.groups={router.groups}; set {key}={router.groups} or less"
+        message = (
+            f"{router.groups_kept} is more than {_ROUTER}.groups={router.groups}; set {key}={router.groups} or less"
+        )
         problems.append(Problem(key, message))
     members = moe.experts // router.groups
     if router.group_members > members >= 1 and moe.experts % router.groups == 0:
         key = f"{_ROUTER}.group_members"
         message = (
-            f"{router.group_members} is more than the {members} experts of a group ({_MOE}.experts={moe.experts} / "
+            f"{router.group_members} is more than a group's {members} ({_MOE}.experts={moe.experts} / "
             f"{_ROUTER}.groups={router.groups}); set {key}={members} or less"
         )
         problems.append(Problem(key, message))

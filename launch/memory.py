@@ -19,17 +19,19 @@ heads of one rank, f the feed-forward width of one rank, h the hidden size:
     attention                     N (2 q + 2 k)     rotated queries and keys, values, result; N (q + k) for QK-norm
     latent attention              N (3 q + 2 v)     queries, keys, keys and values expanded (q - p, v), result (v)
                                                     and the narrow vectors, normalised and not, once in t ranks
+    linear attention              N (5 k + 5 v)     queries, keys and three times decays (fp32), values, gates, results
+                                                    as they are, normalised and gated; the narrow vectors as above
     feed-forward                  3 N f             gate, up, their product (2 N f without a gate)
     experts                       R (2 h + 3 f)     their inputs, inner vectors and results, R = N K etp / t rows;
                                                     R (h + 3 f) with moe.weigh=before
     router                        2 N E / t         logits and scores
 
 The experts' rows are those of an even load (nothing dropped; with moe.pad times moe.capacity_factor): a rank whose
-experts are sought after has more. And once 3 N h / t around the final norm and the head; with memory.recompute=full only N h / t per layer. A rank
-of a pipeline holds those of its stages for as many micro-batches as its program has in flight. A balanced vocabulary
-adds N (V / (t pp) + h) from the head's forward to its gradient. Working memory is the larger of two moments: the head
-with the logits of one chunk of tokens (all tokens where it is balanced), and the backward pass of one feed-forward
-network or of the experts of one layer (of one whole layer with recompute).
+experts are sought after has more. And once 3 N h / t around the final norm and the head; with memory.recompute=full
+only N h / t per layer. A rank of a pipeline holds those of its stages for as many micro-batches as its program has in
+flight. A balanced vocabulary adds N (V / (t pp) + h) from the head's forward to its gradient. Working memory is the
+larger of two moments: the head with the logits of one chunk of tokens (all tokens where it is balanced), and the
+backward pass of one feed-forward network or of the experts of one layer (of one whole layer with recompute).
 
 Not counted: the device's context, communication buffers, fragmentation, attention's own workspace.
 """
@@ -133,7 +135,8 @@ def local_parameters(
     part = Part(tuple(range(model.layers))) if part is None else part
     w, h, moe = _widths(model, tp, etp), model.hidden, model.moe
     norm = h * (2 if model.norm == "layer" else 1)
-    around = _attention_parameters(model, w, tp) + 2 * norm
+    linear = set(model.linear_layers)
+    kinds = (_attention_parameters(model, w, tp), _linear_parameters(model, tp))
     choices = moe.experts + moe.router.null_experts
     beside = choices * (h + moe.router.logit_bias)
     if moe.shared:
@@ -141,16 +144,18 @@ def local_parameters(
     experts = moe.experts // ep * _network(model, w.expert, moe.bias)
     routed = set(model.moe_layers).intersection(part.layers)
     dense = _network(model, w.ffn, model.ffn_bias)
-    layers = [beside + experts if layer in routed else dense for layer in part.layers]
+    layers = [
+        kinds[layer in linear] + 2 * norm + (beside + experts if layer in routed else dense) for layer in part.layers
+    ]
     # A tied table stands on the last stage too, unless that is on the first one's rank.
     tables = (part.embeds or part.predicts) if model.tied else part.embeds + part.predicts
     rest = norm * part.ends + w.vocab // shared * h * tables
     rest += (model.max_positions or 0) * h if model.position == "learned" and part.begins else 0
     return LocalParameters(
-        layer=around + max(layers, default=0) if layers else 0,
+        layer=max(layers, default=0),
         experts=len(routed) * experts,
         rest=rest,
-        total=len(layers) * around + sum(layers) + rest,
+        total=sum(layers) + rest,
     )
 
 
@@ -170,6 +175,12 @@ def _attention_parameters(model: ModelConfig, w: _Widths, tp: int) -> int:
     head_dim = model.head_dim or h // model.heads
     norms = (w.q + w.kv if model.qk_norm_whole else 2 * head_dim) * model.qk_norm
     return found + (h + model.qkv_bias) * (w.q + 2 * w.kv) + norms
+
+
+def _linear_parameters(model: ModelConfig, tp: int) -> int:
+    keys, values = (model.heads // tp * width for width in (model.linear.key_dim, model.linear.value_dim))
+    h, rank = model.hidden, model.linear.gate_rank
+    return h * (2 * keys + 3 * values + rank) + (rank + 1) * keys + model.linear.value_dim
 
 
 def estimate(cfg: Config) -> Memory:
@@ -235,7 +246,9 @@ def layer_elements(cfg: Config, layer: int = 0) -> int:
     """Elements that the forward pass of a micro-batch through a layer makes for backward on one rank."""
     m, w, tokens, tp = cfg.model, _widths(cfg.model, cfg.parallel.tp, cfg.parallel.etp), _tokens(cfg), cfg.parallel.tp
     inner = matrices_of(m)
-    if m.mla.kv_rank:
+    if layer in m.linear_layers:
+        attention = _linear_elements(cfg)
+    elif m.mla.kv_rank:
         expanded = m.heads // tp * (m.mla.nope_dim + m.mla.value_dim)
         narrow = 2 * (m.mla.kv_rank + (m.mla.q_rank or 0)) + m.mla.rope_dim
         attention = tokens * (2 * w.q + expanded + w.value) + tokens * narrow // tp
@@ -246,6 +259,14 @@ def layer_elements(cfg: Config, layer: int = 0) -> int:
     rows = _expert_rows(cfg) * (m.hidden * (1 if m.moe.weigh == "before" else 2) + w.expert * inner)
     router = 2 * tokens * (m.moe.experts + m.moe.router.null_experts) // tp
     return 4 * _stream(cfg) + attention + rows + router + tokens * w.shared * inner
+
+
+def _linear_elements(cfg: Config) -> int:
+    m, tp = cfg.model, cfg.parallel.tp
+    keys, values = (m.heads // tp * width for width in (m.linear.key_dim, m.linear.value_dim))
+    # The decays, what their logarithm is made of and what it keeps are in fp32 at least.
+    precise = 3 * max(1, 4 // _BYTES[cfg.train.dtype])
+    return _tokens(cfg) * ((2 + precise) * keys + 5 * values) + _tokens(cfg) * m.linear.gate_rank // tp
 
 
 def _expert_rows(cfg: Config) -> int:

@@ -33,9 +33,15 @@ class Sizes:
     positions: int
     """Learned positions."""
     projections: int
-    """Attention's matrices in one layer."""
+    """Softmax attention's matrices in one layer."""
     per_pair: int
     """Multiply-adds of attention for one query and one key: all heads' scores and weighted values."""
+    linear_projections: int
+    """Linear attention's matrices in one layer."""
+    state: int
+    """Multiply-adds of linear attention for one token: all heads' kᵀv and q S."""
+    linear: int
+    """Layers with linear attention."""
     ffn: int
     """A dense feed-forward network."""
     expert: int
@@ -53,6 +59,11 @@ class Sizes:
     def layers(self) -> int:
         """All layers."""
         return self.dense + self.routed
+
+    @property
+    def softmax(self) -> int:
+        """Layers with softmax attention."""
+        return self.layers - self.linear
 
 
 def active_experts(model: ModelConfig) -> float:
@@ -87,6 +98,9 @@ def sizes(model: ModelConfig) -> Sizes:
         positions=(m.max_positions or 0) if m.position == "learned" else 0,
         projections=_projections(m, m.head_dim, m.kv_heads),
         per_pair=m.heads * (m.head_dim + value),
+        linear_projections=_linear_projections(m),
+        state=2 * m.heads * m.linear.key_dim * m.linear.value_dim,
+        linear=len(m.linear_layers),
         ffn=matrices * m.hidden * m.ffn,
         expert=matrices * m.hidden * (m.moe.ffn or 0),
         shared=matrices * m.hidden * m.moe.shared,
@@ -110,6 +124,12 @@ def _projections(m: ModelConfig, head_dim: int, kv_heads: int) -> int:
     return queries + keys + heads * mla.value_dim * h
 
 
+def _linear_projections(m: ModelConfig) -> int:
+    """Queries, keys and their decays; values, their gates and the output."""
+    keys, values, rank = m.heads * m.linear.key_dim, m.heads * m.linear.value_dim, m.linear.gate_rank
+    return m.hidden * (2 * keys + 3 * values + rank) + rank * keys
+
+
 def parameter_count(model: ModelConfig) -> Counts:
     """Parameters of the model.
 
@@ -119,7 +139,9 @@ def parameter_count(model: ModelConfig) -> Counts:
     s, moe, gated = sizes(model), model.moe, matrices_of(model) - 1
     h = s.hidden
     norm = h * (2 if model.norm == "layer" else 1)
-    layer = s.projections + _attention_vectors(model) + 2 * norm
+    softmax = s.projections + _attention_vectors(model)
+    linear = s.linear_projections + model.heads * model.linear.key_dim + model.linear.value_dim
+    around = s.softmax * softmax + s.linear * linear + s.layers * 2 * norm
     ffn = s.ffn + (gated * model.ffn + h) * model.ffn_bias
     width = model.ffn if moe.ffn is None else moe.ffn
     expert = s.expert + (gated * width + h) * moe.bias
@@ -128,7 +150,7 @@ def parameter_count(model: ModelConfig) -> Counts:
         beside += s.shared + (gated * moe.shared + h) * model.ffn_bias + h * moe.shared_gate
     embedding = (s.vocab + s.positions) * h
     rest = norm + embedding + (0 if model.tied else s.vocab * h) + model.mtp * (2 * h * h + 3 * norm)
-    every = s.layers * layer + s.dense * ffn + s.routed * beside + rest
+    every = around + s.dense * ffn + s.routed * beside + rest
     return Counts(
         total=every + s.routed * moe.experts * expert,
         active=every + round(s.routed * active_experts(model) * expert),
@@ -137,7 +159,7 @@ def parameter_count(model: ModelConfig) -> Counts:
 
 
 def _attention_vectors(model: ModelConfig) -> int:
-    """Biases, norms and sinks of one layer's attention."""
+    """Biases, norms and sinks of one layer's softmax attention."""
     m, mla = resolve_model(model, model.max_positions or 1), model.mla
     head_dim, kv_heads = m.head_dim or 0, m.kv_heads or 0
     q, kv = m.heads * head_dim, kv_heads * head_dim

@@ -1,4 +1,4 @@
-"""Dropout whose draws are keyed, so that they depend on the sample and never on which device computes it."""
+"""Dropout and noise whose draws are keyed: they depend on the sample and never on which device computes it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Draws:
-    """The dropout of one micro-batch.
+    """The random numbers of one micro-batch.
 
     Args:
-        rate: probability of a zero.
+        rate: probability of a zero in dropout.
         seed, step: of the run.
         samples: global sample index of each sequence, B of them.
         length: tokens per sequence, T.
@@ -31,12 +31,24 @@ class Draws:
 
     def drop(self, x: Tensor, branch: int) -> Tensor:
         """x (stop − start, h) with elements zeroed and the rest scaled by 1 / (1 − rate)."""
-        masks = []
+        if not self.rate:
+            return x
+        kept = self._uniform(x, branch + 1) >= self.rate
+        return x * (kept.to(x.device, x.dtype) / (1 - self.rate))
+
+    def jitter(self, x: Tensor, width: float, layer: int) -> Tensor:
+        """x (stop − start, h), each element times a number between 1 − width and 1 + width."""
+        noise = self._uniform(x, layer, 1) * (2 * width) + (1 - width)
+        return x * noise.to(x.device, x.dtype)
+
+    def _uniform(self, x: Tensor, *key: int) -> Tensor:
+        """Numbers from 0 to 1 for x, on the host."""
+        parts = []
         for i, sample in enumerate(self.samples):
             first, last = max(self.start, i * self.length), min(self.stop, (i + 1) * self.length)
             if first < last:
-                key = [self.seed, self.step, sample, branch + 1]
-                state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+                sequence = np.random.SeedSequence([self.seed, self.step, sample, *key])
+                state = int(sequence.generate_state(1, np.uint64)[0] >> 1)
                 draws = torch.rand(self.length, x.shape[-1], generator=torch.Generator().manual_seed(state))
-                masks.append(draws[first - i * self.length : last - i * self.length] >= self.rate)
-        return x * (torch.cat(masks).to(x.device, x.dtype) / (1 - self.rate))
+                parts.append(draws[first - i * self.length : last - i * self.length])
+        return torch.cat(parts)

@@ -10,6 +10,9 @@ unmasked pairs of a query and a key only:
     one sequence (or packed document) of L tokens, causal         L^2 / 2
     the same with a sliding window of W < L tokens                W L - W^2 / 2
 
+Linear attention counts as the recurrence: for each token and head the products kᵀv and q S of key_dim x value_dim
+multiply-adds each, whatever more the chunks compute, and beside the pairs.
+
 L^2 / 2 instead of the exact L (L + 1) / 2 is what the published figures use (Llama 3.1 405B at 8192: 2524 GFLOP per
 token); the diagonal counts as half. The window's form is the same integral and meets it at W = L.
 """
@@ -28,7 +31,8 @@ from ..configs.sources import find_config
 from .counts import active_experts, parameter_count, sizes
 
 CONVENTION = (
-    "model FLOPs, forward + backward = 3 x forward, matrix multiplications only, head included; "
+    "model FLOPs, forward + backward = 3 x forward, matrix multiplications only, head included, "
+    "of routed experts those that a token is sent to; "
     "flops_per_token: unmasked attention pairs only (causal L^2/2, window W L - W^2/2; NVIDIA's published figures); "
     "flops_per_token_full_attention: the full L^2 (torchtitan's)"
 )
@@ -43,7 +47,7 @@ class StepFlops:
     projections: float
     """Query, key, value and output projections."""
     attention: float
-    """Scores and weighted values, of the given pairs."""
+    """Scores and weighted values, of the given pairs; linear attention's states."""
     ffn: float
     """Matrices of dense feed-forward networks."""
     experts: float
@@ -81,12 +85,14 @@ def unmasked_pairs(lengths: Iterable[int], window: int | None = None) -> float:
 
 
 def layer_windows(model: ModelConfig) -> tuple[int | None, ...]:
-    """The sliding window of each layer, modules of multi-token prediction included; None: full attention."""
-    return tuple(model.window_of(layer) for layer in range(model.layers + model.mtp))
+    """The sliding window of each layer with softmax attention, modules of multi-token prediction included; None: full
+    attention."""
+    linear = set(model.linear_layers)
+    return tuple(model.window_of(layer) for layer in range(model.layers + model.mtp) if layer not in linear)
 
 
 def mean_pairs(model: ModelConfig, lengths: Iterable[int]) -> float:
-    """`unmasked_pairs` of one layer, the mean over the model's layers, which may differ in their windows.
+    """`unmasked_pairs` of one layer, the mean over those with softmax attention, which may differ in their windows.
 
     Args:
         model: the model.
@@ -95,6 +101,8 @@ def mean_pairs(model: ModelConfig, lengths: Iterable[int]) -> float:
     lengths = list(lengths)
     windows = Counter(layer_windows(model))
     pairs = [(count, unmasked_pairs(lengths, window)) for window, count in windows.items()]
+    if not pairs:
+        return 0.0
     return pairs[0][1] if len(pairs) == 1 else sum(count * each for count, each in pairs) / windows.total()
 
 
@@ -109,8 +117,8 @@ def step_flops(model: ModelConfig, tokens: int, pairs: float) -> StepFlops:
     s = sizes(model)
     per_token = _TRAINING * tokens
     return StepFlops(
-        projections=float(per_token * s.layers * s.projections),
-        attention=_TRAINING * pairs * s.layers * s.per_pair,
+        projections=float(per_token * (s.softmax * s.projections + s.linear * s.linear_projections)),
+        attention=_TRAINING * pairs * s.softmax * s.per_pair + per_token * s.linear * s.state,
         ffn=float(per_token * s.dense * s.ffn),
         experts=per_token * s.routed * active_experts(model) * s.expert,
         shared=float(per_token * s.routed * s.shared),
@@ -131,12 +139,15 @@ def flops_again(model: ModelConfig, tokens: int, pairs: float) -> float:
 
 def layer_flops(model: ModelConfig, seq_len: int) -> tuple[float, ...]:
     """FLOPs of a forward pass of one sequence in each layer, and last in the head."""
-    s, active, routed = sizes(model), active_experts(model), set(model.moe_layers)
+    s, active, routed, linear = sizes(model), active_experts(model), set(model.moe_layers), set(model.linear_layers)
     found = []
     for layer in range(model.layers):
         beside = active * s.expert + s.shared if layer in routed else s.ffn
-        pairs = unmasked_pairs([seq_len], model.window_of(layer))
-        found.append(2 * (seq_len * (s.projections + beside) + pairs * s.per_pair))
+        if layer in linear:
+            attention = float(seq_len * (s.linear_projections + s.state))
+        else:
+            attention = seq_len * s.projections + unmasked_pairs([seq_len], model.window_of(layer)) * s.per_pair
+        found.append(2 * (seq_len * beside + attention))
     return (*found, 2.0 * seq_len * s.hidden * s.vocab)
 
 
@@ -202,9 +213,9 @@ def _find(model: str | Path | ModelConfig | Config, seq_len: int) -> ModelConfig
         return model
     presets = preset_names("models")
     if str(model) in presets:
-        return load(None, [f"model.preset={model}", f"train.seq_len={seq_len}"]).model
+        return load(None, [f"model.preset={model}", f"train.seq_len={seq_len}"], training=False).model
     if isinstance(find_config(model), Problem):
         hint = nearest(str(model).lower().replace("-", "_"), [*presets, *preset_names("jobs")])
         tail = f"did you mean {hint}?" if hint else f"models: {', '.join(presets)}"
         raise UserError(Problem(str(model), f"neither a model preset nor a job's file; {tail}"))
-    return load(model, [f"train.seq_len={seq_len}"]).model
+    return load(model, [f"train.seq_len={seq_len}"], training=False).model

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +20,17 @@ from torch import Tensor
 
 from ..configs.errors import Problem, UserError
 from ..configs.schema import ModelConfig
-from .hf_config import hf_config, hf_family, model_config_from_hf
-from .hf_names import Link, base_prefix, is_buffer, links
+from ..parallel.global_tensor import Placement
+from .hf_config_read import model_config_from_hf
+from .hf_config_write import hf_config
+from .hf_families import hf_family
+from .hf_links import Link
+from .hf_names import base_prefix, is_buffer, is_fused, is_prediction_module, links
 from .transformer import Transformer
 
 __all__ = [
+    "HfFolder",
+    "Notice",
     "hf_config",
     "hf_family",
     "hf_weights",
@@ -30,6 +38,7 @@ __all__ = [
     "model_config_from_hf",
     "read_hf_config",
     "read_hf_weights",
+    "to_stderr",
     "write_hf",
 ]
 
@@ -38,6 +47,14 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # transformers' own default used to be 5 GB; hubs and readers cope with it
 
 _MAX_LISTED = 8
+
+Notice = Callable[[str], None]
+"""Called with one line that the user should see."""
+
+
+def to_stderr(line: str) -> None:
+    """A `Notice`."""
+    print(f"pentad: {line}", file=sys.stderr, flush=True)
 
 
 def read_hf_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -61,35 +78,87 @@ def load_hf(directory: str | os.PathLike[str], dtype: torch.dtype = torch.float3
     """
     config = model_config_from_hf(read_hf_config(directory))
     module = Transformer(config).to(dtype)
-    parameters = dict(module.named_parameters())
+    values = dict(module.named_parameters()) | dict(module.named_buffers())
     with torch.no_grad():
         for name, tensor in hf_weights(directory, config):
-            parameters[name].copy_(tensor)
+            values[name].copy_(tensor)
     return module
 
 
-def hf_weights(directory: str | os.PathLike[str], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Our parameters (name, tensor in the file's dtype) one after another, so that only one has to be in memory.
+def hf_weights(
+    directory: str | os.PathLike[str],
+    config: ModelConfig,
+    where: Mapping[str, Placement] | None = None,
+    notice: Notice = to_stderr,
+) -> Iterator[tuple[str, Tensor]]:
+    """Our parameters and buffers (name, tensor in the file's dtype) one after another: only one has to be in memory.
 
     All names and shapes are checked before the first one; a tensor may be a view of a larger one.
+
+    Args:
+        directory: as of `load_hf`.
+        config: its `model_config_from_hf`.
+        where: which slices of which parameters to read, and nothing else; none: everything.
+        notice: told about tensors that are passed over.
 
     Raises:
         UserError: as `load_hf`.
     """
-    table, prefix = links(config), base_prefix(config)
-    with ExitStack() as stack:
-        stored = _open_files(Path(directory), stack)
-        if table[0].theirs not in stored and table[0].theirs.removeprefix(prefix) in stored:
+    with HfFolder(directory, config, notice) as folder:
+        for name, shape in folder.shapes.items():
+            placement = Placement.whole(shape) if where is None else where.get(name)
+            if placement is not None:
+                yield name, folder.read(name, placement)
+
+
+class HfFolder:
+    """The weights of a Hugging Face folder under our names, read slice by slice; a context manager.
+
+    Args:
+        directory, config, notice: as of `hf_weights`.
+
+    Raises:
+        UserError: as `load_hf`.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], config: ModelConfig, notice: Notice = to_stderr) -> None:
+        self._stack = ExitStack()
+        try:
+            self._open(Path(directory), config, notice)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _open(self, directory: Path, config: ModelConfig, notice: Notice) -> None:
+        stored = _open_files(directory, self._stack)
+        table, prefix = links(config, fused=is_fused(config, stored)), base_prefix(config)
+        first = next(iter(table[0].theirs))
+        if first not in stored and first.removeprefix(prefix) in stored:
             # A bare backbone (the published GPT-2, for one) is saved without the prefix.
             stored = {name if name.startswith("lm_head.") else prefix + name: t for name, t in stored.items()}
         stored = {name: tensor for name, tensor in stored.items() if not is_buffer(name)}
+        if extra := [name for name in stored if is_prediction_module(config, name)]:
+            notice(f"{directory}: {len(extra)} tensors of multi-token prediction are not read: {some(extra)}")
+            stored = {name: tensor for name, tensor in stored.items() if name not in extra}
         head = stored.pop("lm_head.weight", None) if config.tied else None
-        _check_names({link.theirs: link.shape for link in table}, stored, str(directory))
-        if head is not None and not torch.equal(head.read(), stored[table[0].theirs].read()):
+        _check_names({name: shape for link in table for name, shape in link.theirs.items()}, stored, str(directory))
+        if head is not None and not torch.equal(head.read(), stored[first].read()):
             message = "true, but lm_head.weight differs from the embedding; set it to false"
             raise UserError(Problem("config.json tie_word_embeddings", message))
-        for link in table:
-            yield from link.to_ours(stored[link.theirs].read())
+        self._stored = stored
+        self._links = {name: link for link in table for name in link.ours}
+        self.shapes = {name: shape for link in table for name, shape in link.ours.items()}
+        """Of our parameters and buffers, by name."""
+
+    def __enter__(self) -> HfFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def read(self, name: str, placement: Placement) -> Tensor:
+        """A slice of one of our parameters, in the file's dtype; may be a view of a larger tensor."""
+        return self._links[name].to_ours(name, placement, lambda theirs, index: self._stored[theirs].part(index))
 
 
 def read_hf_weights(directory: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -128,7 +197,7 @@ def write_hf(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not an empty folder; choose another one for the export")
     table = links(config)
-    _check_names({name: shape for link in table for name, shape in link.parts}, tensors, "the checkpoint")
+    _check_names({name: shape for link in table for name, shape in link.ours.items()}, tensors, "the checkpoint")
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -151,6 +220,12 @@ class _Stored:
 
     def read(self) -> Tensor:
         return self.handle.get_tensor(self.name)
+
+    def part(self, index: tuple[slice, ...]) -> Tensor:
+        """What one slice per dimension selects; the whole tensor is not copied out of the mapped file."""
+        if index == tuple(slice(0, size) for size in self.shape):
+            return self.read()
+        return self.handle.get_slice(self.name)[index]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -186,7 +261,7 @@ def _open_files(directory: Path, stack: ExitStack) -> dict[str, _Stored]:
         found = ", ".join(sorted(p.name for p in directory.glob("*.bin"))) or "none"
         raise UserError(f"{directory} has neither {SINGLE} nor {INDEX} (other weight files: {found})")
     if absent := [file for file in files if not (directory / file).exists()]:
-        raise UserError(f"{directory / INDEX} lists {len(absent)} missing files: {_some(absent)}")
+        raise UserError(f"{directory / INDEX} lists {len(absent)} missing files: {some(absent)}")
     stored: dict[str, _Stored] = {}
     for file in files:
         try:
@@ -202,9 +277,9 @@ def _check_names(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, An
     """Raise a UserError with everything missing, unexpected or misshapen in `found`."""
     problems: list[str] = []
     if missing := [name for name in expected if name not in found]:
-        problems.append(f"{where} lacks {len(missing)} tensors: {_some(missing)}")
+        problems.append(f"{where} lacks {len(missing)} tensors: {some(missing)}")
     if unexpected := sorted(name for name in found if name not in expected):
-        problems.append(f"{where} has {len(unexpected)} unexpected tensors: {_some(unexpected)}")
+        problems.append(f"{where} has {len(unexpected)} unexpected tensors: {some(unexpected)}")
     for name, shape in expected.items():
         if name in found and tuple(found[name].shape) != shape:
             problems.append(f"{where}: {name} has shape {tuple(found[name].shape)}, the configuration says {shape}")
@@ -212,27 +287,35 @@ def _check_names(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, An
         raise UserError(*problems)
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few of many names."""
     rest = len(names) - _MAX_LISTED
     return ", ".join(names[:_MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _write_tensors(directory: Path, table: list[Link], tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
     """Safetensors files of at most `shard_bytes` each (one tensor at least), with an index if there are several."""
-    shards: list[list[Link]] = []
+    shards: list[list[str]] = []
     sizes: list[int] = []
+    sources: dict[str, Link] = {}
     for link in table:
-        size = sum(tensors[name].nbytes for name, _ in link.parts)
-        if not shards or sizes[-1] + size > shard_bytes:
-            shards.append([])
-            sizes.append(0)
-        shards[-1].append(link)
-        sizes[-1] += size
+        itemsize = tensors[next(iter(link.ours))].itemsize
+        for name, shape in link.theirs.items():
+            size = math.prod(shape) * itemsize
+            if not shards or sizes[-1] + size > shard_bytes:
+                shards.append([])
+                sizes.append(0)
+            shards[-1].append(name)
+            sizes[-1] += size
+            sources[name] = link
     count = len(shards)
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = SINGLE if count == 1 else f"model-{i:05}-of-{count:05}.safetensors"
-        content = {link.theirs: link.to_theirs(tensors).cpu() for link in shard}
+        content: dict[str, Tensor] = {}
+        wanted = set(shard)
+        for link in dict.fromkeys(sources[name] for name in shard):
+            content |= {name: tensor.cpu() for name, tensor in link.to_theirs(tensors) if name in wanted}
         save_file(content, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(content, file)
     if count > 1:

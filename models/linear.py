@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..parallel import grouped
-from ..parallel.grouped import GroupedProjection, Groups
+from ..parallel.grouped import GroupedProjection, Groups, Made
 from ..parallel.projection import Projection, local
 
 
@@ -32,7 +32,10 @@ def project(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
 
 
 class GroupedLinear(nn.Module):
-    """One linear per expert: y = x W_eᵀ + b_e for the rows x (R, in) of each expert e, y (R, out)."""
+    """One linear per expert: y = x W_eᵀ + b_e for the rows x (R, in) of each expert e, y (R, out).
+
+    An input made with weights of the rows (`Made`) gives w x W_eᵀ + w b_e.
+    """
 
     def __init__(self, experts: int, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
@@ -40,10 +43,10 @@ class GroupedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(experts, out_features)) if bias else None
         self.apply_weights: GroupedProjection = grouped.local
 
-    def forward(self, x: Tensor, groups: Groups) -> Tensor:
+    def forward(self, x: Tensor | Made, groups: Groups) -> Tensor:
         return self.apply_weights(x, groups, (self,))[0]
 
 
-def project_grouped(x: Tensor, groups: Groups, *linears: GroupedLinear) -> tuple[Tensor, ...]:
+def project_grouped(x: Tensor | Made, groups: Groups, *linears: GroupedLinear) -> tuple[Tensor, ...]:
     """Several grouped linears of the same rows x (R, in), each giving its y (R, out)."""
     return linears[0].apply_weights(x, groups, linears)

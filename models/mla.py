@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..configs.schema import ModelConfig
-from .attention import Core, attend
+from ..parallel.context.local import Core
+from .attention import attend
 from .functional import rotate
 from .linear import Linear, project
-from .masks import Mask
 from .norms import RmsNorm
 from .sequences import Sequences
 
@@ -78,5 +78,5 @@ class LatentAttention(nn.Module):
         # Heads first in memory, as attention wants them.
         parts = still.transpose(1, 2), turning.transpose(1, 2).expand(-1, still.shape[2], -1, -1)
         k = torch.cat(parts, dim=-1).transpose(1, 2)
-        y = self.core(q, k, v, Mask(self.window, seq.documents), self.scale)
+        y = self.core(q, k, v, seq.spread, self.window, self.scale)
         return self.out(y.reshape(seq.batch * seq.length, -1))

@@ -5,13 +5,15 @@ Shapes: n tokens, K experts per token, R = rows that the experts of this device 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..configs.schema import ModelConfig
 from ..parallel.expert.dispatch import AllToAll, Dispatcher
-from ..parallel.grouped import Groups
+from ..parallel.grouped import Groups, Local, Made
 from ..parallel.mesh import Axis
 from .dropout import Draws
 from .feed_forward import FeedForward
@@ -32,18 +34,21 @@ class Experts(nn.Module):
         self.gate = GroupedLinear(moe.experts, h, f, moe.bias) if gated else None
         self.up = GroupedLinear(moe.experts, h, f, moe.bias)
         self.down = GroupedLinear(moe.experts, f, h, moe.bias)
-        self.gated = swiglu_clipped if cfg.activation == "swiglu_clipped" else swiglu
-        self.approximate = "tanh" if cfg.activation == "gelu_tanh" else "none"
-
-    def forward(self, rows: Tensor, groups: Groups, weights: Tensor | None = None) -> Tensor:
-        """rows (R, h), expert by expert → (R, h), multiplied by weights (R,) where these are given."""
-        if self.gate is not None:
-            hidden = self.gated(*project_grouped(rows, groups, self.gate, self.up))
+        for linear in (self.gate, self.up, self.down):
+            if linear is not None:
+                linear.apply_weights = Local(moe.compute)
+        if gated:
+            self.activation = swiglu_clipped if cfg.activation == "swiglu_clipped" else swiglu
         else:
-            hidden = F.gelu(self.up(rows, groups), approximate=self.approximate)
-        if weights is not None:
-            hidden = hidden * weights.unsqueeze(-1)
-        return self.down(hidden, groups)
+            self.activation = partial(F.gelu, approximate="tanh" if cfg.activation == "gelu_tanh" else "none")
+
+    def forward(self, rows: Tensor | Made, groups: Groups, weights: Tensor | None = None) -> Tensor:
+        """rows (R, h), expert by expert → (R, h), multiplied by weights (R,) where these are given.
+
+        Of (R, f) tensors only the outputs of gate and up are kept: the activation, weighted or not, is made again.
+        """
+        before = project_grouped(rows, groups, *(() if self.gate is None else (self.gate,)), self.up)
+        return self.down(Made(self.activation, before, weights), groups)
 
 
 class Moe(nn.Module):

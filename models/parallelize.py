@@ -5,21 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import nn
 
 from ..configs.schema import ModelConfig
+from ..parallel.collectives import all_gather_autograd, all_reduce
+from ..parallel.expert.biases import without_bias
 from ..parallel.expert.dispatch import AllToAll
+from ..parallel.expert.make import make_dispatcher
 from ..parallel.expert.tokens import TokenGroup
-from ..parallel.mesh import Mesh
+from ..parallel.gradients import slot_of
+from ..parallel.mesh import Axis, Mesh
 from ..parallel.plan import Axes, Column, Plan, Row, Rule, Sharding, place
 from ..parallel.tensor import ColumnProjection, RowProjection
 from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard
+from .attention import Attention
 from .initialise import initial
 from .linear import Linear
+from .mla import LatentAttention
 from .moe import Moe
-from .plans import PLANS
+from .plans import plan_of
 from .recompute import run_layer_again
 from .transformer import Part, Transformer
 
@@ -38,7 +45,7 @@ def rule_of(plan: Plan, name: str) -> Rule:
 
 def shardings(model: Transformer, mesh: Mesh, *, balanced: bool = False) -> dict[str, Sharding]:
     """Where each parameter of the (meta) model lives on this rank, by global name."""
-    plan = PLANS[model.cfg.family]
+    plan = plan_of(model.cfg)
     vocab = mesh.axis("vocab_head" if balanced else "tp")
     axes = Axes(
         mesh.axis("tp"), mesh.axis("tp_shard"), mesh.axis("tp_replica"), vocab, mesh.axis("ep"), mesh.axis("etp")
@@ -92,25 +99,56 @@ def build(
 def _replace_seams(model: Transformer, mesh: Mesh) -> None:
     tp = mesh.axis("tp")
     column, row = ColumnProjection(tp), RowProjection(tp)
-    plan = PLANS[model.cfg.family]
+    plan = plan_of(model.cfg)
     for name, linear in _linears(model):
         match rule_of(plan, f"{name}.weight"):
             case Row():
                 linear.apply_weights = row
             case Column():
                 linear.apply_weights = column
+    for module in model.modules():
+        if isinstance(module, LatentAttention):
+            module.gather_tokens = partial(all_gather_autograd, axis=tp)
+        elif isinstance(module, Attention) and module.norm_heads_together and module.q_norm and module.k_norm:
+            # The ranks of tp_shard have the key heads once, however many ranks share one.
+            module.q_norm.total = partial(_sum_over, tp)
+            module.k_norm.total = partial(_sum_over, mesh.axis("tp_shard"))
     assert model.cfg.vocab
     shard = VocabShard.of(tp, model.cfg.vocab)
     model.embedding_op, model.head_op = VocabEmbedding(shard), VocabHead(shard)
 
 
+def _sum_over(axis: Axis, x: torch.Tensor) -> torch.Tensor:
+    return all_reduce(x.contiguous(), axis).wait()
+
+
 def _replace_dispatchers(model: Transformer, mesh: Mesh) -> None:
     """The experts' ranks are those of the expert mesh, whatever the dense one is."""
-    ep, etp, tokens = mesh.axis("ep"), mesh.axis("etp"), TokenGroup(mesh.axis("tp"))
+    if not model.cfg.moe.experts:
+        return
+    etp, tokens = mesh.axis("etp"), TokenGroup(mesh.axis("tp"))
+    dispatcher = make_dispatcher(model.cfg.moe, mesh.axis("ep"), etp)
     for module in model.modules():
         if isinstance(module, Moe):
-            module.dispatch = AllToAll(model.cfg.moe.experts, ep, etp, weigh_before=model.cfg.moe.weigh == "before")
+            module.dispatch = dispatcher
             module.router.tokens = tokens
+            if etp.rank > 0:
+                module.experts.down.apply_weights = without_bias(module.experts.down.apply_weights)
+
+
+def set_overlap_chunks(model: Transformer, chunks: int) -> None:
+    """From the next step on, tokens travel to their experts in so many chunks (`model.moe.overlap_chunks`).
+
+    The experts run once a chunk, and so often their gradients are added to before they are final. Call it between
+    steps, on all ranks, with data parallelism applied. Other dispatchers than all_to_all have no chunks.
+    """
+    for module in model.modules():
+        if isinstance(module, Moe) and isinstance(module.dispatch, AllToAll):
+            module.dispatch.chunks = chunks
+            for param in module.experts.parameters():
+                slot = slot_of(param)
+                if slot is not None:
+                    slot.uses = chunks
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:

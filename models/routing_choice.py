@@ -57,9 +57,24 @@ def top_k(logits: Tensor, scores: Tensor, moe: MoeConfig, bias: Tensor | None) -
     return by.topk(moe.top_k, -1).indices
 
 
+def coarse(x: Tensor) -> Tensor:
+    """Integers in the order of x ≥ 0, which keep half of its mantissa, rounded.
+
+    Tokens with the same text before them have the same scores but for rounding, which differs between layouts; such
+    tokens shall count as equal everywhere.
+    """
+    double = x.dtype == torch.float64
+    bits, dropped = (x.contiguous().view(torch.int64), 26) if double else (x.float().contiguous().view(torch.int32), 12)
+    return (bits + (1 << (dropped - 1))) >> dropped
+
+
 def expert_choice(scores: Tensor, moe: MoeConfig) -> Tensor:
-    """(N, E) whether the expert takes the token: each its `capacity` best ones (Zhou et al., arXiv 2202.09368)."""
-    best = scores.topk(capacity(moe, scores.shape[0]), 0).indices
+    """(N, E) whether the expert takes the token: each its `capacity` best ones (Zhou et al., arXiv 2202.09368).
+
+    Of equal ones (`coarse`) it takes the first.
+    """
+    order = torch.argsort(coarse(scores), dim=0, descending=True, stable=True)
+    best = order[: capacity(moe, scores.shape[0])]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(0, best, True)
 
 
@@ -69,7 +84,7 @@ def as_columns(taken: Tensor, width: int) -> tuple[Tensor, Tensor]:
     Args:
         taken: (n, E) bool, at most `width` true in a row.
     """
-    order = torch.argsort(taken, dim=-1, descending=True, stable=True)[:, :width]
+    order = torch.argsort(taken.to(torch.uint8), dim=-1, descending=True, stable=True)[:, :width]
     return order, taken.gather(-1, order)
 
 
@@ -95,7 +110,7 @@ def within_capacity(experts: Tensor, weights: Tensor | None, limit: int, count: 
 
     Args:
         experts: (N, K) ids; those outside 0 … count − 1 never have room.
-        weights: (N, K); the largest are kept, equal ones in the tokens' order; none: the first tokens are kept.
+        weights: (N, K); the largest are kept, of equal ones (`coarse`) the first; none: the first tokens are kept.
         limit: tokens that an expert keeps.
         count: of experts.
     """
@@ -103,7 +118,7 @@ def within_capacity(experts: Tensor, weights: Tensor | None, limit: int, count: 
     flat = torch.where(flat < 0, count, flat)
     order = torch.arange(len(flat), device=flat.device)
     if weights is not None:
-        order = torch.argsort(weights.reshape(-1), descending=True, stable=True)
+        order = torch.argsort(coarse(weights).reshape(-1), descending=True, stable=True)
     order = order[torch.argsort(flat[order], stable=True)]  # expert by expert, the first one's best first
     of_expert = torch.zeros(count + 1, dtype=torch.long, device=flat.device)
     of_expert.scatter_add_(0, flat.clamp(max=count), torch.ones_like(flat))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..parallel.context.rows import Spread
 from .dropout import Draws
 from .transformer import Part, Transformer
 
@@ -49,6 +50,7 @@ class Inputs:
     documents: Tensor | None = None
     draws: Draws | None = None
     share: float = 0.0
+    spread: Spread | None = None
 
 
 def run_stage(
@@ -72,12 +74,13 @@ def run_stage(
             documents=inputs.documents,
             draws=draws,
             share=inputs.share,
+            spread=inputs.spread,
         )
     if stage == 0:
         x = model.embed_tokens(tokens, positions, draws) if x is None else model.begin(x, tokens, positions, draws)
     assert x is not None
     if split.layers[stage]:
-        seq = model.sequences(tokens, positions, inputs.documents, dtype, inputs.share)
+        seq = model.sequences(tokens, positions, inputs.documents, dtype, inputs.share, inputs.spread)
         x = model.run_layers(x, seq, draws, split.layers[stage])
     if stage == last:
         x = model.end(x)

@@ -15,14 +15,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..configs.schema import ModelConfig
+from ..parallel.context.rows import Rows, Spread
 from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard
 from .attention import Attention
 from .dropout import Draws
 from .feed_forward import FeedForward
+from .linear_attention import LinearAttention
+from .mla import LatentAttention
 from .moe import Moe
 from .norms import make_norm
 from .rope import angles, frequencies
 from .sequences import Sequences
+
+
+def attention_of(cfg: ModelConfig, index: int) -> Attention | LatentAttention | LinearAttention:
+    """The attention of one layer."""
+    if index in cfg.linear_layers:
+        return LinearAttention(cfg, index)
+    return LatentAttention(cfg, index) if cfg.mla.kv_rank else Attention(cfg, index)
 
 
 class Layer(nn.Module):
@@ -32,7 +42,7 @@ class Layer(nn.Module):
         super().__init__()
         self.index = index
         self.attention_norm = make_norm(cfg)
-        self.attention = Attention(cfg, index)
+        self.attention = attention_of(cfg, index)
         self.ffn_norm = make_norm(cfg)
         routed = index in cfg.moe_layers
         self.ffn = None if routed else FeedForward(cfg)
@@ -119,7 +129,8 @@ class Transformer(nn.Module):
         self.embedding_op: EmbeddingOp = VocabEmbedding(whole)
         self.head_op: HeadOp = VocabHead(whole)
         self.run_layer: RunLayer = run_layer
-        self._frequencies = frequencies(cfg.rope, cfg.head_dim) if cfg.position == "rope" else None
+        turning = cfg.mla.rope_dim if cfg.mla.kv_rank else cfg.head_dim
+        self._frequencies = frequencies(cfg.rope, turning) if cfg.position == "rope" else None
 
     @property
     def embed_weight(self) -> Tensor:
@@ -139,6 +150,7 @@ class Transformer(nn.Module):
         documents: Tensor | None,
         dtype: torch.dtype,
         share: float = 0.0,
+        spread: Spread | None = None,
     ) -> Sequences:
         """What the layers know of a batch of tokens (B, T); arguments as of `forward`."""
         batch, length = tokens.shape
@@ -151,7 +163,8 @@ class Transformer(nn.Module):
         if self.cfg.moe.experts:
             rows = torch.arange(batch, device=tokens.device).repeat_interleave(length)
             rows = self.embedding_op.local_tokens(rows)
-        return Sequences(batch, length, cos, sin, documents, rows, share)
+        spread = spread or Spread((Rows.whole(length, documents),))
+        return Sequences(batch, length, cos, sin, spread, rows, share)
 
     def embed_tokens(self, tokens: Tensor, positions: Tensor | None, draws: Draws | None) -> Tensor:
         """tokens (B, T) → (N, h)."""
@@ -190,6 +203,7 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         draws: Draws | None = None,
         share: float = 0.0,
+        spread: Spread | None = None,
     ) -> Tensor:
         """Logits (B, T, V), or with labels (B, T) the summed cross-entropy times `scale` (a scalar).
 
@@ -201,9 +215,11 @@ class Transformer(nn.Module):
             documents: (B, T) document ids of packed sequences; none: one document each.
             draws: the dropout of this step; none: no dropout.
             share: this micro-batch's share in the step's balancing losses; 0: evaluation.
+            spread: which tokens of their sequences `tokens` are, with their documents, and who has the others; none:
+                all of them, with these `documents`.
         """
         x = self.embed_tokens(tokens, positions, draws)
-        seq = self.sequences(tokens, positions, documents, x.dtype, share)
+        seq = self.sequences(tokens, positions, documents, x.dtype, share, spread)
         x = self.end(self.run_layers(x, seq, draws, self.part.layers))
         if labels is None:
             return self.head_op.logits(x, self.head_weight).view(*tokens.shape, -1)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .collectives import Handle
+from .grouped_gemm import Gemms
 
 
 class Slot:
@@ -60,20 +61,9 @@ class Slot:
         else:
             self.buffer.addmm_(dy.t(), x)
 
-    def add_grouped(self, dy: Tensor, x: Tensor, runs: Sequence[tuple[int, int, int]]) -> None:
-        """sum[e] += dyᵀ x over the rows [start, stop) of each (e, start, stop)."""
-        if self.fresh and len(runs) < len(self.buffer):
-            self.buffer.zero_()
-            self.fresh = False
-        for expert, start, stop in runs:
-            whole, rows = self.buffer[expert], dy[start:stop].t()
-            if dy.dtype != self.buffer.dtype:
-                grad = rows @ x[start:stop]
-                whole.copy_(grad) if self.fresh else whole.add_(grad)
-            elif self.fresh:
-                torch.mm(rows, x[start:stop], out=whole)
-            else:
-                whole.addmm_(rows, x[start:stop])
+    def add_grouped(self, dy: Tensor, x: Tensor, gemms: Gemms) -> None:
+        """sum[e] += dyᵀ x over the rows of each expert e."""
+        gemms.add_weight(dy, x, self.buffer, self.fresh)
         self.fresh = False
 
     def add_rows(self, rows: Tensor, grad: Tensor) -> None:
@@ -161,15 +151,14 @@ def matmul_grad(param: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
     return None
 
 
-def grouped_grad(param: Tensor, dy: Tensor, x: Tensor, runs: Sequence[tuple[int, int, int]]) -> Tensor | None:
-    """Weight gradient (E, out, in) of a grouped projection, whose expert e has the rows [start, stop) of each run."""
+def grouped_grad(param: Tensor, dy: Tensor, x: Tensor, gemms: Gemms) -> Tensor | None:
+    """Weight gradient (E, out, in) of a grouped projection of the rows x (R, in), with dy (R, out)."""
     slot = slot_of(param)
     if slot is None:
-        grad = torch.zeros_like(param)
-        for expert, start, stop in runs:
-            torch.mm(dy[start:stop].t(), x[start:stop], out=grad[expert])
+        grad = torch.empty_like(param)
+        gemms.add_weight(dy, x, grad, True)
         return grad
-    slot.add_grouped(dy, x, runs)
+    slot.add_grouped(dy, x, gemms)
     slot.done()
     return None
 

@@ -57,8 +57,12 @@ class Abort:
         self.check(what, 0.0 if finished else self.timeout_s)
 
     def tend(self, key: int, poll: Callable[[], object]) -> None:
-        """Calls `poll` again and again whenever the thread that made this object waits, until `leave(key)`."""
-        self._tended[key] = poll
+        """Calls `poll` again and again whenever the thread that made this object waits, until `leave(key)`.
+
+        From another thread it does nothing: that one polls what it waits for itself, and two would disturb each other.
+        """
+        if threading.get_ident() == self._thread:
+            self._tended[key] = poll
 
     def leave(self, key: int) -> None:
         """Ends `tend`."""

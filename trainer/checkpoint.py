@@ -179,7 +179,13 @@ class Checkpointer:
     # Loading ----------------------------------------------------------------------------------------------------
 
     def load(
-        self, path: Path, tensors: Mapping[str, GlobalTensor], *, prefix: str = "", cast: bool = False
+        self,
+        path: Path,
+        tensors: Mapping[str, GlobalTensor],
+        *,
+        prefix: str = "",
+        cast: bool = False,
+        left: str | None = None,
     ) -> dict[str, Any]:
         """Loads a checkpoint's tensors in place and returns its state.
 
@@ -188,13 +194,14 @@ class Checkpointer:
             tensors: by global name; a rank passes what it holds.
             prefix: only the checkpoint's tensors of these names count (`model/`: weights only).
             cast: convert to the dtype of `tensors`, instead of refusing another one.
+            left: tensors of the checkpoint whose names end so may be left over.
 
         Raises:
             UserError: a tensor is missing or left over, or has another shape or dtype; nothing has been loaded.
             CheckpointError: reading failed.
         """
         self.wait()
-        state = read_together(self._team, Path(path), tensors, prefix, cast)
+        state = read_together(self._team, Path(path), tensors, prefix, cast, left)
         if not prefix and Path(path).resolve().parent == self.directory.resolve():
             self.newest = int(state["step"])
         return state

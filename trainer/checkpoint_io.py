@@ -160,7 +160,12 @@ def hush_single_process() -> None:
 
 
 def read_together(
-    team: Team, path: Path, tensors: Mapping[str, GlobalTensor], prefix: str, cast: bool
+    team: Team,
+    path: Path,
+    tensors: Mapping[str, GlobalTensor],
+    prefix: str,
+    cast: bool,
+    left: str | None = None,
 ) -> dict[str, Any]:
     """Loads in place what `tensors` name; returns the state. Arguments and errors: `Checkpointer.load`."""
     what = f"loading {path}"
@@ -168,6 +173,7 @@ def read_together(
     found = tensors_of(metadata, prefix)
     names = team.together(what, lambda: census(path, tensors, found, cast))
     left_over = sorted(set(found) - {name for mine in names for name in mine})
+    left_over = [name for name in left_over if left is None or not name.endswith(left)]
     if left_over:
         reason = "is in the checkpoint, this job has no such tensor"
         raise UserError(*listed(path, [f"{name} {found[name][0]} {reason}" for name in left_over]))

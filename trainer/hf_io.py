@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +13,63 @@ import torch
 from torch import Tensor
 
 from ..configs.errors import Problem, UserError
-from ..configs.schema import MlaConfig, ModelConfig, MoeConfig, RopeConfig, RouterConfig
-from ..models.hf import hf_weights, model_config_from_hf, read_hf_config, read_hf_weights, write_hf
+from ..configs.schema import LinearAttentionConfig, MlaConfig, ModelConfig, MoeConfig, RopeConfig, RouterConfig
+from ..models.hf import (
+    HfFolder,
+    Notice,
+    hf_weights,
+    model_config_from_hf,
+    read_hf_config,
+    read_hf_weights,
+    to_stderr,
+    write_hf,
+)
 from ..models.hf_names import links
-from ..parallel.plan import Sharding
+from ..models.same_model import differences
+from ..models.transformer import Transformer
+from ..models.upcycle import Read, check_upcycling, upcycled, upcycled_config
+from ..parallel.global_tensor import Placement
 from .checkpoint import Checkpointer, read_full, write_full
 from .checkpoint_files import read_state
+from .checkpoint_slices import CheckpointSlices
 from .setup import Parts
 from .state import model_tensors
 
 # Keys of config.json that tokenizers and generation need and that say nothing about the network.
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-# What may differ between a job and the weights that it starts from: names and training choices.
-_FREE = {"preset", "family", "init_std", "dropout"}
-
-# The keys of model.rope that each kind of scaling reads.
-_ROPE = {
-    "none": set[str](),
-    "linear": {"factor"},
-    "llama3": {"factor", "original_positions", "low_freq_factor", "high_freq_factor"},
-    "yarn": {"factor", "original_positions", "beta_fast", "beta_slow", "attention_factor"},
-}
+_REMEMBERED = ".router.load"
 
 
-def import_hf(directory: str | os.PathLike[str], out: str | os.PathLike[str]) -> ModelConfig:
+@dataclass(frozen=True, kw_only=True)
+class Upcycle:
+    """What is made of a dense model; see `models.upcycle.upcycled_config`."""
+
+    experts: int
+    top_k: int
+    granularity: int = 1
+
+
+def import_hf(
+    directory: str | os.PathLike[str], out: str | os.PathLike[str], upcycle: Upcycle | None = None
+) -> ModelConfig:
     """Write the weights of a Hugging Face folder as a checkpoint at step 0, each tensor in its own dtype.
 
+    Args:
+        directory: the folder.
+        out: the checkpoint.
+        upcycle: a mixture of experts is made of the dense model that the folder holds.
+
     Returns:
-        The model configuration that was found.
+        The model configuration that was found, or made.
 
     Raises:
         UserError: for an unsupported model, missing or unexpected tensors, or damaged files.
     """
-    config, tensors = read_hf_weights(directory)
+    if upcycle is None:
+        config, tensors = read_hf_weights(directory)
+    else:
+        config, tensors = _upcycled_weights(directory, upcycle)
     given = read_hf_config(directory)
     state = {
         "step": 0,
@@ -54,6 +78,24 @@ def import_hf(directory: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     }
     write_full(Path(out), {f"model/{name}": tensor for name, tensor in tensors.items()}, state)
     return config
+
+
+def _upcycled_weights(directory: str | os.PathLike[str], upcycle: Upcycle) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """All new tensors have the dtype of the embedding."""
+    dense = model_config_from_hf(read_hf_config(directory))
+    config = upcycled_config(dense, **dataclasses.asdict(upcycle))
+    tensors: dict[str, Tensor] = {}
+    with HfFolder(directory, dense) as folder:
+        for name, shape in _shapes(config).items():
+            made = upcycled(name, Placement.whole(shape), config, upcycle.granularity, folder.read, seed=0)
+            tensors[name] = made.to(tensors["embed.weight"].dtype) if ".moe." in name else made
+    return config, tensors
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of a model's parameters."""
+    with torch.device("meta"):
+        return {name: tuple(param.shape) for name, param in Transformer(config).named_parameters()}
 
 
 def export_hf(
@@ -74,7 +116,7 @@ def export_hf(
     """
     _, state = read_full(Path(checkpoint), [])
     config = model_config_from_state(state["model"])
-    names = [name for link in links(config) for name, _ in link.parts]
+    names = [name for link in links(config) for name in link.ours]
     tensors, _ = read_full(Path(checkpoint), [f"model/{name}" for name in names])
     weights = {name: tensors[f"model/{name}"] for name in names}
     if dtype is not None:
@@ -83,26 +125,65 @@ def export_hf(
     return config
 
 
-def load_initial(path: Path, parts: Parts, checkpointer: Checkpointer) -> None:
+def load_initial(
+    path: Path,
+    parts: Parts,
+    checkpointer: Checkpointer,
+    *,
+    upcycle: bool = False,
+    seed: int = 0,
+    notice: Notice = to_stderr,
+) -> None:
     """Give a run its first weights (`checkpoint.init`), from a Hugging Face folder or a checkpoint of any layout.
+
+    Args:
+        path: the folder or checkpoint.
+        parts: what is loaded into; each rank reads its slices only.
+        checkpointer: verifies and reads checkpoints.
+        upcycle: `path` holds a dense model of which the job's experts are made.
+        seed: of the routers' rows, if `upcycle`.
+        notice: told about tensors that are passed over.
 
     Raises:
         UserError: if `path` is neither, is damaged, or holds another model than the job's.
     """
+    wanted = parts.model.cfg
     if (path / "config.json").exists():
         given = model_config_from_hf(read_hf_config(path))
-        check_same_model(given, parts.model.cfg, path)
-        parts.load(_slices(hf_weights(path, given), parts.where))
+        if upcycle:
+            granularity = _check_upcycling(given, wanted, path)
+            with HfFolder(path, given, notice) as folder:
+                parts.load(_upcycled(parts, granularity, folder.read, seed))
+            return
+        check_same_model(given, wanted, path)
+        buffers = {name: Placement.whole(tuple(buffer.shape)) for name, buffer in parts.buffers.items()}
+        placements = {name: sharding.placement for name, sharding in parts.where.items()}
+        parts.load(hf_weights(path, given, placements | buffers, notice))
         return
-    try:
-        verified = checkpointer.find_resume(path)
-    except UserError as error:
-        raise UserError(*(Problem("checkpoint.init", problem.message) for problem in error.problems)) from None
-    assert verified is not None  # a named checkpoint is found or is an error
-    check_same_model(model_config_from_state(read_state(verified)["model"]), parts.model.cfg, path)
+    verified = checkpointer.verified(path, "checkpoint.init")
+    given = model_config_from_state(read_state(verified)["model"])
+    if upcycle:
+        granularity = _check_upcycling(given, wanted, path)
+        slices = CheckpointSlices(verified, _shapes(given))
+        parts.load(_upcycled(parts, granularity, slices.read, seed))
+        return
+    check_same_model(given, wanted, path)
+    # What the balancing loss remembers of the last step belongs to a run, not to the weights.
+    tensors = {name: tensor for name, tensor in model_tensors(parts).items() if not name.endswith(_REMEMBERED)}
     # Masters of a bf16 run are fp32, imported weights what their files held: any of them may start any run.
-    checkpointer.load(verified, model_tensors(parts), prefix="model/", cast=True)
+    checkpointer.load(verified, tensors, prefix="model/", cast=True, left=_REMEMBERED)
     parts.replicas.publish()
+
+
+def _upcycled(parts: Parts, granularity: int, read: Read, seed: int) -> Iterator[tuple[str, Tensor]]:
+    for name, sharding in parts.where.items():
+        yield name, upcycled(name, sharding.placement, parts.model.cfg, granularity, read, seed)
+
+
+def _check_upcycling(given: ModelConfig, job: ModelConfig, path: Path) -> int:
+    if not given.moe.experts:
+        check_same_model(given, dataclasses.replace(job, moe=MoeConfig()), path)
+    return check_upcycling(given, job)
 
 
 def check_same_model(given: ModelConfig, job: ModelConfig, path: Path) -> None:
@@ -111,11 +192,12 @@ def check_same_model(given: ModelConfig, job: ModelConfig, path: Path) -> None:
     Raises:
         UserError: one problem per key that differs.
     """
-    wanted, found = _computed(given), _computed(job)
+    if job.moe.experts and not given.moe.experts:
+        message = f"{job.moe.experts}, but checkpoint.init={path} is a dense model; set model.moe.experts=0, or "
+        raise UserError(Problem("model.moe.experts", f"{message}checkpoint.upcycle=true to make the experts of it"))
     problems = [
-        Problem(f"model.{key}", f"{found.get(key)}, but checkpoint.init={path} has {value}; set model.{key}={value}")
-        for key, value in wanted.items()
-        if found.get(key) != value
+        Problem(f"model.{key}", f"{found}, but checkpoint.init={path} has {value}; set model.{key}={value}")
+        for key, (value, found) in differences(given, job).items()
     ]
     if problems:
         raise UserError(*problems)
@@ -125,23 +207,10 @@ def model_config_from_state(model: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig of a checkpoint's ``state["model"]``."""
     moe = dict(model.get("moe", {}))
     moe["router"] = RouterConfig(**moe.get("router", {}))
-    nested = {"rope": RopeConfig(**model["rope"]), "mla": MlaConfig(**model.get("mla", {})), "moe": MoeConfig(**moe)}
+    nested = {
+        "rope": RopeConfig(**model["rope"]),
+        "mla": MlaConfig(**model.get("mla", {})),
+        "linear": LinearAttentionConfig(**model.get("linear", {})),
+        "moe": MoeConfig(**moe),
+    }
     return ModelConfig(**{**model, **nested})
-
-
-def _slices(weights: Iterator[tuple[str, Tensor]], where: Mapping[str, Sharding]) -> Iterator[tuple[str, Tensor]]:
-    """This rank's slice of each whole parameter; buffers are whole everywhere."""
-    for name, whole in weights:
-        yield name, where[name].placement.of(whole) if name in where else whole
-
-
-def _computed(config: ModelConfig) -> dict[str, Any]:
-    """The keys that decide what the network computes."""
-    rotary = config.position == "rope"
-    plain = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE and key != "rope"}
-    if rotary:
-        del plain["max_positions"]  # only a recorded length
-    rope = {"theta", "scaling", *_ROPE[config.rope.scaling]} if rotary else set[str]()
-    if config.rope.attention_factor is None:
-        rope.discard("attention_factor")
-    return plain | {f"rope.{key}": getattr(config.rope, key) for key in sorted(rope)}

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ..configs import Problem, UserError, to_yaml
 from ..configs.schema import Config
 from ..models.flops import layer_windows
+from ..models.hf import to_stderr
 from ..parallel import record_view
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import Mesh
@@ -88,7 +89,10 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
     if found is not None:
         trainer.restore(found)
     elif cfg.checkpoint.init:
-        load_initial(Path(cfg.checkpoint.init), parts, checkpointer)
+        init = Path(cfg.checkpoint.init)
+        notice = to_stderr if mesh.is_first else (lambda _: None)
+        upcycle, seed = cfg.checkpoint.upcycle, cfg.train.seed
+        load_initial(init, parts, checkpointer, upcycle=upcycle, seed=seed, notice=notice)
     outputs = None
     if mesh.is_first and events is not None:
         _introduce(cfg, trainer, data.tokens, peak, found)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..configs.errors import UserError
 from ..configs.schema import Config
-from ..models.parallelize import build, initial_values
+from ..models.parallelize import build, initial_values, set_overlap_chunks
 from ..models.transformer import Transformer
 from ..parallel import record
 from ..parallel.collectives import all_gather
@@ -176,6 +176,8 @@ def make_model(cfg: Config, mesh: Mesh, device: torch.device) -> Parts:
         )
         if cfg.model.tied and model.part.embeds and model.part.predicts:
             mark_tied(model.embed_weight)
+    if cfg.model.moe.experts and cfg.model.moe.overlap_chunks != "auto":
+        set_overlap_chunks(model, cfg.model.moe.overlap_chunks)
     replicas.load(initial_values(model, where, cfg.train.seed))
     return Parts(model, where, replicas, device, pipeline, _stores(model, pipeline, stages))
 

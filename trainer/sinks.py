@@ -19,14 +19,17 @@ from urllib.parse import urlparse
 
 from ..configs.errors import Problem, UserError
 from ..configs.schema import LogConfig
+from . import moe_metrics
 from .metrics import Pace, StepMetrics, console_header, console_line, finite, use_color
+from .moe_metrics import HeatMap
 
 
 class Sink(Protocol):
     """A consumer of step metrics."""
 
     def log(self, m: StepMetrics, extra: Mapping[str, Any]) -> None:
-        """Take one step. extra: further scalars by tracker key (`loss/val`, `optim/lr/GROUP`, `progress/eta_s`)."""
+        """Take one step. extra: further values by tracker key (`loss/val`, `optim/lr/GROUP`, `progress/eta_s`): scalars,
+        or the `HeatMap` of a model with experts."""
         ...
 
     def close(self) -> None:
@@ -86,7 +89,7 @@ class ConsoleSink:
         if self._lines and m.step % self._every and m.step != self._total and not skipped:
             return
         if not self._lines or (self._stream.isatty() and self._lines % 40 == 0):
-            print(console_header(self._total), file=self._stream)
+            print(console_header(self._total, m.moe is not None), file=self._stream)
         self._lines += 1
         eta_s = extra.get("progress/eta_s")
         line = console_line(m, self._total, eta_s=eta_s, skipped=skipped, color=self._color)
@@ -103,7 +106,7 @@ class WandbSink:
         self, project: str, run_dir: Path, config: Mapping[str, Any], resume_step: int = 0, name: str | None = None
     ) -> None:
         """Raises UserError where the package is missing."""
-        wandb = _import_wandb()
+        self._wandb = wandb = _import_wandb()
         # Made absolute: wandb resolves it against its own process's folder.
         folder = run_dir.absolute()
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +133,11 @@ class WandbSink:
         self.run.define_metric("loss/*", step_metric="progress/tokens")
 
     def log(self, m: StepMetrics, extra: Mapping[str, Any]) -> None:
-        self.run.log(tracker_values(m, extra), step=m.step)
+        values = tracker_values(m, extra)
+        for key, value in values.items():
+            if isinstance(value, HeatMap):
+                values[key] = self._wandb.Image(moe_metrics.image(value))
+        self.run.log(values, step=m.step)
 
     def close(self) -> None:
         self.run.finish()
@@ -150,7 +157,9 @@ class TensorBoardSink:
 
     def log(self, m: StepMetrics, extra: Mapping[str, Any]) -> None:
         for key, value in tracker_values(m, extra).items():
-            if isinstance(value, (int, float)):
+            if isinstance(value, HeatMap):
+                self._writer.add_image(key, moe_metrics.image(value), m.step, dataformats="HWC")
+            elif isinstance(value, (int, float)):
                 self._writer.add_scalar(key, value, m.step)
 
     def close(self) -> None:
@@ -230,7 +239,8 @@ def tracker_values(m: StepMetrics, extra: Mapping[str, Any]) -> dict[str, Any]:
         "mem/active_gib": m.memory_gib,
         "progress/tokens": m.tokens,
     }
-    for prefix, group in (("waterfall", m.waterfall), ("straggler", m.straggler), ("moe", m.moe)):
+    moe = None if m.moe is None else moe_metrics.tracker_values(m.moe)
+    for prefix, group in (("waterfall", m.waterfall), ("straggler", m.straggler), ("moe", moe)):
         values.update({f"{prefix}/{key}": value for key, value in (group or {}).items()})
     values.update(extra)
     if not any(key.startswith("optim/lr/") for key in values):

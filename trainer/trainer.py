@@ -19,6 +19,7 @@ from .checkpoint import Checkpointer
 from .data.dataset import Dataset
 from .data.loader import Loader, heldout_batches
 from .metrics import Meter, StepFlops, peak_memory_gib
+from .moe_metrics import heat_map, is_pictured, sparse_flops, summarize
 from .optimizer import make_optimizer
 from .peak import Peak
 from .pipeline import evaluation_program, training_program
@@ -185,6 +186,7 @@ class Trainer:
         self._stopping = stop > 0
         causal, full = self._flops(issued.pairs)
         again = flops_again(self.cfg.model, self._tokens, issued.pairs / 2) if self._recomputes else 0.0
+        moe, sparse = self._routing(issued)
         metrics = self.meter.step(
             step=issued.step,
             loss=loss,
@@ -194,8 +196,9 @@ class Trainer:
             step_time_s=now - self._clock,
             data_s=issued.data_s,
             memory_gib=peak_memory_gib(self.device),
-            flops=StepFlops(causal, full, causal + again),
+            flops=StepFlops(causal, full, causal + again, sparse),
             skipped=bool(skipped),
+            moe=moe,
         )
         self._clock = now
         if self._outputs is not None:
@@ -207,6 +210,16 @@ class Trainer:
                 f"{self._bad_steps} steps in a row had a NaN or infinite gradient (faults.max_bad_steps); "
                 f"lower optim.lr={self.cfg.optim.lr:g} or resume from an earlier checkpoint"
             )
+
+    def _routing(self, issued: _Issued) -> tuple[dict[str, Any] | None, float | None]:
+        """What the step's routers did and the FLOPs that S-MFU counts, where somebody reports them."""
+        if issued.result.moe is None or self._outputs is None:
+            return None, None
+        totals = issued.result.moe.cpu()
+        if is_pictured(self.cfg, issued.step):
+            self._extra["moe/load"] = heat_map(totals, self.cfg, issued.step)
+        sparse = sparse_flops(self.cfg.model, self._tokens, issued.pairs / 2, totals)
+        return summarize(totals, self.cfg), sparse
 
     def _flops(self, pairs: float) -> tuple[float, float]:
         """Model FLOPs of a step with unmasked attention, and with the full square."""

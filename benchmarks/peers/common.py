@@ -14,12 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from workload import Workload
 
 
-def make_model(workload: Workload, policy: str) -> LlamaForCausalLM:
-    """transformers' Llama with its own initialisation, in the policy's parameter dtype."""
+def make_model(
+    workload: Workload, policy: str, experts: int = 0, top_k: int = 2, implementation: str = "grouped_mm"
+) -> PreTrainedModel:
+    """transformers' model with its own initialisation, in the policy's parameter dtype.
+
+    Args:
+        workload: the sizes.
+        policy: see above.
+        experts: in every layer (Mixtral), each of width workload.ffn; 0: a dense Llama.
+        top_k: experts of a token.
+        implementation: transformers' name for how experts are computed: grouped_mm, batched_mm or eager (a loop).
+    """
     options: dict[str, Any] = dict(
         vocab_size=workload.vocab,
         hidden_size=workload.hidden,
@@ -32,7 +42,11 @@ def make_model(workload: Workload, policy: str) -> LlamaForCausalLM:
         use_cache=False,
         attn_implementation="sdpa",
     )
-    model = LlamaForCausalLM(LlamaConfig(**options))
+    if experts:
+        experts_options = dict(num_local_experts=experts, num_experts_per_tok=top_k, sliding_window=None)
+        model = MixtralForCausalLM(MixtralConfig(**options, **experts_options, experts_implementation=implementation))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**options))
     if policy in ("masters", "plain"):
         # Only parameters: the rotary buffers stay fp32, as from_pretrained(dtype=bfloat16) leaves them.
         for parameter in model.parameters():

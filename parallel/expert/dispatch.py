@@ -1,19 +1,32 @@
-"""Dispatchers: they bring tokens to the ranks of their experts and the results back."""
+"""Dispatchers: they bring tokens to the ranks of their experts and the results back, in six phases.
+
+prepare    local            which row goes where
+dispatch   communication    rows leave                   behind it: `beside`, and the experts of earlier chunks
+arrange    etp              rows in the order of the experts, each on all ranks that share its expert
+(experts)
+collect    etp              results summed over these ranks, in the order in which the rows came
+combine    communication    results leave                behind it: the experts of later chunks
+finish     local            each token's weighted sum
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..collectives import all_to_all
 from ..grouped import Groups
 from ..mesh import Axis
+from . import permute
+from .plan import Chunk, Plan, by_capacity, by_count
 from .routing import Routing
+from .travel import Flight, gather_rows, scatter_rows
 
 T = TypeVar("T")
+Journey = TypeVar("Journey")
 
 
 class Experts(Protocol):
@@ -32,53 +45,155 @@ class Dispatcher(Protocol):
     def __call__(self, x: Tensor, routing: Routing, experts: Experts, beside: Callable[[], T]) -> tuple[Tensor, T]: ...
 
 
-class AllToAll:
+@dataclass(frozen=True)
+class Arrived:
+    """What the experts of a rank compute: rows (R, h), how many each has, and weights (R,) to be multiplied in."""
+
+    rows: Tensor
+    groups: Groups
+    weights: Tensor | None
+
+
+class Phases(Generic[Journey]):
+    """The order of the phases. A journey is what one chunk of rows carries from phase to phase."""
+
+    def __call__(self, x: Tensor, routing: Routing, experts: Experts, beside: Callable[[], T]) -> tuple[Tensor, T]:
+        journeys = self.prepare(x, routing)
+        for journey in journeys:
+            self.dispatch(journey)
+        other = beside()
+        for journey in journeys:
+            arrived = self.arrange(journey)
+            self.collect(journey, experts(arrived.rows, arrived.groups, arrived.weights))
+            self.combine(journey)
+        return self.finish(journeys, routing), other
+
+    def prepare(self, x: Tensor, routing: Routing) -> list[Journey]:
+        """Decides who gets which rows of x (n, h)."""
+        raise NotImplementedError
+
+    def dispatch(self, journey: Journey) -> None:
+        """Starts the way there."""
+        raise NotImplementedError
+
+    def arrange(self, journey: Journey) -> Arrived:
+        """Waits for the rows."""
+        raise NotImplementedError
+
+    def collect(self, journey: Journey, out: Tensor) -> None:
+        """Takes the experts' outputs (R, h)."""
+        raise NotImplementedError
+
+    def combine(self, journey: Journey) -> None:
+        """Starts the way back."""
+        raise NotImplementedError
+
+    def finish(self, journeys: list[Journey], routing: Routing) -> Tensor:
+        """Waits for the results, gives (n, h)."""
+        raise NotImplementedError
+
+
+@dataclass
+class _Rows:
+    """One chunk's rows, wherever they are now."""
+
+    chunk: Chunk
+    there: Flight
+    back: Flight
+    rows: Tensor
+    weights: Tensor | None
+    weights_there: Flight
+
+
+class AllToAll(Phases[_Rows]):
     """Every token travels to each of its experts' ranks.
+
+    Without a capacity nothing is dropped here and the ranks tell each other how many rows come; with one
+    (`Routing.capacity`) every expert gets exactly so many rows from every rank, and all shapes are known.
 
     Args:
         experts: of the whole layer.
         ep: the ranks that share the experts.
         etp: the ranks that share each expert's inner width.
-        weigh_before: the weights are multiplied before the experts' second matrix.
+        weigh_before: the weights are multiplied before the experts' second matrix, so they travel along.
     """
 
     def __init__(self, experts: int, ep: Axis, etp: Axis, *, weigh_before: bool = False) -> None:
         self.experts, self.ep, self.etp, self.weigh_before = experts, ep, etp, weigh_before
+        self.chunks = 1
+        """Rows travel in so many parts, each behind the compute of another one; may change between steps."""
 
-    def __call__(self, x: Tensor, routing: Routing, experts: Experts, beside: Callable[[], T]) -> tuple[Tensor, T]:
+    def prepare(self, x: Tensor, routing: Routing) -> list[_Rows]:
+        plan = self._plan(routing)
         n, k = routing.experts.shape
-        flat = routing.experts.reshape(-1)
-        order = torch.argsort(torch.where(flat < 0, self.experts, flat), stable=True)
-        counts = torch.bincount(flat[flat >= 0], minlength=self.experts)
-        rows = int(counts.sum())
-        order = order[:rows]
-        per_rank = counts.view(self.ep.size, -1)
-        send = per_rank.sum(1).tolist()
-        arriving = all_to_all(per_rank, self.ep).wait().view(self.ep.size, -1)  # (source, expert)
-        receive = arriving.sum(1).tolist()
-        sent = _AllToAll.apply(x.index_select(0, order // k), self.ep, send, receive)
-        starts = (torch.cumsum(arriving.reshape(-1), 0) - arriving.reshape(-1)).view_as(arriving)
-        major = torch.cat(
-            [torch.arange(s, s + c) for s, c in zip(starts.t().reshape(-1).tolist(), arriving.t().reshape(-1).tolist())]
-        )
-        other = beside()
-        out = experts(sent.index_select(0, major), Groups(tuple(arriving.sum(0).tolist())), None)
-        back = _AllToAll.apply(out.index_select(0, torch.argsort(major)), self.ep, receive, send)
-        place = torch.zeros(n * k, dtype=torch.long)
-        place[order] = torch.arange(rows)
-        if rows == 0:
-            return x * 0 + back.sum() * 0, other
-        gathered = back.index_select(0, place).view(n, k, -1)
-        y = torch.bmm(routing.weights.to(x.dtype).unsqueeze(1), gathered).squeeze(1)
-        return y, other
+        rows = permute.spread(x, plan.pairs // k, plan.places)
+        parts = _split(rows, plan.chunks)
+        weights: list[Tensor] | list[None] = [None] * len(parts)
+        if self.weigh_before:
+            column = routing.weights.reshape(n * k, 1)
+            weights = _split(permute.spread(column, plan.pairs, plan.places.view(n * k, 1)), plan.chunks)
+        return [
+            _Rows(
+                chunk,
+                Flight(self.ep, chunk.send, chunk.receive),
+                Flight(self.ep, chunk.receive, chunk.send),
+                part,
+                weight,
+                Flight(self.ep, chunk.send, chunk.receive),
+            )
+            for chunk, part, weight in zip(plan.chunks, parts, weights, strict=True)
+        ]
+
+    def dispatch(self, journey: _Rows) -> None:
+        journey.rows = journey.there.start(journey.rows)
+        if journey.weights is not None:
+            journey.weights = journey.weights_there.start(journey.weights)
+
+    def arrange(self, journey: _Rows) -> Arrived:
+        rows = self._arrange(journey.there.finish(journey.rows), journey.chunk)
+        weights = journey.weights
+        if weights is not None:
+            weights = self._arrange(journey.weights_there.finish(weights), journey.chunk).view(-1)
+        return Arrived(rows, journey.chunk.groups, weights)
+
+    def collect(self, journey: _Rows, out: Tensor) -> None:
+        chunk = journey.chunk
+        if chunk.block is not None:
+            sources, experts, width = chunk.block
+            out = _swap(out, experts, sources, width)
+        elif chunk.order is not None:
+            out = permute.reorder(out, chunk.order.inverse, chunk.order.index)
+        journey.rows = scatter_rows(out, self.etp, chunk.gathered)
+
+    def combine(self, journey: _Rows) -> None:
+        journey.rows = journey.back.start(journey.rows)
+
+    def finish(self, journeys: list[_Rows], routing: Routing) -> Tensor:
+        parts = [journey.back.finish(journey.rows) for journey in journeys]
+        rows = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return permute.combine(rows, self._plan(routing).places, None if self.weigh_before else routing.weights)
+
+    def _plan(self, routing: Routing) -> Plan:
+        """The plan, made once for a routing, also when a layer runs again."""
+        key = f"plan of {self.chunks}"
+        if key not in routing.memo:
+            ids, capacity, where = routing.experts, routing.capacity, (self.experts, self.ep, self.etp, self.chunks)
+            routing.memo[key] = by_count(ids, *where) if capacity is None else by_capacity(ids, capacity, *where)
+        return routing.memo[key]
+
+    def _arrange(self, rows: Tensor, chunk: Chunk) -> Tensor:
+        rows = gather_rows(rows, self.etp, chunk.gathered)
+        if chunk.block is not None:
+            return _swap(rows, *chunk.block)
+        return rows if chunk.order is None else permute.reorder(rows, chunk.order.index, chunk.order.inverse)
 
 
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, axis: Axis, send: list[int], receive: list[int]) -> Tensor:
-        ctx.axis, ctx.send, ctx.receive = axis, send, receive
-        return all_to_all(x, axis, send, receive).wait()
+def _split(rows: Tensor, chunks: tuple[Chunk, ...]) -> list[Tensor]:
+    return list(rows.split([chunk.rows for chunk in chunks])) if len(chunks) > 1 else [rows]
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return all_to_all(grad.contiguous(), ctx.axis, ctx.receive, ctx.send).wait(), None, None, None
+
+def _swap(rows: Tensor, outer: int, inner: int, width: int) -> Tensor:
+    """(outer · inner · width, h) → (inner · outer · width, h)."""
+    if outer == 1 or inner == 1:
+        return rows
+    return rows.view(outer, inner, width, rows.shape[1]).transpose(0, 1).reshape(rows.shape)

@@ -76,8 +76,9 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["parallel.dp=4", "train.micro_batch=1"], "parallel.dp", ["8 ranks", "world size is 4", "parallel.dp=2"]),
     (["model.position=learned", "model.max_positions=128"], "model.max_positions", ["128", "train.seq_len=256"]),
     (["parallel.cp=2", "parallel.dp=1"], "parallel.cp", ["context parallelism", "set parallel.cp=1"]),
-    (["parallel.ep=2"], "parallel.ep", ["expert parallelism", "set parallel.ep=1"]),
-    (["parallel.etp=2"], "parallel.etp", ["set parallel.etp=1"]),
+    (["parallel.ep=2"], "parallel.ep", ["model.moe.experts=0", "set parallel.ep=1"]),
+    (["parallel.etp=2"], "parallel.etp", ["model.moe.experts=0", "set parallel.etp=1"]),
+    (["model.rope.scaling=yarn", "model.rope.beta_slow=33"], "model.rope.beta_fast", ["beta_slow=33.0", "32.0"]),
     (["model.rope.scaling=llama3", "model.rope.low_freq_factor=4"], "model.rope.high_freq_factor", ["4.0"]),
     (["checkpoint.init=/", "checkpoint.resume=/"], "checkpoint.init", ["checkpoint.resume", "null"]),
 ]
@@ -110,6 +111,84 @@ WRONG += [
     ([*_PP, f"{_P}.layers=even"], f"{_P}.layers", ["auto or a list of integers", "even"]),
     ([*_PP, "parallel.data.sharding=fsdp"], "parallel.data.sharding", ["fsdp", "parallel.pp=2", "zero1"]),
     (["memory.recompute=some"], "memory.recompute", ["one of none, full", "some"]),
+]
+
+
+_EIGHT = ["model.moe.experts=8"]
+_MOE, _ROUTER = "model.moe", "model.moe.router"
+_LATENT = ["model.mla.kv_rank=16", "model.kv_heads=null"]
+WRONG += [
+    (["model.moe.experts=-1"], "model.moe.experts", ["at least 0", "-1"]),
+    ([*_EIGHT, "parallel.ep=0"], "parallel.ep", ["at least 1", "0"]),
+    ([*_EIGHT, "parallel.ep=8"], "parallel.ep", ["ep=8 x parallel.etp=1 = 8", "tp=2", "dp=2 = 4", "set parallel.ep"]),
+    ([*_EIGHT, "parallel.etp=8"], "parallel.etp", ["parallel.etp=8 = 8", "= 4", "set parallel.etp"]),
+    ([*_EIGHT, "parallel.ep=4", "parallel.etp=2"], "parallel.ep", ["parallel.ep=4 x parallel.etp=2 = 8", "= 4"]),
+    (["model.moe.experts=6", "parallel.ep=4"], "model.moe.experts", ["6", "parallel.ep=4", "model.moe.experts=8"]),
+    ([*_EIGHT, f"{_MOE}.ffn=34", "parallel.etp=4"], f"{_MOE}.ffn", ["34", "parallel.etp=4", f"{_MOE}.ffn=36"]),
+    ([*_EIGHT, f"{_MOE}.ffn=0"], f"{_MOE}.ffn", ["at least 1", "0"]),
+    ([*_EIGHT, f"{_MOE}.shared=33"], f"{_MOE}.shared", ["33", "parallel.tp=2", "34"]),
+    ([*_EIGHT, f"{_MOE}.dense_layers=5"], f"{_MOE}.dense_layers", ["5", "model.layers=4"]),
+    ([*_EIGHT, f"{_MOE}.dense_layers=1", "model.ffn=705", f"{_MOE}.ffn=64"], "model.ffn", ["705", "706"]),
+    ([*_EIGHT, f"{_MOE}.every=0"], f"{_MOE}.every", ["at least 1", "0"]),
+    ([*_EIGHT, f"{_MOE}.top_k=9"], f"{_MOE}.top_k", ["9", "experts=8", "top_k=8"]),
+    ([*_EIGHT, f"{_MOE}.top_k=0"], f"{_MOE}.top_k", ["at least 1", "0"]),
+    ([*_EIGHT, f"{_MOE}.top_k=13", f"{_ROUTER}.null_experts=4"], f"{_MOE}.top_k", ["13", "experts=8", "= 12"]),
+    (
+        [*_EIGHT, f"{_MOE}.top_k=5", f"{_ROUTER}.groups=4", f"{_ROUTER}.groups_kept=2"],
+        f"{_MOE}.top_k",
+        ["5", "the 4 experts", "groups_kept=2 groups of 2", "top_k=4"],
+    ),
+    ([*_EIGHT, f"{_ROUTER}.groups=3"], f"{_MOE}.experts", ["8", f"{_ROUTER}.groups=3", "9"]),
+    ([*_EIGHT, f"{_ROUTER}.groups=0"], f"{_ROUTER}.groups", ["at least 1", "0"]),
+    ([*_EIGHT, f"{_ROUTER}.groups=2", f"{_ROUTER}.groups_kept=3"], f"{_ROUTER}.groups_kept", ["3", "groups=2"]),
+    ([*_EIGHT, f"{_ROUTER}.groups=8"], f"{_ROUTER}.group_members", ["2", "a group's 1", "group_members=1"]),
+    ([*_EIGHT, f"{_ROUTER}.groups=2", f"{_ROUTER}.name=sinkhorn"], f"{_ROUTER}.groups", ["2", "top_k", "sinkhorn"]),
+    (
+        [*_EIGHT, f"{_ROUTER}.name=expert_choice", f"{_ROUTER}.selection_bias=true"],
+        f"{_ROUTER}.selection_bias",
+        ["expert_choice", f"set {_ROUTER}.selection_bias=false"],
+    ),
+    (
+        [*_EIGHT, f"{_ROUTER}.name=expert_choice", f"{_ROUTER}.aux_loss=0.01"],
+        f"{_ROUTER}.aux_loss",
+        ["expert_choice", "0.01", f"set {_ROUTER}.aux_loss=0"],
+    ),
+    ([*_EIGHT, f"{_ROUTER}.name=sinkhorn", f"{_ROUTER}.aux_loss=0.01"], f"{_ROUTER}.aux_loss", ["sinkhorn", "0.01"]),
+    ([*_EIGHT, f"{_ROUTER}.name=best"], f"{_ROUTER}.name", ["top_k, expert_choice, sinkhorn", "best"]),
+    ([*_EIGHT, f"{_ROUTER}.aux_loss=-1"], f"{_ROUTER}.aux_loss", ["at least 0", "-1"]),
+    ([*_EIGHT, f"{_ROUTER}.scale=0"], f"{_ROUTER}.scale", ["above 0", "0"]),
+    ([*_EIGHT, f"{_ROUTER}.jitter=1"], f"{_ROUTER}.jitter", ["at least 0 and below 1", "1.0"]),
+    (
+        [*_EIGHT, f"{_ROUTER}.null_experts=4", f"{_ROUTER}.groups=2"],
+        f"{_ROUTER}.null_experts",
+        ["4", f"{_ROUTER}.groups=2", "set"],
+    ),
+    (
+        [*_EIGHT, f"{_ROUTER}.null_experts=4", f"{_ROUTER}.name=expert_choice"],
+        f"{_ROUTER}.null_experts",
+        ["4", "expert_choice", "set"],
+    ),
+    ([*_EIGHT, f"{_ROUTER}.null_experts=4", f"{_ROUTER}.name=sinkhorn"], f"{_ROUTER}.null_experts", ["4", "sinkhorn"]),
+    ([*_EIGHT, f"{_MOE}.capacity_factor=0"], f"{_MOE}.capacity_factor", ["above 0", "0.0"]),
+    (
+        [*_EIGHT, f"{_MOE}.capacity_factor=1", f"{_ROUTER}.name=sinkhorn"],
+        f"{_MOE}.capacity_factor",
+        ["1", "sinkhorn", f"set {_MOE}.capacity_factor=null"],
+    ),
+    ([*_EIGHT, f"{_MOE}.pad=true"], f"{_MOE}.pad", [f"{_MOE}.capacity_factor is null", f"{_MOE}.pad=false"]),
+    ([*_EIGHT, f"{_MOE}.pad=true", f"{_MOE}.capacity_factor=1"], f"{_MOE}.pad", ["local", "micro_batch"]),
+    ([*_EIGHT, f"{_MOE}.overlap_chunks=0"], f"{_MOE}.overlap_chunks", ["at least 1 or auto", "0"]),
+    ([*_EIGHT, f"{_MOE}.overlap_chunks=some"], f"{_MOE}.overlap_chunks", ["auto or an integer", "some"]),
+    ([*_EIGHT, "parallel.data.sharding=fsdp"], "parallel.data.sharding", ["experts=8", "zero1", "parallel.ep"]),
+    ([*_EIGHT, "model.mtp=1"], "model.mtp", ["multi-token", "model.mtp=1", "not available yet", "set model.mtp=0"]),
+    ([*_LATENT, "model.mla.rope_dim=33"], "model.mla.rope_dim", ["even", "33"]),
+    ([*_LATENT, "model.kv_heads=2"], "model.kv_heads", ["2", "model.heads=4", "model.kv_heads=null"]),
+    ([*_LATENT, "model.head_dim=64"], "model.head_dim", ["64", "128", "192", "model.head_dim=null"]),
+    ([*_LATENT, "model.sinks=true"], "model.sinks", ["latent", "kv_rank=16", "set model.sinks=false"]),
+    ([*_LATENT, "model.qk_norm=true"], "model.qk_norm", ["latent", "kv_rank=16", "set model.qk_norm=false"]),
+    (["model.window_every=0"], "model.window_every", ["at least 1", "0"]),
+    (["model.attention_every=0"], "model.attention_every", ["at least 1", "0"]),
+    (["model.attention_every=2", "model.linear.chunk=48"], "model.linear.chunk", ["power of two", "48"]),
 ]
 
 
@@ -228,6 +307,39 @@ def test_vocabulary_that_cannot_be_derived(tmp_path: Path) -> None:
 def test_world_size_that_the_degrees_do_not_divide() -> None:
     with pytest.raises(UserError, match=r"parallel\.tp=2 x .* = 2 does not divide the world size 3"):
         load(DENSE, ["parallel.dp=null"], world_size=3)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.ep=4"],
+        ["parallel.ep=2", "parallel.etp=2", "model.moe.ffn=64"],
+        ["parallel.etp=4"],
+        ["model.activation=gelu", "model.moe.every=2", "model.moe.dense_layers=1"],
+        ["model.moe.router.name=expert_choice", "model.moe.capacity_factor=1.5"],
+        ["model.moe.capacity_factor=1", "model.moe.pad=true", "model.moe.capacity_scope=local"],
+        ["model.moe.router.null_experts=8", "model.moe.top_k=12"],
+        ["model.moe.router.groups=4", "model.moe.router.groups_kept=2", "model.moe.top_k=4"],
+        ["model.ffn=705", "model.moe.ffn=64"],  # no dense layer: tp does not cut model.ffn
+        ["model.moe.overlap_chunks=auto"],
+        ["model.moe.overlap_chunks=3"],
+    ],
+)
+def test_what_experts_allow(overrides: list[str]) -> None:
+    assert load(DENSE, [*_EIGHT, *overrides], world_size=4).model.moe.experts == 8
+
+
+def test_keys_of_experts_mean_nothing_without_them() -> None:
+    meaningless = ["top_k=9", "dense_layers=9", "pad=true", "router.groups=3", "router.null_experts=2", "shared=33"]
+    assert not load(DENSE, [f"model.moe.{key}" for key in meaningless], world_size=4).model.moe_layers
+
+
+def test_all_problems_of_experts_come_at_once() -> None:
+    wrong = ["experts=6", "top_k=7", "dense_layers=9", "pad=true", "shared=33", "router.groups=4"]
+    with pytest.raises(UserError) as caught:
+        load(DENSE, ["parallel.ep=4", *(f"model.moe.{w}" for w in wrong)], world_size=4)
+    expected = {"experts", "top_k", "dense_layers", "pad", "shared"}
+    assert {p.key for p in caught.value.problems} == {f"model.moe.{key}" for key in expected}
 
 
 def test_all_problems_of_a_pipeline_come_at_once() -> None:

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from pentad.configs import Config, load
+from pentad.launch.check import check
 from pentad.launch.memory import GIB, activation_elements, estimate, layer_elements, local_parameters, per_rank
+from pentad.models.counts import parameter_count
+from pentad.models.flops import layer_flops
 from pentad.models.transformer import Transformer
 from pentad.parallel.pipeline.memory import peak_activations
 from pentad.trainer.pipeline import Pipeline, compute_program
@@ -30,6 +33,67 @@ def test_parameters_of_one_rank_are_the_models(family: str) -> None:
     assert local_parameters(cfg.model, 1).total == sum(p.numel() for p in model.parameters())
 
 
+_HYBRID = ["model.attention_every=2", "model.linear.key_dim=12", "model.linear.value_dim=20"]
+
+
+def test_parameters_of_a_hybrid_stack_are_the_models() -> None:
+    cfg = _job("model.kv_heads=2", *_HYBRID, "model.norm=layer")
+    with torch.device("meta"):
+        model = Transformer(cfg.model)
+    found = sum(p.numel() for p in model.parameters())
+    assert local_parameters(cfg.model, 1).total == parameter_count(cfg.model).total == found
+
+
+_MOE = ["model.moe.experts=8", "model.moe.ffn=48"]
+_LATENT = ["model.mla.kv_rank=24", "model.mla.nope_dim=16", "model.mla.rope_dim=8", "model.mla.value_dim=12"]
+MIXTURES = {
+    "mixtral": ["model.kv_heads=2"],
+    "qwen2_moe": ["model.moe.shared=96", "model.moe.top_k=4"],
+    "qwen3_moe": ["model.kv_heads=1", "model.head_dim=32"],
+    "olmoe": ["model.moe.router.null_experts=4", "model.moe.top_k=3"],
+    "deepseek_v2": [*_LATENT, "model.moe.shared=96", "model.moe.dense_layers=1"],
+    "deepseek_v3": [*_LATENT, "model.mla.q_rank=40", "model.moe.shared=48", "model.moe.every=2", "model.qkv_bias=true"],
+    "gpt_oss": ["model.kv_heads=2", "model.window=32"],
+    "gpt2": ["model.moe.bias=true", "model.moe.shared=64", "model.moe.shared_gate=true"],
+}
+
+
+def _mixture(family: str, *overrides: str) -> Config:
+    return _job(f"model.family={family}", "model.kv_heads=null", *_MOE, *MIXTURES[family], *overrides)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_parameters_of_a_mixture_are_the_models(family: str) -> None:
+    cfg = _mixture(family)
+    with torch.device("meta"):
+        parameters = dict(Transformer(cfg.model).named_parameters())
+    local = local_parameters(cfg.model, 1)
+    assert local.total == sum(p.numel() for p in parameters.values()) == parameter_count(cfg.model).total
+    assert local.experts == sum(p.numel() for name, p in parameters.items() if ".moe.experts." in name) > 0
+
+
+def test_expert_ranks_share_the_experts() -> None:
+    whole, cut = (local_parameters(_mixture("mixtral").model, 2, ep=ep, etp=etp) for ep, etp in ((1, 1), (4, 2)))
+    network, layers = 3 * 64 * 48, 3
+    assert (whole.experts, cut.experts) == (layers * 8 * network, layers * 2 * network // 2)
+    assert whole.total - whole.experts == cut.total - cut.experts
+    biased = local_parameters(_mixture("gpt_oss").model, 1, ep=4, etp=2)
+    assert biased.experts == layers * 2 * (network // 2 + 2 * 48 // 2 + 64)  # the second matrix's bias is not cut
+
+
+def test_each_family_of_parameters_is_sharded_over_its_own_replicas() -> None:
+    layout = ["parallel.tp=2", "parallel.dp=4", "train.dtype=bf16", "parallel.ep=2", "parallel.etp=2"]
+    cfg = _mixture("mixtral", *layout)
+    local = local_parameters(cfg.model, 2, ep=2, etp=2)
+    memory = estimate(cfg)
+    dense = local.total - local.experts
+    assert memory.local == local and (memory.parameters, memory.gradients) == (2 * local.total, 4 * local.total)
+    assert memory.masters == 4 * dense // 4 + 4 * local.experts // 2  # of 8 ranks, 2 have the same experts
+    assert memory.states == 2 * memory.masters
+    alone = estimate(_mixture("mixtral", *layout[:3], "parallel.ep=8"))
+    assert alone.states == 8 * (dense // 4 + local_parameters(cfg.model, 2, ep=8).experts)
+
+
 def test_tensor_parallel_ranks_share_matrices_and_copy_norms_and_scarce_key_heads() -> None:
     cfg = _job("model.kv_heads=2", "model.tied=true", "model.family=llama")
     h, kv, ffn, vocab = 64, 2 * 16, 160, 512
@@ -42,10 +106,21 @@ def test_tensor_parallel_ranks_share_matrices_and_copy_norms_and_scarce_key_head
 
 @pytest.mark.parametrize(
     "overrides",
-    [("model.family=llama",), ("model.family=qwen3",), ("model.family=gpt2", "model.kv_heads=4")],
+    [("model.family=llama",), ("model.family=qwen3",), ("model.family=gpt2", "model.kv_heads=4"), tuple(_HYBRID)],
 )
 def test_activations_are_what_autograd_keeps(overrides: tuple[str, ...]) -> None:
     cfg = _job("model.kv_heads=2", *overrides)
+    assert activation_elements(cfg) == pytest.approx(_measured(cfg), rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"])
+def test_activations_of_a_mixture_are_what_autograd_keeps(family: str) -> None:
+    cfg = _mixture(family, "model.moe.router.null_experts=0")
+    assert activation_elements(cfg) == pytest.approx(_measured(cfg), rel=0.1)
+
+
+def _measured(cfg: Config) -> float:
+    """Elements of floating point that autograd keeps of a forward pass, parameters left out."""
     torch.manual_seed(0)
     model = Transformer(cfg.model)
     for parameter in model.parameters():
@@ -62,9 +137,8 @@ def test_activations_are_what_autograd_keeps(overrides: tuple[str, ...]) -> None
     tokens = torch.randint(0, 512, (cfg.train.micro_batch, cfg.train.seq_len))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(tokens, tokens)
-    measured = sum(storage.nbytes() for storage in kept.values()) / 4
     # What the loss keeps (the head's gradients) is not an activation of the formula's layers.
-    assert activation_elements(cfg) == pytest.approx(measured, rel=0.1)
+    return sum(storage.nbytes() for storage in kept.values()) / 4
 
 
 def test_what_each_sharding_divides() -> None:
@@ -148,3 +222,38 @@ def test_more_micro_batches_hold_no_more(schedule: str) -> None:
         enough = 16 + 2 * (cfg.parallel.pipeline.group or 0)
         some, more = (peak_activations(compute_program(cfg, pipeline, m)) for m in (enough, 3 * enough))
         assert some == more
+
+
+def test_stages_hold_what_their_layers_make() -> None:
+    mixture = [*_MOE, "model.moe.top_k=4", "model.moe.dense_layers=2", "model.ffn=96"]
+    cfg = _pipeline("model.family=mixtral", *mixture, "layers=[2, 2, 2, 2]")
+    dense, routed = layer_elements(cfg, 0), layer_elements(cfg, 2)
+    rows, h, f = 4 * cfg.train.micro_batch * cfg.train.seq_len, 64, 48
+    router = 2 * 2 * 128 * 8
+    assert routed - dense == rows * (2 * h + 3 * f) + router - 3 * 96 * rows // 4
+    assert [memory.activations for memory in per_rank(cfg)][:3] == [8 * dense * 4, 6 * routed * 4, 4 * routed * 4]
+    before = _pipeline("model.family=mixtral", *mixture, "layers=[2, 2, 2, 2]", "model.moe.weigh=before")
+    assert routed - layer_elements(before, 2) == rows * h
+
+
+def test_layers_are_split_by_their_own_cost() -> None:
+    """Two dense layers of many times a mixture's work get a stage each; the passes' times are those of their layers."""
+    wide = ["model.family=mixtral", *_MOE, "model.moe.dense_layers=2", "model.ffn=2048", "model.vocab=320"]
+    pipeline = Pipeline.of(_pipeline(*wide))
+    assert pipeline.split.layers == ((0,), (1,), (2, 3, 4), (5, 6, 7))
+    forward = pipeline.times.forward
+    assert forward[0] == forward[1] > 3 * forward[2]
+    *costs, head = layer_flops(_pipeline(*wide).model, 128)
+    assert forward[0] / forward[2] == pytest.approx(costs[0] / sum(costs[2:5]))
+    assert forward[3] / forward[2] == pytest.approx((sum(costs[5:]) + 3 * head) / sum(costs[2:5]))
+    assert sum(forward) - 3 * head / costs[0] * forward[0] == pytest.approx(4)
+
+
+def test_check_prints_the_expert_mesh(capsys: pytest.CaptureFixture[str]) -> None:
+    check(DENSE, ["model.moe.experts=8", "parallel.ep=2", "parallel.pp=2", "parallel.dp=4", "train.micro_batch=1"])
+    out = capsys.readouterr().out
+    for shown in ("etp 1 × ep 2 × edp 4 = 8 of each stage", "8, 2 per token, in 4 of 4 layers, 4 on a rank"):
+        assert shown in out
+    assert "in experts)" in out and "sharded over 4" in out
+    check(DENSE, [])
+    assert "experts" not in capsys.readouterr().out.partition("FLOPs:")[0]

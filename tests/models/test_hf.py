@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from pentad.configs.errors import UserError
 from pentad.configs.schema import ModelConfig
 from pentad.models.hf import hf_config, load_hf, model_config_from_hf, read_hf_config, read_hf_weights, write_hf
+from tests.models.random_hf import save_random
 
 transformers = pytest.importorskip("transformers")
 
@@ -50,6 +51,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": ("Llama", SIZES | {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}}),
     "llama-llama3": ("Llama", SIZES | {"rope_parameters": LLAMA3}),
     "llama-yarn": ("Llama", SIZES | {"rope_parameters": YARN}),
+    "llama-yarn-exact": ("Llama", SIZES | {"rope_parameters": YARN | {"truncate": False}}),
     "llama-yarn-mscale": ("Llama", SIZES | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}}),
     "mistral": ("Mistral", SIZES | {"sliding_window": 5}),
     "mistral-full": ("Mistral", SIZES | {"sliding_window": None}),
@@ -62,16 +64,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make(case: str, directory: Path, dtype: torch.dtype = torch.float32, **save: Any) -> torch.nn.Module:
-    """Save a random model whose vectors (norms, biases) are random too, so that none can be lost unnoticed."""
+    """As `save_random`."""
     name, options = CASES[case]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**options, attn_implementation="eager")
-    model = getattr(transformers, f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")(config).to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
-    model.save_pretrained(directory, **save)
-    return model.eval()
+    return save_random(name, options, directory, dtype, **save)
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +214,6 @@ def test_untied_head_under_a_tied_configuration(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type: 'longrope' is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5 is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
-        ({"rope_parameters": YARN | {"truncate": False}}, "rope_parameters.truncate: False is not supported"),
         ({"rope_parameters": YARN | {"mrope_section": [1]}}, r"mrope_section: \[1\] is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4} is not supported"),
         ({"sliding_window": 8}, "sliding_window: 8 is not supported"),
@@ -228,6 +222,18 @@ def test_untied_head_under_a_tied_configuration(tmp_path: Path) -> None:
 def test_unsupported_configurations(keys: dict[str, Any], message: str, edited: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match=message):
         load_hf(edited(**keys))
+
+
+def test_alternating_layer_types(tmp_path: Path, tokens: torch.Tensor) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    options = SIZES | {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 5, "layer_types": kinds}
+    theirs = save_random("Qwen2", options, tmp_path / "in")
+    config, tensors = read_hf_weights(tmp_path / "in")
+    assert (config.window, config.window_every) == (5, 2)
+    write_hf(tmp_path / "out", config, tensors)
+    assert read_hf_config(tmp_path / "out")["layer_types"] == kinds
+    with torch.no_grad():
+        torch.testing.assert_close(load_hf(tmp_path / "out")(tokens), theirs(tokens).logits, rtol=0, atol=1e-5)
 
 
 def test_mixed_layer_types(edited: Callable[..., Path]) -> None:

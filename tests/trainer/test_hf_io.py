@@ -48,7 +48,7 @@ GPT2 = ModelConfig(
 def random_tensors(config: ModelConfig) -> dict[str, torch.Tensor]:
     """bf16 matrices and fp32 vectors, as some published checkpoints have them."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {name: shape for link in links(config) for name, shape in link.parts}
+    shapes = {name: shape for link in links(config) for name, shape in link.ours.items()}
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return {name: tensor.bfloat16() if tensor.dim() > 1 else tensor for name, tensor in tensors.items()}
 

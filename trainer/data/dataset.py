@@ -75,7 +75,7 @@ class Split:
 
     def _mean(self, pairs: Callable[[int], int]) -> float:
         """The mean of `pairs(reach)` over the layers."""
-        found = [(layers, pairs(reach)) for reach, layers in self._reaches.items()]
+        found = [(layers, pairs(reach)) for reach, layers in self._reaches.items()] or [(0, 0)]
         return sum(layers * each for layers, each in found) / self._reaches.total() if len(found) > 1 else found[0][1]
 
     @property

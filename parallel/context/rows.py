@@ -1,0 +1,107 @@
+"""Which tokens of their sequences a device has, and which keys a query may see.
+
+Nothing here assumes how tokens were dealt out: every token carries its place in its whole sequence and its document,
+and masks compare those. Whatever method brings keys to queries, the mask of a block follows from its two sides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """n tokens of each of B sequences.
+
+    Args:
+        order: (B or 1, n) place of each token in its whole sequence, ascending; on the host.
+        documents: (B, n) document ids, or none: one document per sequence.
+    """
+
+    order: Tensor
+    documents: Tensor | None = None
+
+    @staticmethod
+    def whole(length: int, documents: Tensor | None = None) -> Rows:
+        """All tokens of sequences of this length."""
+        return Rows(torch.arange(length)[None], documents)
+
+    @property
+    def count(self) -> int:
+        """Tokens per sequence, n."""
+        return self.order.shape[1]
+
+    def part(self, start: int, stop: int) -> Rows:
+        """The tokens [start, stop) of each sequence."""
+        documents = None if self.documents is None else self.documents[:, start:stop]
+        return Rows(self.order[:, start:stop], documents)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the tokens of a micro-batch are dealt out: every rank of the context axis knows every rank's rows.
+
+    Args:
+        ranks: the rows of each rank, equally many; together each sequence's tokens exactly once.
+        rank: this one.
+    """
+
+    ranks: tuple[Rows, ...]
+    rank: int = 0
+
+    @property
+    def mine(self) -> Rows:
+        """This rank's rows."""
+        return self.ranks[self.rank]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys each query may see: those not after it, at most `window` back, of its own document.
+
+    Args:
+        queries, keys: the two sides.
+        window: in tokens, the query's own included; none: unlimited.
+    """
+
+    queries: Rows
+    keys: Rows
+    window: int | None = None
+
+    @staticmethod
+    def of(rows: Rows, window: int | None = None) -> Mask:
+        """Of tokens among themselves."""
+        return Mask(rows, rows, window)
+
+    def reach(self, first: int, last: int) -> tuple[int, int, int]:
+        """(low, high, start): the queries [first, last) see nothing outside the keys [low, high), and all of them see
+        all of the keys [low, start). Sequences of a batch share the range.
+        """
+        order, keys = self.queries.order, self.keys.order
+        newest, oldest = order[:, last - 1].max(), order[:, first].min()
+        high = int(torch.searchsorted(keys, newest.expand(len(keys), 1), right=True).max())
+        low = 0
+        if self.window is not None:
+            low = int(torch.searchsorted(keys, (oldest - self.window + 1).expand(len(keys), 1)).min())
+        if self.queries.documents is not None or self.window is not None:
+            return low, high, low
+        start = int(torch.searchsorted(keys, oldest.expand(len(keys), 1), right=True).min())
+        return low, high, min(start, high)
+
+    def hidden(self, first: int, last: int, low: int, high: int) -> Tensor:
+        """(B or 1, queries, keys) booleans: what the queries [first, last) may not see of the keys [low, high)."""
+        query, key = self.queries.order[:, first:last, None], self.keys.order[:, None, low:high]
+        hidden = key > query
+        if self.window is not None:
+            hidden |= key <= query - self.window
+        mine, theirs = self.queries.documents, self.keys.documents
+        if mine is None or theirs is None:
+            return hidden
+        return hidden | (mine[:, first:last, None] != theirs[:, None, low:high])
+
+    def dense(self, device: torch.device) -> Tensor:
+        """(B or 1, 1, queries, keys) booleans, true where seen."""
+        return ~self.hidden(0, self.queries.count, 0, self.keys.count)[:, None].to(device)

@@ -1,0 +1,88 @@
+"""Every rank gets as many tokens and as much causal attention as every other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pentad.parallel.context.layout import contiguous, zigzag
+from pentad.parallel.context.rows import Spread
+
+
+def documents_of(lengths: list[int]) -> torch.Tensor:
+    """(1, S) ids."""
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+
+
+def work(spread: Spread, documents: torch.Tensor | None, length: int) -> np.ndarray:
+    """(B, ranks) unmasked pairs, counted key by key."""
+    ids = torch.zeros(1, length, dtype=torch.long) if documents is None else documents
+    place = torch.zeros_like(ids)
+    for token in range(1, length):
+        place[:, token] = torch.where(ids[:, token] == ids[:, token - 1], place[:, token - 1] + 1, 0)
+    parts = [(place.gather(1, rows.order.expand(len(ids), -1)) + 1).sum(1) for rows in spread.ranks]
+    return torch.stack(parts, 1).numpy()
+
+
+def random_documents(seed: int, length: int, mean: float) -> torch.Tensor:
+    draws = np.random.default_rng(seed)
+    lengths: list[int] = []
+    while sum(lengths) < length:
+        lengths.append(int(min(max(1, draws.exponential(mean)), length - sum(lengths))))
+    return documents_of(lengths)
+
+
+def check_partition(spread: Spread, length: int) -> None:
+    counts = {rows.count for rows in spread.ranks}
+    assert counts == {length // len(spread.ranks)}
+    orders = torch.cat([rows.order for rows in spread.ranks], 1)
+    assert torch.equal(orders.sort(1).values, torch.arange(length).expand_as(orders))
+    assert all((rows.order.diff(dim=1) > 0).all() for rows in spread.ranks)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("length", [64, 4096, 4096 + 8])
+def test_one_document(ranks, length):
+    spread = zigzag(length, ranks, 0)
+    check_partition(spread, length)
+    done = work(spread, None, length)
+    assert done.max() / done.mean() <= 1.02
+    if length == 64:
+        assert spread.ranks[0].order[0, : length // ranks // 2].tolist() == list(range(length // ranks // 2))
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("mean", [3, 60, 700, 5000])
+def test_documents_of_random_lengths(ranks, mean):
+    """Without any padding."""
+    length = 4096 * ranks
+    for seed in range(3):
+        documents = random_documents(seed, length, mean)
+        spread = zigzag(length, ranks, 0, documents)
+        check_partition(spread, length)
+        done = work(spread, documents, length)
+        assert done.max() / done.mean() <= 1.05
+
+
+def test_the_case_that_torch_deals_out_unevenly():
+    documents = documents_of([16, 4, 4, 8])
+    done = work(zigzag(32, 2, 0, documents), documents, 32)
+    assert done.tolist() == [[96, 96]]
+
+
+def test_documents_of_one_token_and_several_sequences():
+    documents = torch.cat([documents_of([1] * 32), documents_of([5, 1, 1, 25])])
+    spread = zigzag(32, 4, 1, documents)
+    check_partition(spread, 32)
+    done = work(spread, documents, 32)
+    assert done[0].tolist() == [8] * 4
+    for rows in spread.ranks:
+        assert rows.documents is not None
+        assert torch.equal(rows.documents, documents.gather(1, rows.order))
+
+
+def test_contiguous():
+    spread = contiguous(12, 3, 2)
+    assert spread.mine.order.tolist() == [[8, 9, 10, 11]]
+    check_partition(spread, 12)
