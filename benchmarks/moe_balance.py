@@ -3,8 +3,9 @@
     python benchmarks/moe_balance.py --picture docs/pictures/moe_balance.svg
 
 16 experts, two per token, in every layer, on the source text of Python's standard library, with sigmoid scores; once
-with `router.selection_bias` and once without any balance. One process each, with two threads. Both are ordinary runs of
-the trainer; the curves are read from their metrics.jsonl. Fails where the bias leaves a load above the limit.
+with `router.selection_bias` and once without any balance. Both are ordinary runs of the trainer, side by side, one
+process with one thread each; the curves are read from their metrics.jsonl. Fails where the bias leaves a load above the
+limit.
 """
 
 from __future__ import annotations
@@ -46,24 +47,24 @@ class Curve:
 
 def job(folder: Path, name: str, steps: int) -> dict[str, Any]:
     """The run's config, as a file would have it."""
-    router = {"score": "sigmoid", "selection_bias": name == "selection bias", "aux_loss": 0.0}
+    router = {"score": "sigmoid", "aux_loss": 0.0, "selection_bias": name == "selection bias", "bias_rate": 4e-3}
     return {
         "name": name.replace(" ", "-"),
         "runs_dir": str(folder),
         "model": {
             "family": "mixtral",
             "layers": 4,
-            "hidden": 192,
-            "heads": 4,
-            "ffn": 192,
+            "hidden": 64,
+            "heads": 2,
+            "ffn": 128,
             "vocab": 320,
             "moe": {"experts": 16, "top_k": 2, "router": router},
         },
         "train": {
             "steps": steps,
-            "global_batch": 16,
-            "micro_batch": 8,
-            "seq_len": 256,
+            "global_batch": 64,
+            "micro_batch": 64,
+            "seq_len": 128,
             "dtype": "fp32",
             "device": "cpu",
         },
@@ -74,15 +75,18 @@ def job(folder: Path, name: str, steps: int) -> dict[str, Any]:
     }
 
 
-def train(folder: Path, name: str, steps: int, threads: int) -> Curve:
-    """Runs the trainer in a process of its own."""
+def start(folder: Path, name: str, steps: int) -> subprocess.Popen[bytes]:
+    """Starts the trainer in a process of its own, with one thread."""
     config = job(folder, name, steps)
     file = folder / f"{config['name']}.yaml"
     file.write_text(json.dumps(config))  # JSON is YAML
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    print(name, flush=True)
-    subprocess.run([sys.executable, "-m", "pentad.trainer", str(file)], check=True, env=environment)
-    lines = (folder / config["name"] / "metrics.jsonl").read_text().splitlines()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "pentad.trainer", str(file)], env=environment)
+
+
+def curve(folder: Path, name: str) -> Curve:
+    """What a run that has ended reported."""
+    lines = (folder / name.replace(" ", "-") / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     return Curve(
         load_mean=[row["moe"]["mean"]["load_max"] for row in rows],
@@ -90,6 +94,19 @@ def train(folder: Path, name: str, steps: int, threads: int) -> Curve:
         loss=[row["loss"] for row in rows],
         seconds=sum(row["step_time_s"] for row in rows),
     )
+
+
+def train(folder: Path, steps: int) -> dict[str, Curve]:
+    """Both runs, side by side.
+
+    Raises:
+        RuntimeError: one of them failed.
+    """
+    running = {name: start(folder, name, steps) for name in COLOURS}
+    for name, process in running.items():
+        if process.wait():
+            raise RuntimeError(f"the run with {name} ended with exit code {process.returncode}")
+    return {name: curve(folder, name) for name in running}
 
 
 def settled(values: list[float]) -> float:
@@ -148,12 +165,11 @@ def main() -> int:
     """Trains twice, prints the table; 1 if the load did not even out."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--picture", type=Path, help="write the curves there, as SVG")
     parser.add_argument("--out", type=Path, help="write the curves there, as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        curves = {name: train(Path(folder), name, arguments.steps, arguments.threads) for name in COLOURS}
+        curves = train(Path(folder), arguments.steps)
     if arguments.out:
         arguments.out.write_text(json.dumps({name: vars(curve) for name, curve in curves.items()}) + "\n")
     if arguments.picture:

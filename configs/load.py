@@ -22,7 +22,6 @@ from .resolve import resolve
 from .schema import Config
 from .sources import Given, Layer, find_config, find_preset, read_overrides, read_yaml, select
 from .validate import check_files, validate
-from .validate_moe import not_trainable
 
 T = TypeVar("T")
 
@@ -44,7 +43,6 @@ def load(
     overrides: Sequence[str] = (),
     *,
     world_size: int | None = None,
-    training: bool = True,
 ) -> Config:
     """Read, merge, resolve and validate a job's configuration.
 
@@ -52,7 +50,6 @@ def load(
         path: a YAML file, the name of a job in presets/jobs, or None for the overrides alone.
         overrides: `section.key=value` arguments, values in YAML.
         world_size: number of ranks, where it is known; `parallel.dp` is derived from it.
-        training: False where the model is only counted, which some are that cannot be trained yet.
 
     Returns:
         The configuration with every derivable value filled in.
@@ -67,7 +64,7 @@ def load(
     values = _merge(layers, chosen, reading)
     config = _build(values, chosen, reading)
     config = resolve(config, world_size)
-    found = validate(config, world_size) + check_files(config) + (not_trainable(config) if training else [])
+    found = validate(config, world_size) + check_files(config)
     reading.problems += [_located(p, values) for p in found if not _consequence(p, reading.untrusted)]
     if reading.problems:
         raise UserError(*reading.problems)

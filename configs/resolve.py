@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from .resolve_context import resolve_context
 from .schema import (
     BinData,
     BlendData,
@@ -36,10 +37,13 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
     """
     cache = config.data.cache if config.data.cache is not None else str(_user_cache() / "pentad")
     folder = config.checkpoint.dir
+    model = resolve_model(config.model, config.train.seq_len, config.data)
     return replace(
         config,
-        model=resolve_model(config.model, config.train.seq_len, config.data),
-        parallel=_resolve_parallel(config.parallel, world_size),
+        model=model,
+        parallel=replace(
+            _resolve_parallel(config.parallel, world_size), context=resolve_context(config.parallel, model)
+        ),
         data=replace(config.data, cache=cache),
         checkpoint=replace(
             config.checkpoint,

@@ -24,7 +24,7 @@ from .schema_data import (
     TokenizerConfig,
 )
 from .schema_model import LinearAttentionConfig, MlaConfig, ModelConfig, MoeConfig, RopeConfig, RouterConfig
-from .schema_parallel import DataParallelConfig, MemoryConfig, ParallelConfig, PipelineConfig
+from .schema_parallel import ContextConfig, DataParallelConfig, MemoryConfig, ParallelConfig, PipelineConfig
 
 __all__ = [
     "DATASETS",
@@ -36,6 +36,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "ConstantSchedule",
+    "ContextConfig",
     "CosineSchedule",
     "DataConfig",
     "DataParallelConfig",

@@ -240,6 +240,12 @@ class ModelConfig:
         """Indices of the layers with linear attention."""
         return tuple(i for i in range(self.layers) if (i + 1) % self.attention_every)
 
+    @property
+    def routed_layers(self) -> tuple[int, ...]:
+        """`moe_layers` and, as further layers, those of the prediction modules, where the model has experts."""
+        ahead = range(self.layers, self.layers + self.mtp) if self.moe.experts else ()
+        return (*self.moe_layers, *ahead)
+
     def window_of(self, layer: int) -> int | None:
         """The sliding window of one layer, if it has one."""
         return self.window if layer % self.window_every == 0 else None

@@ -46,6 +46,20 @@ class PipelineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContextConfig:
+    """How attention spans the context ranks, which share each sequence; unused with parallel.cp=1."""
+
+    method: Literal["auto", "allgather", "ulysses", "ring", "usp", "tokenring"] = "auto"
+    """Who sends what (docs/context.md); auto: the one that sends least for the model's heads."""
+    duplex: bool = False
+    """ring: half of the key-value heads travel each way, so that both directions of a link carry them."""
+    inner: int | None = None
+    """usp: ranks that exchange heads, the others pass keys on; derived: the most that the key-value heads allow."""
+    placement: Literal["zigzag", "contiguous"] | None = None
+    """Which tokens a rank has; derived: zigzag, which evens out causal work (linear attention: contiguous)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """Degrees of parallelism; their product is the number of ranks."""
 
@@ -63,6 +77,8 @@ class ParallelConfig:
     """Data parallel ranks; derived: world size / (tp · pp · cp). `pentad train` alone takes 1."""
     data: DataParallelConfig = field(default_factory=DataParallelConfig)
     """Data parallelism."""
+    context: ContextConfig = field(default_factory=ContextConfig)
+    """Context parallelism."""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     """Pipeline parallelism."""
 

@@ -12,6 +12,7 @@ from .errors import Problem
 from .fields import nearest
 from .resolve import BYTE_TOKENS, tokenizer_vocab
 from .schema import BinData, BlendData, Config, TextData, WsdSchedule
+from .validate_context import validate_context
 from .validate_moe import validate_moe
 from .validate_pipeline import validate_pipeline
 
@@ -47,6 +48,7 @@ _POSITIVE = [
     "parallel.cp",
     "parallel.ep",
     "parallel.etp",
+    "parallel.context.inner",
     "parallel.dp",
     "parallel.pipeline.chunks",
     "parallel.pipeline.group",
@@ -108,7 +110,6 @@ _FRACTIONS = [
     "optim.beta2",
     "optim.momentum",
 ]
-_NOT_AVAILABLE = {"cp": "context parallelism"}
 
 
 def validate(config: Config, world_size: int | None = None) -> list[Problem]:
@@ -126,6 +127,7 @@ def validate(config: Config, world_size: int | None = None) -> list[Problem]:
         *_tensor_parallel(config),
         *validate_pipeline(config),
         *validate_moe(config),
+        *validate_context(config),
         *_batches(config),
         *_schedule(config),
         *_data(config),
@@ -170,11 +172,7 @@ def _indivisible(key: str, value: int, divisor_key: str, divisor: int, why: str)
 
 def _layout(config: Config, world_size: int | None) -> list[Problem]:
     p = config.parallel
-    problems = [
-        Problem(f"parallel.{k}", f"{what} (parallel.{k}={getattr(p, k)}) is not available yet; set parallel.{k}=1")
-        for k, what in _NOT_AVAILABLE.items()
-        if getattr(p, k) > 1
-    ]
+    problems: list[Problem] = []
     if world_size is None:
         return problems
     inner = p.tp * p.pp * p.cp

@@ -11,19 +11,10 @@ _ROUTER = "model.moe.router"
 
 def validate_moe(config: Config) -> list[Problem]:
     """Every problem of the resolved sections that follows from the values alone."""
-    problems = [*_latent_attention(config), *_sharding(config), *_mesh(config)]
+    problems = [*_latent_attention(config), *_prediction(config), *_sharding(config), *_mesh(config)]
     if config.model.moe.experts >= 1:
         problems += [*_sizes(config), *_top_k(config), *_groups(config), *_balance(config), *_capacity(config)]
     return problems
-
-
-def not_trainable(config: Config) -> list[Problem]:
-    """What can be counted, but not trained yet."""
-    mtp = config.model.mtp
-    if mtp < 1:
-        return []
-    message = f"multi-token prediction (model.mtp={mtp}) is not available yet in training; set model.mtp=0"
-    return [Problem("model.mtp", message)]
 
 
 def _latent_attention(config: Config) -> list[Problem]:
@@ -50,6 +41,17 @@ def _latent_attention(config: Config) -> list[Problem]:
         if getattr(m, key):
             problems.append(Problem(f"model.{key}", f"{why} has none; set model.{key}=false or model.mla.kv_rank=0"))
     return problems
+
+
+def _prediction(config: Config) -> list[Problem]:
+    mtp, pp = config.model.mtp, config.parallel.pp
+    if mtp < 1 or pp == 1:
+        return []
+    message = (
+        f"{pp}, but multi-token prediction (model.mtp={mtp}) needs the embedding beside the head; "
+        "set parallel.pp=1 or model.mtp=0"
+    )
+    return [Problem("parallel.pp", message)]
 
 
 def _sharding(config: Config) -> list[Problem]:

@@ -13,6 +13,8 @@ from ..configs import UserError
 from ..configs.fields import nearest
 
 _OVERRIDES = "config keys to change, e.g. train.steps=100 parallel.tp=2"
+_UPCYCLE = {"experts": True, "top_k": True, "granularity": False}
+"""Keys of --upcycle, and whether they must be given."""
 _DTYPES = ("bf16", "fp16", "fp32", "fp64")
 
 
@@ -101,6 +103,11 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     import_hf = verbs.add_parser("import-hf", help="Turn a Hugging Face folder into a checkpoint.")
     import_hf.add_argument("directory", metavar="DIR", help="folder with config.json and *.safetensors")
     import_hf.add_argument("out", metavar="OUT", help="the checkpoint's folder")
+    import_hf.add_argument(
+        "--upcycle",
+        metavar="experts=E,top_k=K[,granularity=G]",
+        help="make experts of the dense model's feed-forward networks, each 1/G of one (1)",
+    )
     import_hf.set_defaults(run=_import_hf)
 
     export_hf = verbs.add_parser("export-hf", help="Turn a checkpoint into a Hugging Face folder.")
@@ -197,11 +204,24 @@ def _tokenize(args: argparse.Namespace) -> int:
 
 
 def _import_hf(args: argparse.Namespace) -> int:
-    from ..trainer.hf_io import import_hf
+    from ..trainer.hf_io import Upcycle, import_hf
 
-    model = import_hf(args.directory, args.out)
-    print(f"{args.out}: {model.family}, {model.layers} layers; start a job from it with checkpoint.init={args.out}")
+    upcycle = None if args.upcycle is None else Upcycle(**_numbers("--upcycle", args.upcycle, _UPCYCLE))
+    model = import_hf(args.directory, args.out, upcycle)
+    experts = f", {model.moe.experts} experts, {model.moe.top_k} per token" if model.moe.experts else ""
+    print(f"{args.out}: {model.family}, {model.layers} layers{experts}; start a job with checkpoint.init={args.out}")
     return 0
+
+
+def _numbers(option: str, text: str, keys: dict[str, bool]) -> dict[str, int]:
+    """K=V,K=V with integers from 1 on; `keys` says which must be there."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    wrong = [f"{key}={value}" for key, _, value in pairs if key not in keys or not value.isdecimal() or int(value) < 1]
+    absent = [key for key, needed in keys.items() if needed and key not in [pair[0] for pair in pairs]]
+    if wrong or absent:
+        what = f"cannot use {', '.join(wrong)}" if wrong else f"needs {', '.join(absent)}"
+        raise UserError(f"{option}: {what}; for example {option} experts=8,top_k=2,granularity=1")
+    return {key: int(value) for key, _, value in pairs}
 
 
 def _export_hf(args: argparse.Namespace) -> int:

@@ -30,7 +30,8 @@ def attend(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """The core of one device, which has all tokens: a `Core`."""
-    return attention(local_attention(q.device), q, k, v, Mask.of(spread.mine, window), scale, sinks)
+    mask = spread.once(Mask.of, spread.mine, window)
+    return attention(local_attention(q.device), q, k, v, mask, scale, sinks)
 
 
 class Attention(nn.Module):

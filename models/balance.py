@@ -17,7 +17,7 @@ __all__ = ["FIELDS", "collect", "columns", "settle"]
 
 def _routers(model: Transformer) -> Iterator[tuple[int, Router]]:
     """The routers of this rank, each with its row of the totals."""
-    rows = {layer: row for row, layer in enumerate(model.cfg.moe_layers)}
+    rows = {layer: row for row, layer in enumerate(model.cfg.routed_layers)}
     for module in model.modules():
         if isinstance(module, Router):
             yield rows[module.index], module
@@ -32,10 +32,10 @@ def collect(model: Transformer) -> Tensor | None:
         columns are `FIELDS`, then the choices. None for a model without such layers.
     """
     cfg: ModelConfig = model.cfg
-    if not cfg.moe_layers:
+    if not cfg.routed_layers:
         return None
     device = next(model.parameters()).device
-    totals = torch.zeros(len(cfg.moe_layers), columns(cfg.moe), dtype=torch.float64, device=device)
+    totals = torch.zeros(len(cfg.routed_layers), columns(cfg.moe), dtype=torch.float64, device=device)
     for row, router in _routers(model):
         totals[row] = router.tally
         router.tally.zero_()

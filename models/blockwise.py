@@ -11,54 +11,49 @@ product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..parallel.context.merge import precise, row_sums
-from ..parallel.context.rows import Mask
+from ..parallel.context.rows import Mask, Rows
 
 _ROWS = 64
 """Queries per block: with fp32 scores of a few heads the block stays in a core's cache."""
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """The queries [first, last) and the keys [low, high) that some of them see; all see those before `start`.
 
-    Args:
-        hidden: (B or 1, queries, keys from `start` on) booleans, or none: they see all.
+    Where they see none, low = start = high.
     """
 
     first: int
     last: int
     low: int
-    high: int
     start: int
-    hidden: Tensor | None
+    high: int
 
 
-def _blocks(mask: Mask) -> Iterator[_Block]:
-    for first in range(0, mask.queries.count, _ROWS):
-        last = min(first + _ROWS, mask.queries.count)
+def blocks(queries: Rows, keys: Rows, window: int | None, size: int = _ROWS) -> list[Block]:
+    """What each `size` queries see of the keys. Sequences of a batch share the ranges."""
+    mask, found = Mask(queries, keys, window), []
+    for first in range(0, queries.count, size):
+        last = min(first + size, queries.count)
         low, high, start = mask.reach(first, last)
-        if start >= high:
-            yield _Block(first, last, low, high, high, None)
-            continue
-        hidden = mask.hidden(first, last, start, high)
-        if start == low:
+        if start == low < high:
             # Windows and documents say only here what the block sees.
+            hidden = mask.hidden(first, last, low, high)
             seen = (~hidden.all(dim=1).all(dim=0)).nonzero()
-            if not len(seen):
-                yield _Block(first, last, low, low, low, None)
-                continue
-            begin, end = int(seen[0]), int(seen[-1]) + 1
-            some = hidden[..., begin:end].any(dim=1).any(dim=0).nonzero()
-            partial = begin + int(some[0]) if len(some) else end
-            low, high, start, hidden = low + begin, low + end, low + partial, hidden[..., partial:end]
-        yield _Block(first, last, low, high, start, hidden if start < high else None)
+            some = hidden.any(dim=1).any(dim=0)
+            high, low = (low + int(seen[-1]) + 1, low + int(seen[0])) if len(seen) else (low, low)
+            partial = some[low - start : high - start].nonzero()
+            start = low + int(partial[0]) if len(partial) else high
+        low = min(low, high)
+        found.append(Block(first, last, low, max(low, min(start, high)), high))
+    return found
 
 
 class Blockwise:
@@ -71,12 +66,12 @@ class Blockwise:
         keys, values = _by_head(k).to(precise(q.dtype)), _by_head(v)
         out = q.new_empty(batch, length, heads, v.shape[-1])
         lse = keys.new_empty(batch * groups, heads // groups, length)
-        for block in _blocks(mask):
+        for block in mask.once(blocks, mask.queries, mask.keys, mask.window):
             rows, low, high = slice(block.first, block.last), block.low, block.high
             if low == high:
                 out[:, rows], lse[:, :, rows] = 0, float("-inf")
                 continue
-            scores = _scores(_grouped(q[:, rows], groups), keys[:, low:high], block, scale)
+            scores = _scores(_grouped(q[:, rows], groups), keys[:, low:high], mask, block, scale)
             # A query that sees nothing has the total 0; the others at least the 1 of their largest score.
             peak = scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
             total = scores.sub_(peak).exp_().sum(dim=-1, keepdim=True)
@@ -99,12 +94,12 @@ class Blockwise:
         delta = row_sums(dout, out).reshape(shape)
         # A query that sees nothing has the probabilities exp(… − inf) = 0.
         lse = lse.masked_fill(lse == float("-inf"), float("inf")).view(shape)
-        for block in _blocks(mask):
+        for block in mask.once(blocks, mask.queries, mask.keys, mask.window):
             rows, low, high = slice(block.first, block.last), block.low, block.high
             if low == high:
                 continue
             x = _grouped(q[:, rows], groups)
-            probs = _scores(x, keys[:, low:high], block, scale)
+            probs = _scores(x, keys[:, low:high], mask, block, scale)
             probs.sub_(lse[:, :, rows].flatten(1)[..., None]).exp_()
             dy = _grouped(dout[:, rows], groups)
             dv[:, low:high] += torch.bmm(probs.to(dy.dtype).transpose(1, 2), dy)
@@ -132,11 +127,11 @@ def _ungrouped(y: Tensor, batch: int, rows: int) -> Tensor:
     return y.view(batch, -1, rows, y.shape[-1]).transpose(1, 2)
 
 
-def _scores(q: Tensor, keys: Tensor, block: _Block, scale: float) -> Tensor:
+def _scores(q: Tensor, keys: Tensor, mask: Mask, block: Block, scale: float) -> Tensor:
     """Masked scaled scores (B · K, G · rows, keys) of a block's queries q (B · K, G · rows, d)."""
     scores = torch.bmm(q.to(keys.dtype).mul(scale), keys.transpose(1, 2))
-    if block.hidden is not None:
-        sequences, rows, _ = block.hidden.shape
-        part = scores.view(sequences, -1, rows, keys.shape[1])[..., block.start - block.low :]
-        part.masked_fill_(block.hidden[:, None], float("-inf"))
+    if block.start < block.high:
+        hidden = mask.hidden(block.first, block.last, block.start, block.high)
+        part = scores.view(hidden.shape[0], -1, hidden.shape[1], keys.shape[1])[..., block.start - block.low :]
+        part.masked_fill_(hidden[:, None], float("-inf"))
     return scores

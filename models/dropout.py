@@ -18,7 +18,8 @@ class Draws:
         seed, step: of the run.
         samples: global sample index of each sequence, B of them.
         length: tokens per sequence, T.
-        start, stop: the rows of the (N, h) residual stream that this device holds; N = B · T.
+        rows: (n,) which rows of the (B · T, h) residual stream of whole sequences this device holds, sequence by
+            sequence; on the host.
     """
 
     rate: float
@@ -26,29 +27,28 @@ class Draws:
     step: int
     samples: tuple[int, ...]
     length: int
-    start: int
-    stop: int
+    rows: Tensor
 
     def drop(self, x: Tensor, branch: int) -> Tensor:
-        """x (stop − start, h) with elements zeroed and the rest scaled by 1 / (1 − rate)."""
+        """x (n, h) with elements zeroed and the rest scaled by 1 / (1 − rate)."""
         if not self.rate:
             return x
         kept = self._uniform(x, branch + 1) >= self.rate
         return x * (kept.to(x.device, x.dtype) / (1 - self.rate))
 
     def jitter(self, x: Tensor, width: float, layer: int) -> Tensor:
-        """x (stop − start, h), each element times a number between 1 − width and 1 + width."""
+        """x (n, h), each element times a number between 1 − width and 1 + width."""
         noise = self._uniform(x, layer, 1) * (2 * width) + (1 - width)
         return x * noise.to(x.device, x.dtype)
 
     def _uniform(self, x: Tensor, *key: int) -> Tensor:
         """Numbers from 0 to 1 for x, on the host."""
         parts = []
-        for i, sample in enumerate(self.samples):
-            first, last = max(self.start, i * self.length), min(self.stop, (i + 1) * self.length)
-            if first < last:
+        counts = torch.bincount(self.rows // self.length, minlength=len(self.samples)).tolist()
+        for sample, mine in zip(self.samples, (self.rows % self.length).split(counts), strict=True):
+            if len(mine):
                 sequence = np.random.SeedSequence([self.seed, self.step, sample, *key])
                 state = int(sequence.generate_state(1, np.uint64)[0] >> 1)
                 draws = torch.rand(self.length, x.shape[-1], generator=torch.Generator().manual_seed(state))
-                parts.append(draws[first - i * self.length : last - i * self.length])
+                parts.append(draws[mine])
         return torch.cat(parts)

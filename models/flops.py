@@ -213,9 +213,9 @@ def _find(model: str | Path | ModelConfig | Config, seq_len: int) -> ModelConfig
         return model
     presets = preset_names("models")
     if str(model) in presets:
-        return load(None, [f"model.preset={model}", f"train.seq_len={seq_len}"], training=False).model
+        return load(None, [f"model.preset={model}", f"train.seq_len={seq_len}"]).model
     if isinstance(find_config(model), Problem):
         hint = nearest(str(model).lower().replace("-", "_"), [*presets, *preset_names("jobs")])
         tail = f"did you mean {hint}?" if hint else f"models: {', '.join(presets)}"
         raise UserError(Problem(str(model), f"neither a model preset nor a job's file; {tail}"))
-    return load(model, [f"train.seq_len={seq_len}"], training=False).model
+    return load(model, [f"train.seq_len={seq_len}"]).model

@@ -59,6 +59,7 @@ _PLAIN: _Allowed = {
     **_all("activation", ("swiglu",)),
     **_all("qk_norm qk_norm_whole sinks rope.interleaved", _FALSE),
     **_all("mla.kv_rank mtp", (0,)),
+    **_all("attention_every", (1,)),
     **_all("rope.score_factor", (1.0,)),
 }
 _DENSE: _Allowed = {**_PLAIN, **_all("moe.experts", (0,))}
@@ -90,6 +91,7 @@ _EXPRESSIBLE: dict[Family, _Allowed] = {
         **_all("activation", ("gelu", "gelu_tanh")),
         **_all("qk_norm sinks", _FALSE),
         **_all("mla.kv_rank moe.experts mtp", (0,)),
+        **_all("attention_every", (1,)),
         **_all("qkv_bias out_bias ffn_bias", _TRUE),
     },
     "mixtral": {**_ROUTED, **_all("moe.router.normalize", _TRUE)},

@@ -49,19 +49,14 @@ class Neighbours(Protocol):
     Both calls return at once, and the tokens' own work goes on until the result is needed.
     """
 
-    def state_before(
-        self, passed: Tensor, state: Tensor, documents: Tensor | None
-    ) -> Coming[tuple[Tensor | None, Tensor | None]]:
-        """The state that the tokens at hand begin with.
+    def state_before(self, passed: Tensor, state: Tensor, joined: Tensor | None) -> Coming[Tensor | None]:
+        """The state that the tokens at hand begin with: (B, H, d, e), None: zero.
 
         Args:
             passed: (B, H, d) the share of that state which is left after the last token at hand.
             state: (B, H, d, e) the state after the last token at hand if it is zero before the first one.
-            documents: (B, T) of the tokens at hand, or None.
-
-        Returns:
-            The state (B, H, d, e), zero where the first token begins a document, None: zero everywhere; and where it
-            does not begin one, (B,) booleans, None: nowhere or not known to.
+            joined: (B,) the sequences whose first token at hand does not begin a document, the state of the others is
+                zero; none: all.
         """
         ...
 
@@ -69,31 +64,25 @@ class Neighbours(Protocol):
         """The gradient of the state after the last token at hand, through later tokens: (B, H, d, e), None: zero.
 
         Args:
-            passed: as above.
+            passed, joined: as above.
             grad: (B, H, d, e) the gradient of the state before the first token through the tokens at hand.
-            joined: the second result of `state_before`.
         """
         ...
 
 
-@dataclass(frozen=True)
 class _Nothing:
-    value: Any
-
-    def wait(self) -> Any:
-        return self.value
+    def wait(self) -> None:
+        return None
 
 
 class Alone:
     """`Neighbours` where all tokens are at hand: zeros."""
 
-    def state_before(
-        self, passed: Tensor, state: Tensor, documents: Tensor | None
-    ) -> Coming[tuple[Tensor | None, Tensor | None]]:
-        return _Nothing((None, None))
+    def state_before(self, passed: Tensor, state: Tensor, joined: Tensor | None) -> Coming[Tensor | None]:
+        return _Nothing()
 
     def grad_after(self, passed: Tensor, grad: Tensor, joined: Tensor | None) -> Coming[Tensor | None]:
-        return _Nothing(None)
+        return _Nothing()
 
 
 def gated_linear_attention(
@@ -102,6 +91,7 @@ def gated_linear_attention(
     v: Tensor,
     g: Tensor,
     documents: Tensor | None = None,
+    joined: Tensor | None = None,
     *,
     chunk: int = 64,
     neighbours: Neighbours | None = None,
@@ -115,10 +105,11 @@ def gated_linear_attention(
         v: (B, T, H, e).
         g: (B, T, H, d) logarithms of the decays, at most 0.
         documents: (B, T) document ids of packed sequences; none: one document each.
+        joined: (B,) where the first token goes on with a document whose earlier tokens are not at hand; none: in all.
         chunk: tokens per chunk, a power of two.
         neighbours: of the tokens at hand; none: all tokens are at hand.
     """
-    return _GatedLinear.apply(q, k, v, g, documents, chunk, neighbours or Alone())
+    return _GatedLinear.apply(q, k, v, g, documents, joined, chunk, neighbours or Alone())
 
 
 @dataclass(frozen=True)
@@ -176,6 +167,7 @@ class _GatedLinear(torch.autograd.Function):
         v: Tensor,
         g: Tensor,
         documents: Tensor | None,
+        joined: Tensor | None,
         chunk: int,
         neighbours: Neighbours,
     ) -> Tensor:
@@ -183,20 +175,20 @@ class _GatedLinear(torch.autograd.Function):
         reading = x.reading()
         decay = reading[..., -1, :]
         starts, end = _scan(decay, (x.k * x.writing()).mT @ x.v)
-        coming = neighbours.state_before(decay.prod(2), end, documents)
+        coming = neighbours.state_before(decay.prod(2), end, joined)
         scores = _scores(x)
         out = scores @ x.v
-        before, joined = coming.wait()
+        before = coming.wait()
         if before is not None:
             starts.addcmul_(_products_before(decay)[..., None], before[:, :, None])
         out += (x.q * reading) @ starts
         ctx.chunk, ctx.neighbours = chunk, neighbours
-        ctx.save_for_backward(q, k, v, g, documents, before, joined)
+        ctx.save_for_backward(q, k, v, g, documents, joined, before)
         return _unchunked(out, q.shape[1]).to(v.dtype)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, g, documents, before, joined = ctx.saved_tensors
+        q, k, v, g, documents, joined, before = ctx.saved_tensors
         x = _Chunks.of(q, k, v, g, documents, ctx.chunk)
         dy = _chunked(dout.to(x.v.dtype), x.v.shape[-2])
         reading, writing = x.reading(), x.writing()
@@ -219,7 +211,7 @@ class _GatedLinear(torch.autograd.Function):
         dg += (ends * starts).sum(-1).mul_(decay)[..., None, :]
         dq, dk = dq.add_(dread).mul_(q.shape[-1] ** -0.5), dk.add_(dwritten)
         grads = zip((dq, dk, dv, dg), (q, k, v, g), strict=True)
-        return *(_unchunked(dx, q.shape[1]).to(to.dtype) for dx, to in grads), None, None, None
+        return *(_unchunked(dx, q.shape[1]).to(to.dtype) for dx, to in grads), None, None, None, None
 
 
 def _begins(documents: Tensor) -> Tensor:
@@ -363,6 +355,7 @@ class LinearAttention(nn.Module):
         g = F.logsigmoid(low.to(precise)) / GATE_DIVISOR
         q, k, g = (y.view(seq.batch, seq.length, -1, d) for y in (q, k, g))
         v = v.view(seq.batch, seq.length, -1, e)
-        y = gated_linear_attention(q, k, v, g, seq.spread.mine.documents, chunk=self.chunk, neighbours=self.neighbours)
+        documents, joined = seq.spread.mine.documents, seq.spread.joined
+        y = gated_linear_attention(q, k, v, g, documents, joined, chunk=self.chunk, neighbours=self.neighbours)
         y = self.head_norm(y)
         return self.out(swiglu(gate, y.reshape(seq.batch * seq.length, -1)))

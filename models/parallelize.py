@@ -126,7 +126,7 @@ def _replace_dispatchers(model: Transformer, mesh: Mesh) -> None:
     """The experts' ranks are those of the expert mesh, whatever the dense one is."""
     if not model.cfg.moe.experts:
         return
-    etp, tokens = mesh.axis("etp"), TokenGroup(mesh.axis("tp"))
+    etp, tokens = mesh.axis("etp"), TokenGroup(mesh.axis("tokens"))
     dispatcher = make_dispatcher(model.cfg.moe, mesh.axis("ep"), etp)
     for module in model.modules():
         if isinstance(module, Moe):

@@ -83,6 +83,7 @@ class Router(nn.Module):
         self.register_buffer("tally", torch.zeros(columns(moe), dtype=torch.float64), persistent=False)
         self.tokens = TokenGroup(Axis.single("tokens"))
         sinkhorn, name = self.cfg.name == "sinkhorn", self.cfg.name
+        self._has_losses = self.cfg.aux_loss > 0 or self.cfg.z_loss > 0
         self._score = "sigmoid" if sinkhorn and moe.top_k == 1 else self.cfg.score
         self._normalize = self.cfg.normalize and name != "expert_choice" and not (sinkhorn and moe.top_k == 1)
 
@@ -102,11 +103,10 @@ class Router(nn.Module):
         weights = self._weights(logits, scores, decision.choices, decision.real)
         if decision.experts is not decision.choices:
             weights = weights.masked_fill(decision.experts < 0, 0.0)
-        if training:
-            shares = probabilities(scores, self._score)
-            everyone = len(x) * self.tokens.axis.size
-            terms = losses(logits, shares, decision.loads, seq, everyone)
+        if training and (first or self._has_losses):
+            terms = self._losses(logits, scores, decision.loads, seq)
             if first:
+                shares = probabilities(scores.detach(), self._score)
                 add_to(self.tally, self.moe, decision.counts, decision.experts, shares, terms, seq.share)
             weights = self._attached(weights, terms, seq.share)
         return Routing(decision.experts, weights, decision.capacity, decision.memo)
@@ -142,6 +142,12 @@ class Router(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * self.cfg.scale if self.cfg.scale != 1 else weights
 
+    def _losses(self, logits: Tensor, scores: Tensor, loads: Tensor | None, seq: Sequences) -> Losses:
+        """This device's part of the losses; those without a coefficient are only counted."""
+        shares = None if loads is None else probabilities(scores, self._score)
+        everyone = len(logits) * self.tokens.axis.size
+        return losses(logits if self.cfg.z_loss else logits.detach(), shares, loads, seq, everyone)
+
     def _attached(self, weights: Tensor, terms: Losses, share: float) -> Tensor:
         loss = None
         if terms.balance is not None:
@@ -158,16 +164,16 @@ class Router(nn.Module):
         moe, real = self.moe, None
         training = seq.share > 0
         if self.cfg.name == "expert_choice":
-            choices, real = self._taken(scores[:, : moe.experts])
+            choices, real = self._taken(scores[:, : moe.experts], seq.places)
         else:
-            choices = self._chosen(logits, scores, training)
+            choices = self._chosen(logits, scores, seq)
             if self.cfg.null_experts:
                 real = choices < moe.experts
         experts = choices if real is None else choices.masked_fill(~real, -1)
         padded = None
         if moe.capacity_factor is not None and self.cfg.name != "expert_choice":
             weights = self._weights(logits, scores, choices, real) if moe.drop == "probability" else None
-            room, limit = self._room(experts, weights)
+            room, limit = self._room(experts, weights, seq.places)
             experts = experts.masked_fill(~room, -1)
             padded = limit if moe.pad else None
         taken = choices if self.cfg.name != "expert_choice" else choices[real]
@@ -178,30 +184,30 @@ class Router(nn.Module):
             loads = fractions(best, seq, self.tokens, moe, self.load)
         return Decision(choices, real, experts, counts, padded, loads)
 
-    def _chosen(self, logits: Tensor, scores: Tensor, training: bool) -> Tensor:
+    def _chosen(self, logits: Tensor, scores: Tensor, seq: Sequences) -> Tensor:
         """(n, K) each token's choices."""
-        if self.cfg.name == "sinkhorn" and training:
-            return (logits + sinkhorn_prices(self.tokens.gather(logits))).topk(self.moe.top_k, -1).indices
+        if self.cfg.name == "sinkhorn" and seq.share > 0:
+            return (logits + sinkhorn_prices(self.tokens.gather(logits, seq.places))).topk(self.moe.top_k, -1).indices
         return top_k(logits, scores, self.moe, self.selection_bias)
 
-    def _taken(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def _taken(self, scores: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """(n, K) experts that take each token, and which of them count.
 
         K is what the most wanted token of the micro-batch has; dispatchers other than all_to_all need the same K on all
         ranks, whatever micro-batch these have.
         """
-        everywhere = expert_choice(self.tokens.gather(scores), self.moe)
+        everywhere = expert_choice(self.tokens.gather(scores, places), self.moe)
         width = self.moe.experts
         if self.moe.dispatcher == "all_to_all":
             width = max(int(everywhere.sum(1).max()), 1)
-        return as_columns(self.tokens.mine(everywhere), width)
+        return as_columns(self.tokens.mine(everywhere, places), width)
 
-    def _room(self, experts: Tensor, weights: Tensor | None) -> tuple[Tensor, int]:
+    def _room(self, experts: Tensor, weights: Tensor | None, places: Tensor) -> tuple[Tensor, int]:
         """(n, K) whether an expert has room for the token, and how many it takes."""
         alone = self.moe.capacity_scope == "local"
-        whole = experts if alone else self.tokens.gather(experts)
+        whole = experts if alone else self.tokens.gather(experts, places)
         if weights is not None and not alone:
-            weights = self.tokens.gather(weights)
+            weights = self.tokens.gather(weights, places)
         limit = capacity(self.moe, len(whole))
         room = within_capacity(whole, weights, limit, self.moe.experts)
-        return room if alone else self.tokens.mine(room), limit
+        return room if alone else self.tokens.mine(room, places), limit

@@ -71,19 +71,20 @@ def probabilities(scores: Tensor, score: str) -> Tensor:
     return scores if score == "softmax" else scores / (scores.sum(-1, keepdim=True) + 1e-20)
 
 
-def losses(logits: Tensor, shares: Tensor, loads: Tensor | None, seq: Sequences, tokens: int) -> Losses:
+def losses(logits: Tensor, shares: Tensor | None, loads: Tensor | None, seq: Sequences, tokens: int) -> Losses:
     """This device's part of the layer's losses.
 
     With f the loads and P the mean probabilities the balancing loss is C · Σ f P (Switch Transformer, arXiv
     2101.03961, section 2.2), where each sequence has its own f and P with loads (B, C) (DeepSeek-V3, section 2.1.2).
 
     Args:
-        logits, shares: (n, C); shares sum to 1 for each token.
-        loads: as of `fractions`; none: no balancing loss.
+        logits: (n, C).
+        shares: (n, C) scores that sum to 1 for each token.
+        loads: as of `fractions`; without them or shares there is no balancing loss.
         tokens: of the whole micro-batch.
     """
     z = torch.logsumexp(logits, -1).square().sum() / tokens
-    if loads is None:
+    if loads is None or shares is None:
         return Losses(None, z)
     loads = loads.to(shares.dtype)
     if loads.ndim == 1:

@@ -15,6 +15,7 @@ _FREE = {
     "init_std",
     "dropout",
     "mtp_loss",
+    "linear.chunk",
     "moe.dispatcher",
     "moe.capacity_factor",
     "moe.capacity_scope",
@@ -80,6 +81,8 @@ def _unused_attention(config: ModelConfig) -> set[str]:
         unused.add("window_every")
     if not config.qk_norm:
         unused.add("qk_norm_whole")
+    if config.attention_every == 1:
+        unused |= {f"linear.{field.name}" for field in dataclasses.fields(config.linear)}
     if not config.mla.kv_rank:
         unused |= {"mla.q_rank", "mla.nope_dim", "mla.rope_dim", "mla.value_dim"}
     return unused

@@ -27,3 +27,5 @@ class Sequences:
     """This micro-batch's share in the step's balancing losses; 0: evaluation, in which nothing is counted."""
     kept: dict[int, Any] | None = None
     """Decisions of layers that will run again, by layer: a second run finds them here instead of deciding anew."""
+    places: Tensor | None = None
+    """(n,) which token of the whole micro-batch each row is; mixture-of-experts models only."""

@@ -23,8 +23,10 @@ from .feed_forward import FeedForward
 from .linear_attention import LinearAttention
 from .mla import LatentAttention
 from .moe import Moe
+from .mtp import Prediction, ahead
 from .norms import make_norm
 from .rope import angles, frequencies
+from .routing_losses import attach
 from .sequences import Sequences
 
 
@@ -44,7 +46,7 @@ class Layer(nn.Module):
         self.attention_norm = make_norm(cfg)
         self.attention = attention_of(cfg, index)
         self.ffn_norm = make_norm(cfg)
-        routed = index in cfg.moe_layers
+        routed = index in cfg.routed_layers
         self.ffn = None if routed else FeedForward(cfg)
         self.moe = Moe(cfg, index) if routed else None
 
@@ -124,6 +126,8 @@ class Transformer(nn.Module):
         self.positions = Table(cfg.max_positions or 0, cfg.hidden) if learned else None
         self.layers = nn.ModuleDict({str(i): Layer(cfg, i) for i in part.layers})
         self.norm = make_norm(cfg) if part.ends else None
+        count = cfg.mtp if part.begins and part.ends else 0
+        self.mtp = nn.ModuleList(Prediction(cfg, Layer(cfg, cfg.layers + k)) for k in range(count))
         self.head = Table(cfg.vocab, cfg.hidden) if part.predicts and not cfg.tied else None
         whole = VocabShard.whole(cfg.vocab)
         self.embedding_op: EmbeddingOp = VocabEmbedding(whole)
@@ -159,12 +163,15 @@ class Transformer(nn.Module):
             where = torch.arange(length, device=tokens.device) if positions is None else positions
             freq, factor = self._frequencies
             cos, sin = angles(freq.to(tokens.device), factor, where, dtype)
-        rows = None
-        if self.cfg.moe.experts:
-            rows = torch.arange(batch, device=tokens.device).repeat_interleave(length)
-            rows = self.embedding_op.local_tokens(rows)
         spread = spread or Spread((Rows.whole(length, documents),))
-        return Sequences(batch, length, cos, sin, spread, rows, share)
+        rows = places = None
+        if self.cfg.moe.experts:
+            sequence = torch.arange(batch, device=tokens.device)[:, None]
+            whole = len(spread.ranks) * length
+            everywhere = sequence * whole + spread.mine.order.to(tokens.device)
+            places = self.embedding_op.local_tokens(everywhere.reshape(-1))
+            rows = places // whole
+        return Sequences(batch, length, cos, sin, spread, rows, share, places=places)
 
     def embed_tokens(self, tokens: Tensor, positions: Tensor | None, draws: Draws | None) -> Tensor:
         """tokens (B, T) → (N, h)."""
@@ -220,7 +227,23 @@ class Transformer(nn.Module):
         """
         x = self.embed_tokens(tokens, positions, draws)
         seq = self.sequences(tokens, positions, documents, x.dtype, share, spread)
-        x = self.end(self.run_layers(x, seq, draws, self.part.layers))
+        x = self.run_layers(x, seq, draws, self.part.layers)
+        if labels is not None and share and len(self.mtp):
+            x = self._look_ahead(x, seq, draws, labels, scale)
+        x = self.end(x)
         if labels is None:
             return self.head_op.logits(x, self.head_weight).view(*tokens.shape, -1)
         return self.head_op.loss(x, self.head_weight, labels.reshape(-1), scale)
+
+    def _look_ahead(
+        self, hidden: Tensor, seq: Sequences, draws: Draws | None, labels: Tensor, scale: Tensor | float
+    ) -> Tensor:
+        """The hidden states (N, h), to which the loss of the prediction modules is attached."""
+        x, loss = hidden, hidden.new_zeros(())
+        factor = scale * (self.cfg.mtp_loss / len(self.mtp))
+        for module, (tokens, wanted) in zip(self.mtp, ahead(labels, len(self.mtp)), strict=True):
+            assert isinstance(module, Prediction) and isinstance(module.layer, Layer)
+            embedded = self.embedding_op(tokens.reshape(-1), self.embed_weight)
+            x = self.run_layer(module.layer, module(x, embedded), seq, draws)
+            loss = loss + self.head_op.loss(module.norm(x), self.head_weight, wanted.reshape(-1), factor)
+        return attach(hidden, loss)

@@ -179,8 +179,8 @@ def partial_axes(mesh: Mesh) -> dict[str, Axis]:
     return {name: mesh.axis(name) if name else Axis.single("") for name in names}
 
 
-def mark_tied(weight: Tensor) -> None:
-    """This rank uses the weight twice in every micro-batch: its gradient is final after two additions each."""
+def expect_uses(weight: Tensor, uses: int) -> None:
+    """This rank uses the weight so often in every micro-batch: its gradient is final after as many additions each."""
     slot = slot_of(weight)
     if slot is not None:
-        slot.uses = 2
+        slot.uses = uses

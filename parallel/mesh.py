@@ -103,6 +103,7 @@ class Mesh:
         timeout_s: seconds a collective may wait.
         channels: (source, destination) ranks of the pipeline axis between which `channel` is wanted.
         vocab: whether the axes of the balanced vocabulary are wanted.
+        context: how many neighbouring ranks of cp make up each line of the axis cp_inner; cp_outer joins the lines.
         ends: the ranks of the pipeline axis with the first and the last stage, where the axis "ends" is wanted.
     """
 
@@ -118,6 +119,7 @@ class Mesh:
         timeout_s: float = 600.0,
         channels: Sequence[tuple[int, int]] = (),
         vocab: bool = False,
+        context: int = 1,
         ends: tuple[int, int] | None = None,
     ) -> None:
         self.degrees, self.rank, self.epoch, self.device, self.recorder = degrees, rank, epoch, device, recorder
@@ -142,6 +144,8 @@ class Mesh:
         self._make_axes()
         if degrees.pp > 1:
             self._make_channels(channels)
+        if degrees.cp > 1:
+            self._make_context_axes(context)
         if vocab:
             self._make_vocab_axes()
         if ends is not None and ends[0] != ends[1]:
@@ -159,6 +163,7 @@ class Mesh:
             self._add(name, dense[name])
         self._add("tp", dense["tp_shard", "tp_replica"]._flatten("tp"))
         self._add("data", dense["dp", "cp"]._flatten("data"))
+        self._add("tokens", dense["cp", "tp_shard", "tp_replica"]._flatten("tokens"))
         expert = init_device_mesh(self.device, self.degrees.expert, mesh_dim_names=EXPERT_AXES)
         for name in EXPERT_AXES[1:]:
             self._add(name, expert[name])
@@ -188,6 +193,20 @@ class Mesh:
                 mine = next((line for line in lines if self.rank in line), ())
                 axis = self._axis(name, mine, self._axes["pp"].group) if mine else Axis.single(name)
             self._axes[name] = axis
+
+    def _make_context_axes(self, inner: int) -> None:
+        """cp cut in two directions, each with a communicator more for what travels against the stream."""
+        cp, tp = self.degrees.cp, self.degrees.tp
+        firsts = [first + shard for first in range(0, self.degrees.world, cp * tp) for shard in range(tp)]
+        ring = [tuple(first + tp * i for i in range(cp)) for first in firsts]
+        self._axes["cp_back"] = self._cut("cp_back", ring)
+        if inner > 1:
+            self._axes["cp_inner"] = self._cut(
+                "cp_inner", [line[i : i + inner] for line in ring for i in range(0, cp, inner)]
+            )
+        outer = [line[i::inner] for line in ring for i in range(inner)]
+        for name in ("cp_outer", "cp_outer_back"):
+            self._axes[name] = self._cut(name, outer)
 
     def _make_vocab_axes(self) -> None:
         """The ranks of tp x pp of each replica, twice: embedding and head communicate in lanes of their own."""
@@ -248,7 +267,8 @@ class Mesh:
     def axis(self, name: str) -> Axis:
         """The axis called `name`.
 
-        Of every mesh: pp, dp, cp, tp, tp_shard, tp_replica, data (dp · cp), edp, ep, etp, world. Where asked for:
+        Of every mesh: pp, dp, cp, tp, tp_shard, tp_replica, data (dp · cp), tokens (cp · tp), edp, ep, etp, world; with
+        context parallelism cp_back, cp_inner, cp_outer, cp_outer_back. Where asked for:
         vocab_head and vocab_embed (pp · tp, in this order) and ends (the ranks of the first and the last stage, of
         size 1 on all others).
         """

@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ..configs.errors import Problem, UserError
-from ..configs.schema import LinearAttentionConfig, MlaConfig, ModelConfig, MoeConfig, RopeConfig, RouterConfig
+from ..configs.schema import ModelConfig, MoeConfig
 from ..models.hf import (
     HfFolder,
     Notice,
@@ -39,6 +39,8 @@ from .state import model_tensors
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _REMEMBERED = ".router.load"
+
+Section = TypeVar("Section")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,13 +206,12 @@ def check_same_model(given: ModelConfig, job: ModelConfig, path: Path) -> None:
 
 
 def model_config_from_state(model: Mapping[str, Any]) -> ModelConfig:
-    """The ModelConfig of a checkpoint's ``state["model"]``."""
-    moe = dict(model.get("moe", {}))
-    moe["router"] = RouterConfig(**moe.get("router", {}))
-    nested = {
-        "rope": RopeConfig(**model["rope"]),
-        "mla": MlaConfig(**model.get("mla", {})),
-        "linear": LinearAttentionConfig(**model.get("linear", {})),
-        "moe": MoeConfig(**moe),
-    }
-    return ModelConfig(**{**model, **nested})
+    """The ModelConfig of a checkpoint's ``state["model"]``; keys that are newer than the checkpoint have defaults."""
+    return _built(ModelConfig, model)
+
+
+def _built(kind: type[Section], values: Mapping[str, Any]) -> Section:
+    """A dataclass with the dataclasses inside it."""
+    types = get_type_hints(kind)
+    nested = {key: _built(types[key], value) for key, value in values.items() if dataclasses.is_dataclass(types[key])}
+    return kind(**{**values, **nested})

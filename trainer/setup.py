@@ -17,7 +17,7 @@ from ..models.parallelize import build, initial_values, set_overlap_chunks
 from ..models.transformer import Transformer
 from ..parallel import record
 from ..parallel.collectives import all_gather
-from ..parallel.data import FlatReplicas, Replicas, mark_tied
+from ..parallel.data import FlatReplicas, Replicas, expect_uses
 from ..parallel.fsdp import FsdpReplicas
 from ..parallel.gradients import WeightGradients, slot_of
 from ..parallel.mesh import Degrees, Mesh
@@ -174,12 +174,21 @@ def make_model(cfg: Config, mesh: Mesh, device: torch.device) -> Parts:
             sharded=cfg.parallel.data.sharding == "zero1",
             bucket_mib=cfg.parallel.data.bucket_mib,
         )
-        if cfg.model.tied and model.part.embeds and model.part.predicts:
-            mark_tied(model.embed_weight)
+        _expect_uses(model)
     if cfg.model.moe.experts and cfg.model.moe.overlap_chunks != "auto":
         set_overlap_chunks(model, cfg.model.moe.overlap_chunks)
     replicas.load(initial_values(model, where, cfg.train.seed))
     return Parts(model, where, replicas, device, pipeline, _stores(model, pipeline, stages))
+
+
+def _expect_uses(model: Transformer) -> None:
+    """Tied tables are used at both ends, and both ends by every prediction module too."""
+    part, times = model.part, 1 + len(model.mtp)
+    tied = model.cfg.tied and part.embeds and part.predicts
+    if part.embeds:
+        expect_uses(model.embed_weight, 2 * times if tied else times)
+    if part.predicts and not tied:
+        expect_uses(model.head_weight, times)
 
 
 def _stores(model: Transformer, pipeline: Pipeline, stages: tuple[int, ...]) -> dict[int, WeightGradients]:

@@ -28,8 +28,10 @@ class Sink(Protocol):
     """A consumer of step metrics."""
 
     def log(self, m: StepMetrics, extra: Mapping[str, Any]) -> None:
-        """Take one step. extra: further values by tracker key (`loss/val`, `optim/lr/GROUP`, `progress/eta_s`): scalars,
-        or the `HeatMap` of a model with experts."""
+        """Take one step.
+
+        extra: further values by tracker key (`loss/val`, `optim/lr/GROUP`, `progress/eta_s`): scalars, or a `HeatMap`.
+        """
         ...
 
     def close(self) -> None:

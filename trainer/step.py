@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ..configs.schema import Config
 from ..models.balance import collect, settle
-from ..models.dropout import Draws
-from ..models.stages import Inputs, run_stage
+from ..models.stages import run_stage
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline.execute import Handler, execute
 from ..parallel.pipeline.program import Kind, Op, Program
 from ..parallel.pipeline.runtime import Hidden, Runtime
 from .data.dataset import MicroBatch
+from .inputs import InputMaker
 from .optimizer import Optimizer
 from .setup import DTYPES, Parts
 from .vocabulary import BalancedVocabulary
@@ -65,6 +65,7 @@ class Stepper:
         self.updates = torch.zeros((), dtype=torch.float32, device=self.device)
         """Updates applied so far; skipped steps do not count."""
         self._zero = torch.zeros((), dtype=precise, device=self.device)
+        self._maker = InputMaker(cfg, mesh, parts.device)
         self._vocabulary: BalancedVocabulary | None = None
         if parts.pipeline.split.balanced:
             barriers = cfg.parallel.pipeline.vocab_barriers
@@ -79,8 +80,8 @@ class Stepper:
         self._evaluation: tuple[Runtime, Program] | None = None
 
     def _make_runtime(self, program: Program) -> Runtime:
-        tp, train = self.mesh.axis("tp"), self.cfg.train
-        tokens = train.micro_batch * train.seq_len // tp.size
+        train = self.cfg.train
+        tokens = train.micro_batch * train.seq_len // self.mesh.axis("tokens").size
         return Runtime(
             program,
             self.rank,
@@ -131,7 +132,7 @@ class Stepper:
             self._vocabulary.close()
 
     def _begin(self, step: int, batches: Sequence[MicroBatch], scale: float) -> None:
-        self._inputs = [self._prepared(batch, step, scale) for batch in batches]
+        self._inputs = [self._maker.make(batch, step, scale) for batch in batches]
         if step >= 0:
             self.mesh.recorder.step = step
 
@@ -147,31 +148,6 @@ class Stepper:
     def _forward(self, stage: int, index: int, x: Tensor | None) -> Tensor:
         self.replicas.begin_micro_batch()
         return run_stage(self.model, self.parts.pipeline.split, stage, x, self._inputs[index], self.dtype)
-
-    def _prepared(self, batch: MicroBatch, step: int, scale: float) -> Inputs:
-        """A micro-batch on the device; `batch` is on the host, where reading its sample numbers costs nothing."""
-        moved, draws = batch.to(self.device), self._draws(batch, step)
-        return Inputs(moved.tokens, moved.labels, scale, moved.positions, moved.documents, draws, self._share(step))
-
-    def _share(self, step: int) -> float:
-        """A micro-batch's share in the balancing losses of a training step."""
-        return self.cfg.train.micro_batch / self.cfg.train.global_batch if step >= 0 else 0.0
-
-    def _draws(self, batch: MicroBatch, step: int) -> Draws | None:
-        model = self.cfg.model
-        if not (model.dropout or model.moe.router.jitter) or not torch.is_grad_enabled():
-            return None
-        tp = self.mesh.axis("tp")
-        tokens = batch.tokens.numel() // tp.size
-        return Draws(
-            model.dropout,
-            self.cfg.train.seed,
-            step,
-            tuple(batch.samples.tolist()),
-            self.cfg.train.seq_len,
-            tp.rank * tokens,
-            (tp.rank + 1) * tokens,
-        )
 
     # Update ---------------------------------------------------------------------------------------------------
 

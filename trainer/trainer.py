@@ -255,7 +255,7 @@ class Trainer:
         for batches in steps:
             assert self._evaluation is not None
             totals[0] += self.stepper.evaluate(batches, self._evaluation)
-            if self.mesh.axis("pp").rank == 0 and self.mesh.axis("tp").rank == 0:
+            if self.mesh.axis("pp").rank == 0 and self.mesh.axis("tokens").rank == 0:
                 totals[1] += sum(batch.valid for batch in batches)
         all_reduce(totals, self.mesh.axis("world")).wait()
         loss = (totals[0] / totals[1]).item()

@@ -14,12 +14,13 @@ Backward is one scan the other way, of the gradients: dS_end(r) = passed(r + 1) 
 summary of the paper has no communication in backward, and lets the first chunk decay what it begins with; both give
 wrong results.) The scans run in lanes, beside the work inside the chunks, which needs no state.
 
-Where a document begins inside a part, nothing passes: passed = 0. Where one begins with a part, only both ranks
-together know it, so with packed documents the last document ids travel ahead of the state.
+Where a document begins inside a part, nothing passes: passed = 0. Where one begins with a part, the state that comes is
+dropped.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -39,77 +40,50 @@ class AllScan:
     One serves all layers of a rank. All ranks make the same calls in the same order.
 
     Args:
-        forward, backward: the ranks of the cut, for the two directions. Nothing else communicates over them (of a
-            group's transfers gloo keeps apart what goes to different ranks or comes from different ones, so there they
-            may share a group; NCCL wants a communicator each), and their recorders are forks.
+        forward, backward: the ranks of the cut, for the two directions. On NCCL nothing else may communicate over them,
+            and each is a communicator of its own; gloo keeps apart what goes to different ranks.
         device: of the states.
         blocks: per state.
     """
 
     def __init__(self, forward: Axis, backward: Axis, device: torch.device | str, *, blocks: int = BLOCKS) -> None:
-        self._forward, self._backward, self._blocks = forward, backward, blocks
-        self._up = Lane("scan forward", device, forward)
-        self._down = Lane("scan backward", device, backward)
+        self._forward, self._backward, self._blocks = _of_lane(forward), _of_lane(backward), blocks
+        self._up = Lane("scan forward", device, self._forward)
+        self._down = Lane("scan backward", device, self._backward)
 
-    def state_before(
-        self, passed: Tensor, state: Tensor, documents: Tensor | None
-    ) -> Pending[tuple[Tensor | None, Tensor | None]]:
-        """Starts the scan of states.
+    def state_before(self, passed: Tensor, state: Tensor, joined: Tensor | None) -> Pending[Tensor | None]:
+        """Starts the scan of states, whose result is the incoming state (B, H, d, e), none on the first rank.
 
         Args:
             passed: (B, H, d) the share of the incoming state that is left after this rank's tokens.
             state: (B, H, d, e) the state after this rank's tokens if nothing comes in.
-            documents: (B, T) ids of this rank's tokens; none: one document per sequence.
-
-        Returns:
-            The incoming state (B, H, d, e), zero where this rank begins a document, none on the first rank; and where
-            it does not begin one, (B,), none without documents and on the first rank.
+            joined: (B,) the sequences in which something comes in, it is zero in the others; none: all.
         """
-        return self._up.submit(partial(self._scan_states, passed, state, documents))
+        axis = self._forward
+        before, after = (axis.rank + step if 0 <= axis.rank + step < axis.size else None for step in (-1, 1))
+        return self._up.submit(partial(_travel, axis, passed, state, before, after, self._blocks, incoming=joined))
 
     def grad_after(self, passed: Tensor, grad: Tensor, joined: Tensor | None) -> Pending[Tensor | None]:
-        """Starts the scan of gradients.
+        """Starts the scan of gradients, whose result is that of the state after this rank's tokens (B, H, d, e), none
+        on the last rank.
 
         Args:
-            passed: as above.
+            passed, joined: as above.
             grad: (B, H, d, e) the gradient of the incoming state through this rank's outputs.
-            joined: the second result of `state_before`.
-
-        Returns:
-            The gradient (B, H, d, e) of the state after this rank's tokens; none on the last rank.
         """
-        return self._down.submit(partial(self._scan_grads, passed, grad, joined))
+        axis = self._backward
+        before, after = (axis.rank + step if 0 <= axis.rank + step < axis.size else None for step in (1, -1))
+        return self._down.submit(partial(_travel, axis, passed, grad, before, after, self._blocks, outgoing=joined))
 
     def close(self) -> None:
         """Ends the lanes."""
         self._up.close()
         self._down.close()
 
-    def _scan_states(
-        self, passed: Tensor, state: Tensor, documents: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        axis = self._forward
-        before = axis.rank - 1 if axis.rank > 0 else None
-        after = axis.rank + 1 if axis.rank + 1 < axis.size else None
-        joined = None if documents is None else self._join(documents, before, after)
-        return _travel(axis, passed, state, before, after, self._blocks, incoming=joined), joined
 
-    def _scan_grads(self, passed: Tensor, grad: Tensor, joined: Tensor | None) -> Tensor | None:
-        axis = self._backward
-        before = axis.rank + 1 if axis.rank + 1 < axis.size else None
-        after = axis.rank - 1 if axis.rank > 0 else None
-        return _travel(axis, passed, grad, before, after, self._blocks, outgoing=joined)
-
-    def _join(self, documents: Tensor, before: int | None, after: int | None) -> Tensor | None:
-        """(B,) whether this rank's first tokens go on with the previous rank's last documents."""
-        last, joined = None, None
-        sending = None if after is None else send(documents[:, -1].contiguous(), self._forward, after)
-        if before is not None:
-            last = receive(torch.empty_like(documents[:, 0]), self._forward, before).wait()
-            joined = last == documents[:, 0]
-        if sending is not None:
-            sending.wait()
-        return joined
+def _of_lane(axis: Axis) -> Axis:
+    """The axis with a record of its own: a lane's entries carry the step of their submission."""
+    return axis if axis.recorder is None else replace(axis, recorder=axis.recorder.fork())
 
 
 def _travel(

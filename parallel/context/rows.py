@@ -6,10 +6,29 @@ and masks compare those. Whatever method brings keys to queries, the mask of a b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class _Remembers:
+    """Keeps what follows from it and all layers need to know."""
+
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, make: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """make(…), made by the first call with equal `make` and arguments."""
+        key = (make, args, tuple(kwargs.items()))
+        if key not in self._made:
+            self._made[key] = make(*args, **kwargs)
+        return self._made[key]
 
 
 @dataclass(frozen=True)
@@ -41,7 +60,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Spread:
+class Spread(_Remembers):
     """How the tokens of a micro-batch are dealt out: every rank of the context axis knows every rank's rows.
 
     Args:
@@ -57,9 +76,19 @@ class Spread:
         """This rank's rows."""
         return self.ranks[self.rank]
 
+    @property
+    def joined(self) -> Tensor | None:
+        """(B,) whether this rank's first tokens go on with documents of the rank before; none: all do, or no such rank.
+
+        For runs of tokens in rank order.
+        """
+        now = self.mine.documents
+        before = self.ranks[self.rank - 1].documents if self.rank else None
+        return None if now is None or before is None else before[:, -1] == now[:, 0]
+
 
 @dataclass(frozen=True)
-class Mask:
+class Mask(_Remembers):
     """Which keys each query may see: those not after it, at most `window` back, of its own document.
 
     Args:

@@ -10,10 +10,10 @@ from ..mesh import Axis
 
 
 class TokenGroup:
-    """The ranks that share the tokens of a micro-batch, each an equal run of them. Nothing here has a gradient.
+    """The ranks that share the tokens of a micro-batch, equally many each. Nothing here has a gradient.
 
     Args:
-        axis: these ranks, in the order of their tokens.
+        axis: these ranks.
     """
 
     def __init__(self, axis: Axis) -> None:
@@ -25,11 +25,19 @@ class TokenGroup:
         return x if self.axis.size == 1 else all_reduce(x.clone(), self.axis).wait()
 
     @torch.no_grad()
-    def gather(self, x: Tensor) -> Tensor:
-        """(n, …) of each rank → (N, …), in the order of the tokens."""
-        return all_gather(x.contiguous(), self.axis).wait()
+    def gather(self, x: Tensor, places: Tensor) -> Tensor:
+        """(n, …) of each rank → (N, …), in the order of the tokens.
 
-    def mine(self, x: Tensor) -> Tensor:
+        Args:
+            places: (n,) which token of the micro-batch each row is.
+        """
+        if self.axis.size == 1:
+            return x
+        found, where = all_gather(x.contiguous(), self.axis), all_gather(places, self.axis)
+        whole = torch.empty_like(found.wait())
+        whole[where.wait()] = found.wait()
+        return whole
+
+    def mine(self, x: Tensor, places: Tensor) -> Tensor:
         """(N, …) → (n, …): the rows of this rank's tokens."""
-        rows = x.shape[0] // self.axis.size
-        return x.narrow(0, self.axis.rank * rows, rows)
+        return x if self.axis.size == 1 else x[places]

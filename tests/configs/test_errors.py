@@ -180,7 +180,7 @@ WRONG += [
     ([*_EIGHT, f"{_MOE}.overlap_chunks=0"], f"{_MOE}.overlap_chunks", ["at least 1 or auto", "0"]),
     ([*_EIGHT, f"{_MOE}.overlap_chunks=some"], f"{_MOE}.overlap_chunks", ["auto or an integer", "some"]),
     ([*_EIGHT, "parallel.data.sharding=fsdp"], "parallel.data.sharding", ["experts=8", "zero1", "parallel.ep"]),
-    ([*_EIGHT, "model.mtp=1"], "model.mtp", ["multi-token", "model.mtp=1", "not available yet", "set model.mtp=0"]),
+    ([*_EIGHT, "model.mtp=1", "parallel.pp=2"], "parallel.pp", ["multi-token", "model.mtp=1", "set parallel.pp=1"]),
     ([*_LATENT, "model.mla.rope_dim=33"], "model.mla.rope_dim", ["even", "33"]),
     ([*_LATENT, "model.kv_heads=2"], "model.kv_heads", ["2", "model.heads=4", "model.kv_heads=null"]),
     ([*_LATENT, "model.head_dim=64"], "model.head_dim", ["64", "128", "192", "model.head_dim=null"]),

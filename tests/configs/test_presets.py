@@ -12,7 +12,7 @@ from pentad.configs.schema import RopeConfig
 
 
 def model(name: str) -> ModelConfig:
-    return load(None, [f"model.preset={name}"], training=False).model
+    return load(None, [f"model.preset={name}"]).model
 
 
 @pytest.mark.parametrize("name", preset_names("models"))

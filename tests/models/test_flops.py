@@ -91,7 +91,7 @@ PUBLISHED_GFLOP = {
 
 
 def model(name: str) -> ModelConfig:
-    return load(None, [f"model.preset={name}"], training=False).model
+    return load(None, [f"model.preset={name}"]).model
 
 
 def test_every_model_has_a_published_count() -> None:

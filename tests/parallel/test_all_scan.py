@@ -12,6 +12,7 @@ from torch import Tensor
 from pentad.models.linear_attention import gated_linear_attention
 from pentad.parallel import record_view
 from pentad.parallel.context.all_scan import AllScan
+from pentad.parallel.context.layout import contiguous
 from pentad.parallel.mesh import Degrees, Mesh
 from pentad.parallel.record import Recorder
 from tests.distributed import job_store, run_distributed
@@ -42,16 +43,14 @@ def documents_of(kind: str) -> Tensor | None:
     return begins.cumsum(1)
 
 
-def gradients(tensors: list[Tensor], documents: Tensor | None, **settings) -> list[Tensor]:
+def gradients(
+    tensors: list[Tensor], documents: Tensor | None, joined: Tensor | None = None, **settings
+) -> list[Tensor]:
     """The output and the gradients of q, k, v and g."""
     *leaves, dout = (x.clone() for x in tensors)
     leaves = [x.requires_grad_() for x in leaves]
-    out = gated_linear_attention(*leaves, documents, chunk=CHUNK, **settings)
+    out = gated_linear_attention(*leaves, documents, joined, chunk=CHUNK, **settings)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
-
-
-def part(x: Tensor, rank: int, world: int) -> Tensor:
-    return x.chunk(world, 1)[rank]
 
 
 def scanned(
@@ -60,12 +59,12 @@ def scanned(
     recorder = Recorder(record and record / str(rank), rank=rank, world=world, entries=1024)
     mesh = Mesh(Degrees(cp=world), store=job_store(), rank=rank, device="cpu", recorder=recorder, timeout_s=60)
     cp = mesh.axis("cp") if in_memory else replace(mesh.axis("cp"), local=None)
-    scan = AllScan(replace(cp, recorder=recorder.fork()), replace(cp, recorder=recorder.fork()), "cpu", blocks=blocks)
-    documents = documents_of(kind)
-    documents = None if documents is None else part(documents, rank, world)
-    tensors = [part(x, rank, world) for x in inputs()]
+    scan = AllScan(cp, cp, "cpu", blocks=blocks)
+    spread = contiguous(LENGTH, world, rank, documents_of(kind))
+    tensors = [x.chunk(world, 1)[rank] for x in inputs()]
+    found = []
     for _ in range(repeats):
-        found = gradients(tensors, documents, neighbours=scan)
+        found = gradients(tensors, spread.mine.documents, spread.joined, neighbours=scan)
     scan.close()
     mesh.close()
     return found
@@ -84,10 +83,10 @@ def test_equals_one_device(world, kind, blocks, tmp_path):
     expected = gradients(inputs(), documents_of(kind))
     for mine, theirs in zip(zip(*ranks, strict=True), expected, strict=True):
         torch.testing.assert_close(torch.cat(mine, 1), theirs, rtol=1e-12, atol=1e-12)
-    state, ids = BATCH * HEADS * KEY * VALUE * 8, 0 if kind == "one" else BATCH * 8
+    state = BATCH * HEADS * KEY * VALUE * 8
     sent = [sent_bytes(tmp_path, rank) for rank in range(world)]
     # One state forward, except from the last rank, and one back, except from the first one: whatever the number.
-    assert sent == [state + ids, *[2 * state + ids] * (world - 2), state]
+    assert sent == [state, *[2 * state] * (world - 2), state]
 
 
 @pytest.mark.distributed

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pentad.configs import load, preset_names
 from pentad.configs.errors import UserError
-from pentad.configs.schema import ModelConfig, RopeConfig
-from pentad.models.hf import load_hf, write_hf
+from pentad.configs.schema import ModelConfig, MoeConfig, RopeConfig
+from pentad.models.hf import hf_config, load_hf, model_config_from_hf, write_hf
 from pentad.models.hf_names import links
 from pentad.trainer.checkpoint import Checkpointer, read_full, write_full
 from pentad.trainer.hf_io import check_same_model, export_hf, import_hf, load_initial, model_config_from_state
@@ -103,6 +104,30 @@ def test_other_weights_than_the_jobs_are_refused(tmp_path: Path) -> None:
         check_same_model(LLAMA, replace(LLAMA, rope=RopeConfig()), tmp_path)
 
 
+def test_differences_that_compute_the_same(tmp_path: Path) -> None:
+    moe = MoeConfig(experts=4, ffn=24)
+    routed = replace(LLAMA, moe=moe)
+    loss = replace(moe.router, aux_loss=0.1, aux_level="global_batch", jitter=0.1, groups_kept=1)
+    check_same_model(routed, replace(routed, ffn=999, moe=replace(moe, router=loss, capacity_factor=1.0)), tmp_path)
+    # Layer 3 of 4, in other words.
+    one, other = replace(moe, dense_layers=3), replace(moe, every=4)
+    check_same_model(replace(routed, layers=4, moe=one), replace(routed, layers=4, moe=other), tmp_path)
+    with pytest.raises(UserError) as error:
+        check_same_model(routed, replace(routed, moe=replace(moe, dense_layers=1, shared=8)), tmp_path)
+    assert {problem.key for problem in error.value.problems} == {"model.moe.dense_layers", "model.moe.shared"}
+
+
+@pytest.mark.parametrize("name", preset_names("models"))
+def test_presets_survive_a_config_json(name: str, tmp_path: Path) -> None:
+    """Every preset of a published model has an architecture, whose config.json says the same network."""
+    preset = load(None, [f"model.preset={name}"], training=False).model
+    if preset.mtp or preset.attention_every > 1:
+        with pytest.raises(UserError, match=r"model\.(mtp|attention_every): . cannot be exported"):
+            hf_config(preset)
+        return
+    check_same_model(model_config_from_hf(hf_config(preset)), preset, tmp_path)
+
+
 def test_export_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such checkpoint"):
         export_hf(tmp_path / "none", tmp_path / "out")
@@ -111,7 +136,7 @@ def test_export_of_something_else(tmp_path: Path) -> None:
 def first_logits(rank: int, world: int, path: Path, config: ModelConfig, sharding: str, dtype: str) -> torch.Tensor:
     """Logits (B, T, V) of a job, over tp 2 with several ranks, that starts from `path`."""
     tp = 2 if world > 1 else 1
-    cfg = job(model=asdict(config) | {"rope": config.rope}, tp=tp, dp=world // tp, sharding=sharding, dtype=dtype)
+    cfg = job(model=vars(config), tp=tp, dp=world // tp, sharding=sharding, dtype=dtype)
     mesh = open_mesh(rank, cfg)
     group: Any = mesh.host_group if world > 1 else None
     checkpointer = Checkpointer(

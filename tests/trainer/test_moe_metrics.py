@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,21 @@ import torch
 from torch import Tensor
 
 from pentad.configs.load import load
-from pentad.configs.schema import Config, LogConfig
+from pentad.configs.schema import Config, LogConfig, MoeConfig, RouterConfig, TextData
 from pentad.models.balance import FIELDS, columns
 from pentad.models.flops import s_mfu_flops_per_step, step_flops
 from pentad.trainer import moe_metrics
+from pentad.trainer.checkpoint import Checkpointer
+from pentad.trainer.data.dataset import open_data
 from pentad.trainer.metrics import Meter, StepFlops, StepMetrics, console_header, console_line, finite
 from pentad.trainer.moe_metrics import HeatMap, heat_map, is_pictured, sparse_flops, summarize
 from pentad.trainer.peak import Peak
+from pentad.trainer.setup import make_model
+from pentad.trainer.signals import StopRequest
 from pentad.trainer.sinks import ConsoleSink, WandbSink, make_sinks, tracker_values
+from pentad.trainer.trainer import Outputs, Trainer
+from tests.distributed import run_distributed
+from tests.training import job, open_mesh
 
 TOKENS = 100
 JOB = [
@@ -252,3 +260,64 @@ def test_tensorboard_files_have_the_heat_map(tmp_path: Path) -> None:
     assert picture.step == 7 and picture.width > 100
     assert [event.value for event in events.Scalars("moe/max_vio/2")] == [pytest.approx(0.6)]
     assert "HeatMap" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+class _Kept:
+    """Sinks and an event log that keep what they are given."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Mapping[str, Any] | None, Mapping[str, Any]]] = []
+
+    def log(self, m: Any, extra: Mapping[str, Any] | None = None, **fields: Any) -> None:
+        if isinstance(m, StepMetrics):
+            self.steps.append((m.moe, dict(extra or {})))
+
+
+def _train(
+    rank: int, world: int, cfg: Config, folder: Path
+) -> list[tuple[Mapping[str, Any] | None, Mapping[str, Any]]]:
+    mesh, kept = open_mesh(rank, cfg), _Kept()
+    try:
+        data = open_data(cfg.data, seq_len=cfg.train.seq_len, vocab=cfg.model.vocab or 0, seed=0, progress=False)
+        parts = make_model(cfg, mesh, torch.device("cpu"))
+        checkpointer = Checkpointer(
+            folder / "checkpoints",
+            group=mesh.checkpoint_group,
+            rank=rank,
+            world=world,
+            keep=0,
+            asynchronous=False,
+            on_event=lambda event: None,
+        )
+        trainer = Trainer(cfg, mesh, parts, data, checkpointer, peak=Peak(1.0, "test"), run_dir=folder)
+        trainer.train(Outputs(kept, kept), StopRequest())  # type: ignore[arg-type]
+        checkpointer.close()
+    finally:
+        mesh.close()
+    return kept.steps
+
+
+@pytest.mark.distributed
+def test_a_run_reports_the_same_in_every_layout(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"the {n}th line is {n * n} long\n" for n in range(500)))
+    router = RouterConfig(groups_kept=1, null_experts=2, aux_loss=0.1, selection_bias=True)
+    moe = MoeConfig(experts=4, top_k=2, ffn=24, capacity_factor=0.9, router=router)
+    wanted: dict[str, Any] = {"model": {"vocab": 320, "moe": moe}, "steps": 3}
+
+    def reported(name: str, world: int, **layout: int) -> list[tuple[Any, Any]]:
+        cfg = job(**wanted, **layout)
+        data = TextData(paths=(str(text),), cache=str(tmp_path / "cache"))
+        cfg = dataclasses.replace(cfg, data=data, log=LogConfig(tensorboard=True))
+        return run_distributed(_train, world, cfg, tmp_path / name, group=False)[0]
+
+    alone, together = reported("alone", 1), reported("together", 2, dp=2, ep=2)
+    assert len(alone) == len(together) == 3
+    for (one, _), (two, _) in zip(alone, together, strict=True):
+        assert one["layers"] == two["layers"] == [0, 1] and one["s_mfu"] > 0
+        for name in ("load_max", "load_min", "dropped", "null", "entropy", "top1", "aux", "z"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5), name
+            assert name == "load_min" or all(value > 0 for value in one[name])
+        assert "ep_load_max" not in one and all(1 <= value <= 2 for value in two["ep_load_max"])
+    assert ["moe/load" in extra for _, extra in together] == [False, False, True]
+    assert together[2][1]["moe/load"].load.max(1).tolist() == pytest.approx(together[2][0]["load_max"], rel=1e-5)

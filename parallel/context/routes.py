@@ -1,0 +1,264 @@
+"""Where the rows of each rank travel in a ring, worked out once for each way of dealing out tokens.
+
+A ring takes each rank's rows (keys to the queries of others, or queries to their keys) once round the ranks, toward
+lower ones or higher ones. A row has business at a rank if one of the rank's tokens can see it, or be seen by it; all
+ranks know all rows, so each can work out the whole timetable:
+
+- Rows go from one rank where some of them have business to the next such rank. Others are passed by.
+- A hop takes the rows with business at any of the ranks still to come, no others. Toward lower ranks and with zigzag
+  dealing-out, the ranks before the wrap-around need all the keys and those behind it the front half.
+- In step i a rank meets the rows of the rank i places away, so each has one block to work on at a time.
+
+What is made of the rows returns to their owner at once from where it is complete.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .rows import Rows, Spread
+
+_NEVER = 1 << 62
+"""Order of a row that only fills up a batch: no query comes after it."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Some of n rows of each sequence, in their order, in equally many columns.
+
+    Args:
+        count: columns.
+        start: the first row, where they are neighbours and the same in all sequences; else the next three say which.
+        index: (B or 1, count) rows.
+        padding: (B, count) true where a sequence has fewer rows; `index` is any row there.
+        filled: sequences, columns and rows of what is no padding, each (columns in use,).
+    """
+
+    count: int
+    start: int = 0
+    index: Tensor | None = None
+    padding: Tensor | None = None
+    filled: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @staticmethod
+    def of(chosen: Tensor) -> Choice:
+        """From (B or 1, n) booleans."""
+        counts = chosen.sum(1)
+        count = int(counts.max())
+        index = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+        columns = torch.arange(count)
+        padding = columns >= counts[:, None]
+        if not padding.any():
+            start = int(index[0, 0]) if count else 0
+            if torch.equal(index, (start + columns).expand_as(index)):
+                return Choice(count, start)
+            return Choice(count, 0, index)
+        sequences, used = (~padding).nonzero(as_tuple=True)
+        return Choice(count, 0, index, padding, (sequences, used, index[sequences, used]))
+
+    def take(self, x: Tensor) -> Tensor:
+        """(B, n, …) → (B, count, …); a view where rows are neighbours; anything in the padding."""
+        if self.index is None:
+            return x[:, self.start : self.start + self.count]
+        index = self.index.to(x.device)
+        if len(index) == 1:
+            return x.index_select(1, index[0])
+        return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+    def put(self, x: Tensor, part: Tensor, *, add: bool = False) -> None:
+        """Writes, or adds, (B, count, …) without the padding into the rows of x (B, n, …)."""
+        if self.filled is not None:
+            sequences, columns, rows = (y.to(x.device) for y in self.filled)
+            part, at = part[sequences, columns], (sequences, rows)
+        elif self.index is not None:
+            index = self.index.to(x.device)
+            at = (torch.arange(len(x), device=x.device)[:, None], index.expand(len(x), -1))
+        else:
+            at = (slice(None), slice(self.start, self.start + self.count))
+        x[at] = x[at] + part if add else part
+
+    def rows(self, rows: Rows) -> Rows:
+        """Of these rows; padding comes after every query."""
+        order, documents = rows.order, rows.documents
+        if self.index is not None and len(self.index) > 1:
+            order = order.expand(len(self.index), -1)
+        order = self.take(order)
+        if self.padding is not None:
+            order = order.masked_fill(self.padding, _NEVER)
+        return Rows(order, None if documents is None else self.take(documents))
+
+
+@dataclass(frozen=True)
+class Stop:
+    """One rank's rows at another.
+
+    Args:
+        owner, rank: whose, and where.
+        step: when, in 1 to P − 1.
+        source: where they come from: the stop before, or the owner.
+        following: the next stop, or none.
+        carried: which of the owner's rows arrive.
+        rows: these.
+        onward: which of them go on.
+        complete, complete_at_home: which of them do not, among those that arrived and among the owner's; or none.
+        used, used_at_home: which have business here, likewise.
+        mine: (first, last) of this rank's own rows that have business with them.
+    """
+
+    owner: int
+    rank: int
+    step: int
+    source: int
+    following: int | None
+    carried: Choice
+    rows: Rows
+    onward: Choice | None
+    complete: Choice | None
+    complete_at_home: Choice | None
+    used: Choice
+    used_at_home: Choice
+    mine: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Message:
+    """A transfer of what belongs to `owner`, or was made of it; `home` where it returns there."""
+
+    owner: int
+    source: int
+    to: int
+    home: bool = False
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """What one rank does. Index 0 of the lists is the local block's step, in which nothing arrives or leaves.
+
+    Args:
+        stops: of other ranks' rows here, by step.
+        own: of this rank's rows elsewhere, by owner of the place.
+        moves: transfers of rows, by the step that works on them, in the order in which all ranks start them.
+        returns: likewise of what a step made: onward to the next stop, and home.
+    """
+
+    stops: tuple[Stop | None, ...]
+    own: dict[int, Stop]
+    moves: tuple[tuple[Message, ...], ...]
+    returns: tuple[tuple[Message, ...], ...]
+
+    @property
+    def first(self) -> Stop | None:
+        """Where this rank's rows go first."""
+        return min(self.own.values(), key=lambda stop: stop.step, default=None)
+
+
+class Timetables:
+    """Makes timetables and keeps those of the dealings-out in use.
+
+    Args:
+        down: whether rows travel toward lower ranks.
+        keys: whether it is keys that travel, or queries.
+    """
+
+    def __init__(self, *, down: bool, keys: bool) -> None:
+        self._sign, self._keys = -1 if down else 1, keys
+        self._known: dict[tuple[int, int | None], tuple[weakref.ref[Spread], Timetable]] = {}
+
+    def of(self, spread: Spread, window: int | None) -> Timetable:
+        """This rank's timetable."""
+        key = (id(spread), window)
+        found = self._known.get(key)
+        if found is None:
+            known = self._known
+            gone = weakref.ref(spread, lambda _: known.pop(key, None))
+            found = known[key] = gone, _timetable(spread, window, self._sign, self._keys)
+        return found[1]
+
+
+def _timetable(spread: Spread, window: int | None, sign: int, keys: bool) -> Timetable:
+    places, length = _places(spread.ranks)
+    ranks, me = len(places), spread.rank
+    sorted_places = [place.sort(dim=1).values for place in places]
+    business = [
+        [_partnered(place, others, length, window, ahead=keys) for others in sorted_places] for place in places
+    ]
+    routes = [
+        [(owner + sign * step) % ranks for step in range(1, ranks)] for owner in range(ranks)
+    ]
+    routes = [[rank for rank in route if business[owner][rank].any()] for owner, route in enumerate(routes)]
+    stops: list[Stop | None] = [None] * ranks
+    own: dict[int, Stop] = {}
+    for owner, route in enumerate(routes):
+        for index, rank in enumerate(route):
+            if me in (owner, rank):
+                mine = _partnered(places[rank], sorted_places[owner], length, window, ahead=not keys)
+                stop = _stop(spread.ranks[owner], owner, route, index, business[owner], mine, sign)
+                if rank == me:
+                    stops[stop.step] = stop
+                else:
+                    own[rank] = stop
+    moves, returns = _messages(routes, sign)
+    mine_of = lambda slots: tuple(tuple(m for m in slot if me in (m.source, m.to)) for slot in slots)  # noqa: E731
+    return Timetable(tuple(stops), own, mine_of(moves), mine_of(returns))
+
+
+def _places(ranks: Sequence[Rows]) -> tuple[list[Tensor], int]:
+    """(B or 1, n) of each rank: document · length + order; and a length above every order."""
+    length = 1 + max(int(rows.order.max()) for rows in ranks)
+    found = []
+    for rows in ranks:
+        documents = None if rows.documents is None else rows.documents.cpu().to(torch.int64)
+        found.append(rows.order if documents is None else rows.order + documents * length)
+    return found, length
+
+
+def _partnered(places: Tensor, others: Tensor, length: int, window: int | None, *, ahead: bool) -> Tensor:
+    """(B or 1, n) which rows can see one of the others, which are sorted, or (`ahead`) be seen by one."""
+    at = torch.searchsorted(others, places.contiguous(), right=not ahead)
+    if not ahead:
+        at -= 1
+    nearest = others.gather(1, at.clamp(0, others.shape[1] - 1))
+    same = nearest.div(length, rounding_mode="floor") == places.div(length, rounding_mode="floor")
+    found = (at >= 0) & (at < others.shape[1]) & same
+    if window is not None:
+        found &= (nearest - places).abs() < window
+    return found
+
+
+def _stop(
+    rows: Rows, owner: int, route: Sequence[int], index: int, business: Sequence[Tensor], mine: Tensor, sign: int
+) -> Stop:
+    rank = route[index]
+    following = route[index + 1] if index + 1 < len(route) else None
+    needed = torch.stack([business[later] for later in route[index:]]).any(dim=0)
+    later = torch.zeros_like(needed)
+    if following is not None:
+        later = torch.stack([business[later] for later in route[index + 1 :]]).any(dim=0)
+    carried = Choice.of(needed)
+
+    def among(chosen: Tensor) -> Tensor:
+        return carried.take(chosen) if carried.padding is None else carried.take(chosen) & ~carried.padding
+
+    done = needed & ~later
+    used = business[rank]
+    touched = mine.any(dim=0).nonzero()
+    return Stop(
+        owner=owner,
+        rank=rank,
+        step=(sign * (rank - owner)) % len(business),
+        source=route[index - 1] if index else owner,
+        following=following,
+        carried=carried,
+        rows=carried.rows(rows),
+        onward=Choice.of(among(later)) if following is not None else None,
+        complete=Choice.of(among(done)) if done.any() else None,
+        complete_at_home=Choice.of(done) if done.any() else None,
+        used=Choice.of(among(used)),
+        used_at_home=Choice.of(used),
+        mine=(int(touched[0]), int(touched[-1]) + 1),
+    )

@@ -1,0 +1,62 @@
+"""Context parallelism in two directions (USP, arXiv 2405.07719): neighbouring ranks exchange heads, and lines of ranks
+with the same heads use another method.
+
+    rank = outer · U + inner            inner 0      inner 1
+                            outer 0       0            1         ◀─ heads for tokens ─▶
+                            outer 1       2            3
+                                        the other method, each with 1 / U of the heads of U ranks' tokens
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..mesh import Axis
+from .local import Core
+from .rows import Rows, Spread
+from .ulysses import Exchange
+from .united import United
+
+
+class Usp:
+    """A `Core`: heads are exchanged over `inner`, `outer` does the rest.
+
+    Args:
+        inner: U neighbouring ranks of the context axis.
+        outer: a method over the ranks with the same place on their inner axes.
+    """
+
+    def __init__(self, inner: Axis, outer: Core) -> None:
+        self._inner, self._outer = inner, outer
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spread: Spread,
+        window: int | None,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """See `Core`.
+
+        Raises:
+            UserError: see `ulysses.check_heads`, for the ranks of `inner`.
+        """
+        size = self._inner.size
+        lines = spread.once(_lines, spread.ranks, size)
+        line = spread.rank // size
+        exchange = Exchange(self._inner, lines[line])
+        q, k, v, sinks = exchange.split_heads(q, k, v, sinks)
+        out = self._outer(q, k, v, spread.once(_as_ranks, lines, line), window, scale, sinks)
+        return exchange.join_heads(out)
+
+
+def _lines(ranks: tuple[Rows, ...], size: int) -> tuple[United, ...]:
+    """The tokens of each inner axis."""
+    return tuple(United(ranks[first : first + size]) for first in range(0, len(ranks), size))
+
+
+def _as_ranks(lines: tuple[United, ...], line: int) -> Spread:
+    return Spread(tuple(tokens.rows for tokens in lines), line)

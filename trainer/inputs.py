@@ -1,0 +1,75 @@
+"""From a micro-batch of the loader to what the stages of this rank read: the one place where sequences are shared out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..configs.schema import Config
+from ..models.dropout import Draws
+from ..models.stages import Inputs
+from ..parallel.context.layout import contiguous, zigzag
+from ..parallel.context.rows import Spread
+from ..parallel.mesh import Mesh
+from .data.dataset import MicroBatch
+
+
+class InputMaker:
+    """Makes the inputs of one rank.
+
+    Args:
+        cfg: the job.
+        mesh: whose context ranks share each sequence, and whose tensor ranks share the rest of the tokens.
+        device: where the inputs go.
+    """
+
+    def __init__(self, cfg: Config, mesh: Mesh, device: torch.device) -> None:
+        self.cfg, self.device = cfg, device
+        self._cp, self._tp = mesh.axis("cp"), mesh.axis("tp")
+        self._deal = contiguous if cfg.parallel.context.placement == "contiguous" else zigzag
+        self._plain: Spread | None = None
+
+    def make(self, batch: MicroBatch, step: int, scale: float) -> Inputs:
+        """This rank's part of a micro-batch.
+
+        Args:
+            batch: whole sequences, on the host: reading it waits for no device.
+            step: of the training; −1: evaluation.
+            scale: factor of every token's loss.
+        """
+        share = self.cfg.train.micro_batch / self.cfg.train.global_batch if step >= 0 else 0.0
+        spread = self._spread(batch)
+        if spread is None:
+            moved, draws = batch.to(self.device), self._draws(batch, step, torch.arange(batch.tokens.numel()))
+            return Inputs(moved.tokens, moved.labels, scale, moved.positions, moved.documents, draws, share)
+        order = spread.mine.order.expand(len(batch.tokens), -1)
+        positions = order if batch.positions is None else batch.positions.gather(1, order)
+        places = order + torch.arange(len(order))[:, None] * batch.tokens.shape[1]
+        return Inputs(
+            batch.tokens.gather(1, order).to(self.device),
+            batch.labels.gather(1, order).to(self.device),
+            scale,
+            positions.to(self.device),
+            None,  # the spread has them
+            self._draws(batch, step, places.reshape(-1)),
+            share,
+            spread,
+        )
+
+    def _spread(self, batch: MicroBatch) -> Spread | None:
+        """None where one rank has whole sequences."""
+        if self._cp.size == 1:
+            return None
+        if batch.documents is not None:
+            return self._deal(batch.tokens.shape[1], self._cp.size, self._cp.rank, batch.documents)
+        # One object for all such batches: methods keep what they plan for a spread.
+        self._plain = self._plain or self._deal(batch.tokens.shape[1], self._cp.size, self._cp.rank)
+        return self._plain
+
+    def _draws(self, batch: MicroBatch, step: int, places: Tensor) -> Draws | None:
+        model = self.cfg.model
+        if not (model.dropout or model.moe.router.jitter) or not torch.is_grad_enabled():
+            return None
+        rows = places.chunk(self._tp.size)[self._tp.rank]
+        samples = tuple(batch.samples.tolist())
+        return Draws(model.dropout, self.cfg.train.seed, step, samples, self.cfg.train.seq_len, rows)
