@@ -10,8 +10,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..configs.schema import ModelConfig
+from ..configs.schema import ContextConfig, ModelConfig
 from ..parallel.collectives import all_gather_autograd, all_reduce
+from ..parallel.context.all_scan import AllScan
+from ..parallel.context.make import make_core
 from ..parallel.expert.biases import without_bias
 from ..parallel.expert.dispatch import AllToAll
 from ..parallel.expert.make import make_dispatcher
@@ -24,6 +26,8 @@ from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard
 from .attention import Attention
 from .initialise import initial
 from .linear import Linear
+from .linear_attention import LinearAttention
+from .local_attention import local_attention
 from .mla import LatentAttention
 from .moe import Moe
 from .plans import plan_of
@@ -68,6 +72,7 @@ def build(
     part: Part | None = None,
     balanced: bool = False,
     recompute: bool = False,
+    context: ContextConfig | None = None,
 ) -> tuple[Transformer, dict[str, Sharding]]:
     """This rank's part of the model, uninitialised, and where each of its parameters lives.
 
@@ -77,6 +82,7 @@ def build(
         part: what this rank's stages hold; none: everything.
         balanced: embedding and head are cut over the tensor and pipeline ranks, which the pipeline's program runs.
         recompute: each layer keeps its input only, and runs again in backward.
+        context: how attention spans the context ranks; none: they are one.
     """
     with torch.device("meta"):
         model = Transformer(cfg, part)
@@ -93,6 +99,8 @@ def build(
     if mesh.axis("tp").size > 1:
         _replace_seams(model, mesh)
     _replace_dispatchers(model, mesh)
+    if context is not None and mesh.axis("cp").size > 1:
+        _replace_cores(model, mesh, context, device)
     return model, where
 
 
@@ -134,6 +142,26 @@ def _replace_dispatchers(model: Transformer, mesh: Mesh) -> None:
             module.router.tokens = tokens
             if etp.rank > 0:
                 module.experts.down.apply_weights = without_bias(module.experts.down.apply_weights)
+
+
+def _replace_cores(model: Transformer, mesh: Mesh, context: ContextConfig, device: torch.device) -> None:
+    """Attention spans the context ranks; linear attention hands its state from one to the next."""
+    core = make_core(context, mesh, local_attention(device))
+    scan: AllScan | None = None
+    for module in model.modules():
+        if isinstance(module, (Attention, LatentAttention)):
+            module.core = core
+        elif isinstance(module, LinearAttention):
+            scan = scan or AllScan(mesh.axis("cp_scan"), mesh.axis("cp_back"), device)
+            module.neighbours = scan
+
+
+def close(model: Transformer) -> None:
+    """Ends what runs beside the model's compute; call before the mesh is closed."""
+    for module in model.modules():
+        if isinstance(module, LinearAttention) and isinstance(module.neighbours, AllScan):
+            module.neighbours.close()
+            return
 
 
 def set_overlap_chunks(model: Transformer, chunks: int) -> None:

@@ -199,7 +199,8 @@ class Mesh:
         cp, tp = self.degrees.cp, self.degrees.tp
         firsts = [first + shard for first in range(0, self.degrees.world, cp * tp) for shard in range(tp)]
         ring = [tuple(first + tp * i for i in range(cp)) for first in firsts]
-        self._axes["cp_back"] = self._cut("cp_back", ring)
+        for name in ("cp_back", "cp_scan"):
+            self._axes[name] = self._cut(name, ring)
         if inner > 1:
             self._axes["cp_inner"] = self._cut(
                 "cp_inner", [line[i : i + inner] for line in ring for i in range(0, cp, inner)]
@@ -268,7 +269,7 @@ class Mesh:
         """The axis called `name`.
 
         Of every mesh: pp, dp, cp, tp, tp_shard, tp_replica, data (dp · cp), tokens (cp · tp), edp, ep, etp, world; with
-        context parallelism cp_back, cp_inner, cp_outer, cp_outer_back. Where asked for:
+        context parallelism cp_back, cp_scan, cp_inner, cp_outer, cp_outer_back. Where asked for:
         vocab_head and vocab_embed (pp · tp, in this order) and ends (the ranks of the first and the last stage, of
         size 1 on all others).
         """

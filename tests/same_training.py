@@ -94,9 +94,9 @@ def check(masked: bool = False, alone_model: dict[str, Any] | None = None, **wan
         What the ranks have.
     """
     cfg = job(**wanted)
-    one = {"tp": 1, "pp": 1, "dp": 1, "ep": 1, "etp": 1, "sharding": "ddp", "pipeline": None, "recompute": "none"}
+    one = {"tp": 1, "pp": 1, "cp": 1, "dp": 1, "ep": 1, "etp": 1, "sharding": "ddp", "pipeline": None, "recompute": "none"}
     alone = job(**{**wanted, **one, "model": {**wanted.get("model", {}), **(alone_model or {})}})
-    world = cfg.parallel.tp * cfg.parallel.pp * (cfg.parallel.dp or 1)
+    world = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp * (cfg.parallel.dp or 1)
     ranks = run_distributed(train, world, cfg, masked, group=False)
     expected = reference(alone, masked)
     tolerance = TOLERANCE[cfg.train.dtype]

@@ -13,6 +13,7 @@ from pentad.configs.schema import (
     AdamWConfig,
     CheckpointConfig,
     Config,
+    ContextConfig,
     ConstantSchedule,
     DataParallelConfig,
     EvalConfig,
@@ -58,6 +59,8 @@ def job(
     dp: int = 1,
     ep: int = 1,
     etp: int = 1,
+    cp: int = 1,
+    context: dict[str, Any] | None = None,
     pipeline: dict[str, Any] | None = None,
     recompute: str = "none",
     sharding: str = "ddp",
@@ -76,6 +79,8 @@ def job(
             dp=dp,
             ep=ep,
             etp=etp,
+            cp=cp,
+            context=ContextConfig(**{"method": "allgather", "placement": "zigzag", **(context or {})}),
             data=DataParallelConfig(sharding=sharding, bucket_mib=bucket_mib),  # type: ignore[arg-type]
             pipeline=PipelineConfig(**{"schedule": "1f1b", "chunks": 1, **(pipeline or {})}),
         ),
@@ -120,7 +125,7 @@ def micro_batches(cfg: Config, step: int, rank: int, size: int, *, masked: bool 
 
 def open_mesh(rank: int, cfg: Config, record: Path | None = None) -> Mesh:
     """The mesh of a test job, inside a worker of `run_distributed(…, group=False)` or alone."""
-    world = cfg.parallel.tp * cfg.parallel.pp * (cfg.parallel.dp or 1)
+    world = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp * (cfg.parallel.dp or 1)
     return mesh_of(
         cfg,
         store=job_store() if world > 1 else None,

@@ -110,6 +110,7 @@ def mesh_of(cfg: Config, *, store: dist.Store | None, rank: int, device: str, re
         timeout_s=cfg.faults.timeout_s,
         channels=pipeline.channels,
         vocab=balanced,
+        context=cfg.parallel.context.inner or 1,
         ends=pipeline.ends if cfg.model.tied and not balanced else None,
     )
 
@@ -163,6 +164,7 @@ def make_model(cfg: Config, mesh: Mesh, device: torch.device) -> Parts:
         part=pipeline.split.part(stages),
         balanced=pipeline.split.balanced,
         recompute=cfg.memory.recompute == "full",
+        context=cfg.parallel.context,
     )
     if fsdp:
         replicas: Replicas = FsdpReplicas(model, model.layers.values(), where, mesh, dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..configs.schema import Config
 from ..models.balance import collect, settle
+from ..models.parallelize import close
 from ..models.stages import run_stage
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import Mesh
@@ -128,6 +129,7 @@ class Stepper:
 
     def close(self) -> None:
         """Ends what runs beside the step; call before the mesh is closed."""
+        close(self.model)
         if self._vocabulary is not None:
             self._vocabulary.close()
 

@@ -95,9 +95,7 @@ def _gather(k: Tensor, v: Tensor, axis: Axis, tokens: United) -> tuple[Tensor, T
     return keys, values
 
 
-def _summed_at_home(
-    dk: Tensor, dv: Tensor, axis: Axis, tokens: United, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _summed_at_home(dk: Tensor, dv: Tensor, axis: Axis, tokens: United, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The ranks' gradients of all keys and values → the sums of this rank's.
 
     They travel in the keys' type and are added in the gradients', on this rank: a library's reduce-scatter would either

@@ -202,9 +202,7 @@ def _timetable(spread: Spread, window: int | None, sign: int, keys: bool) -> Tim
                     stops[stop.step] = stop
                 else:
                     own[rank] = stop
-    moves, returns = _messages(routes, sign)
-    mine_of = lambda slots: tuple(tuple(m for m in slot if me in (m.source, m.to)) for slot in slots)  # noqa: E731
-    return Timetable(tuple(stops), own, mine_of(moves), mine_of(returns))
+    return Timetable(tuple(stops), own, *_messages(routes, sign, me))
 
 
 def _places(ranks: Sequence[Rows]) -> tuple[list[Tensor], int]:
@@ -262,3 +260,38 @@ def _stop(
         used_at_home=Choice.of(used),
         mine=(int(touched[0]), int(touched[-1]) + 1),
     )
+
+
+def _messages(
+    routes: Sequence[Sequence[int]], sign: int, me: int
+) -> tuple[tuple[tuple[Message, ...], ...], tuple[tuple[Message, ...], ...]]:
+    """This rank's moves and returns by step."""
+    ranks = len(routes)
+    moves: list[list[Message]] = [[] for _ in range(ranks)]
+    returns: list[list[Message]] = [[] for _ in range(ranks)]
+    for owner, route in enumerate(routes):
+        for index, rank in enumerate(route):
+            step = (sign * (rank - owner)) % ranks
+            moves[step].append(Message(owner, route[index - 1] if index else owner, rank))
+            returns[step].append(Message(owner, rank, owner, home=True))
+            if index + 1 < len(route):
+                returns[step].append(Message(owner, rank, route[index + 1]))
+
+    def mine(slot: list[Message]) -> tuple[Message, ...]:
+        return tuple(message for message in _in_rounds(slot) if me in (message.source, message.to))
+
+    return tuple(map(mine, moves)), tuple(map(mine, returns))
+
+
+def _in_rounds(messages: Sequence[Message]) -> list[Message]:
+    """So ordered that no rank waits long for another's earlier transfers: in rounds of separate pairs. A rank of a
+    communicator that does one transfer after the other then never waits in a circle."""
+    busy: dict[int, set[int]] = {}
+    rounds = []
+    for message in messages:
+        taken = busy.setdefault(message.source, set()) | busy.setdefault(message.to, set())
+        turn = next(turn for turn in range(len(taken) + 1) if turn not in taken)
+        busy[message.source].add(turn)
+        busy[message.to].add(turn)
+        rounds.append(turn)
+    return [message for _, message in sorted(zip(rounds, messages, strict=True), key=lambda pair: pair[0])]

@@ -29,7 +29,7 @@ EXPERTS = ["model.family=mixtral", "model.moe.experts=8", "model.moe.top_k=4", "
 def dense(tmp_path: Path) -> Path:
     """A Hugging Face folder of the job's model."""
     (tmp_path / "job.yaml").write_text(JOB)
-    cfg = replace(load(tmp_path / "job.yaml", [], training=False).model, max_positions=32)
+    cfg = replace(load(tmp_path / "job.yaml").model, max_positions=32)
     model = Transformer(cfg).double()
     initialise(model, cfg)
     write_hf(tmp_path / "dense", cfg, {name: p.detach() for name, p in model.named_parameters()})

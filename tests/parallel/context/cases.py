@@ -226,3 +226,17 @@ def sent_bytes(record: Path, rank: int, sizes: dict[str, int], step: int = 0) ->
     return total
 
 
+def saved_bytes(case: Case, core: Core, dealt: Spread) -> int:
+    """What autograd keeps for backward, in the memory of the saved tensors; a collective call."""
+    given = inputs(case)
+    leaves = [take(x, dealt.mine).requires_grad_() for x in (given.q, given.k, given.v)]
+    storages: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = core(*leaves, dealt, case.window, case.scale)
+    torch.autograd.grad(out.sum(), leaves)
+    return sum(storages.values())

@@ -2,64 +2,153 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pentad.configs.errors import UserError
-from pentad.models.local_attention import PlainMaths
+from pentad.models.local_attention import PlainMaths, local_attention
 from pentad.parallel.context.gather import AllGather
+from pentad.parallel.context.local import Core
+from pentad.parallel.context.rows import Rows, Spread
 from pentad.parallel.context.ulysses import Ulysses, check_heads
+from pentad.parallel.context.united import United
 from pentad.parallel.context.usp import Usp
-from pentad.parallel.mesh import Mesh
-from tests.distributed import run_distributed
+from pentad.parallel.mesh import Axis, Degrees, Mesh
+from tests.distributed import job_store, run_distributed
 
-from .cases import CASES, LENGTH, Case, check, on_ranks, sent_bytes
+from .cases import CASES, Case, attend, check, inputs, on_ranks, saved_bytes, sent_bytes, spread
 
-DOUBLE, BF16 = 8, 2
+UNEVEN = (Case("repeated thrice", heads=12, kv_heads=3), Case("repeated twice", heads=12, kv_heads=6, documents=None))
+"""Key-value heads that the ranks neither divide nor are a multiple of."""
+BF16 = (
+    Case("bf16", heads=8, kv_heads=2, dtype=torch.bfloat16),
+    Case("bf16 with sinks", heads=8, kv_heads=1, dtype=torch.bfloat16, sinks=True, window=9),
+)
 
 
 def gathered(mesh: Mesh) -> AllGather:
-    return AllGather(mesh.axis("cp"), PlainMaths())
+    return AllGather(mesh.axis("cp"), local_attention(torch.device("cpu")))
 
 
 def exchanged(mesh: Mesh) -> Ulysses:
-    return Ulysses(mesh.axis("cp"), PlainMaths())
+    return Ulysses(mesh.axis("cp"), local_attention(torch.device("cpu")))
 
 
 def in_two_directions(mesh: Mesh) -> Usp:
     return Usp(mesh.axis("cp_inner"), AllGather(mesh.axis("cp_outer"), PlainMaths()))
 
 
-def gathered_bytes(case: Case, ranks: int, size: int) -> int:
-    """Keys and values twice, their gradients once."""
-    tokens = case.batch * case.length // ranks
-    return 3 * (ranks - 1) * tokens * case.kv_heads * (case.key + case.value) * size
+def exchanged_twice(mesh: Mesh) -> Usp:
+    return Usp(mesh.axis("cp_inner"), Ulysses(mesh.axis("cp_outer"), PlainMaths()))
+
+
+def gathered_bytes(case: Case, ranks: int, tokens: int, kv_heads: int) -> int:
+    """Keys and values twice, their gradients once, as many bytes each."""
+    return 3 * (ranks - 1) * tokens * kv_heads * (case.key + case.value) * case.dtype.itemsize
+
+
+def exchanged_bytes(case: Case, ranks: int, tokens: int) -> int:
+    """q, k, v and out, forward and backward; key-value heads are repeated so that each rank has some."""
+    heads = case.heads + math.lcm(case.kv_heads, ranks)
+    return 2 * (ranks - 1) * tokens * heads * (case.key + case.value) * case.dtype.itemsize // ranks
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [2, 4])
-def test_gather(world, tmp_path):
-    ranks = run_distributed(on_ranks, world, gathered, CASES, tmp_path, group=False)
-    for step, case in enumerate(CASES):
-        check(case, [found[step] for found in ranks])
-        for rank in range(world):
-            expected = gathered_bytes(case, world, DOUBLE)
-            assert sent_bytes(tmp_path, rank, {"cp": world}, step) == expected
-
-
-def exchanged_bytes(case: Case, ranks: int, size: int) -> int:
-    """q, k, v and out, forward and backward; key-value heads are as many as ranks, or more."""
-    tokens = case.batch * case.length // ranks
-    heads = case.heads + max(case.kv_heads, ranks)
-    return 2 * (ranks - 1) * tokens * heads * (case.key + case.value) * size // ranks
+@pytest.mark.parametrize("make", [gathered, exchanged])
+def test_equals_one_device(world, make, tmp_path):
+    exact = CASES + UNEVEN
+    ranks = run_distributed(on_ranks, world, make, exact + BF16, tmp_path, group=False)
+    for step, case in enumerate(exact + BF16):
+        check(case, [found[step] for found in ranks], 1e-11 if case in exact else 3e-2)
+        tokens = case.batch * case.length // world
+        expected = (
+            gathered_bytes(case, world, tokens, case.kv_heads)
+            if make is gathered
+            else exchanged_bytes(case, world, tokens)
+        )
+        assert {sent_bytes(tmp_path, rank, {"cp": world}, step) for rank in range(world)} == {expected}
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world", [2, 4])
-def test_exchange(world, tmp_path):
-    ranks = run_distributed(on_ranks, world, exchanged, CASES, tmp_path, group=False)
+@pytest.mark.parametrize(("make", "inner"), [(in_two_directions, 2), (in_two_directions, 4), (exchanged_twice, 2)])
+def test_two_directions_equal_one_device(make, inner, tmp_path):
+    """An outer axis of one rank communicates nothing."""
+    ranks = run_distributed(on_ranks, 4, make, CASES, tmp_path, inner, group=False)
+    outer = 4 // inner
     for step, case in enumerate(CASES):
         check(case, [found[step] for found in ranks])
-        for rank in range(world):
-            expected = exchanged_bytes(case, world, DOUBLE)
-            assert sent_bytes(tmp_path, rank, {"cp": world}, step) == expected
+        if make is not in_two_directions:
+            continue
+        tokens = case.batch * case.length // 4
+        kv_heads = math.lcm(case.kv_heads, inner) // inner
+        expected = exchanged_bytes(case, inner, tokens) + gathered_bytes(case, outer, inner * tokens, kv_heads)
+        sizes = {"cp_inner": inner, "cp_outer": outer}
+        assert {sent_bytes(tmp_path, rank, sizes, step) for rank in range(4)} == {expected}
+
+
+def kept(rank: int, world: int) -> list[int]:
+    mesh = Mesh(Degrees(cp=world), store=job_store(), rank=rank, device="cpu", timeout_s=60, context=2)
+    case = Case("kept", heads=8, kv_heads=4, value=5)
+    found = [
+        saved_bytes(case, make(mesh), spread(case, world, rank)) for make in (gathered, exchanged, in_two_directions)
+    ]
+    mesh.close()
+    return found
+
+
+@pytest.mark.distributed
+def test_keeps_one_rank_s_share():
+    """q, k, v, out and lse, not what was gathered."""
+    case = Case("kept", heads=8, kv_heads=4, value=5)
+    floats = case.batch * case.length * (8 * (6 + 5 + 1) + 4 * (6 + 5))
+    assert run_distributed(kept, 4, group=False) == [[floats * 8 // 4] * 3] * 4
+
+
+@pytest.mark.parametrize("make", [AllGather, Ulysses, lambda axis, local: Usp(axis, AllGather(axis, local))])
+def test_on_one_rank(make: Callable[..., Core]):
+    core = make(Axis.single("cp"), PlainMaths())
+    for case in CASES:
+        check(case, [attend(case, core, 1, 0)])
+
+
+def test_what_layers_share_is_made_once(monkeypatch):
+    case = replace(CASES[0], heads=2, kv_heads=2)
+    dealt, made = spread(case, 1), []
+    init = United.__init__
+    monkeypatch.setattr(United, "__init__", lambda self, parts: (made.append(parts), init(self, parts))[1])
+    given = inputs(case)
+    axis = Axis.single("cp")
+    for core in (AllGather(axis, PlainMaths()), Ulysses(axis, PlainMaths()), AllGather(axis, PlainMaths())):
+        core(given.q, given.k, given.v, dealt, None, case.scale)
+    assert len(made) == 1
+
+
+def test_brings_tokens_into_order_and_back():
+    orders = torch.tensor([[0, 3, 4], [1, 2, 5]]), torch.tensor([[1, 2, 5], [0, 3, 4]])
+    tokens = United([Rows(order, order + 10) for order in orders])
+    assert tokens.rows.order.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+    assert tokens.rows.documents is not None
+    assert tokens.rows.documents.tolist() == [[10, 11, 12, 13, 14, 15]] * 2
+    by_rank = torch.stack(orders)
+    ascending = tokens.ascending(by_rank)
+    assert torch.equal(ascending, tokens.rows.order)
+    assert torch.equal(tokens.by_rank(ascending), by_rank)
+    pairs = torch.stack([by_rank, -by_rank], -1)
+    assert torch.equal(tokens.by_rank(tokens.ascending(pairs)), pairs)
+
+
+def test_heads_that_ranks_cannot_share():
+    check_heads(8, 4)
+    with pytest.raises(UserError, match=r"parallel\.cp: 4 ranks cannot share 6 query heads.*model\.heads"):
+        check_heads(6, 4)
+    case = Case("three heads", heads=3, kv_heads=3)
+    given = inputs(case)
+    core = Ulysses(Axis("cp", 0, 2, (0, 1)), PlainMaths())
+    half = Spread((Rows(torch.arange(24)[None]), Rows(torch.arange(24, 48)[None])))
+    with pytest.raises(UserError, match="2 ranks cannot share 3 query heads"):
+        core(given.q[:, :24], given.k[:, :24], given.v[:, :24], half, None, case.scale)

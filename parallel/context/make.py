@@ -1,0 +1,36 @@
+"""The method of context parallelism that the config names."""
+
+from __future__ import annotations
+
+from ...configs.schema_parallel import ContextConfig
+from ..mesh import Mesh
+from .gather import AllGather
+from .local import Core, LocalAttention
+from .ring import Ring
+from .ulysses import Ulysses
+from .usp import Usp
+
+
+def make_core(context: ContextConfig, mesh: Mesh, local: LocalAttention) -> Core:
+    """The attention core of a job with several context ranks.
+
+    Args:
+        context: resolved.
+        mesh: of this rank.
+        local: attention of its device.
+    """
+    axis, back = mesh.axis("cp"), mesh.axis("cp_back")
+    match context.method:
+        case "ulysses":
+            return Ulysses(axis, local)
+        case "ring":
+            return Ring(axis, back, local, duplex=context.duplex)
+        case "tokenring":
+            from .tokenring import TokenRing
+
+            return TokenRing(axis, back, local)
+        case "usp":
+            ring = Ring(mesh.axis("cp_outer"), mesh.axis("cp_outer_back"), local)
+            return Usp(mesh.axis("cp_inner"), ring)
+        case _:
+            return AllGather(axis, local)

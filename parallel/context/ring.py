@@ -1,0 +1,356 @@
+"""Ring attention: queries stay, keys and values go round (Ring Attention, arXiv 2310.01889).
+
+Each rank attends to its own keys first, then to those of the others as they pass by, and merges what each gave. While
+it works on one block the next one arrives. Keys travel toward lower ranks, so with zigzag dealing-out the back half of
+a block is of no use to anybody after the wrap-around and is left behind there: a quarter of the volume is saved. Toward
+higher ranks that is impossible.
+
+    P = 4, the keys of rank 2     2 ──all──▶ 1 ──all──▶ 0 ──front half──▶ 3
+
+In backward the keys make the same journey; their gradients follow a step behind, gather each rank's part and return to
+their owner as soon as they are complete. Only the rank's own q, k, v, out and log-sum-exp are kept in between.
+
+Both directions (duplex): half of the key-value heads travel toward higher ranks, as a ring of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...configs.errors import Problem, UserError
+from ..collectives import Handle, receive, send
+from ..mesh import Axis
+from .local import LocalAttention
+from .merge import add_sinks, merge_, precise, sinks_grad
+from .parcel import Like, Parcel
+from .routes import Message, Stop, Timetable, Timetables
+from .rows import Mask, Spread
+
+
+class Ring:
+    """A `Core` in which keys and values go round. One serves all layers of a rank.
+
+    Args:
+        axis: the ranks, for what travels toward lower ones.
+        back: the same ranks, for what travels toward higher ones or returns; on NCCL a communicator of its own.
+        local: attention to one block.
+        duplex: whether half of the key-value heads travel the other way.
+    """
+
+    def __init__(self, axis: Axis, back: Axis, local: LocalAttention, duplex: bool = False) -> None:
+        self._local = local
+        self._down = Timetables(down=True, keys=True)
+        self._up = Timetables(down=False, keys=True) if duplex else None
+        self._axis, self._back = axis, back
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spread: Spread,
+        window: int | None,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """See `local.Core`.
+
+        Raises:
+            UserError: duplex with one key-value head.
+        """
+        return _Ring.apply(q, k, v, sinks, self._courses(k.shape[2], spread, window, scale))
+
+    def _courses(self, heads: int, spread: Spread, window: int | None, scale: float) -> list[_Course]:
+        mask = Mask.of(spread.mine, window)
+        down = self._down.of(spread, window)
+        if self._up is None or self._axis.size == 1:
+            return [_Course(down, self._local, mask, scale, self._axis, self._back, -1, slice(0, heads))]
+        if heads == 1:
+            raise UserError(
+                Problem(
+                    "parallel.context.duplex",
+                    "two directions share the key-value heads, and a rank has 1 of them; "
+                    "set parallel.context.duplex to false",
+                )
+            )
+        up = self._up.of(spread, window)
+        return [
+            _Course(down, self._local, mask, scale, self._axis, self._back, -1, slice(0, (heads + 1) // 2)),
+            _Course(up, self._local, mask, scale, self._back, self._axis, 1, slice((heads + 1) // 2, heads)),
+        ]
+
+
+@dataclass(frozen=True)
+class _Course:
+    """One direction.
+
+    Args:
+        table: when what goes where.
+        local, mask, scale: as of the method; the mask of the rank's own block.
+        along, against: for transfers in the direction, and others.
+        sign: +1 toward higher ranks, −1 toward lower ones.
+        heads: the key-value heads that travel so.
+    """
+
+    table: Timetable
+    local: LocalAttention
+    mask: Mask
+    scale: float
+    along: Axis
+    against: Axis
+    sign: int
+    heads: slice
+
+    def axis(self, message: Message) -> Axis:
+        """The one for it."""
+        next_one = (message.source + self.sign) % self.along.size == message.to
+        return self.along if next_one or not message.home else self.against
+
+    def queries(self, x: Tensor, groups: int) -> Tensor:
+        """The query heads of (B, n, H, ·), of which `groups` share a key-value head."""
+        return x[:, :, self.heads.start * groups : self.heads.stop * groups]
+
+    def sums(self, lse: Tensor, groups: int) -> Tensor:
+        """The query heads of (B, H, n)."""
+        return lse[:, self.heads.start * groups : self.heads.stop * groups]
+
+    def block_mask(self, stop: Stop) -> Mask:
+        """Of the queries that have business with a block."""
+        return Mask(self.mask.queries.part(*stop.mine), stop.rows, self.mask.window)
+
+
+class _Journey:
+    """The keys and values under way, as one rank sees them."""
+
+    def __init__(self, course: _Course, k: Tensor, v: Tensor) -> None:
+        self._course, self._home = course, (k, v)
+        self._held: dict[int, Parcel] = {}
+        self._arriving: Handle | None = None
+        self._sends: list[Handle] = []
+
+    def post(self, step: int) -> None:
+        """Starts the transfers of the blocks that the step works on."""
+        table = self._course.table
+        if step == len(table.moves):
+            return
+        for message in table.moves[step]:
+            axis = self._course.axis(message)
+            if message.to == axis.rank:
+                stop = table.stops[step]
+                assert stop is not None
+                parcel = Parcel.empty([Like.of(x) for x in self._home], stop.rows.count, self._home[0].device)
+                self._held[message.owner] = parcel
+                self._arriving = receive(parcel.buffer, axis, message.source)
+            else:
+                self._sends.append(send(self._outgoing(message.owner, axis.rank), axis, message.to))
+
+    def _outgoing(self, owner: int, rank: int) -> Tensor:
+        table = self._course.table
+        if owner == rank:
+            first = table.first
+            assert first is not None
+            return Parcel.of(*(first.carried.take(x) for x in self._home)).buffer
+        stop = next(stop for stop in table.stops if stop is not None and stop.owner == owner)
+        assert stop.onward is not None
+        parcel = self._held.pop(owner)
+        if stop.onward.index is None and stop.onward.count == stop.rows.count:
+            return parcel.buffer
+        return Parcel.of(*(stop.onward.take(x) for x in parcel.parts)).buffer
+
+    def arrived(self, step: int) -> tuple[Stop, Parcel] | None:
+        """The block of the step, complete, if there is one."""
+        stop = self._course.table.stops[step]
+        if stop is None or self._arriving is None:
+            return None
+        self._arriving.wait()
+        self._arriving = None
+        parcel = self._held[stop.owner]
+        if stop.following is None:
+            del self._held[stop.owner]
+        return stop, parcel
+
+    def left(self) -> None:
+        """Waits until everything sent so far has left."""
+        _finish(self._sends)
+
+
+def _finish(handles: list[Handle]) -> None:
+    for handle in handles:
+        handle.wait()
+    handles.clear()
+
+
+def _attend(course: _Course, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Iterator[None]:
+    """Fills out and lse; yields between starting transfers and working, so that two directions can take turns."""
+    journey = _Journey(course, k, v)
+    if course.along.size > 1:
+        journey.post(1)
+    yield
+    own_out, own_lse = course.local.forward(q, k, v, course.mask, course.scale)
+    out.copy_(own_out)
+    lse.copy_(own_lse)
+    yield
+    for step in range(1, course.along.size):
+        block = journey.arrived(step)
+        journey.left()
+        journey.post(step + 1)
+        yield
+        if block is not None:
+            stop, parcel = block
+            rows = slice(*stop.mine)
+            found = course.local.forward(q[:, rows], *parcel.parts, course.block_mask(stop), course.scale)
+            merge_(out[:, rows], lse[:, :, rows], *found)
+        yield
+    journey.left()
+
+
+class _Gradients:
+    """The gradients of keys and values under way: a step behind the keys, then home."""
+
+    def __init__(self, course: _Course, dk: Tensor, dv: Tensor) -> None:
+        self._course, self._home = course, (dk, dv)
+        self._coming: dict[int, tuple[Handle, Parcel]] = {}
+        self._returning: list[tuple[Handle, Parcel, Stop]] = []
+        self._sends: list[Handle] = []
+
+    def post(self, step: int, made: Sequence[Tensor]) -> None:
+        """Adds what the step made to what came with its keys, and starts the transfers of what the ranks have."""
+        table = self._course.table
+        stop = table.stops[step]
+        if stop is not None and stop.owner in self._coming:
+            handle, parcel = self._coming.pop(stop.owner)
+            handle.wait()
+            made = [x.add_(part) for x, part in zip(parcel.parts, made, strict=True)]
+        self.left()
+        for message in table.returns[step]:
+            axis = self._course.axis(message)
+            if message.source == axis.rank:
+                assert stop is not None
+                choice = stop.complete if message.home else stop.onward
+                if choice is not None:
+                    parcel = Parcel.of(*(choice.take(x) for x in made))
+                    self._sends.append(send(parcel.buffer, axis, message.to))
+            elif message.home:
+                origin = table.own[message.source]
+                if origin.complete_at_home is not None:
+                    parcel = self._empty(origin.complete_at_home.count)
+                    self._returning.append((receive(parcel.buffer, axis, message.source), parcel, origin))
+            else:
+                later = next(stop for stop in table.stops if stop is not None and stop.owner == message.owner)
+                parcel = self._empty(later.rows.count)
+                self._coming[message.owner] = receive(parcel.buffer, axis, message.source), parcel
+
+    def _empty(self, count: int) -> Parcel:
+        return Parcel.empty([Like.of(x) for x in self._home], count, self._home[0].device)
+
+    def left(self) -> None:
+        """Waits until everything sent so far has left."""
+        _finish(self._sends)
+
+    def collect(self) -> None:
+        """Adds what returned to this rank's own."""
+        for handle, parcel, stop in self._returning:
+            handle.wait()
+            assert stop.complete_at_home is not None
+            for x, part in zip(self._home, parcel.parts, strict=True):
+                stop.complete_at_home.put(x, part, add=True)
+        self.left()
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """One direction's part of what backward works on."""
+
+    dout: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+def _differentiate(course: _Course, saved: _Saved, dq: Tensor, dk: Tensor, dv: Tensor) -> Iterator[None]:
+    """Fills the gradients; yields as `_attend`."""
+    journey, gradients = _Journey(course, saved.k, saved.v), _Gradients(course, dk, dv)
+    if course.along.size > 1:
+        journey.post(1)
+    yield
+    own = course.local.backward(
+        saved.dout, saved.q, saved.k, saved.v, saved.out, saved.lse, course.mask, course.scale
+    )
+    for x, part in zip((dq, dk, dv), own, strict=True):
+        x.copy_(part)
+    yield
+    for step in range(1, course.along.size):
+        block = journey.arrived(step)
+        journey.left()
+        journey.post(step + 1)
+        yield
+        made: list[Tensor] = []
+        if block is not None:
+            stop, parcel = block
+            rows = slice(*stop.mine)
+            x, theirs, y, sums = saved.q[:, rows], saved.dout[:, rows], saved.out[:, rows], saved.lse[:, :, rows]
+            part, *made = course.local.backward(
+                theirs, x, *parcel.parts, y, sums, course.block_mask(stop), course.scale
+            )
+            dq[:, rows] += part
+        gradients.post(step, made)
+        yield
+    gradients.collect()
+    journey.left()
+
+
+class _Ring(torch.autograd.Function):
+    """Keeps this rank's q, k, v, out and lse."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, courses: list[_Course]) -> Tensor:
+        groups = q.shape[2] // k.shape[2]
+        out = q.new_empty(*q.shape[:3], v.shape[-1], dtype=precise(q.dtype))
+        lse = out.new_empty(q.shape[0], q.shape[2], q.shape[1])
+        runs = [
+            _attend(
+                course,
+                course.queries(q, groups),
+                k[:, :, course.heads],
+                v[:, :, course.heads],
+                course.queries(out, groups),
+                course.sums(lse, groups),
+            )
+            for course in courses
+        ]
+        for _ in zip_longest(*runs):
+            pass
+        if sinks is not None:
+            out, lse = add_sinks(out, lse, sinks)
+        out = out.to(q.dtype)
+        ctx.courses = courses
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        groups = q.shape[2] // k.shape[2]
+        dq, dk, dv = (torch.empty_like(x, dtype=lse.dtype) for x in (q, k, v))
+        runs = []
+        for course in ctx.courses:
+            theirs, x, y, wanted = (course.queries(each, groups) for each in (dout, q, out, dq))
+            keys, values, dkeys, dvalues = (each[:, :, course.heads] for each in (k, v, dk, dv))
+            saved = _Saved(theirs, x, keys, values, y, course.sums(lse, groups))
+            runs.append(_differentiate(course, saved, wanted, dkeys, dvalues))
+        for _ in zip_longest(*runs):
+            pass
+        dsinks = None
+        if sinks is not None and ctx.needs_input_grad[3]:
+            dsinks = sinks_grad(dout, out, lse, sinks)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None
