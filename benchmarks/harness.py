@@ -76,13 +76,20 @@ def run_side(side: Side, warmup: int, steps: int, timeout_s: float = 1800.0) -> 
         return [Measurement(**json.loads(file.read_text())) for file in files]
 
 
-def compare(sides: Sequence[Side], rounds: int, warmup: int, steps: int) -> list[Result]:
-    """Every side once a round; the order turns, so that no side always follows the same one."""
+def compare(
+    sides: Sequence[Side], rounds: int, warmup: int, steps: int, workload: Workload | None = None
+) -> list[Result]:
+    """Every side once a round; the order turns, so that no side always follows the same one.
+
+    Args:
+        workload: what the sides were told to do; none: the usual one.
+    """
+    workload = workload or Workload()
     results = [Result(side) for side in sides]
     for i in range(rounds):
         turn = i % len(results)
         for result in results[turn:] + results[:turn]:
-            result.add(run_side(result.side, warmup, steps), Workload())
+            result.add(run_side(result.side, warmup, steps), workload)
             speed, load = result.tokens_per_s[-1], os.getloadavg()[0]
             print(f"round {i + 1}/{rounds}  {result.side.label:<44} {speed:8.0f} tok/s  (load {load:.1f})", flush=True)
     return results

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -150,7 +151,9 @@ def draw(curves: dict[str, Curve], file: Path) -> None:
     load.set_ylim(bottom=1)
     _label(load, "busiest expert's load / mean load")
     _label(loss, "loss, nats")
-    FigureCanvasSVG(figure).print_svg(str(file), metadata={"Date": None, "Creator": None})
+    # Text as text, and the same names in the file every time.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pentad", "font.family": "sans-serif"}):
+        FigureCanvasSVG(figure).print_svg(str(file), metadata={"Date": None, "Creator": None})
 
 
 def _label(axes: Axes, title: str) -> None:

@@ -8,6 +8,7 @@ import os
 import runpy
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from pentad.trainer.data.indexed import IndexedWriter
 
 def make_config(workload: Workload, arguments: argparse.Namespace) -> dict[str, object]:
     """The job as a config file's content."""
-    dp = int(os.environ["WORLD_SIZE"]) // arguments.tp
+    dp = int(os.environ["WORLD_SIZE"]) // (arguments.tp * arguments.cp)
+    context = {"method": arguments.context, "duplex": arguments.duplex}
     moe = {"experts": arguments.experts, "top_k": arguments.top_k, "compute": arguments.compute}
     return {
         "name": "run",
@@ -36,7 +38,13 @@ def make_config(workload: Workload, arguments: argparse.Namespace) -> dict[str, 
             "tied": False,
             "moe": moe if arguments.experts else {},
         },
-        "parallel": {"tp": arguments.tp, "dp": dp, "data": {"sharding": arguments.sharding}},
+        "parallel": {
+            "tp": arguments.tp,
+            "cp": arguments.cp,
+            "dp": dp,
+            "context": context,
+            "data": {"sharding": arguments.sharding},
+        },
         "train": {
             "steps": arguments.warmup + arguments.steps,
             "global_batch": workload.global_batch,
@@ -76,6 +84,10 @@ def main() -> None:
     parser.add_argument("--policy", choices=["fp32", "bf16"], required=True)
     parser.add_argument("--tp", type=int, required=True)
     parser.add_argument("--sharding", required=True)
+    parser.add_argument("--cp", type=int, default=1)
+    parser.add_argument("--context", default="auto", help="parallel.context.method")
+    parser.add_argument("--duplex", action="store_true", help="parallel.context.duplex")
+    parser.add_argument("--work", type=json.loads, default={}, help="fields of the workload, as JSON")
     parser.add_argument("--experts", type=int, default=0, help="in every layer; 0: dense")
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--compute", default="auto", help="model.moe.compute")
@@ -85,7 +97,7 @@ def main() -> None:
     arguments = parser.parse_args()
     libraries, config = peak_rss_mib(), arguments.out / "job.yaml"
     if os.environ["RANK"] == "0":
-        write_job(config, Workload(), arguments)
+        write_job(config, replace(Workload(), **arguments.work), arguments)
     while not config.exists():
         time.sleep(0.05)
     sys.argv = ["pentad.trainer", str(config)]

@@ -5,10 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..configs.errors import UserError
 from ..parallel.context.local import LocalAttention
 from ..parallel.context.merge import precise, row_sums
-from ..parallel.context.rows import Mask
+from ..parallel.context.rows import Mask, Rows
 from .blockwise import Blockwise
+from .fused_attention import Fused
+from .fused_kernels import Cudnn, Efficient, Flash
+
+_FLASH_WIDTH = 256
+"""The widest heads of the flash kernel."""
 
 
 class PlainMaths:
@@ -47,6 +53,84 @@ def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
     return (scores - lse.masked_fill(lse == float("-inf"), float("inf"))[..., None]).exp()
 
 
+class Cuda:
+    """The `LocalAttention` of CUDA devices: fused kernels for the types they know, else plain maths."""
+
+    def __init__(self) -> None:
+        efficient = Efficient()
+        self._precise, self._plain = Fused(efficient, efficient), PlainMaths()
+        self._flash, self._cudnn = Fused(Flash(), efficient), Fused(Cudnn(), efficient)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+        """out (B, n, H, e) in q's type and lse (B, H, n)."""
+        return self._best(q, v).forward(q, k, v, mask, scale)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv in lse's precision."""
+        return self._best(q, v).backward(dout, q, k, v, out, lse, mask, scale)
+
+    def _best(self, q: Tensor, v: Tensor) -> LocalAttention:
+        if q.dtype == torch.float64:
+            return self._plain
+        if q.dtype == torch.float32:
+            return self._precise
+        if q.shape[-1] != v.shape[-1] and torch.cuda.get_device_capability(q.device) >= (9, 0):
+            return self._cudnn
+        return self._flash if max(q.shape[-1], v.shape[-1]) <= _FLASH_WIDTH else self._precise
+
+
 def local_attention(device: torch.device) -> LocalAttention:
     """The fastest implementation for the device."""
-    return Blockwise() if device.type == "cpu" else PlainMaths()
+    return Blockwise() if device.type == "cpu" else Cuda()
+
+
+def check_local_attention(
+    local: LocalAttention, device: torch.device, dtype: torch.dtype, width: int, value: int
+) -> None:
+    """Compares an implementation with plain maths on a few tokens of every kind of mask.
+
+    Its operators belong to PyTorch's inner parts, whose forms differ between versions: better before the first step
+    than a loss that is slightly wrong.
+
+    Args:
+        width, value: of a query or key head and of a value head.
+
+    Raises:
+        UserError: it fails or differs by more than rounding.
+    """
+    tolerance = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-2, torch.float64: 1e-10}[dtype]
+    draws = torch.Generator().manual_seed(0)
+    documents = torch.tensor([[0] * 130 + [1] * 70])
+    early, late = Rows.whole(200).part(0, 72), Rows.whole(200).part(136, 200)
+    cases = {
+        "causal": Mask.of(Rows.whole(200)),
+        "full": Mask(late, early),
+        "documents": Mask.of(Rows.whole(200, documents)),
+        "window": Mask.of(Rows.whole(200), 9),
+        "nothing seen": Mask(Rows.whole(200).part(40, 104), Rows.whole(200).part(72, 136)),
+    }
+    for name, mask in cases.items():
+        counts = ((mask.queries.count, 4, width), (mask.keys.count, 2, width), (mask.keys.count, 2, value))
+        q, k, v = (torch.randn(1, *shape, generator=draws).to(device, dtype) for shape in counts)
+        dout = torch.randn(1, mask.queries.count, 4, value, generator=draws).to(device, dtype)
+        expected = _everything(PlainMaths(), *(x.double() for x in (dout, q, k, v)), mask)
+        try:
+            found = _everything(local, dout, q, k, v, mask)
+        except RuntimeError as error:
+            raise UserError(
+                f"attention ({name}) does not run with PyTorch {torch.__version__} on {device}: {error}"
+            ) from error
+        for what, mine, theirs in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+            if not torch.allclose(mine.double(), theirs, rtol=tolerance, atol=tolerance):
+                raise UserError(
+                    f"attention ({name}) gives a wrong {what} with PyTorch {torch.__version__} on {device} for "
+                    f"{dtype} and heads of {width} and {value}"
+                )
+
+
+def _everything(local: LocalAttention, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, ...]:
+    scale = q.shape[-1] ** -0.5
+    out, lse = local.forward(q, k, v, mask, scale)
+    return out, lse, *local.backward(dout, q, k, v, out, lse, mask, scale)

@@ -164,7 +164,7 @@ class Router(nn.Module):
         moe, real = self.moe, None
         training = seq.share > 0
         if self.cfg.name == "expert_choice":
-            choices, real = self._taken(scores[:, : moe.experts], seq.places)
+            choices, real = self._taken(scores[:, : moe.experts], _places(seq))
         else:
             choices = self._chosen(logits, scores, seq)
             if self.cfg.null_experts:
@@ -173,7 +173,7 @@ class Router(nn.Module):
         padded = None
         if moe.capacity_factor is not None and self.cfg.name != "expert_choice":
             weights = self._weights(logits, scores, choices, real) if moe.drop == "probability" else None
-            room, limit = self._room(experts, weights, seq.places)
+            room, limit = self._room(experts, weights, _places(seq))
             experts = experts.masked_fill(~room, -1)
             padded = limit if moe.pad else None
         taken = choices if self.cfg.name != "expert_choice" else choices[real]
@@ -187,7 +187,8 @@ class Router(nn.Module):
     def _chosen(self, logits: Tensor, scores: Tensor, seq: Sequences) -> Tensor:
         """(n, K) each token's choices."""
         if self.cfg.name == "sinkhorn" and seq.share > 0:
-            return (logits + sinkhorn_prices(self.tokens.gather(logits, seq.places))).topk(self.moe.top_k, -1).indices
+            prices = sinkhorn_prices(self.tokens.gather(logits, _places(seq)))
+            return (logits + prices).topk(self.moe.top_k, -1).indices
         return top_k(logits, scores, self.moe, self.selection_bias)
 
     def _taken(self, scores: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,3 +212,8 @@ class Router(nn.Module):
         limit = capacity(self.moe, len(whole))
         room = within_capacity(whole, weights, limit, self.moe.experts)
         return room if alone else self.tokens.mine(room, places), limit
+
+
+def _places(seq: Sequences) -> Tensor:
+    assert seq.places is not None
+    return seq.places

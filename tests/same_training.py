@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from pentad.configs.schema import Config
+from pentad.parallel.global_tensor import boxes
+from pentad.trainer.state import units_by_key
 from tests.distributed import run_distributed
 from tests.training import Run, job
 
@@ -21,12 +23,14 @@ class Trained:
     Args:
         curve: (loss, grad norm, skipped) of every step.
         slices: name → (placement, value) of its part of every parameter.
+        gradients: (name, placement, first element, values) of the parts of the last step's gradient that it owns.
         buffers: name → value.
         routed: what the routers counted in every step, over all ranks; none: a dense model.
     """
 
     curve: list[tuple[float, float, float]]
     slices: dict[str, tuple[Any, torch.Tensor]]
+    gradients: list[tuple[str, Any, int, torch.Tensor]]
     buffers: dict[str, torch.Tensor]
     routed: list[torch.Tensor | None]
 
@@ -41,11 +45,20 @@ def train(rank: int, world: int, cfg: Config, masked: bool) -> Trained:
         return Trained(
             [(float(r.loss), float(r.grad_norm), float(r.skipped)) for r in results],
             {name: (where[name].placement, p.detach().clone()) for name, p in run.parts.model.named_parameters()},
+            _gradients(run),
             {name: buffer.clone() for name, buffer in run.parts.buffers.items()},
             [None if r.moe is None else r.moe.clone() for r in results],
         )
     finally:
         run.close()
+
+
+def _gradients(run: Run) -> list[tuple[str, Any, int, torch.Tensor]]:
+    units = units_by_key(run.parts.replicas)
+    return [
+        (p.name, p.sharding.placement, p.start, units[p.unit].grad[p.at : p.at + p.stop - p.start].clone())
+        for p in run.parts.replicas.pieces()
+    ]
 
 
 def worst(curves: list[list[tuple[float, float, float]]], expected: list[tuple[float, float, float]]) -> float:
@@ -67,6 +80,21 @@ def assembled(ranks: list[Trained]) -> dict[str, torch.Tensor]:
             target = placement.of(target)
             assert torch.isnan(target).all() or torch.equal(target, value), name
             target.copy_(value)
+    assert not any(torch.isnan(value).any() for value in whole.values())
+    return whole
+
+
+def assembled_gradients(ranks: list[Trained]) -> dict[str, torch.Tensor]:
+    """The last step's whole gradients, as the optimizer read them."""
+    whole: dict[str, torch.Tensor] = {}
+    for rank in ranks:
+        for name, placement, start, values in rank.gradients:
+            target = whole.setdefault(name, torch.full(placement.global_shape, torch.nan, dtype=values.dtype))
+            for box in boxes(placement, start, start + len(values)):
+                part = target
+                for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+                    part = part.narrow(dim, offset, size)
+                part.copy_(values[box.local_flat_start - start :][: box.numel].view(box.sizes))
     assert not any(torch.isnan(value).any() for value in whole.values())
     return whole
 
@@ -94,7 +122,17 @@ def check(masked: bool = False, alone_model: dict[str, Any] | None = None, **wan
         What the ranks have.
     """
     cfg = job(**wanted)
-    one = {"tp": 1, "pp": 1, "cp": 1, "dp": 1, "ep": 1, "etp": 1, "sharding": "ddp", "pipeline": None, "recompute": "none"}
+    one = {
+        "tp": 1,
+        "pp": 1,
+        "cp": 1,
+        "dp": 1,
+        "ep": 1,
+        "etp": 1,
+        "sharding": "ddp",
+        "pipeline": None,
+        "recompute": "none",
+    }
     alone = job(**{**wanted, **one, "model": {**wanted.get("model", {}), **(alone_model or {})}})
     world = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp * (cfg.parallel.dp or 1)
     ranks = run_distributed(train, world, cfg, masked, group=False)
@@ -102,12 +140,20 @@ def check(masked: bool = False, alone_model: dict[str, Any] | None = None, **wan
     tolerance = TOLERANCE[cfg.train.dtype]
     _compare_routing(ranks, expected, tolerance)
     assert worst([rank.curve for rank in ranks], expected.curve) < tolerance
-    theirs = assembled([expected])
-    mine = assembled(ranks)
+    _compare(assembled(ranks), assembled([expected]), tolerance)
+    # A gradient's elements may cancel to little beside the terms they are sums of; the global norm has all of them.
+    floor = tolerance * expected.curve[-1][1]
+    _compare(assembled_gradients(ranks), assembled_gradients([expected]), 10 * tolerance, floor)
+    return ranks
+
+
+def _compare(
+    mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float, floor: float = 0.0
+) -> None:
     assert mine.keys() == theirs.keys()
     for name, value in theirs.items():
-        assert torch.linalg.vector_norm(mine[name] - value) < tolerance * torch.linalg.vector_norm(value), name
-    return ranks
+        allowed = max(tolerance * torch.linalg.vector_norm(value).item(), floor)
+        assert torch.linalg.vector_norm(mine[name] - value).item() <= allowed, name
 
 
 def _compare_routing(ranks: list[Trained], expected: Trained, tolerance: float) -> None:

@@ -29,7 +29,7 @@ class HeatMap:
 
     Args:
         step: of the training.
-        layers: each row's layer of the model.
+        layers: each row's layer; modules of multi-token prediction count on from the last one.
         load: (layers, experts), 1 where the load is even.
     """
 
@@ -51,7 +51,7 @@ def summarize(totals: Tensor, cfg: Config) -> dict[str, Any]:
     values = totals.double().cpu().numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
         metrics = _per_layer(values, cfg)
-    layers = cfg.model.moe_layers
+    layers = cfg.model.routed_layers
     return {
         "layers": list(layers),
         **{name: _rounded(values) for name, values in metrics.items()},
@@ -112,7 +112,7 @@ def heat_map(totals: Tensor, cfg: Config, step: int) -> HeatMap:
     """
     load = _load(totals.double().cpu().numpy(), cfg.model)
     mean = load.mean(1, keepdims=True)
-    return HeatMap(step, cfg.model.moe_layers, np.divide(load, mean, out=np.ones_like(load), where=mean > 0))
+    return HeatMap(step, cfg.model.routed_layers, np.divide(load, mean, out=np.ones_like(load), where=mean > 0))
 
 
 def is_pictured(cfg: Config, step: int) -> bool:

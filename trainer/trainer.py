@@ -21,6 +21,7 @@ from .data.loader import Loader, heldout_batches
 from .metrics import Meter, StepFlops, peak_memory_gib
 from .moe_metrics import heat_map, is_pictured, sparse_flops, summarize
 from .optimizer import make_optimizer
+from .overlap import OverlapTuner
 from .peak import Peak
 from .pipeline import evaluation_program, training_program
 from .profiling import Profiler
@@ -87,6 +88,7 @@ class Trainer:
         microbatches = cfg.train.global_batch // (cfg.train.micro_batch * self.dp.size)
         self.program = training_program(cfg, parts.pipeline, microbatches, buckets_per_rank(parts.replicas, mesh))
         self.stepper = Stepper(cfg, parts, self.optimizer, mesh, self.program)
+        self.overlap = OverlapTuner(cfg, parts.model, mesh)
         self._evaluation = evaluation_program(cfg, parts.pipeline, microbatches) if cfg.eval.every else None
         self.meter = Meter(devices=mesh.degrees.world, peak=peak)
         self.profiler = Profiler(cfg.log.profile, run_dir / "profile", mesh.rank)
@@ -157,7 +159,8 @@ class Trainer:
             batches = next(loader)
             lr = learning_rate(cfg.optim.schedule, cfg.optim.lr, self.step, cfg.train.steps)
             valid, pairs = loader.counts
-            result = self.stepper.run(self.step, batches, valid, lr, stop=stop.requested)
+            with self.overlap.step():
+                result = self.stepper.run(self.step, batches, valid, lr, stop=stop.requested)
         self.step += 1
         if self.device.type == "cuda":
             self._drain()  # the previous step's numbers: the host stays one step ahead of the device

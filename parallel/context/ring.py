@@ -29,9 +29,10 @@ from ..collectives import Handle, receive, send
 from ..mesh import Axis
 from .local import LocalAttention
 from .merge import add_sinks, merge_, precise, sinks_grad
-from .parcel import Like, Parcel
-from .routes import Message, Stop, Timetable, Timetables
+from .parcel import Parcel
+from .routes import Stop, Timetable, Timetables
 from .rows import Mask, Spread
+from .transit import Journey, Lines, empty_like, finish
 
 
 class Ring:
@@ -68,22 +69,21 @@ class Ring:
         return _Ring.apply(q, k, v, sinks, self._courses(k.shape[2], spread, window, scale))
 
     def _courses(self, heads: int, spread: Spread, window: int | None, scale: float) -> list[_Course]:
-        mask = Mask.of(spread.mine, window)
-        down = self._down.of(spread, window)
+        mask, down = Mask.of(spread.mine, window), Lines(self._axis, self._back, -1)
         if self._up is None or self._axis.size == 1:
-            return [_Course(down, self._local, mask, scale, self._axis, self._back, -1, slice(0, heads))]
+            return [_Course(self._down.of(spread, window), self._local, mask, scale, down, slice(0, heads))]
         if heads == 1:
             raise UserError(
                 Problem(
                     "parallel.context.duplex",
-                    "two directions share the key-value heads, and a rank has 1 of them; "
+                    "the two directions share the key-value heads, and a rank has 1 of them; "
                     "set parallel.context.duplex to false",
                 )
             )
-        up = self._up.of(spread, window)
+        half, up = (heads + 1) // 2, Lines(self._back, self._axis, 1)
         return [
-            _Course(down, self._local, mask, scale, self._axis, self._back, -1, slice(0, (heads + 1) // 2)),
-            _Course(up, self._local, mask, scale, self._back, self._axis, 1, slice((heads + 1) // 2, heads)),
+            _Course(self._down.of(spread, window), self._local, mask, scale, down, slice(0, half)),
+            _Course(self._up.of(spread, window), self._local, mask, scale, up, slice(half, heads)),
         ]
 
 
@@ -94,8 +94,7 @@ class _Course:
     Args:
         table: when what goes where.
         local, mask, scale: as of the method; the mask of the rank's own block.
-        along, against: for transfers in the direction, and others.
-        sign: +1 toward higher ranks, −1 toward lower ones.
+        lines: which axes it takes.
         heads: the key-value heads that travel so.
     """
 
@@ -103,15 +102,8 @@ class _Course:
     local: LocalAttention
     mask: Mask
     scale: float
-    along: Axis
-    against: Axis
-    sign: int
+    lines: Lines
     heads: slice
-
-    def axis(self, message: Message) -> Axis:
-        """The one for it."""
-        next_one = (message.source + self.sign) % self.along.size == message.to
-        return self.along if next_one or not message.home else self.against
 
     def queries(self, x: Tensor, groups: int) -> Tensor:
         """The query heads of (B, n, H, ·), of which `groups` share a key-value head."""
@@ -126,86 +118,24 @@ class _Course:
         return Mask(self.mask.queries.part(*stop.mine), stop.rows, self.mask.window)
 
 
-class _Journey:
-    """The keys and values under way, as one rank sees them."""
-
-    def __init__(self, course: _Course, k: Tensor, v: Tensor) -> None:
-        self._course, self._home = course, (k, v)
-        self._held: dict[int, Parcel] = {}
-        self._arriving: Handle | None = None
-        self._sends: list[Handle] = []
-
-    def post(self, step: int) -> None:
-        """Starts the transfers of the blocks that the step works on."""
-        table = self._course.table
-        if step == len(table.moves):
-            return
-        for message in table.moves[step]:
-            axis = self._course.axis(message)
-            if message.to == axis.rank:
-                stop = table.stops[step]
-                assert stop is not None
-                parcel = Parcel.empty([Like.of(x) for x in self._home], stop.rows.count, self._home[0].device)
-                self._held[message.owner] = parcel
-                self._arriving = receive(parcel.buffer, axis, message.source)
-            else:
-                self._sends.append(send(self._outgoing(message.owner, axis.rank), axis, message.to))
-
-    def _outgoing(self, owner: int, rank: int) -> Tensor:
-        table = self._course.table
-        if owner == rank:
-            first = table.first
-            assert first is not None
-            return Parcel.of(*(first.carried.take(x) for x in self._home)).buffer
-        stop = next(stop for stop in table.stops if stop is not None and stop.owner == owner)
-        assert stop.onward is not None
-        parcel = self._held.pop(owner)
-        if stop.onward.index is None and stop.onward.count == stop.rows.count:
-            return parcel.buffer
-        return Parcel.of(*(stop.onward.take(x) for x in parcel.parts)).buffer
-
-    def arrived(self, step: int) -> tuple[Stop, Parcel] | None:
-        """The block of the step, complete, if there is one."""
-        stop = self._course.table.stops[step]
-        if stop is None or self._arriving is None:
-            return None
-        self._arriving.wait()
-        self._arriving = None
-        parcel = self._held[stop.owner]
-        if stop.following is None:
-            del self._held[stop.owner]
-        return stop, parcel
-
-    def left(self) -> None:
-        """Waits until everything sent so far has left."""
-        _finish(self._sends)
-
-
-def _finish(handles: list[Handle]) -> None:
-    for handle in handles:
-        handle.wait()
-    handles.clear()
-
-
 def _attend(course: _Course, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Iterator[None]:
     """Fills out and lse; yields between starting transfers and working, so that two directions can take turns."""
-    journey = _Journey(course, k, v)
-    if course.along.size > 1:
-        journey.post(1)
+    journey = Journey(course.table, course.lines, (k, v))
+    journey.post(1)
     yield
     own_out, own_lse = course.local.forward(q, k, v, course.mask, course.scale)
     out.copy_(own_out)
     lse.copy_(own_lse)
     yield
-    for step in range(1, course.along.size):
+    for step in range(1, course.lines.along.size):
         block = journey.arrived(step)
         journey.left()
         journey.post(step + 1)
         yield
         if block is not None:
-            stop, parcel = block
+            stop, (keys, values) = block
             rows = slice(*stop.mine)
-            found = course.local.forward(q[:, rows], *parcel.parts, course.block_mask(stop), course.scale)
+            found = course.local.forward(q[:, rows], keys, values, course.block_mask(stop), course.scale)
             merge_(out[:, rows], lse[:, :, rows], *found)
         yield
     journey.left()
@@ -230,7 +160,7 @@ class _Gradients:
             made = [x.add_(part) for x, part in zip(parcel.parts, made, strict=True)]
         self.left()
         for message in table.returns[step]:
-            axis = self._course.axis(message)
+            axis = self._course.lines.of(message)
             if message.source == axis.rank:
                 assert stop is not None
                 choice = stop.complete if message.home else stop.onward
@@ -240,19 +170,15 @@ class _Gradients:
             elif message.home:
                 origin = table.own[message.source]
                 if origin.complete_at_home is not None:
-                    parcel = self._empty(origin.complete_at_home.count)
+                    parcel = empty_like(self._home, origin.complete_at_home.count)
                     self._returning.append((receive(parcel.buffer, axis, message.source), parcel, origin))
             else:
-                later = next(stop for stop in table.stops if stop is not None and stop.owner == message.owner)
-                parcel = self._empty(later.rows.count)
+                parcel = empty_like(self._home, table.at(message.owner).rows.count)
                 self._coming[message.owner] = receive(parcel.buffer, axis, message.source), parcel
-
-    def _empty(self, count: int) -> Parcel:
-        return Parcel.empty([Like.of(x) for x in self._home], count, self._home[0].device)
 
     def left(self) -> None:
         """Waits until everything sent so far has left."""
-        _finish(self._sends)
+        finish(self._sends)
 
     def collect(self) -> None:
         """Adds what returned to this rank's own."""
@@ -278,29 +204,26 @@ class _Saved:
 
 def _differentiate(course: _Course, saved: _Saved, dq: Tensor, dk: Tensor, dv: Tensor) -> Iterator[None]:
     """Fills the gradients; yields as `_attend`."""
-    journey, gradients = _Journey(course, saved.k, saved.v), _Gradients(course, dk, dv)
-    if course.along.size > 1:
-        journey.post(1)
+    journey = Journey(course.table, course.lines, (saved.k, saved.v))
+    gradients = _Gradients(course, dk, dv)
+    journey.post(1)
     yield
-    own = course.local.backward(
-        saved.dout, saved.q, saved.k, saved.v, saved.out, saved.lse, course.mask, course.scale
-    )
+    own = course.local.backward(saved.dout, saved.q, saved.k, saved.v, saved.out, saved.lse, course.mask, course.scale)
     for x, part in zip((dq, dk, dv), own, strict=True):
         x.copy_(part)
     yield
-    for step in range(1, course.along.size):
+    for step in range(1, course.lines.along.size):
         block = journey.arrived(step)
         journey.left()
         journey.post(step + 1)
         yield
         made: list[Tensor] = []
         if block is not None:
-            stop, parcel = block
+            stop, (keys, values) = block
             rows = slice(*stop.mine)
             x, theirs, y, sums = saved.q[:, rows], saved.dout[:, rows], saved.out[:, rows], saved.lse[:, :, rows]
-            part, *made = course.local.backward(
-                theirs, x, *parcel.parts, y, sums, course.block_mask(stop), course.scale
-            )
+            mask = course.block_mask(stop)
+            part, *made = course.local.backward(theirs, x, keys, values, y, sums, mask, course.scale)
             dq[:, rows] += part
         gradients.post(step, made)
         yield

@@ -151,10 +151,9 @@ class Timetable:
     moves: tuple[tuple[Message, ...], ...]
     returns: tuple[tuple[Message, ...], ...]
 
-    @property
-    def first(self) -> Stop | None:
-        """Where this rank's rows go first."""
-        return min(self.own.values(), key=lambda stop: stop.step, default=None)
+    def at(self, owner: int) -> Stop:
+        """The stop of an owner's rows here."""
+        return next(stop for stop in self.stops if stop is not None and stop.owner == owner)
 
 
 class Timetables:
@@ -184,12 +183,8 @@ def _timetable(spread: Spread, window: int | None, sign: int, keys: bool) -> Tim
     places, length = _places(spread.ranks)
     ranks, me = len(places), spread.rank
     sorted_places = [place.sort(dim=1).values for place in places]
-    business = [
-        [_partnered(place, others, length, window, ahead=keys) for others in sorted_places] for place in places
-    ]
-    routes = [
-        [(owner + sign * step) % ranks for step in range(1, ranks)] for owner in range(ranks)
-    ]
+    business = [[_partnered(place, others, length, window, ahead=keys) for others in sorted_places] for place in places]
+    routes = [[(owner + sign * step) % ranks for step in range(1, ranks)] for owner in range(ranks)]
     routes = [[rank for rank in route if business[owner][rank].any()] for owner, route in enumerate(routes)]
     stops: list[Stop | None] = [None] * ranks
     own: dict[int, Stop] = {}

@@ -111,13 +111,14 @@ class Mask(_Remembers):
         """
         order, keys = self.queries.order, self.keys.order
         newest, oldest = order[:, last - 1].max(), order[:, first].min()
-        high = int(torch.searchsorted(keys, newest.expand(len(keys), 1), right=True).max())
+        keys, column = keys.contiguous(), (len(keys), 1)
+        high = int(torch.searchsorted(keys, newest.expand(column).contiguous(), right=True).max())
         low = 0
         if self.window is not None:
-            low = int(torch.searchsorted(keys, (oldest - self.window + 1).expand(len(keys), 1)).min())
+            low = int(torch.searchsorted(keys, (oldest - self.window + 1).expand(column).contiguous()).min())
         if self.queries.documents is not None or self.window is not None:
             return low, high, low
-        start = int(torch.searchsorted(keys, oldest.expand(len(keys), 1), right=True).min())
+        start = int(torch.searchsorted(keys, oldest.expand(column).contiguous(), right=True).min())
         return low, high, min(start, high)
 
     def hidden(self, first: int, last: int, low: int, high: int) -> Tensor:

@@ -22,7 +22,7 @@ optim: {name: adamw}
 data: {name: stdlib}
 checkpoint: {final: false}
 """
-EXPERTS = ["model.family=mixtral", "model.moe.experts=8", "model.moe.top_k=4", "model.moe.ffn=32"]
+EXPERTS = ["model.moe.experts=8", "model.moe.top_k=4", "model.moe.ffn=32"]
 
 
 @pytest.fixture

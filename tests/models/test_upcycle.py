@@ -156,7 +156,7 @@ def test_the_family_is_one_that_can_be_exported() -> None:
     ],
 )
 def test_what_would_not_start_as_the_dense_model(moe: dict[str, Any], message: str) -> None:
-    settings = {"experts": 8, "top_k": 4, "ffn": 24} | moe
+    settings: dict[str, Any] = {"experts": 8, "top_k": 4, "ffn": 24} | moe
     with pytest.raises(UserError, match=message):
         check_upcycling(DENSE, replace(DENSE, moe=MoeConfig(**settings)))
 

@@ -208,7 +208,9 @@ def test_no_rows_at_all_give_zero_gradients_once(compute: str) -> None:
 
 def test_impossible_choices_name_the_key() -> None:
     x, weight = torch.zeros(sum(UNEVEN), IN), torch.zeros(len(UNEVEN), OUT, IN)
-    with pytest.raises(UserError, match=r"model\.moe\.compute: bmm needs equally many rows .* 0 to 17.*model\.moe\.pad"):
+    with pytest.raises(
+        UserError, match=r"model\.moe\.compute: bmm needs equally many rows .* 0 to 17.*model\.moe\.pad"
+    ):
         gemms("bmm", x, weight, Groups(UNEVEN))
     with pytest.raises(UserError, match=r"model\.moe\.compute: grouped_mm has no fp64"):
         gemms("grouped_mm", x.double(), weight.double(), Groups(UNEVEN))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pentad.configs import load, preset_names
 from pentad.configs.errors import UserError
-from pentad.configs.schema import ModelConfig, MoeConfig, RopeConfig
+from pentad.configs.schema import MlaConfig, ModelConfig, MoeConfig, RopeConfig, RouterConfig
 from pentad.models.hf import hf_config, load_hf, model_config_from_hf, write_hf
 from pentad.models.hf_names import links
 from pentad.trainer.checkpoint import Checkpointer, read_full, write_full
@@ -44,6 +44,23 @@ GPT2 = ModelConfig(
     tied=True,
     **{**SIZES, "kv_heads": 4},
 )
+ROUTED = replace(LLAMA, family="mixtral", moe=MoeConfig(experts=4, ffn=48, router=RouterConfig(groups_kept=1)))
+LATENT = replace(
+    LLAMA,
+    family="deepseek_v3",
+    norm_eps=1e-6,
+    kv_heads=4,
+    head_dim=12,
+    rope=RopeConfig(interleaved=True),
+    mla=MlaConfig(kv_rank=16, nope_dim=8, rope_dim=4, value_dim=8),
+    moe=MoeConfig(
+        experts=4,
+        ffn=16,
+        shared=32,
+        dense_layers=1,
+        router=RouterConfig(score="sigmoid", selection_bias=True, groups=2, groups_kept=1),
+    ),
+)
 
 
 def random_tensors(config: ModelConfig) -> dict[str, torch.Tensor]:
@@ -54,7 +71,7 @@ def random_tensors(config: ModelConfig) -> dict[str, torch.Tensor]:
     return {name: tensor.bfloat16() if tensor.dim() > 1 else tensor for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda config: config.family)
+@pytest.mark.parametrize("config", [LLAMA, GPT2, ROUTED, LATENT], ids=lambda config: config.family)
 def test_import_then_export_is_bit_equal(config: ModelConfig, tmp_path: Path) -> None:
     kept = {"bos_token_id": 1, "eos_token_id": [2, 3], "use_cache": True}
     write_hf(tmp_path / "in", config, random_tensors(config), extra=kept)
@@ -136,7 +153,8 @@ def test_export_of_something_else(tmp_path: Path) -> None:
 def first_logits(rank: int, world: int, path: Path, config: ModelConfig, sharding: str, dtype: str) -> torch.Tensor:
     """Logits (B, T, V) of a job, over tp 2 with several ranks, that starts from `path`."""
     tp = 2 if world > 1 else 1
-    cfg = job(model=vars(config), tp=tp, dp=world // tp, sharding=sharding, dtype=dtype)
+    ep = 2 if config.moe.experts and world > 1 else 1
+    cfg = job(model=vars(config), tp=tp, dp=world // tp, ep=ep, sharding=sharding, dtype=dtype)
     mesh = open_mesh(rank, cfg)
     group: Any = mesh.host_group if world > 1 else None
     checkpointer = Checkpointer(
@@ -162,8 +180,15 @@ TOKENS = torch.arange(40).reshape(2, 20) % 96
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("sharding", ["ddp", "zero1", "fsdp"])
-@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda config: config.family)
+@pytest.mark.parametrize(
+    ("config", "sharding"),
+    [
+        *((config, sharding) for config in (LLAMA, GPT2) for sharding in ("ddp", "zero1", "fsdp")),
+        *((ROUTED, sharding) for sharding in ("ddp", "zero1")),
+        (LATENT, "ddp"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.family,
+)
 def test_a_run_starts_from_either_kind(config: ModelConfig, sharding: str, tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", config, {name: 0.1 * tensor for name, tensor in random_tensors(config).items()})
     import_hf(tmp_path / "hf", tmp_path / "checkpoint")

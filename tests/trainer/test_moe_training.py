@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,8 +86,8 @@ def moe(**settings: Any) -> MoeConfig:
 def settings(case: Case) -> dict[str, Any]:
     """A case as arguments of `check`."""
     tp, pp, dp, ep, etp = case["layout"]
-    schedule, _, balanced = case["pipeline"].partition("-balanced")
-    schedule, vocab = (schedule.removesuffix("-"), "balanced") if case["pipeline"].endswith("balanced") else (case["pipeline"], "ends")
+    schedule = case["pipeline"].removesuffix("-balanced")
+    vocab = "ends" if schedule == case["pipeline"] else "balanced"
     fp64 = case["dtype"] == "fp64"
     experts = moe(
         router=ROUTERS[case["router"]],
@@ -115,7 +116,10 @@ def settings(case: Case) -> dict[str, Any]:
 
 def _name(case: Case) -> str:
     layout = "x".join(str(n) for n in case["layout"])
-    words = [layout, *(str(case[key]) for key in FACTORS if key not in ("layout", "shared", "bias", "dense_layers", "documents"))]
+    words = [
+        layout,
+        *(str(case[key]) for key in FACTORS if key not in ("layout", "shared", "bias", "dense_layers", "documents")),
+    ]
     return "-".join([*words, *(word for word in ("shared", "bias", "dense_layers", "documents") if case[word])])
 
 
@@ -130,6 +134,4 @@ def test_layout(case):
 
 def _alone(experts: MoeConfig) -> MoeConfig:
     """What the twin has: the loop, tokens by all-to-all."""
-    from dataclasses import replace
-
     return replace(experts, compute="loop", dispatcher="all_to_all")

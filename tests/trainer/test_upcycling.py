@@ -122,10 +122,21 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+CASES = [
+    pytest.param(
+        layout,
+        granularity,
+        kind,
+        marks=[] if layout == "tp2-ep2" or (granularity, kind) == (2, "hf") else pytest.mark.slow,
+    )
+    for layout in LAYOUTS
+    for granularity in (1, 2, 8)
+    for kind in ("hf", "checkpoint")
+]
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["hf", "checkpoint"])
-@pytest.mark.parametrize("granularity", [1, 2, 8])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "granularity", "kind"), CASES)
 def test_online(layout: str, granularity: int, kind: str, tmp_path: Path) -> None:
     """The dense model's logits and loss before the first step, then one process's curve."""
     degrees = LAYOUTS[layout]

@@ -155,10 +155,10 @@ def put_together(parts: Sequence[Tensor], spread: Spread) -> Tensor:
 def attend(case: Case, core: Core, ranks: int, rank: int) -> list[Tensor]:
     """This rank's out, dq, dk, dv and, with sinks, its part of their gradient."""
     given, dealt = inputs(case), spread(case, ranks, rank)
-    leaves = [take(x, dealt.mine).requires_grad_() for x in (given.q, given.k, given.v)]
+    q, k, v = (take(x, dealt.mine).requires_grad_() for x in (given.q, given.k, given.v))
     sinks = None if given.sinks is None else given.sinks.clone().requires_grad_()
-    out = core(*leaves, dealt, case.window, case.scale, sinks)
-    wanted = leaves if sinks is None else [*leaves, sinks]
+    out = core(q, k, v, dealt, case.window, case.scale, sinks)
+    wanted = [q, k, v] if sinks is None else [q, k, v, sinks]
     return [out.detach(), *torch.autograd.grad(out, wanted, take(given.dout, dealt.mine))]
 
 
@@ -167,8 +167,7 @@ def check(case: Case, found: Sequence[list[Tensor]], tolerance: float = TOLERANC
     dealt = spread(case, len(found))
     for place, expected in enumerate(reference(case)):
         parts = [results[place] for results in found]
-        mine = sum(parts) if place == 4 else put_together(parts, dealt)
-        assert isinstance(mine, Tensor)
+        mine = torch.stack(parts).sum(0) if place == 4 else put_together(parts, dealt)
         label = ("out", "dq", "dk", "dv", "dsinks")[place]
         torch.testing.assert_close(
             mine.double(),
@@ -229,7 +228,7 @@ def sent_bytes(record: Path, rank: int, sizes: dict[str, int], step: int = 0) ->
 def saved_bytes(case: Case, core: Core, dealt: Spread) -> int:
     """What autograd keeps for backward, in the memory of the saved tensors; a collective call."""
     given = inputs(case)
-    leaves = [take(x, dealt.mine).requires_grad_() for x in (given.q, given.k, given.v)]
+    q, k, v = (take(x, dealt.mine).requires_grad_() for x in (given.q, given.k, given.v))
     storages: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -237,6 +236,6 @@ def saved_bytes(case: Case, core: Core, dealt: Spread) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        out = core(*leaves, dealt, case.window, case.scale)
-    torch.autograd.grad(out.sum(), leaves)
+        out = core(q, k, v, dealt, case.window, case.scale)
+    torch.autograd.grad(out.sum(), (q, k, v))
     return sum(storages.values())

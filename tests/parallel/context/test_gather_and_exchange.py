@@ -13,11 +13,13 @@ from pentad.configs.errors import UserError
 from pentad.models.local_attention import PlainMaths, local_attention
 from pentad.parallel.context.gather import AllGather
 from pentad.parallel.context.local import Core
+from pentad.parallel.context.ring import Ring
 from pentad.parallel.context.rows import Rows, Spread
 from pentad.parallel.context.ulysses import Ulysses, check_heads
 from pentad.parallel.context.united import United
 from pentad.parallel.context.usp import Usp
 from pentad.parallel.mesh import Axis, Degrees, Mesh
+from pentad.parallel.record import Recorder
 from tests.distributed import job_store, run_distributed
 
 from .cases import CASES, Case, attend, check, inputs, on_ranks, saved_bytes, sent_bytes, spread
@@ -44,6 +46,10 @@ def in_two_directions(mesh: Mesh) -> Usp:
 
 def exchanged_twice(mesh: Mesh) -> Usp:
     return Usp(mesh.axis("cp_inner"), Ulysses(mesh.axis("cp_outer"), PlainMaths()))
+
+
+def exchanged_and_passed_on(mesh: Mesh) -> Usp:
+    return Usp(mesh.axis("cp_inner"), Ring(mesh.axis("cp_outer"), mesh.axis("cp_outer_back"), PlainMaths()))
 
 
 def gathered_bytes(case: Case, ranks: int, tokens: int, kv_heads: int) -> int:
@@ -75,7 +81,10 @@ def test_equals_one_device(world, make, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("make", "inner"), [(in_two_directions, 2), (in_two_directions, 4), (exchanged_twice, 2)])
+@pytest.mark.parametrize(
+    ("make", "inner"),
+    [(in_two_directions, 2), (in_two_directions, 4), (exchanged_twice, 2), (exchanged_and_passed_on, 2)],
+)
 def test_two_directions_equal_one_device(make, inner, tmp_path):
     """An outer axis of one rank communicates nothing."""
     ranks = run_distributed(on_ranks, 4, make, CASES, tmp_path, inner, group=False)
@@ -92,7 +101,8 @@ def test_two_directions_equal_one_device(make, inner, tmp_path):
 
 
 def kept(rank: int, world: int) -> list[int]:
-    mesh = Mesh(Degrees(cp=world), store=job_store(), rank=rank, device="cpu", timeout_s=60, context=2)
+    recorder = Recorder(None, rank=rank, world=world, entries=64)
+    mesh = Mesh(Degrees(cp=world), store=job_store(), rank=rank, device="cpu", recorder=recorder, context=2)
     case = Case("kept", heads=8, kv_heads=4, value=5)
     found = [
         saved_bytes(case, make(mesh), spread(case, world, rank)) for make in (gathered, exchanged, in_two_directions)

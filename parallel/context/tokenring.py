@@ -1,0 +1,230 @@
+"""TokenRing: keys and values stay, queries go round (TokenRing, arXiv 2412.20501).
+
+Queries travel toward lower ranks. What a rank's keys gave a visiting query returns straight to its owner, against the
+stream, while the next ones arrive: both directions of the links are in use. With zigzag dealing-out all queries of a
+rank see something on lower ranks, and after the wrap-around only the back half does and travels on.
+
+The published method has no backward. Here queries make the same journey again, with the gradient of their output, its
+product with the output (Δ) and the log-sum-exp; their own gradients return as the results did, and those of keys and
+values never leave their rank.
+
+Queries are as wide as their heads, keys as the key-value heads: this pays where the two are nearly equal in number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..collectives import Handle, receive, send
+from ..mesh import Axis
+from .local import LocalAttention
+from .merge import add_sinks, merge_, row_sums, sinks_grad
+from .parcel import Like, Parcel
+from .routes import Choice, Stop, Timetable, Timetables
+from .rows import Mask, Rows, Spread
+from .transit import Journey, Lines, finish
+
+
+class TokenRing:
+    """A `Core` in which queries go round. One serves all layers of a rank.
+
+    Args:
+        axis: the ranks, for queries, toward lower ones.
+        back: the same ranks, for what returns; on NCCL a communicator of its own.
+        local: attention to one block.
+    """
+
+    def __init__(self, axis: Axis, back: Axis, local: LocalAttention) -> None:
+        self._lines, self._local = Lines(axis, back, -1), local
+        self._tables = Timetables(down=True, keys=False)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spread: Spread,
+        window: int | None,
+        scale: float,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """See `local.Core`."""
+        course = _Course(self._tables.of(spread, window), self._lines, self._local, spread.mine, window, scale)
+        return _TokenRing.apply(q, k, v, sinks, course)
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What a call needs besides tensors; `rows` are this rank's."""
+
+    table: Timetable
+    lines: Lines
+    local: LocalAttention
+    rows: Rows
+    window: int | None
+    scale: float
+
+    @property
+    def own_mask(self) -> Mask:
+        """Of the rank's own queries and keys."""
+        return Mask.of(self.rows, self.window)
+
+    def mask(self, stop: Stop) -> Mask:
+        """Of the visiting queries that have business here and the keys that they have it with."""
+        return Mask(stop.used.rows(stop.rows), self.rows.part(*stop.mine), self.window)
+
+
+class _Returns:
+    """What was made of visiting rows, on its way to their owners.
+
+    Args:
+        likes: the tensors that return; those of wide types first.
+        device: where they are.
+        join: takes the rows of this rank's that something returned for, and what.
+    """
+
+    def __init__(
+        self,
+        course: _Course,
+        likes: Sequence[Like],
+        device: torch.device,
+        join: Callable[[Choice, tuple[Tensor, ...]], None],
+    ) -> None:
+        self._table, self._lines = course.table, course.lines
+        self._likes, self._device, self._join = likes, device, join
+        self._coming: list[tuple[Handle, Parcel, Choice]] = []
+        self._sends: list[Handle] = []
+
+    def post(self, step: int, made: Sequence[Tensor]) -> None:
+        """Joins what returned from the steps before, and starts the transfers of what this one made."""
+        self.collect()
+        for message in self._table.returns[step]:
+            axis = self._lines.of(message)
+            if not message.home:
+                continue
+            if message.source == axis.rank:
+                self._sends.append(send(Parcel.of(*made).buffer, axis, message.to))
+                continue
+            choice = self._table.own[message.source].used_at_home
+            parcel = Parcel.empty(self._likes, choice.count, self._device)
+            self._coming.append((receive(parcel.buffer, axis, message.source), parcel, choice))
+
+    def collect(self) -> None:
+        """Joins everything under way."""
+        for handle, parcel, choice in self._coming:
+            handle.wait()
+            self._join(choice, parcel.parts)
+        self._coming.clear()
+        finish(self._sends)
+
+
+def _attend(course: _Course, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out and lse over all ranks' keys, in lse's precision."""
+    journey = Journey(course.table, course.lines, (q,))
+    journey.post(1)
+    first, lse = course.local.forward(q, k, v, course.own_mask, course.scale)
+    out = first.to(lse.dtype, copy=True)
+
+    def join(choice: Choice, parts: tuple[Tensor, ...]) -> None:
+        sums, found = parts
+        there, mine = choice.take(out), choice.take(lse.transpose(1, 2)).transpose(1, 2)
+        merge_(there, mine, found, sums.transpose(1, 2))
+        if choice.index is not None:
+            choice.put(out, there)
+            choice.put(lse.transpose(1, 2), mine.transpose(1, 2))
+
+    returns = _Returns(course, [Like.of(lse.transpose(1, 2)), Like.of(first)], q.device, join)
+    for step in range(1, course.lines.along.size):
+        block = journey.arrived(step)
+        journey.left()
+        journey.post(step + 1)
+        made: tuple[Tensor, ...] = ()
+        if block is not None:
+            stop, (x,) = block
+            keys = slice(*stop.mine)
+            found, sums = course.local.forward(
+                stop.used.take(x), k[:, keys], v[:, keys], course.mask(stop), course.scale
+            )
+            made = sums.transpose(1, 2), found
+        returns.post(step, made)
+    returns.collect()
+    journey.left()
+    return out, lse
+
+
+def _stand_in(dout: Tensor, delta: Tensor) -> Tensor:
+    """An output whose product with dout (B, n, H, e) is Δ (B, n, H): kernels want the output only for that."""
+    # Dividing by the largest first keeps the squares of small gradients from vanishing.
+    exact = dout.to(delta.dtype)
+    largest = exact.abs().amax(dim=-1, keepdim=True)
+    unit = exact / largest.masked_fill(largest == 0, 1)
+    squares = (unit * unit).sum(dim=-1, keepdim=True)
+    return unit * (delta[..., None] / (largest * squares)).masked_fill_(largest == 0, 0)
+
+
+def _differentiate(
+    course: _Course, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in lse's precision."""
+    home = lse.transpose(1, 2), row_sums(dout, out).transpose(1, 2), q, dout
+    journey = Journey(course.table, course.lines, home)
+    journey.post(1)
+    dq, dk, dv = course.local.backward(dout, q, k, v, out, lse, course.own_mask, course.scale)
+
+    def join(choice: Choice, parts: tuple[Tensor, ...]) -> None:
+        choice.put(dq, parts[0], add=True)
+
+    returns = _Returns(course, [Like.of(dq)], q.device, join)
+    for step in range(1, course.lines.along.size):
+        block = journey.arrived(step)
+        journey.left()
+        journey.post(step + 1)
+        made: tuple[Tensor, ...] = ()
+        if block is not None:
+            stop, parts = block
+            keys = slice(*stop.mine)
+            sums, delta, x, theirs = (stop.used.take(part) for part in parts)
+            if stop.used.padding is not None:
+                # The probabilities of what only fills up are 0 then.
+                sums = sums.masked_fill(stop.used.padding.to(sums.device)[..., None], float("inf"))
+            y = _stand_in(theirs, delta).to(x.dtype)
+            dx, dkeys, dvalues = course.local.backward(
+                theirs, x, k[:, keys], v[:, keys], y, sums.transpose(1, 2), course.mask(stop), course.scale
+            )
+            dk[:, keys] += dkeys
+            dv[:, keys] += dvalues
+            made = (dx,)
+        returns.post(step, made)
+    returns.collect()
+    journey.left()
+    return dq, dk, dv
+
+
+class _TokenRing(torch.autograd.Function):
+    """Keeps this rank's q, k, v, out and lse."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, course: _Course) -> Tensor:
+        out, lse = _attend(course, q, k, v)
+        if sinks is not None:
+            out, lse = add_sinks(out, lse, sinks)
+        out = out.to(q.dtype)
+        ctx.course = course
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        dq, dk, dv = _differentiate(ctx.course, dout, q, k, v, out, lse)
+        dsinks = None
+        if sinks is not None and ctx.needs_input_grad[3]:
+            dsinks = sinks_grad(dout, out, lse, sinks)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None

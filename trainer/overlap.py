@@ -1,0 +1,54 @@
+"""Choosing into how many chunks tokens are cut on their way to the experts, while the training runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..configs.schema import Config
+from ..models.parallelize import set_overlap_chunks
+from ..models.transformer import Transformer
+from ..parallel.collectives import all_reduce
+from ..parallel.expert.search import ChunkSearch
+from ..parallel.mesh import Mesh
+
+
+class OverlapTuner:
+    """Tries numbers of chunks in the first steps where the config says `auto`, and does nothing otherwise.
+
+    Args:
+        cfg: the job.
+        model: this rank's part of it.
+        mesh: whose ranks agree on the slowest one's times.
+    """
+
+    def __init__(self, cfg: Config, model: Transformer, mesh: Mesh) -> None:
+        moe = cfg.model.moe
+        wanted = moe.experts > 0 and moe.overlap_chunks == "auto" and moe.dispatcher == "all_to_all"
+        self.search = ChunkSearch() if wanted else None
+        self._model, self._mesh = model, mesh
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a step."""
+        search = self.search
+        if search is None or search.chosen is not None:
+            yield
+            return
+        set_overlap_chunks(self._model, search.propose())
+        self._synchronize()
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        device = next(self._model.parameters()).device
+        seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
+        search.observe(all_reduce(seconds.reshape(1), self._mesh.axis("world"), "max").wait().item())
+        if search.chosen is not None:
+            set_overlap_chunks(self._model, search.chosen)
+
+    def _synchronize(self) -> None:
+        if self._mesh.device == "cuda":
+            torch.cuda.synchronize()
