@@ -1,7 +1,7 @@
 """Attention in blocks of queries, for CPUs.
 
-Each block of queries meets only the keys that its mask can reach, as plain batched matrix products, which run at the
-machine's GEMM rate; torch's fused CPU kernel reaches a quarter of it in bf16 and half in fp32. As in FlashAttention-2
+Each block of queries meets only the keys that its mask can reach, as plain batched matrix products over all sequences
+and heads at once, which run at the machine's GEMM rate also where blocks are small or masked. As in FlashAttention-2
 (Dao, 2023) only the log-sum-exp is kept, and backward makes the probabilities again.
 
 Shapes: B sequences, n queries, m keys, H query heads, K key-value heads, G = H / K queries per key, d width of a query

@@ -46,9 +46,9 @@ class Kernel(Protocol):
 
 
 class CpuFlash:
-    """torch's CPU operator. `Blockwise` is faster: see `benchmarks` there; this one shows that the rest holds.
+    """torch's operator for CPUs, all types; heads of one width; masks are additive, of q's type.
 
-    Its masks are additive and of q's type; booleans it refuses.
+    It gives queries that see nothing the lse 0.
     """
 
     def forward(

@@ -134,9 +134,7 @@ class _GroupedProject(torch.autograd.Function):
         scales, *tensors = ctx.saved_tensors
         inputs, weights, biases = call.split(tensors)
         dys = tuple(dy.contiguous() for dy in dys)
-        dx = call.gemms(dys[0], weights[0]).backward(dys[0], weights[0], None)
-        for dy, weight in zip(dys[1:], weights[1:], strict=True):
-            dx = call.gemms(dy, weight).backward(dy, weight, dx)
+        dx = call.gemms(dys[0], weights[0]).backward(dys, weights)
         x, dinputs, dscales = _make_again(call, inputs, scales, dx, ctx.needs_input_grad[2 : 2 + call.inputs])
         bias_grads = [_bias_grad(b, dy, call, scales, dscales) for b, dy in zip(biases, dys, strict=True)]
         if dscales is not None and scales is not None:

@@ -1,4 +1,4 @@
-"""From a micro-batch of the loader to what the stages of this rank read: the one place where sequences are shared out."""
+"""From a micro-batch of the loader to what this rank's stages read: the one place where sequences are shared out."""
 
 from __future__ import annotations
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from pentad.configs.errors import UserError
-from pentad.models import fused_attention
+from pentad.models import fused_attention, local_attention
 from pentad.models.blockwise import Blockwise, blocks
 from pentad.models.fused_attention import Fused, pieces
 from pentad.models.fused_kernels import CpuFlash
-from pentad.models.local_attention import PlainMaths, check_local_attention
+from pentad.models.local_attention import Cpu, PlainMaths, check_local_attention
 from pentad.parallel.context.local import LocalAttention
 from pentad.parallel.context.merge import merge_
 from pentad.parallel.context.one_device import attention
@@ -253,6 +253,38 @@ def test_runs_of_tokens_need_no_masks():
         (500, 550, 500, 550, False, True),
         (550, 1000, 550, 1000, True, False),
     ]
+
+
+def test_the_cpu_runs_torchs_operator_for_long_runs_only(monkeypatch):
+    monkeypatch.setattr(local_attention, "_LONG", 100)
+    monkeypatch.setattr(fused_attention, "_SHORT", 20)
+    cpu, packed = Cpu(), rows(range(210), lengths=[[104, 106]])
+    for mask, value, fused in (
+        (Mask.of(Rows.whole(110)), 8, True),
+        (Mask.of(packed), 8, True),
+        (Mask.of(Rows.whole(90)), 8, False),
+        (Mask.of(Rows.whole(110), 10), 8, False),
+        (Mask.of(Rows.whole(110)), 4, False),
+        (Mask.of(rows(range(210), lengths=[[160, 50]])), 8, False),
+    ):
+        q, k, v, dout = (x.float() for x in tensors(mask, (2, 1, 8, value), 1))
+        assert isinstance(cpu.best(q, v, mask), Fused if fused else Blockwise)
+        found = cpu.forward(q, k, v, mask, SCALE)
+        expected = PlainMaths().forward(q, k, v, mask, SCALE)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        grads = (x.backward(dout, q, k, v, *expected, mask, SCALE) for x in (cpu, PlainMaths()))
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_kept_for_backward():
+    """q, k, v, out and the log-sum-exp, and no copies of them."""
+    mask = Mask.of(Rows.whole(70))
+    q, k, v, _ = (x.requires_grad_() for x in tensors(mask, (4, 2, 8, 6)))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        out = attention(Blockwise(), q, k, v, mask, SCALE)
+    assert [x.data_ptr() for x in kept[:4]] == [x.data_ptr() for x in (q, k, v, out)]
+    assert kept[4].shape == (2, 4, 70) and len(kept) == 5
 
 
 def test_blocks_of_packed_documents_leave_out_other_documents():

@@ -90,7 +90,7 @@ def _against_dtensor(rank: int, world: int, folder: Path) -> None:
     theirs = distribute_tensor(whole, mesh, [Shard(1), Shard(0)])
     save({"w": theirs}, checkpoint_id=folder / "theirs")
     place = Placement((7, 11), (0, 0), (7, 6)) if rank < 2 else Placement((7, 11), (0, 6), (7, 5))
-    local = whole[:, place.start : place.stop].reshape(-1)
+    local = place.of(whole).reshape(-1)
     run = (0, 19) if rank % 2 else (19, len(local))
     data = torch.zeros(run[1] - run[0])
     load({"w": GlobalTensor(place, *run, data)}, checkpoint_id=folder / "theirs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -81,46 +82,96 @@ def core_of(name: str, mesh: Mesh) -> Core:
             return Usp(mesh.axis("cp_inner"), Ring(mesh.axis("cp_outer"), mesh.axis("cp_outer_back"), local))
 
 
-def measured(rank: int, world: int, names: list[str], case: Case, inner: int):
+@dataclass(frozen=True)
+class Bytes:
+    """Of one call on one rank: kept for backward, and the most that forward and backward made and held at a time."""
+
+    saved: int
+    forward: int
+    backward: int
+
+
+def measured(rank: int, world: int, cases: list[Case]) -> list[dict[str, Bytes]]:
     recorder = Recorder(None, rank=rank, world=world)
     mesh = Mesh(
-        Degrees(cp=world), store=job_store(), rank=rank, device="cpu", recorder=recorder, timeout_s=60, context=inner
+        Degrees(cp=world), store=job_store(), rank=rank, device="cpu", recorder=recorder, timeout_s=60, context=2
     )
-    res = {}
-    for name in names:
-        core, dealt = core_of(name, mesh), spread(case, world, rank)
-        given = inputs(case)
-        saved = saved_bytes(case, core, dealt)
-        leaves = [take(x, dealt.mine).requires_grad_() for x in (given.q, given.k, given.v)]
-        dout = take(given.dout, dealt.mine)
-        with Held() as held:
-            out = core(*leaves, dealt, None, case.scale)
-            f, fe = held.peak, held.now()
-        with Held() as held:
-            g = torch.autograd.grad(out, leaves, dout)
-        res[name] = (saved, f, fe, held.peak, held.now())
+    found = [{name: one_call(core_of(name, mesh), case, spread(case, world, rank)) for name in PEAKS} for case in cases]
     mesh.close()
-    return res
+    return found
 
 
-if __name__ == "__main__":
-    from dataclasses import replace
+def one_call(core: Core, case: Case, dealt: Spread) -> Bytes:
+    saved, given = saved_bytes(case, core, dealt), inputs(case)
+    leaves = [take(x, dealt.mine).requires_grad_() for x in (given.q, given.k, given.v)]
+    dout = take(given.dout, dealt.mine)
+    with Held() as forward:
+        out = core(*leaves, dealt, None, case.scale)
+    with Held() as backward:
+        grads = torch.autograd.grad(out, leaves, dout)
+    del grads
+    return Bytes(saved, forward.peak, backward.peak)
 
-    c = Case("x", batch=1, heads=8, kv_heads=4, key=16, value=16, dtype=torch.float32, length=1024)
-    for P in (2, 4):
-        s = 1024 // P
-        kv = 2 * s * 4 * 16 * 4
-        qo = s * 8 * 16 * 4
-        lse = s * 8 * 4
-        for deal in ("zigzag", "contiguous"):
-            r = run_distributed(
-                measured,
-                P,
-                ["allgather", "ulysses", "ring", "tokenring", "usp"],
-                replace(c, dealing=deal),
-                P // 2 if P > 2 else 1,
-                group=False,
-            )
-            print(P, deal, "kv", kv, "qo", qo, "lse", lse)
-            for n in r[0]:
-                print("  ", n, [[round(x[n][i] / kv, 2) for x in r] for i in range(5)])
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a rank's tokens: keys with values, queries (or outputs) and log-sum-exps, in bytes; and the ranks."""
+
+    kv: float
+    q: float
+    lse: float
+    ranks: int
+
+
+def exchanged_forward(x: Sizes) -> float:
+    """Three copies of q, k, v; or those that arrived, the output and its way back."""
+    return max(3 * (x.q + x.kv), x.kv + 5 * x.q + x.lse)
+
+
+PEAKS: dict[str, tuple[Callable[[Sizes], float], Callable[[Sizes], float]]] = {
+    # All keys as they arrive and again in order; in backward also their gradients, there and back.
+    "allgather": (
+        lambda x: max((2 * x.ranks + 1) * x.kv, x.ranks * x.kv + x.q + x.lse),
+        lambda x: x.q + 4 * x.ranks * x.kv,
+    ),
+    "ulysses": (exchanged_forward, lambda x: 4 * (x.q + x.kv)),
+    # Some blocks of keys, however many ranks there are, and what they gave.
+    "ring": (
+        lambda x: 3 * (x.q + x.lse) + x.kv if x.ranks == 2 else 2.5 * (x.q + x.lse) + 3.5 * x.kv,
+        lambda x: 2.5 * x.q + (5.75 if x.ranks == 2 else 8.5) * x.kv,
+    ),
+    "tokenring": (
+        lambda x: (5.4 if x.ranks == 2 else 7.7) * (x.q + x.lse),
+        lambda x: 7 * x.q + 1.7 * x.kv if x.ranks == 2 else 12 * x.q + 2 * x.kv,
+    ),
+    # With one rank outside it is Ulysses.
+    "usp": (exchanged_forward, lambda x: 4 * (x.q + x.kv) if x.ranks == 2 else 3.6 * x.q + 5.65 * x.kv),
+}
+"""The most that is made and held in forward and in backward, in zigzag."""
+
+PLAIN = Case("keys", batch=1, heads=8, kv_heads=8, key=8, value=8, length=256, dtype=torch.float32)
+SHAPES = [PLAIN, replace(PLAIN, name="queries", heads=32)]
+
+
+def alone(
+    q: Tensor, k: Tensor, v: Tensor, spread: Spread, window: int | None, scale: float, sinks: Tensor | None = None
+) -> Tensor:
+    return attention(Results(), q, k, v, Mask.of(spread.mine, window), scale, sinks)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_memory_of_each_method(ranks):
+    found = run_distributed(measured, ranks, SHAPES, group=False)
+    for index, case in enumerate(SHAPES):
+        whole, tokens = saved_bytes(case, alone, spread(case, 1)), case.length // ranks
+        sizes = Sizes(tokens * 2 * 8 * 8 * 4, tokens * case.heads * 8 * 4, tokens * case.heads * 4, ranks)
+        for name, (forward, backward) in PEAKS.items():
+            each = [by_case[index][name] for by_case in found]
+            where = f"{name}, {case.name}, {ranks} ranks: {each}, {sizes}"
+            assert {x.saved * ranks for x in each} == {whole}, where
+            for most, expected in (
+                (max(x.forward for x in each), forward(sizes)),
+                (max(x.backward for x in each), backward(sizes)),
+            ):
+                assert 0.5 * expected < most < 1.15 * expected, f"{most} for {expected}: {where}"
