@@ -23,7 +23,12 @@ def make_config(workload: Workload, arguments: argparse.Namespace) -> dict[str, 
     """The job as a config file's content."""
     dp = int(os.environ["WORLD_SIZE"]) // (arguments.tp * arguments.cp)
     context = {"method": arguments.context, "duplex": arguments.duplex}
-    moe = {"experts": arguments.experts, "top_k": arguments.top_k, "compute": arguments.compute}
+    moe = {
+        "experts": arguments.experts,
+        "top_k": arguments.top_k,
+        "compute": arguments.compute,
+        "weigh": arguments.weigh,
+    }
     return {
         "name": "run",
         "runs_dir": str(arguments.out),
@@ -91,6 +96,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=0, help="in every layer; 0: dense")
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--compute", default="auto", help="model.moe.compute")
+    parser.add_argument("--weigh", default="after", help="model.moe.weigh")
     parser.add_argument("--warmup", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)

@@ -148,7 +148,7 @@ def check_local_attention(
         counts = ((mask.queries.count, 4, width), (mask.keys.count, 2, width), (mask.keys.count, 2, value))
         q, k, v = (torch.randn(1, *shape, generator=draws).to(device, dtype) for shape in counts)
         dout = torch.randn(1, mask.queries.count, 4, value, generator=draws).to(device, dtype)
-        expected = _everything(PlainMaths(), *(x.double() for x in (dout, q, k, v)), mask)
+        expected = _everything(PlainMaths(), dout.double(), q.double(), k.double(), v.double(), mask)
         try:
             found = _everything(local, dout, q, k, v, mask)
         except RuntimeError as error:

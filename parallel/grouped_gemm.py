@@ -264,8 +264,8 @@ def _fits(weight: Tensor) -> bool:
     return not (weight.shape[1] % step or weight.shape[2] % step)
 
 
-MANY_ROWS = 128
-"""From so many rows of an expert on, on average, a GEMM's own time hides what Python takes to start it."""
+MANY_ROWS = 64
+"""From so many rows of an expert on, on average, a GEMM's own time hides what Python takes to start it (on CPU)."""
 
 
 def _fastest(x: Tensor, weight: Tensor, groups: Groups) -> Gemms:

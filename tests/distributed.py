@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-MAX_WORLD_SIZE = 8
+MAX_WORLD_SIZE = 16
 GRACE_S = 3.0
 """Seconds that the other ranks get to report after one has failed: the first error may be a consequence."""
 START_S = 120.0
@@ -65,7 +65,7 @@ def run_distributed(
 
     Args:
         fn: a function at a module's top level, so that another process can import it.
-        world_size: at most 8.
+        world_size: at most 16.
         args: picklable; tensors are copied.
         timeout_s: seconds until the ranks are killed and the call fails with `TimeoutError`.
         group: false where `fn` makes its own process group, from `job_store()`.

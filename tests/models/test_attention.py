@@ -127,9 +127,8 @@ def test_blockwise_in_bf16_is_as_near_to_the_truth_as_torch():
     truth = attend(q.double(), k.double(), v.double(), spread, None, 0.25)
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     error = (attend(q, k, v, spread, None, 0.25) - truth).norm() / truth.norm()
-    torchs = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=0.25, enable_gqa=True
-    )
+    qs, ks, vs = (x.transpose(1, 2) for x in (q, k, v))
+    torchs = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, scale=0.25, enable_gqa=True)
     theirs = (torchs.transpose(1, 2) - truth).norm() / truth.norm()
     assert error < 1.3 * theirs
 

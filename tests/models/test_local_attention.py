@@ -153,7 +153,7 @@ def test_keys_in_blocks_with_the_whole_out_and_lse(local, sinks):
     whole = Mask(queries, rows(range(180), lengths=DOCUMENTS))
     q, k, v, dout = tensors(whole, (4, 2, 8, 6))
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    expected = attention(PlainMaths(), *inputs, whole, SCALE, sinks)
+    expected = attention(PlainMaths(), q, k, v, whole, SCALE, sinks)
     if sinks is None:
         torch.testing.assert_close(expected, written_out(q, k, v, seen(whole, batch))[0], rtol=1e-12, atol=1e-12)
     grads = torch.autograd.grad(expected, inputs, dout)
@@ -301,11 +301,11 @@ def test_the_check_at_the_start_passes_what_is_right(local, dtype, widths):
 
 def test_the_check_at_the_start_finds_what_is_wrong():
     class Zero(CpuFlash):
-        def backward(self, dout, q, k, v, out, lse, *rest):
-            return super().backward(dout, q, k, v, torch.zeros_like(out), lse, *rest)
+        def backward(self, dout, q, k, v, out, lse, causal, hidden, scale):
+            return super().backward(dout, q, k, v, torch.zeros_like(out), lse, causal, hidden, scale)
 
     class Gone(CpuFlash):
-        def forward(self, *arguments):
+        def forward(self, q, k, v, causal, hidden, scale):
             raise RuntimeError("no such operator")
 
     with pytest.raises(UserError, match="gives a wrong dq with PyTorch"):

@@ -14,7 +14,7 @@ from pentad.configs.errors import UserError
 from pentad.models.functional import swiglu
 from pentad.parallel.gradients import Slot, WeightGradients
 from pentad.parallel.grouped import Groups, Local, Made
-from pentad.parallel.grouped_gemm import Bmm, GroupedMm, Loop, gemms
+from pentad.parallel.grouped_gemm import Bmm, GroupedMm, Loop, RoundedLoop, _window, gemms
 
 UNEVEN = (5, 0, 9, 1, 0, 17)
 EVEN = (6, 6, 6, 6)
@@ -206,6 +206,32 @@ def test_no_rows_at_all_give_zero_gradients_once(compute: str) -> None:
     assert all(not slot.buffer.any() for slot in slots)
 
 
+@pytest.mark.parametrize("counts", [(300, 0, 37, 20, 1, 129), (1, 5), (9,), (0, 77, 3, 3, 3, 0), (40, 8, 16)])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_rounding_changes_no_product(counts: tuple[int, ...], fresh: bool) -> None:
+    """fp64 against the plain loop, with experts at the end that have no rows behind them to round up with."""
+    groups, rows = Groups(counts), sum(counts)
+    x, dys = torch.randn(rows, IN).double(), [torch.randn(rows, OUT).double() for _ in range(2)]
+    weights = [torch.randn(len(counts), OUT, IN).double() for _ in range(2)]
+    found = []
+    for way in (RoundedLoop(groups), Loop(groups)):
+        total = torch.full_like(weights[0], torch.nan if fresh else 3.0)
+        way.add_weight(dys[0], x, total, fresh)
+        narrow = torch.zeros(len(counts), IN, OUT).double()  # the other operand is the narrower one
+        way.add_weight(x, dys[0], narrow, True)
+        found.append([way.forward(x, weights[0]), way.backward(dys, weights), total, narrow])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+
+def test_rounding_leaves_few_numbers_of_rows() -> None:
+    sizes = set()
+    for count in range(1, 2049):
+        window = _window(100, 100 + count, 10_000)
+        assert window.start == 100 and count <= window.stop - 100 <= max(count + 7, count * 17 / 16)
+        sizes.add(window.stop - window.start)
+    assert len(sizes) <= 16 + 4 * 16
+
+
 def test_impossible_choices_name_the_key() -> None:
     x, weight = torch.zeros(sum(UNEVEN), IN), torch.zeros(len(UNEVEN), OUT, IN)
     with pytest.raises(
@@ -223,7 +249,8 @@ def test_auto_only_chooses_what_can_be_done() -> None:
         for width in (14, 16):
             weight = torch.zeros(6, OUT, width, dtype=dtype)
             way = gemms("auto", torch.zeros(sum(UNEVEN), width, dtype=dtype), weight, Groups(UNEVEN))
-            assert isinstance(way, Loop if dtype == torch.float64 or width == 14 else GroupedMm)
+            assert isinstance(way, GroupedMm) == (dtype != torch.float64 and width == 16)
     assert isinstance(gemms("auto", torch.zeros(24, IN), torch.zeros(4, OUT, IN), Groups(EVEN)), Bmm)
-    many = Groups((1000, 24))
-    assert isinstance(gemms("auto", torch.zeros(1024, IN), torch.zeros(2, OUT, IN), many), Loop)
+    for dtype, way in ((torch.float32, Loop), (torch.bfloat16, RoundedLoop)):
+        x, weight = torch.zeros(1024, IN, dtype=dtype), torch.zeros(2, OUT, IN, dtype=dtype)
+        assert isinstance(gemms("auto", x, weight, Groups((1000, 24))), way)

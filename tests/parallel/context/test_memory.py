@@ -93,9 +93,7 @@ class Bytes:
 
 def measured(rank: int, world: int, cases: list[Case]) -> list[dict[str, Bytes]]:
     recorder = Recorder(None, rank=rank, world=world)
-    mesh = Mesh(
-        Degrees(cp=world), store=job_store(), rank=rank, device="cpu", recorder=recorder, timeout_s=60, context=2
-    )
+    mesh = Mesh(Degrees(cp=world), store=job_store(), rank=rank, device="cpu", recorder=recorder, context=2)
     found = [{name: one_call(core_of(name, mesh), case, spread(case, world, rank)) for name in PEAKS} for case in cases]
     mesh.close()
     return found
