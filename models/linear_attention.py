@@ -355,7 +355,9 @@ class LinearAttention(nn.Module):
         g = F.logsigmoid(low.to(precise)) / GATE_DIVISOR
         q, k, g = (y.view(seq.batch, seq.length, -1, d) for y in (q, k, g))
         v = v.view(seq.batch, seq.length, -1, e)
-        documents, joined = seq.spread.mine.documents, seq.spread.joined
+        documents, joined = (
+            None if y is None else y.to(x.device) for y in (seq.spread.mine.documents, seq.spread.joined)
+        )
         y = gated_linear_attention(q, k, v, g, documents, joined, chunk=self.chunk, neighbours=self.neighbours)
         y = self.head_norm(y)
         return self.out(swiglu(gate, y.reshape(seq.batch * seq.length, -1)))

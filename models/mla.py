@@ -42,6 +42,8 @@ class LatentAttention(nn.Module):
         super().__init__()
         mla = cfg.mla
         width = mla.nope_dim + mla.rope_dim
+        self.widths = width, mla.value_dim
+        """Of a query or key head, and of a value head."""
         self.mla, self.scale = mla, width**-0.5 * cfg.rope.score_factor
         self.window, self.interleaved = cfg.window_of(index), cfg.rope.interleaved
         compressed = mla.q_rank is not None

@@ -27,12 +27,18 @@ from .attention import Attention
 from .initialise import initial
 from .linear import Linear
 from .linear_attention import LinearAttention
-from .local_attention import local_attention
+from .local_attention import check_local_attention, local_attention
 from .mla import LatentAttention
 from .moe import Moe
 from .plans import plan_of
 from .recompute import run_layer_again
 from .transformer import Part, Transformer
+
+_SOFTMAX = (Attention, LatentAttention)
+
+
+def _head_widths(attention: Attention | LatentAttention) -> tuple[int, int]:
+    return (attention.head_dim, attention.head_dim) if isinstance(attention, Attention) else attention.widths
 
 
 def rule_of(plan: Plan, name: str) -> Rule:
@@ -99,6 +105,9 @@ def build(
     if mesh.axis("tp").size > 1:
         _replace_seams(model, mesh)
     _replace_dispatchers(model, mesh)
+    if device.type == "cuda":
+        for width, value in {_head_widths(module) for module in model.modules() if isinstance(module, _SOFTMAX)}:
+            check_local_attention(local_attention(device), device, dtype, width, value)
     if context is not None and mesh.axis("cp").size > 1:
         _replace_cores(model, mesh, context, device)
     return model, where
@@ -149,7 +158,7 @@ def _replace_cores(model: Transformer, mesh: Mesh, context: ContextConfig, devic
     core = make_core(context, mesh, local_attention(device))
     scan: AllScan | None = None
     for module in model.modules():
-        if isinstance(module, (Attention, LatentAttention)):
+        if isinstance(module, _SOFTMAX):
             module.core = core
         elif isinstance(module, LinearAttention):
             scan = scan or AllScan(mesh.axis("cp_scan"), mesh.axis("cp_back"), device)

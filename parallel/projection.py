@@ -21,8 +21,10 @@ from .gradients import matmul_grad, open_store, plain_grad
 class HasWeight(Protocol):
     """What a projection needs of a linear layer."""
 
-    weight: Any
-    bias: Any
+    @property
+    def weight(self) -> Any: ...
+    @property
+    def bias(self) -> Any: ...
 
 
 class Projection(Protocol):

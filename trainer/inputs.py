@@ -40,8 +40,9 @@ class InputMaker:
         share = self.cfg.train.micro_batch / self.cfg.train.global_batch if step >= 0 else 0.0
         spread = self._spread(batch)
         if spread is None:
+            # Documents stay on the host, where masks are planned.
             moved, draws = batch.to(self.device), self._draws(batch, step, torch.arange(batch.tokens.numel()))
-            return Inputs(moved.tokens, moved.labels, scale, moved.positions, moved.documents, draws, share)
+            return Inputs(moved.tokens, moved.labels, scale, moved.positions, batch.documents, draws, share)
         order = spread.mine.order.expand(len(batch.tokens), -1)
         positions = order if batch.positions is None else batch.positions.gather(1, order)
         places = order + torch.arange(len(order))[:, None] * batch.tokens.shape[1]

@@ -43,8 +43,9 @@ def make_model(
         attn_implementation="sdpa",
     )
     if experts:
-        experts_options = dict(num_local_experts=experts, num_experts_per_tok=top_k, sliding_window=None)
-        model = MixtralForCausalLM(MixtralConfig(**options, **experts_options, experts_implementation=implementation))
+        options |= {"num_local_experts": experts, "num_experts_per_tok": top_k, "sliding_window": None}
+        options |= {"experts_implementation": implementation}
+        model = MixtralForCausalLM(MixtralConfig(**options))
     else:
         model = LlamaForCausalLM(LlamaConfig(**options))
     if policy in ("masters", "plain"):

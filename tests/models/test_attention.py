@@ -128,7 +128,7 @@ def test_blockwise_in_bf16_is_as_near_to_the_truth_as_torch():
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     error = (attend(q, k, v, spread, None, 0.25) - truth).norm() / truth.norm()
     qs, ks, vs = (x.transpose(1, 2) for x in (q, k, v))
-    torchs = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, scale=0.25, enable_gqa=True)
+    torchs = F.scaled_dot_product_attention(qs, ks, vs, None, 0.0, True, scale=0.25, enable_gqa=True)
     theirs = (torchs.transpose(1, 2) - truth).norm() / truth.norm()
     assert error < 1.3 * theirs
 

@@ -94,8 +94,11 @@ def _same_as(block: nn.Module, cfg: ModelConfig, shared: bool = False) -> None:
     _close(y, expected)
     _close(x.grad, twin.grad)
     for their, our in copies:
+        assert our.grad is not None
         _close(our.grad, their.grad)
-    fused = torch.cat([moe.experts.gate.weight.grad, moe.experts.up.weight.grad], 1)
+    assert moe.experts.gate is not None
+    parts = [part.weight.grad for part in (moe.experts.gate, moe.experts.up)]
+    fused = torch.cat([part for part in parts if part is not None], 1)
     _close(fused, theirs.experts.gate_up_proj.grad)
 
 

@@ -48,8 +48,8 @@ def gradients(
 ) -> list[Tensor]:
     """The output and the gradients of q, k, v and g."""
     *leaves, dout = (x.clone() for x in tensors)
-    leaves = [x.requires_grad_() for x in leaves]
-    out = gated_linear_attention(*leaves, documents, joined, chunk=CHUNK, **settings)
+    q, k, v, g = leaves = [x.requires_grad_() for x in leaves]
+    out = gated_linear_attention(q, k, v, g, documents, joined, chunk=CHUNK, **settings)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 

@@ -78,9 +78,9 @@ def test_loop_equals_the_definition(counts: tuple[int, ...], bias: bool) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backends_equal_the_loop(compute: str, counts: tuple[int, ...], dtype: torch.dtype) -> None:
     """bf16: x and dy are the same, so both sides round the same sums, in the worst case one step apart."""
-    tolerance = dict(rtol=1e-5, atol=1e-4) if dtype == torch.float32 else dict(rtol=2**-7, atol=0.1)
+    rtol, atol = (1e-5, 1e-4) if dtype == torch.float32 else (2**-7, 0.1)
     for ours, loop in zip(_run(compute, dtype, counts), _run("loop", dtype, counts), strict=True):
-        torch.testing.assert_close(ours, loop, **tolerance)
+        torch.testing.assert_close(ours, loop, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -110,6 +110,7 @@ def test_gradcheck(compute: str, counts: tuple[int, ...]) -> None:
         made = Made(swiglu, (gate, up), weights)
         return Local(compute)(made, Groups(counts), [_Linear(weight, bias)])[0]  # pyright: ignore[reportArgumentType]
 
+    assert linear.bias is not None
     assert torch.autograd.gradcheck(project, (gate, up, weights, linear.weight, linear.bias), fast_mode=True)
 
 
@@ -136,9 +137,8 @@ def test_a_made_input_may_need_no_gradient() -> None:
     x, index = torch.randn(3, IN, dtype=torch.float64, requires_grad=True), torch.tensor([2, 0, 2, 1])
     ours = Local("loop")(Made(torch.Tensor.__getitem__, (x, index)), Groups((3, 1)), [linear])[0]
     plain = _plain(x[index], (3, 1), linear)
-    for a, b in zip(
-        torch.autograd.grad(ours.sum(), (x, linear.weight)), torch.autograd.grad(plain.sum(), (x, linear.weight))
-    ):
+    wanted = torch.autograd.grad(plain.sum(), (x, linear.weight))
+    for a, b in zip(torch.autograd.grad(ours.sum(), (x, linear.weight)), wanted, strict=True):
         torch.testing.assert_close(a, b)
 
 

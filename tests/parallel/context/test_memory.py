@@ -101,10 +101,10 @@ def measured(rank: int, world: int, cases: list[Case]) -> list[dict[str, Bytes]]
 
 def one_call(core: Core, case: Case, dealt: Spread) -> Bytes:
     saved, given = saved_bytes(case, core, dealt), inputs(case)
-    leaves = [take(x, dealt.mine).requires_grad_() for x in (given.q, given.k, given.v)]
+    q, k, v = leaves = [take(x, dealt.mine).requires_grad_() for x in (given.q, given.k, given.v)]
     dout = take(given.dout, dealt.mine)
     with Held() as forward:
-        out = core(*leaves, dealt, None, case.scale)
+        out = core(q, k, v, dealt, None, case.scale)
     with Held() as backward:
         grads = torch.autograd.grad(out, leaves, dout)
     del grads
