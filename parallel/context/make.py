@@ -7,6 +7,7 @@ from ..mesh import Mesh
 from .gather import AllGather
 from .local import Core, LocalAttention
 from .ring import Ring
+from .tokenring import TokenRing
 from .ulysses import Ulysses
 from .usp import Usp
 
@@ -26,8 +27,6 @@ def make_core(context: ContextConfig, mesh: Mesh, local: LocalAttention) -> Core
         case "ring":
             return Ring(axis, back, local, duplex=context.duplex)
         case "tokenring":
-            from .tokenring import TokenRing
-
             return TokenRing(axis, back, local)
         case "usp":
             ring = Ring(mesh.axis("cp_outer"), mesh.axis("cp_outer_back"), local)

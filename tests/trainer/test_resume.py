@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pentad.configs.schema import CheckpointConfig, Config, TextData
+from pentad.configs.schema import CheckpointConfig, Config, MoeConfig, RouterConfig, TextData
 from pentad.trainer.checkpoint import Checkpointer
 from pentad.trainer.data.dataset import open_data
 from pentad.trainer.peak import Peak
@@ -116,6 +116,44 @@ def test_another_layout(tmp_path, first, second):
     for name, until in ((first, 10), (second, 20)):
         cfg = text_job(tmp_path, model=model, **LAYOUTS[name])
         world = cfg.parallel.tp * (cfg.parallel.dp or 1)
+        rows += run_distributed(train, world, cfg, tmp_path / "run", until, group=False)[0][0]
+    assert [row[0] for row in rows] == list(range(1, 21))
+    for mine, theirs in zip(rows, reference, strict=True):
+        assert mine[1:] == pytest.approx(theirs[1:], rel=1e-11)
+
+
+EXPERT_LAYOUTS = {
+    "one": {},
+    "dp2 ep2": {"dp": 2, "ep": 2, "sharding": "zero1"},
+    "tp2 etp2": {"tp": 2, "etp": 2, "sharding": "zero1"},
+    "tp2 dp2 ep4": {"tp": 2, "dp": 2, "ep": 4},
+    "cp2 pp2 ep2": {"cp": 2, "pp": 2, "ep": 2, "sharding": "zero1"},
+    "dp4 ep2, two replicas": {"dp": 4, "ep": 2, "sharding": "zero1"},
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("dp2 ep2", "tp2 etp2"),
+        ("tp2 dp2 ep4", "cp2 pp2 ep2"),
+        ("dp4 ep2, two replicas", "tp2 dp2 ep4"),
+        ("tp2 etp2", "one"),
+    ],
+)
+def test_experts_under_another_layout(tmp_path, first, second):
+    """Experts are kept under their global numbers, with the biases and loads of their routers."""
+    router = RouterConfig(
+        groups_kept=1, selection_bias=True, bias_rate=0.01, aux_loss=0.05, aux_level="global_batch", z_loss=1e-3
+    )
+    model = {"moe": MoeConfig(experts=4, top_k=2, ffn=16, bias=True, router=router)}
+    reference = straight(tmp_path, 1, text_job(tmp_path, model=model, optim="sgd"))
+    rows = []
+    for name, until in ((first, 10), (second, 20)):
+        cfg = text_job(tmp_path, model=model, optim="sgd", **EXPERT_LAYOUTS[name])
+        p = cfg.parallel
+        world = p.tp * p.pp * p.cp * (p.dp or 1)
         rows += run_distributed(train, world, cfg, tmp_path / "run", until, group=False)[0][0]
     assert [row[0] for row in rows] == list(range(1, 21))
     for mine, theirs in zip(rows, reference, strict=True):
