@@ -233,12 +233,12 @@ class ModelConfig:
         if not self.moe.experts:
             return ()
         first, every = self.moe.dense_layers, self.moe.every
-        return tuple(i for i in range(first, self.layers) if (i - first + 1) % every == 0)
+        return tuple(i for i in range(first, self.layers) if (i - first + 1) % max(1, every) == 0)
 
     @property
     def linear_layers(self) -> tuple[int, ...]:
         """Indices of the layers with linear attention."""
-        return tuple(i for i in range(self.layers) if (i + 1) % self.attention_every)
+        return tuple(i for i in range(self.layers) if (i + 1) % max(1, self.attention_every))
 
     @property
     def routed_layers(self) -> tuple[int, ...]:
@@ -248,4 +248,4 @@ class ModelConfig:
 
     def window_of(self, layer: int) -> int | None:
         """The sliding window of one layer, if it has one."""
-        return self.window if layer % self.window_every == 0 else None
+        return self.window if layer % max(1, self.window_every) == 0 else None

@@ -77,7 +77,7 @@ def test_a_dead_process_is_an_error_with_its_exit_code() -> None:
 
 
 def test_world_size_and_function_are_checked() -> None:
-    with pytest.raises(ValueError, match="world_size is 9"):
-        run_distributed(_process_id, 9)
+    with pytest.raises(ValueError, match="world_size is 17"):
+        run_distributed(_process_id, 17)
     with pytest.raises((AttributeError, TypeError), match="inner"):
         _only_local()

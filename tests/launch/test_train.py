@@ -61,7 +61,8 @@ def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path, capfd: pytest.Ca
 
 @pytest.mark.distributed
 def test_a_job_that_is_stopped_saves_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    job = ["train", "demo", "train.steps=400", "model.layers=1", "train.seq_len=32", "parallel.dp=1", "eval.every=0"]
+    job = ["train", "demo", "train.steps=400", "model.layers=1", "train.seq_len=32", "parallel.dp=1"]
+    job += ["parallel.ep=2", "eval.every=0"]
     command = [sys.executable, "-m", "pentad.launch.cli", *job, f"runs_dir={tmp_path}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
