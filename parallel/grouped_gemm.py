@@ -101,9 +101,9 @@ class Loop:
 class RoundedLoop:
     """One GEMM per expert, of rounded-up numbers of rows.
 
-    oneDNN compiles a kernel for each new 16-bit shape and keeps the last 1024. Measured, that is 0.9 ms (a quarter of a
-    GEMM of 500 rows by 1536 × 512) and 0.65 MiB each, and experts' numbers of rows hardly ever repeat. Rounding adds 3 %
-    of arithmetic and leaves 16 numbers per doubling.
+    oneDNN compiles a kernel for each new 16-bit shape and keeps the last 1024. Measured, that is 0.9 ms (a quarter of
+    a GEMM of 500 rows by 1536 × 512) and 0.65 MiB each, and experts' numbers of rows hardly ever repeat. Rounding adds
+    3 % of arithmetic and leaves 16 numbers per doubling.
     """
 
     groups: Groups
@@ -265,7 +265,7 @@ def _fits(weight: Tensor) -> bool:
 
 
 MANY_ROWS = 64
-"""On CPU: below so many rows of an expert, on average, numbers of rows repeat by themselves, and Python's loop shows."""
+"""On CPU: below so many rows of an expert, on average, the numbers repeat by themselves and Python's loop shows."""
 
 
 def _fastest(x: Tensor, weight: Tensor, groups: Groups) -> Gemms:
