@@ -76,6 +76,8 @@ def _placement(config: Config) -> list[Problem]:
             )
             problems.append(Problem("parallel.context.method", message))
     if m.mtp:
-        message = f"multi-token prediction (model.mtp={m.mtp}) is not available with context parallelism; set parallel.cp=1"
+        message = (
+            f"multi-token prediction (model.mtp={m.mtp}) is not available with context parallelism; set parallel.cp=1"
+        )
         problems.append(Problem("parallel.cp", message))
     return problems
