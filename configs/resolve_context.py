@@ -22,7 +22,8 @@ def resolve_context(parallel: ParallelConfig, model: ModelConfig) -> ContextConf
     heads, kv_heads = max(1, model.heads // parallel.tp), max(1, model.kv_heads // parallel.tp)
     method = context.method
     if method == "auto":
-        method = _cheapest(cp, heads, kv_heads, linear=linear)
+        # Only what travels from rank to rank can pass those by that have no use for it.
+        method = "ring" if placement == "by_length" else _cheapest(cp, heads, kv_heads, linear=linear)
     inner = context.inner
     if inner is None and method == "usp":
         inner = _largest_inner(cp, heads, kv_heads)

@@ -55,8 +55,9 @@ class ContextConfig:
     """ring: half of the key-value heads travel each way, so that both directions of a link carry them."""
     inner: int | None = None
     """usp: ranks that exchange heads, the others pass keys on; derived: the most that the key-value heads allow."""
-    placement: Literal["zigzag", "contiguous"] | None = None
-    """Which tokens a rank has; derived: zigzag, which evens out causal work (linear attention: contiguous)."""
+    placement: Literal["zigzag", "by_length", "contiguous"] | None = None
+    """Which tokens a rank has; derived: zigzag, which evens out causal work (linear attention: contiguous).
+    by_length: even too, and packed documents on as few ranks as their lengths need."""
 
 
 @dataclass(frozen=True, kw_only=True)

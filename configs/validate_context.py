@@ -75,6 +75,12 @@ def _placement(config: Config) -> list[Problem]:
                 "parallel.context.method=allgather or ulysses"
             )
             problems.append(Problem("parallel.context.method", message))
+    elif context.placement == "by_length" and context.method in ("allgather", "ulysses"):
+        message = (
+            f"{context.method} sends the same wherever the documents are, so parallel.context.placement=by_length "
+            "saves nothing; set parallel.context.method=ring"
+        )
+        problems.append(Problem("parallel.context.method", message))
     if m.mtp:
         message = (
             f"multi-token prediction (model.mtp={m.mtp}) is not available with context parallelism; set parallel.cp=1"

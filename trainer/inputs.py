@@ -8,7 +8,7 @@ from torch import Tensor
 from ..configs.schema import Config
 from ..models.dropout import Draws
 from ..models.stages import Inputs
-from ..parallel.context.layout import contiguous, zigzag
+from ..parallel.context.layout import deal_of
 from ..parallel.context.rows import Spread
 from ..parallel.mesh import Mesh
 from .data.dataset import MicroBatch
@@ -26,7 +26,7 @@ class InputMaker:
     def __init__(self, cfg: Config, mesh: Mesh, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
         self._cp, self._tp = mesh.axis("cp"), mesh.axis("tp")
-        self._deal = contiguous if cfg.parallel.context.placement == "contiguous" else zigzag
+        self._deal = deal_of(cfg.parallel.context.placement or "zigzag")
         self._plain: Spread | None = None
 
     def make(self, batch: MicroBatch, step: int, scale: float) -> Inputs:

@@ -1,21 +1,23 @@
-"""Dealing out the tokens of a micro-batch over the context ranks: each has as many, and as much attention to do.
-
-In causal attention the i-th token of a document sees i + 1 keys. A document is cut into 2P chunks, of which rank r
-takes the r-th from the front and the r-th from the back (zigzag); what is left of each document by the division, fewer
-than 2P tokens, is dealt out at the end, the ones with the most work first, back and forth over the ranks:
-
-    P = 2    document 0 1 2 3 4 5 6 7 8     chunks of 2:  rank 0 │ 0 1 · 6 7     rank 1 │ 2 3 · 4 5     left: 8
-
-So nothing is padded, and documents of any length, also of one token, keep the ranks even.
-"""
+"""Dealing out the tokens of a micro-batch over the context ranks."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import owners
 from .rows import Rows, Spread
+
+Deal = Callable[[int, int, int, Tensor | None], Spread]
+"""From the tokens of a sequence, the number of ranks, this rank, and (B, length) document ids or none."""
+
+
+def deal_of(placement: str) -> Deal:
+    """What `parallel.context.placement` names."""
+    return {"contiguous": contiguous, "zigzag": zigzag, "by_length": by_length}[placement]
 
 
 def contiguous(length: int, ranks: int, rank: int, documents: Tensor | None = None) -> Spread:
@@ -23,6 +25,7 @@ def contiguous(length: int, ranks: int, rank: int, documents: Tensor | None = No
 
     Args:
         length: tokens of a sequence; a multiple of `ranks`.
+        ranks: of the context axis.
         rank: this one.
         documents: (B, length) ids, or none.
     """
@@ -30,29 +33,22 @@ def contiguous(length: int, ranks: int, rank: int, documents: Tensor | None = No
 
 
 def zigzag(length: int, ranks: int, rank: int, documents: Tensor | None = None) -> Spread:
-    """Even causal work, document by document; arguments as of `contiguous`."""
-    if documents is None:
-        owners = _owners(np.zeros(length, dtype=np.int64), ranks)[None]
-    else:
-        owners = np.stack([_owners(row, ranks) for row in documents.cpu().numpy()])
+    """Every document shared by all ranks (`owners.zigzag`); arguments as of `contiguous`."""
+    return _dealt(owners.zigzag, length, ranks, rank, documents)
+
+
+def by_length(length: int, ranks: int, rank: int, documents: Tensor | None = None) -> Spread:
+    """Documents shared by as few ranks as need be (`owners.by_length`); arguments as of `contiguous`."""
+    return _dealt(owners.by_length, length, ranks, rank, documents)
+
+
+def _dealt(
+    owners_of: Callable[[np.ndarray, int], np.ndarray], length: int, ranks: int, rank: int, documents: Tensor | None
+) -> Spread:
+    ids = np.zeros((1, length), dtype=np.int64) if documents is None else documents.cpu().numpy()
+    taken = np.stack([owners_of(row, ranks) for row in ids])
     # Stable: every rank's tokens stay in their order.
-    orders = np.argsort(owners, axis=1, kind="stable").reshape(len(owners), ranks, -1)
-    return _spread(orders, rank, documents)
-
-
-def _owners(documents: np.ndarray, ranks: int) -> np.ndarray:
-    """The rank of each token of one sequence; `documents` (S,) ids, equal ones side by side."""
-    starts = np.flatnonzero(np.r_[True, documents[1:] != documents[:-1]])
-    lengths = np.diff(np.r_[starts, len(documents)])
-    offsets = np.arange(len(documents)) - np.repeat(starts, lengths)
-    chunk = np.repeat(lengths // (2 * ranks), lengths)
-    index = offsets // np.maximum(chunk, 1)
-    owners = np.minimum(index, 2 * ranks - 1 - index)
-    left = np.flatnonzero(offsets >= 2 * ranks * chunk)
-    heaviest = left[np.argsort(-offsets[left], kind="stable")]
-    back_and_forth = np.r_[np.arange(ranks), np.arange(ranks)[::-1]]
-    owners[heaviest] = back_and_forth[np.arange(len(heaviest)) % (2 * ranks)]
-    return owners
+    return _spread(np.argsort(taken, axis=1, kind="stable").reshape(len(taken), ranks, -1), rank, documents)
 
 
 def _spread(orders: np.ndarray, rank: int, documents: Tensor | None) -> Spread:

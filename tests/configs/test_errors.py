@@ -90,6 +90,11 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
         "train.seq_len",
         ["513", "cp=2", "set train.seq_len=514"],
     ),
+    (
+        ["parallel.cp=2", "parallel.dp=1", "parallel.context.method=ulysses", "parallel.context.placement=by_length"],
+        "parallel.context.method",
+        ["ulysses", "saves nothing", "set parallel.context.method=ring"],
+    ),
     (["parallel.ep=2"], "parallel.ep", ["model.moe.experts=0", "set parallel.ep=1"]),
     (["parallel.etp=2"], "parallel.etp", ["model.moe.experts=0", "set parallel.etp=1"]),
     (["model.rope.scaling=yarn", "model.rope.beta_slow=33"], "model.rope.beta_fast", ["beta_slow=33.0", "32.0"]),

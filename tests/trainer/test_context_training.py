@@ -33,7 +33,7 @@ FACTORS: dict[str, list[Any]] = {
         (2, 2, 1, 2, 4),
     ],
     "documents": [False, True],
-    "placement": ["zigzag", "contiguous"],
+    "placement": ["zigzag", "by_length", "contiguous"],
     "window": [None, 5],
     "recompute": ["none", "full"],
     "pipeline": ["1f1b", "gis-balanced", "zb-h1"],
@@ -48,6 +48,8 @@ def _allowed(case: Case) -> bool:
     if case["method"] == "ulysses" and (heads % cp or (kv_heads % cp and cp % kv_heads)):
         return False
     if case["method"] == "usp" and cp == 2:
+        return False
+    if case["placement"] == "by_length" and case["method"] in ("allgather", "ulysses"):
         return False
     if case["method"] == "ring-duplex" and kv_heads % 2:
         return False

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pentad.parallel import record_view
-from pentad.parallel.context.layout import contiguous, zigzag
+from pentad.parallel.context.layout import deal_of
 from pentad.parallel.context.local import Core
 from pentad.parallel.context.rows import Rows, Spread
 from pentad.parallel.mesh import Degrees, Mesh
@@ -27,7 +27,7 @@ class Case:
 
     Args:
         heads, kv_heads, key, value: numbers and widths of heads.
-        dealing: "contiguous", "zigzag" or "random": which tokens a rank has; random ones differ between sequences.
+        dealing: a placement, or "random": which tokens a rank has; random ones differ between sequences.
         documents: their lengths, for each sequence of the batch, or none.
         window, sinks: as of `Core`; sinks are random.
     """
@@ -61,6 +61,7 @@ CASES = (
     Case("value width", value=10, heads=8, kv_heads=2),
     Case("documents", documents=MANY, kv_heads=2),
     Case("documents dealt out at random", documents=MANY, dealing="random"),
+    Case("documents by length", documents=((20, 9, 9, 5, 4, 1), (48,)), dealing="by_length", kv_heads=2),
     Case("documents in runs", documents=MANY, dealing="contiguous", sinks=True),
     Case("one token each", documents=((1,) * LENGTH, (LENGTH,)), dealing="zigzag", kv_heads=1),
     Case("window", window=7, sinks=True, kv_heads=2),
@@ -110,7 +111,7 @@ def spread(case: Case, ranks: int, rank: int = 0) -> Spread:
     """How the case's tokens are dealt out."""
     ids = documents(case)
     if case.dealing != "random":
-        return (zigzag if case.dealing == "zigzag" else contiguous)(case.length, ranks, rank, ids)
+        return deal_of(case.dealing)(case.length, ranks, rank, ids)
     draws = torch.Generator().manual_seed(3)
     places = torch.stack([torch.randperm(case.length, generator=draws) for _ in range(case.batch)])
     orders = [part.sort(1).values for part in places.chunk(ranks, 1)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pentad.parallel.context.layout import contiguous, zigzag
+from pentad.parallel.context.layout import by_length, contiguous, zigzag
 from pentad.parallel.context.rows import Spread
 
 
@@ -63,6 +63,41 @@ def test_documents_of_random_lengths(ranks, mean):
         check_partition(spread, length)
         done = work(spread, documents, length)
         assert done.max() / done.mean() <= 1.05
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 6, 8])
+@pytest.mark.parametrize("mean", [3, 60, 700, 5000])
+def test_by_length(ranks, mean):
+    """Even, and a token has far fewer ranks beside its own to share its document with."""
+    length = 4096 * ranks
+    for seed in range(3):
+        documents = random_documents(seed, length, mean)
+        spread = by_length(length, ranks, 0, documents)
+        check_partition(spread, length)
+        done = work(spread, documents, length)
+        assert done.max() / done.mean() <= 1.05
+        shared = sharers(spread, documents)
+        others = ((shared - 1) * np.bincount(documents[0])).sum() / length
+        assert others <= {3: 0, 60: 0.1, 700: 0.6, 5000: 1}[mean] * (ranks - 1)
+
+
+def sharers(spread: Spread, documents: torch.Tensor) -> np.ndarray:
+    """How many ranks have tokens of each document of one sequence."""
+    found = np.zeros(int(documents.max()) + 1, dtype=np.int64)
+    for rows in spread.ranks:
+        assert rows.documents is not None
+        found[rows.documents[0].unique().numpy()] += 1
+    return found
+
+
+def test_by_length_shares_what_is_too_long():
+    """The cp size that each length needs: 4, 2 and 1 ranks."""
+    documents = documents_of([700, 400, 400, 130, 130, 130, 130, 10, 10, 4, 4])
+    spread = by_length(2048, 4, 0, documents)
+    check_partition(spread, 2048)
+    assert sharers(spread, documents).tolist()[:7] == [4, 2, 2, 1, 1, 1, 1]
+    one = by_length(64, 4, 0)
+    assert all(torch.equal(a.order, b.order) for a, b in zip(one.ranks, zigzag(64, 4, 0).ranks, strict=True))
 
 
 def test_the_case_that_torch_deals_out_unevenly():

@@ -111,6 +111,17 @@ def test_zigzag_saves_a_quarter(world):
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
+def test_documents_on_one_rank_do_not_travel(world):
+    """Documents that fill a quarter of a rank each stay where they are; zigzag sends most of their keys around."""
+    case = Case("short", batch=1, length=64 * world, documents=((16,) * 4 * world,))
+    rows = {}
+    for dealing in ("by_length", "zigzag"):
+        dealt = replace(case, dealing=dealing)
+        rows[dealing] = sum(traffic(dealt, world, rank, keys=True)[0] for rank in range(world))
+    assert rows["by_length"] == 0 < rows["zigzag"]
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
 def test_contiguous_sends_nothing_in_vain(world):
     """Rank z's keys go to the world − 1 − z ranks after it; with a window of a block, to the next one."""
     block = 48 // world
