@@ -6,6 +6,7 @@ each call only makes and destroys a process group. A pool that failed or hung is
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import pickle
 import sys
@@ -168,6 +169,7 @@ _POOL = _Pool()
 def _serve(pipe: Connection) -> None:
     """A worker's whole life: one job after another until the pipe closes."""
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays: no collection needs to look at it
     pipe.send_bytes(b"ready")
     while True:
         try:
@@ -179,6 +181,8 @@ def _serve(pipe: Connection) -> None:
             answer = pickle.dumps(_run(pickle.loads(payload)))
         except BaseException as error:
             answer = pickle.dumps(_failure(rank, error))
+        # A job's process groups hang in cycles, and the threads of hundreds of them would slow all later jobs down.
+        gc.collect()
         pipe.send_bytes(answer)
 
 
