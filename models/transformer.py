@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..configs.schema import ModelConfig
-from ..parallel.context.rows import Rows, Spread
+from ..parallel.context.rows import Spread
 from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard
 from .attention import Attention
 from .dropout import Draws
@@ -163,7 +163,7 @@ class Transformer(nn.Module):
             where = torch.arange(length, device=tokens.device) if positions is None else positions
             freq, factor = self._frequencies
             cos, sin = angles(freq.to(tokens.device), factor, where, dtype)
-        spread = spread or Spread((Rows.whole(length, documents),))
+        spread = spread or Spread.whole(length, documents)
         rows = places = None
         if self.cfg.moe.experts:
             sequence = torch.arange(batch, device=tokens.device)[:, None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -71,6 +72,11 @@ class Spread(_Remembers):
     ranks: tuple[Rows, ...]
     rank: int = 0
 
+    @staticmethod
+    def whole(length: int, documents: Tensor | None = None) -> Spread:
+        """All tokens of sequences of this length on one device; without documents the same object every time."""
+        return _whole(length) if documents is None else Spread((Rows.whole(length, documents),))
+
     @property
     def mine(self) -> Rows:
         """This rank's rows."""
@@ -85,6 +91,11 @@ class Spread(_Remembers):
         now = self.mine.documents
         before = self.ranks[self.rank - 1].documents if self.rank else None
         return None if now is None or before is None else before[:, -1] == now[:, 0]
+
+
+@lru_cache(maxsize=16)
+def _whole(length: int) -> Spread:
+    return Spread((Rows.whole(length),))
 
 
 @dataclass(frozen=True)
