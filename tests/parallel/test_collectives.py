@@ -315,6 +315,9 @@ def _receive_aborted(rank: int, world: int, memory: bool) -> str:
         with pytest.raises(Aborted) as raised:
             handle.wait()
         message = str(raised.value)
+        job_store().set("given up", "")
+    else:
+        job_store().wait(["given up"])  # a rank that ended would be noticed before the abort
     mesh.close()  # does not wait for what was given up
     return message
 
