@@ -34,8 +34,9 @@ def test_jobs_load(name: str) -> None:
 def test_demo_is_eight_ranks() -> None:
     config = load("demo", world_size=8)
     p = config.parallel
-    assert (p.tp, p.pp, p.dp, config.model.vocab) == (2, 2, 2, 320)
+    assert (p.tp, p.pp, p.cp, p.ep, p.dp, config.model.vocab) == (2, 2, 2, 4, 1, 320)
     assert (p.pipeline.schedule, p.pipeline.chunks, p.pipeline.vocab) == ("gis", 2, "balanced")
+    assert p.context.method == "ring"
     assert config.checkpoint.final and config.train.steps % config.eval.every == 0
 
 

@@ -61,7 +61,7 @@ def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path, capfd: pytest.Ca
 
 @pytest.mark.distributed
 def test_a_job_that_is_stopped_saves_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    job = ["train", "demo", "train.steps=400", "model.layers=1", "train.seq_len=32", "parallel.dp=1"]
+    job = ["train", "demo", "train.steps=400", "model.layers=1", "train.seq_len=32", "parallel.cp=1"]
     job += ["parallel.ep=2", "eval.every=0"]
     command = [sys.executable, "-m", "pentad.launch.cli", *job, f"runs_dir={tmp_path}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -134,7 +134,7 @@ def test_a_wrong_config_under_another_launcher_is_reported_by_one_rank(
 @pytest.mark.distributed
 def test_torchrun_reports_a_wrong_config_once(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    job = ["-m", "pentad.trainer", "demo", "parallel.dp=1", "train.stesp=3"]
+    job = ["-m", "pentad.trainer", "demo", "train.stesp=3"]
     done = subprocess.run([*torchrun, *job], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode != 0
     assert sum(line.startswith("error: train.stesp") for line in done.stderr.splitlines()) == 1
