@@ -21,6 +21,7 @@ from ..parallel.mesh import Mesh
 from .checkpoint import Checkpointer
 from .data.dataset import open_data
 from .hf_io import load_initial
+from .introduction import introduction
 from .peak import Peak, peak_tflops
 from .setup import DTYPES, Ranks, make_mesh, make_model, prepare_device
 from .signals import StopRequest
@@ -95,7 +96,9 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
         load_initial(init, parts, checkpointer, upcycle=upcycle, seed=seed, notice=notice)
     outputs = None
     if mesh.is_first and events is not None:
-        _introduce(cfg, trainer, data.tokens, peak, found)
+        print("\n".join(introduction(cfg, trainer, data.tokens, peak)), flush=True)
+        if found is not None:
+            print(f"resumed from {found} at step {trainer.step}", flush=True)
         sinks = make_sinks(cfg.log, run_dir, dataclasses.asdict(cfg), cfg.train.steps, trainer.step)
         outputs = Outputs(sinks, events)
         (run_dir / "program.json").write_text(trainer.program.to_json() + "\n")
@@ -125,32 +128,6 @@ def _peak(cfg: Config, mesh: Mesh, device: torch.device) -> Peak:
 def _barrier(mesh: Mesh) -> None:
     if mesh.degrees.world > 1:
         dist.barrier(mesh.host_group)
-
-
-def _introduce(cfg: Config, trainer: Trainer, tokens: int, peak: Peak, resumed: Path | None) -> None:
-    """What the run is, before its first line."""
-    p, d = cfg.parallel, trainer.mesh.degrees
-    millions = trainer.parameters / 1e6
-    rate = "unknown" if peak.tflops is None else f"{peak.tflops:.3g} TFLOP/s"
-    print(
-        f"{cfg.name}: {cfg.model.family}, {millions:.1f} M parameters, {cfg.train.dtype} on {trainer.device.type}\n"
-        f"layout: tp {d.tp} × pp {d.pp} × dp {d.dp} ({p.data.sharding}) = {d.world} ranks, "
-        f"{trainer.program.microbatches} micro-batches of {cfg.train.micro_batch} × {cfg.train.seq_len} tokens each\n"
-        f"{_pipeline(cfg, trainer)}"
-        f"data: {cfg.data.name}, {tokens / 1e6:.1f} M tokens; peak of a device: {rate} ({peak.source})",
-        flush=True,
-    )
-    if resumed is not None:
-        print(f"resumed from {resumed} at step {trainer.step}", flush=True)
-
-
-def _pipeline(cfg: Config, trainer: Trainer) -> str:
-    """A line about the pipeline, where there is one."""
-    p, layers = cfg.parallel.pipeline, trainer.parts.pipeline.split.layers
-    if cfg.parallel.pp == 1:
-        return ""
-    stages = ", ".join(str(len(stage)) for stage in layers)
-    return f"pipeline: {p.schedule}, {len(layers)} stages of {stages} layers, vocabulary {p.vocab}\n"
 
 
 def _write_configs(run_dir: Path, cfg: Config, given: str) -> None:

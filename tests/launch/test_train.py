@@ -69,10 +69,12 @@ def test_a_job_that_is_stopped_saves_and_goes_on_where_it_was(tmp_path: Path) ->
         for _ in _until(tmp_path / "demo" / "metrics.jsonl"):
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 0, err
+    assert "layout: tp 2 × pp 2 × dp 2 (zero1) = 8 ranks" in out
+    assert "experts: 8, 2 per token, in 1 of 1 layers; etp 1 × ep 2 × edp 2, all_to_all" in out
     events = [json.loads(line) for line in (tmp_path / "demo" / "events.jsonl").read_text().splitlines()]
     stopped = next(event for event in events if event["event"] == "stopped")
     assert 0 < stopped["step"] < 400
