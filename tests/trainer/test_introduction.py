@@ -1,0 +1,40 @@
+"""The lines before a run's first step name every kind of parallelism that it uses, and no other."""
+
+from types import SimpleNamespace
+
+import torch
+
+from pentad.configs import load, resolve
+from pentad.parallel.mesh import Degrees
+from pentad.trainer.introduction import introduction
+from pentad.trainer.peak import Peak
+from pentad.trainer.pipeline import Pipeline
+from tests.jobs import DENSE
+
+
+def _lines(job: str, *given: str) -> list[str]:
+    cfg = resolve(load(job, list(given)))
+    p = cfg.parallel
+    trainer = SimpleNamespace(
+        parameters=9_600_000,
+        device=torch.device("cpu"),
+        mesh=SimpleNamespace(degrees=Degrees(tp=p.tp, pp=p.pp, cp=p.cp, dp=p.dp or 1, ep=p.ep, etp=p.etp)),
+        program=SimpleNamespace(microbatches=2),
+        parts=SimpleNamespace(pipeline=Pipeline.of(cfg)),
+    )
+    return introduction(cfg, trainer, 11_000_000, Peak(0.0361, "measured"))  # type: ignore[arg-type]
+
+
+def test_every_kind_of_parallelism_is_named() -> None:
+    assert _lines("demo") == [
+        "demo: mixtral, 9.6 M parameters, fp32 on cpu",
+        "layout: tp 2 × pp 2 × cp 2 (ring) × dp 1 (zero1) = 8 ranks, 2 micro-batches of 4 × 256 tokens each",
+        "pipeline: gis, 4 stages of 1, 1, 1, 1 layers, vocabulary balanced",
+        "experts: 8, 2 per token, in 4 of 4 layers; etp 1 × ep 4 × edp 1, all_to_all",
+        "data: stdlib, 11.0 M tokens; peak of a device: 0.0361 TFLOP/s (measured)",
+    ]
+
+
+def test_what_there_is_none_of_has_no_line() -> None:
+    assert [line.split(":")[0] for line in _lines(DENSE)] == ["demo", "layout", "data"]
+    assert "cp" not in _lines(DENSE)[1]
