@@ -238,3 +238,17 @@ def _apex(cfg: AdamWConfig) -> Kernel:
         )
 
     return kernel
+
+
+_ROW = 1024
+
+
+def sum_of_squares(gradient: Tensor) -> Tensor:
+    """Sum of squares of all elements, a scalar of the gradient's own precision.
+
+    By rows: torch on CPU adds one long vector up in a few running sums, and in fp32 loses 7e-4 of ten million squares.
+    """
+    flat = gradient.reshape(-1)
+    whole = flat.numel() // _ROW * _ROW
+    squares = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1).square().sum()
+    return squares + torch.linalg.vector_norm(flat[whole:]).square()

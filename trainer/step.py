@@ -23,7 +23,7 @@ from ..parallel.pipeline.program import Kind, Op, Program
 from ..parallel.pipeline.runtime import Hidden, Runtime
 from .data.dataset import MicroBatch
 from .inputs import InputMaker
-from .optimizer import Optimizer
+from .optimizer import Optimizer, sum_of_squares
 from .setup import DTYPES, Parts
 from .vocabulary import BalancedVocabulary
 
@@ -160,7 +160,7 @@ class Stepper:
         for bucket in range(self.replicas.buckets):
             for unit in self.replicas.units(bucket):
                 if unit.counted:
-                    square = square + torch.linalg.vector_norm(unit.grad).square()
+                    square = square + sum_of_squares(unit.grad)
         mine = torch.stack((square, self._counted(self._runtime), self._stop)).double()
         routed = collect(self.model)  # of all layers, those of other stages zero
         if routed is not None:

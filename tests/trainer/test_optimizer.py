@@ -18,7 +18,7 @@ from pentad.configs.schema import (
     WsdSchedule,
 )
 from pentad.parallel.data import Unit
-from pentad.trainer.optimizer import make_optimizer
+from pentad.trainer.optimizer import make_optimizer, sum_of_squares
 from pentad.trainer.schedule import learning_rate
 from tests.training import Run, job
 
@@ -141,3 +141,10 @@ def test_clipping_uses_the_global_norm():
         sum(float((p - b).square().sum()) for p, b in zip(run.parts.model.parameters(), before, strict=True))
     )
     assert moved == pytest.approx(0.1 * 0.5, rel=1e-5)  # 1e-6 stands under the norm
+
+
+@pytest.mark.parametrize("elements", [0, 1, 1023, 1024, 5000, 3_000_001])
+def test_the_norm_of_a_long_gradient_is_as_exact_as_that_of_a_short_one(elements: int) -> None:
+    gradient = torch.randn(elements, generator=torch.Generator().manual_seed(0)) * 1e-3
+    exact = gradient.double().square().sum()
+    assert torch.isclose(sum_of_squares(gradient).double(), exact, rtol=1e-6, atol=0.0)
