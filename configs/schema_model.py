@@ -7,6 +7,9 @@ from typing import Literal
 
 from omegaconf import MISSING
 
+MAX_OVERLAP_CHUNKS = 8
+"""More transfers of one layer at once than this would not fit into an axis's posts (`parallel/local.py`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
@@ -142,7 +145,7 @@ class MoeConfig:
     compute: Literal["auto", "loop", "grouped_mm", "bmm"] = "auto"
     """How the experts' matrices are multiplied; auto: the fastest for device, type and sizes."""
     overlap_chunks: Literal["auto"] | int = 1
-    """Tokens are dispatched in so many chunks, each one's transfer behind another one's compute; auto: by trial."""
+    """Tokens are dispatched in 1 to 8 chunks, each one's transfer behind another one's compute; auto: by trial."""
 
 
 @dataclass(frozen=True, kw_only=True)

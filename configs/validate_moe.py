@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .errors import Problem
 from .schema import Config
+from .schema_model import MAX_OVERLAP_CHUNKS
 
 _MOE = "model.moe"
 _ROUTER = "model.moe.router"
@@ -106,8 +107,9 @@ def _sizes(config: Config) -> list[Problem]:
     if moe.dense_layers > m.layers:
         message = f"{moe.dense_layers} are more than model.layers={m.layers}; set it to {m.layers} or less"
         problems.append(Problem(f"{_MOE}.dense_layers", message))
-    if isinstance(moe.overlap_chunks, int) and moe.overlap_chunks < 1:
-        problems.append(Problem(f"{_MOE}.overlap_chunks", f"must be at least 1 or auto, got {moe.overlap_chunks}"))
+    if moe.overlap_chunks != "auto" and not 1 <= moe.overlap_chunks <= MAX_OVERLAP_CHUNKS:
+        message = f"must be 1 to {MAX_OVERLAP_CHUNKS} or auto, got {moe.overlap_chunks}"
+        problems.append(Problem(f"{_MOE}.overlap_chunks", message))
     return problems
 
 

@@ -64,7 +64,7 @@ class InputMaker:
         if batch.documents is not None:
             return self._deal(batch.tokens.shape[1], self._cp.size, self._cp.rank, batch.documents)
         # One object for all such batches: methods keep what they plan for a spread.
-        self._plain = self._plain or self._deal(batch.tokens.shape[1], self._cp.size, self._cp.rank)
+        self._plain = self._plain or self._deal(batch.tokens.shape[1], self._cp.size, self._cp.rank, None)
         return self._plain
 
     def _draws(self, batch: MicroBatch, step: int, places: Tensor) -> Draws | None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from ...configs.errors import Problem, UserError
 from ...configs.schema_model import MoeConfig
 from ..mesh import Axis
 from .deepep import DeepEp, opener
 from .dispatch import AllToAll, Dispatcher
 from .gather import AllGather
-
-MAX_CHUNKS = 8
-"""More transfers at once than this would not fit into an axis's posts (`local.py`)."""
 
 
 def make_dispatcher(moe: MoeConfig, ep: Axis, etp: Axis) -> Dispatcher:
@@ -22,7 +18,7 @@ def make_dispatcher(moe: MoeConfig, ep: Axis, etp: Axis) -> Dispatcher:
         etp: the ranks that share each expert's inner width.
 
     Raises:
-        UserError: deepep cannot be used here, or too many chunks.
+        UserError: deepep cannot be used here.
     """
     before = moe.weigh == "before"
     match moe.dispatcher:
@@ -34,8 +30,5 @@ def make_dispatcher(moe: MoeConfig, ep: Axis, etp: Axis) -> Dispatcher:
                 return DeepEp(moe.experts, ep, open_buffer, weigh_before=before)
     dispatcher = AllToAll(moe.experts, ep, etp, weigh_before=before)
     if moe.overlap_chunks != "auto":
-        if not 1 <= moe.overlap_chunks <= MAX_CHUNKS:
-            message = f"is {moe.overlap_chunks}; set 1 to {MAX_CHUNKS}, or auto"
-            raise UserError(Problem("model.moe.overlap_chunks", message))
         dispatcher.chunks = moe.overlap_chunks
     return dispatcher

@@ -196,7 +196,8 @@ WRONG += [
     ),
     ([*_EIGHT, f"{_MOE}.pad=true"], f"{_MOE}.pad", [f"{_MOE}.capacity_factor is null", f"{_MOE}.pad=false"]),
     ([*_EIGHT, f"{_MOE}.pad=true", f"{_MOE}.capacity_factor=1"], f"{_MOE}.pad", ["local", "micro_batch"]),
-    ([*_EIGHT, f"{_MOE}.overlap_chunks=0"], f"{_MOE}.overlap_chunks", ["at least 1 or auto", "0"]),
+    ([*_EIGHT, f"{_MOE}.overlap_chunks=0"], f"{_MOE}.overlap_chunks", ["1 to 8 or auto", "0"]),
+    ([*_EIGHT, f"{_MOE}.overlap_chunks=9"], f"{_MOE}.overlap_chunks", ["1 to 8 or auto", "9"]),
     ([*_EIGHT, f"{_MOE}.overlap_chunks=some"], f"{_MOE}.overlap_chunks", ["auto or an integer", "some"]),
     ([*_EIGHT, "parallel.data.sharding=fsdp"], "parallel.data.sharding", ["experts=8", "zero1", "parallel.ep"]),
     (

@@ -175,12 +175,8 @@ def test_gradients_become_final_without_tokens():
         assert [(count, value) for _, count, value in slots] == [(1, 0.0)] * 6
 
 
-@pytest.mark.parametrize(
-    ("settings", "key"),
-    [({"dispatcher": "deepep"}, "model.moe.dispatcher"), ({"overlap_chunks": 9}, "model.moe.overlap_chunks")],
-)
-def test_impossible_dispatchers_name_the_key(settings, key):
+def test_an_impossible_dispatcher_names_the_key():
     alone = Axis.single("x")
     with pytest.raises(UserError) as error:
-        make_dispatcher(MoeConfig(experts=E, **settings), alone, alone)
-    assert error.value.problems[0].key == key
+        make_dispatcher(MoeConfig(experts=E, dispatcher="deepep"), alone, alone)
+    assert error.value.problems[0].key == "model.moe.dispatcher"
