@@ -38,7 +38,7 @@ _PER_RANK = {
 """Names of times that may differ between ranks, and the fields of `Times` that they fill."""
 PROGRAM_FILE = "program.json"
 """Where a run keeps its program."""
-_LATENCIES = {"comm": "hop", "collective": "collective"}
+_LATENCIES = {"comm": "hop", "link": "link", "collective": "collective"}
 _NAMES = (*_PER_RANK, *_LATENCIES)
 _PER_STAGE = ("F", "B", "W")
 _OPTIONS = {

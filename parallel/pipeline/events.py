@@ -1,10 +1,10 @@
 """What each operation of a program waits for and what it brings about: the graph that the simulator runs.
 
 An *event* is what operations bring about together and others wait for: the arrival of a stage's input or of its
-output's gradient, and the end of a collective. It comes a latency after the last of its contributors; an event of a
-lane also comes after the one before it. An operation waits for at most one event and contributes to at most one; what
-it needs of its own rank is settled by the order of the list. So every time is a maximum of sums, the same in whatever
-order the ranks are looked at.
+output's gradient, and the end of a collective. It comes a latency after the last of its contributors; one of a
+lane or a link also waits for the one before it. An operation waits for at most one event and contributes to at most
+one; what it needs of its own rank is settled by the order of the list. So every time is a maximum of sums, the same in
+whatever order the ranks are looked at.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Graph:
         durations: how long it occupies its rank.
         contributors: how many operations an event takes.
         latency: from the last of them to the event.
-        before: the event before it in its lane, where there is one; in the lane's order.
+        before: the event before it in its lane or on its link, where there is one.
+        unoccupied: the part of a transfer's latency in which its link is free for the next one.
         collectives, updates: the first event that is a collective of the vocabulary, and the first of the update; those
             below are transfers.
         disorder: why the program cannot run at any times: both ends of a channel, or of a lane, in different orders.
@@ -41,9 +42,15 @@ class Graph:
     contributors: list[int]
     latency: list[float]
     before: dict[int, int]
+    unoccupied: float
     collectives: int
     updates: int
     disorder: str | None
+
+    def free(self, event: int, known: list[float]) -> float:
+        """When the lane or the link of an event was free for it, given when the events before it came."""
+        before = self.before.get(event, ALWAYS)
+        return known[before] - self.unoccupied if before and event < self.collectives else known[before]
 
 
 def build(program: Program, times: Times) -> Graph:
@@ -114,7 +121,8 @@ class _Builder:
             for stage, rank in enumerate(self.where):
                 remote = 0 <= stage + step < stages and self.where[stage + step] != rank
                 self.contributors += [2 if remote and self.lowered else 1] * m
-                self.latency += [times.hop if remote else 0.0] * m
+                self.latency += [times.hop + times.link if remote else 0.0] * m
+        self.hop, self.queues = times.hop, times.link > 0
         self.input, self.gradient = 2, 2 + stages * m
         hidden = 2 + 2 * stages * m
         self.hidden, self.statistics, self.hidden_grad = hidden, hidden + m, hidden + 2 * m
@@ -215,6 +223,8 @@ class _Builder:
         channel = (self.rank, self.where[to])
         line = self.sends.get(channel) or self.sends.setdefault(channel, _Line())
         need = line.events[-OUTSTANDING_SENDS] if len(line.events) >= OUTSTANDING_SENDS else ALWAYS
+        if self.queues and line.events:
+            self.before[event] = line.events[-1]
         line.put(event, op)
         return need, event, 0.0
 
@@ -281,6 +291,7 @@ class _Builder:
             contributors=self.contributors,
             latency=self.latency,
             before=self.before,
+            unoccupied=self.hop,
             collectives=self.hidden,
             updates=self.norm,
             disorder=next(self._disorders(), None),

@@ -59,7 +59,7 @@ def lower(program: Program, *, ahead: int = 1, times: Times = Times()) -> Progra
         times = Times()
     plan = _Plan.of(replace(program, ranks=tuple(compute)), times)
     sends = [_sends(program, rank, place, training) for rank, place in enumerate(plan.places)]
-    posts = _posts(program, plan, sends, ahead, times.hop)
+    posts = _posts(program, plan, sends, ahead, times.hop + times.link)
     orders = _lane_orders(program, plan, training) if program.vocab_barriers else []
     ranks = []
     for rank, ops in enumerate(compute):

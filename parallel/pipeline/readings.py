@@ -140,7 +140,7 @@ class Edge(StrEnum):
     QUEUE = "queue"
     """Too many sends were under way on its channel; the step before it is the oldest of them."""
     LANE = "lane"
-    """The collective before it in its lane was still running."""
+    """The collective before it in its lane, or the message before it on its link, was still under way."""
 
 
 @dataclass(frozen=True)
@@ -186,8 +186,8 @@ class _Replay:
                         latest[event] = when
                         last[event] = (rank, position)
         self.known = [when + latency for when, latency in zip(latest, self.graph.latency, strict=True)]
-        for event, before in self.graph.before.items():
-            self.known[event] = max(latest[event], self.known[before]) + self.graph.latency[event]
+        for event in self.graph.before:
+            self.known[event] = max(latest[event], self.graph.free(event, self.known)) + self.graph.latency[event]
 
     def causes(self, rank: int, position: int, since: float) -> list[tuple[str, float]]:
         """Parts of the wait from `since` to the start of an operation."""
@@ -229,17 +229,17 @@ class _Replay:
         return tuple(reversed(steps))
 
     def _source(self, event: int, steps: list[Step]) -> tuple[int, int, float]:
-        """The operation that brought an event about and its end, after the collectives that the event queued behind."""
+        """The operation that brought an event about and its end, after all that the event queued behind."""
+        end = self.known[event]
         while True:
             rank, position = self.last[event]
-            before = self.graph.before.get(event, ALWAYS)
-            if self.known[before] <= self.latest[event]:
+            free = self.graph.free(event, self.known)
+            if free <= self.latest[event]:
                 break
-            edge = Step(rank, position, self._op(rank, position), self.known[before], self.known[event], Edge.LANE)
-            steps.append(edge)
-            event = before
+            steps.append(Step(rank, position, self._op(rank, position), free, end, Edge.LANE))
+            event, end = self.graph.before[event], free
         started = self._op(rank, position).kind in STARTED
-        return rank, position, self.known[event] if started else self.timeline.spans[rank][position][1]
+        return rank, position, end if started else self.timeline.spans[rank][position][1]
 
     def _edge(self, event: int, op: Op) -> Edge:
         if event >= self.graph.collectives:

@@ -2,8 +2,9 @@
 
 A rank runs its list in order. A compute operation starts when what it needs has arrived; transfers and collectives are
 only started by their token and run beside the compute. A transfer runs when its send and its receive were both posted,
-first in first out on each directed channel, and a send waits while two are under way on its channel. A collective runs
-when it is at the head of its lane on all ranks. Whether a program comes to its end does not depend on the times.
+first in first out on each directed channel, which is a link of its own, and a send waits while two are under way there.
+A collective runs when it is at the head of its lane on all ranks. Whether a program comes to its end does not depend on
+the times.
 """
 
 from __future__ import annotations
@@ -135,8 +136,8 @@ def _run(graph: Graph) -> tuple[list[list[float]], list[float]]:
                 missing[event] -= 1
                 if not missing[event]:
                     come = latest[event]
-                    if event in before and known[before[event]] > come:
-                        come = known[before[event]]
+                    if event in before:
+                        come = max(come, graph.free(event, known))
                     known[event] = come + latency[event]
                     if event in waiting:
                         ready += waiting.pop(event)

@@ -37,6 +37,9 @@ class Times:
         reduce, optimize, gather: RG, OPT and AG of one bucket, per rank.
         norm: of NORM, from the last rank's start to its end.
         hop: from the end of a send's source operation to the arrival at another rank; occupies no compute.
+        link: what a message adds to that, its bytes over the bandwidth, and for how long it occupies its link: the next
+            one from the same rank to the same rank has to wait. A program of compute only has no order of messages, so
+            there they are added and nobody waits.
         collective: of each collective of the vocabulary, from the last rank's start to its end; occupies no compute.
 
     Raises:
@@ -55,6 +58,7 @@ class Times:
     gather: tuple[float, ...] = _ZERO
     norm: float = 0.0
     hop: float = 0.0
+    link: float = 0.0
     collective: float = 0.0
 
     def __post_init__(self) -> None:

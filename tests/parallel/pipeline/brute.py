@@ -41,7 +41,7 @@ def _delay(times: Times, op: Op, need: Op, remote: bool) -> float:
     vocabulary = {Kind.HEAD, Kind.HEAD_GRAD, Kind.EMBED, Kind.EMBED_GRAD}
     if vocabulary & {op.kind, need.kind}:
         return times.collective
-    return times.hop if remote else 0.0
+    return times.hop + times.link if remote else 0.0
 
 
 @dataclass
@@ -49,6 +49,7 @@ class _Channel:
     sends: deque[Op] = field(default_factory=deque)
     receives: deque[Op] = field(default_factory=deque)
     under_way: int = 0
+    free: float = 0.0
 
 
 class Lowered:
@@ -74,7 +75,9 @@ class Lowered:
                     pass
             except ValueError:
                 return None
-            moments = [when for when, _, _ in self.pending] + [when for when in self.busy if when > self.now]
+            moments = [when for when, _, _ in self.pending]
+            free = [channel.free for channel in self.channels.values()]
+            moments += [when for when in (*self.busy, *free) if when > self.now]
             if not moments:
                 break
             self.now = min(moments)
@@ -98,14 +101,15 @@ class Lowered:
     def _match(self) -> bool:
         moved = False
         for key, channel in self.channels.items():
-            while channel.sends and channel.receives:
+            while channel.sends and channel.receives and channel.free <= self.now:
                 sent, received = channel.sends.popleft(), channel.receives.popleft()
                 forward = sent.kind is Kind.SEND_FORWARD
                 if (received.kind is Kind.RECV_FORWARD) != forward or received.index != sent.index:
                     raise ValueError
                 if received.stage != sent.stage + (1 if forward else -1):
                     raise ValueError
-                self.pending.append((self.now + self.times.hop, "channel", (key, received)))
+                channel.free = self.now + self.times.link
+                self.pending.append((channel.free + self.times.hop, "channel", (key, received)))
                 moved = True
         for number, lane in enumerate(self.lanes):
             if not self.lane_busy[number] and all(lane):

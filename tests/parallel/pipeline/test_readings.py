@@ -109,7 +109,7 @@ def check_path(timeline: Timeline) -> None:
                 assert not remote and lag == 0 and before.position < step.position
             case Edge.TRANSFER:
                 lowered = before.op.kind in STARTED
-                assert lag == (0.0 if lowered or not remote else times.hop)
+                assert lag == (0.0 if lowered or not remote else times.hop + times.link)
             case Edge.COLLECTIVE:
                 assert lag == (0.0 if before.op.kind in STARTED else times.collective)
             case Edge.QUEUE | Edge.LANE:

@@ -71,6 +71,14 @@ def test_two_sends_may_be_outstanding() -> None:
     assert timeline.makespan == 43.0
 
 
+def test_a_link_carries_one_message_at_a_time() -> None:
+    line = program(3, (0, 1), "F0@0 SF0@0 F1@0 SF1@0 F2@0 SF2@0", "RF0@1#0 RF1@1#1 RF2@1#2 F0@1 F1@1 F2@1")
+    timeline = simulate(line, Times(link=2.0, hop=0.5))
+    assert [start(timeline, 1, f"F{i}@1") for i in range(3)] == [3.5, 5.5, 7.5]  # on the link 1-3, 3-5, 5-7
+    # Latencies overlap; the third message is sent when the first arrived, at 3.5.
+    assert simulate(line, Times(hop=2.5)).makespan == 7.0
+
+
 def test_a_receive_posted_late_delays_its_transfer() -> None:
     early = program(1, (0, 1), "F0@0 SF0@0", "RF0@1#0 F0@1")
     late = program(1, (1, 1, 0, 1), "RF0@2#0 F0@2 SF0@2", "F0@0 F0@1 SF0@1 RF0@3#0 F0@3")
@@ -201,6 +209,7 @@ def times_of(draw: st.DrawFn, line: Program) -> Times:
         embed=some(ranks),
         embed_grad=some(ranks),
         hop=draw(latency),
+        link=draw(latency),
         collective=draw(latency),
     )
 
@@ -263,7 +272,7 @@ def test_lowered_takes_as_long_as_compute_only(data: st.DataObject) -> None:
     """Where receives are posted early enough, the two forms of a program have the same times."""
     name = data.draw(st.sampled_from(list(SCHEDULES)))
     line = generate(name, ranks=data.draw(st.integers(1, 5)), microbatches=data.draw(st.integers(1, 12)))
-    times = replace(data.draw(times_of(line)), hop=data.draw(st.sampled_from([0.0, 0.25])))
+    times = replace(data.draw(times_of(line)), hop=data.draw(st.sampled_from([0.0, 0.25])), link=0.0)
     low = lower(line, ahead=4, times=times)
     assert _compute_spans(simulate(low, times)) == _compute_spans(simulate(line, times))
 
