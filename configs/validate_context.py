@@ -81,9 +81,4 @@ def _placement(config: Config) -> list[Problem]:
             "saves nothing; set parallel.context.method=ring"
         )
         problems.append(Problem("parallel.context.method", message))
-    if m.mtp:
-        message = (
-            f"multi-token prediction (model.mtp={m.mtp}) is not available with context parallelism; set parallel.cp=1"
-        )
-        problems.append(Problem("parallel.cp", message))
     return problems

@@ -45,14 +45,14 @@ def _latent_attention(config: Config) -> list[Problem]:
 
 
 def _prediction(config: Config) -> list[Problem]:
-    mtp, pp = config.model.mtp, config.parallel.pp
-    if mtp < 1 or pp == 1:
+    mtp, pp, vocab = config.model.mtp, config.parallel.pp, config.parallel.pipeline.vocab
+    if mtp < 1 or pp == 1 or vocab != "balanced":
         return []
     message = (
-        f"{pp}, but multi-token prediction (model.mtp={mtp}) needs the embedding beside the head; "
-        "set parallel.pp=1 or model.mtp=0"
+        f"balanced, but multi-token prediction (model.mtp={mtp}) needs embedding and head on the last stage; "
+        "set parallel.pipeline.vocab=ends"
     )
-    return [Problem("parallel.pp", message)]
+    return [Problem("parallel.pipeline.vocab", message)]
 
 
 def _sharding(config: Config) -> list[Problem]:

@@ -142,14 +142,15 @@ def local_parameters(
     if moe.shared:
         beside += _network(model, w.shared, model.ffn_bias) + h * moe.shared_gate
     experts = moe.experts // ep * _network(model, w.expert, moe.bias)
-    routed = set(model.moe_layers).intersection(part.layers)
+    ahead = range(model.layers, model.layers + model.mtp) if part.ends else ()
+    held = (*part.layers, *ahead)
+    routed = set(model.routed_layers).intersection(held)
     dense = _network(model, w.ffn, model.ffn_bias)
-    layers = [
-        kinds[layer in linear] + 2 * norm + (beside + experts if layer in routed else dense) for layer in part.layers
-    ]
-    # A tied table stands on the last stage too, unless that is on the first one's rank.
-    tables = (part.embeds or part.predicts) if model.tied else part.embeds + part.predicts
-    rest = norm * part.ends + w.vocab // shared * h * tables
+    layers = [kinds[layer in linear] + 2 * norm + (beside + experts if layer in routed else dense) for layer in held]
+    # A table that both ends of a pipeline use stands on both, unless they are on one rank.
+    embeds = part.embeds or bool(ahead) or (model.tied and part.predicts)
+    tables = embeds + (part.predicts and not model.tied)
+    rest = norm * part.ends + w.vocab // shared * h * tables + len(ahead) * (2 * h * h + 3 * norm)
     rest += (model.max_positions or 0) * h if model.position == "learned" and part.begins else 0
     return LocalParameters(
         layer=max(layers, default=0),
@@ -254,7 +255,7 @@ def layer_elements(cfg: Config, layer: int = 0) -> int:
         attention = tokens * (2 * w.q + expanded + w.value) + tokens * narrow // tp
     else:
         attention = tokens * (2 * w.q + 2 * w.kv + (w.q + w.kv) * m.qk_norm)
-    if layer not in m.moe_layers:
+    if layer not in m.routed_layers:
         return 4 * _stream(cfg) + attention + tokens * w.ffn * inner
     rows = _expert_rows(cfg) * (m.hidden * (1 if m.moe.weigh == "before" else 2) + w.expert * inner)
     router = 2 * tokens * (m.moe.experts + m.moe.router.null_experts) // tp
@@ -282,11 +283,15 @@ def activation_elements(cfg: Config, layers: Sequence[int] | None = None, *, end
     Args:
         cfg: the job.
         layers: indices of those that it passes; none: all.
-        ends: it passes the final norm and the head.
+        ends: it passes the prediction modules, the final norm and the head.
     """
-    full = cfg.memory.recompute == "full"
-    layers = range(cfg.model.layers) if layers is None else layers
-    return sum(_stream(cfg) if full else layer_elements(cfg, i) for i in layers) + 3 * _stream(cfg) * ends
+    m, full = cfg.model, cfg.memory.recompute == "full"
+    layers = range(m.layers) if layers is None else layers
+    if ends:
+        layers = (*layers, *range(m.layers, m.layers + m.mtp))
+    # A prediction module keeps both of its inputs, joined and not, and then what the head does.
+    beside = (3 + 7 * m.mtp) * _stream(cfg) * ends
+    return sum(_stream(cfg) if full else layer_elements(cfg, i) for i in layers) + beside
 
 
 def _activations(cfg: Config, pipeline: Pipeline) -> list[int]:
@@ -326,7 +331,7 @@ def _working(cfg: Config, part: Part, bits: int, precise: int) -> int:
         at_once, vocab = (tokens, w.vocab // cfg.parallel.pp) if balanced else (min(HEAD_CHUNK, tokens), w.vocab)
         # Logits, their precise copy and their gradient; the tokens' hidden states and the gradients of those.
         head = at_once * vocab * (bits + 2 * precise) + 2 * tokens * cfg.model.hidden * bits
-    routed = set(cfg.model.moe_layers)
+    routed = set(cfg.model.routed_layers)
     moments = [0]
     for i in part.layers:
         rows, width = (_expert_rows(cfg), w.expert) if i in routed else (tokens, w.ffn)

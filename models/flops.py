@@ -138,17 +138,18 @@ def flops_again(model: ModelConfig, tokens: int, pairs: float) -> float:
 
 
 def layer_flops(model: ModelConfig, seq_len: int) -> tuple[float, ...]:
-    """FLOPs of a forward pass of one sequence in each layer, and last in the head."""
-    s, active, routed, linear = sizes(model), active_experts(model), set(model.moe_layers), set(model.linear_layers)
+    """FLOPs of a forward pass of one sequence: of each layer, each prediction module, last of all uses of the head."""
+    s, active, routed, linear = sizes(model), active_experts(model), set(model.routed_layers), set(model.linear_layers)
     found = []
-    for layer in range(model.layers):
+    for layer in range(model.layers + model.mtp):
         beside = active * s.expert + s.shared if layer in routed else s.ffn
         if layer in linear:
             attention = float(seq_len * (s.linear_projections + s.state))
         else:
             attention = seq_len * s.projections + unmasked_pairs([seq_len], model.window_of(layer)) * s.per_pair
-        found.append(2 * (seq_len * beside + attention))
-    return (*found, 2.0 * seq_len * s.hidden * s.vocab)
+        joined = 2 * s.hidden**2 if layer >= model.layers else 0
+        found.append(2 * (seq_len * (beside + joined) + attention))
+    return (*found, 2.0 * seq_len * s.hidden * s.vocab * (1 + model.mtp))
 
 
 def s_mfu_flops_per_step(model: ModelConfig, tokens: int, pairs: float) -> float:

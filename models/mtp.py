@@ -8,8 +8,6 @@ i + k, and predicts token i + k + 1 with the model's own head:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -39,18 +37,18 @@ class Prediction(nn.Module):
         return self.project(torch.cat((self.hidden_norm(hidden), self.embed_norm(embedded)), -1))
 
 
-def ahead(labels: Tensor, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """For k = 1 … depth: the tokens t_{i+k} that are read and the labels t_{i+k+1}, both (B, T).
+def ahead(labels: Tensor, depth: int) -> Tensor:
+    """(1 + depth, B, T): the tokens t_{i+1}, t_{i+2}, … that follow each token, -1 where there is none.
+
+    Module k reads the k-th of them and predicts the one after it.
 
     Args:
-        labels: (B, T) next tokens t_{i+1}, -1 where there is none. A position with a gap ahead of it has no label, as
-            what follows is another document.
+        labels: (B, T) of whole sequences, the next tokens t_{i+1}. What comes after a gap is another document.
+        depth: how many modules there are.
     """
-    known = labels >= 0
-    current = labels
+    found = [labels]
     for _ in range(depth):
         following = torch.full_like(labels, -1)
-        following[:, :-1] = current[:, 1:]
-        following = torch.where(known, following, -1)
-        yield torch.where(known, current, 0), following
-        known, current = following >= 0, following
+        following[:, :-1] = found[-1][:, 1:]
+        found.append(torch.where(found[-1] >= 0, following, -1))
+    return torch.stack(found)

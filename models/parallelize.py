@@ -63,8 +63,8 @@ def shardings(model: Transformer, mesh: Mesh, *, balanced: bool = False) -> dict
     where = {
         name: place(rule_of(plan, name), name, tuple(param.shape), axes) for name, param in model.named_parameters()
     }
-    # A tied table at both ends of a pipeline has two copies, whose gradients are summed.
-    if model.cfg.tied and mesh.axis("ends").size > 1 and "embed.weight" in where:
+    # A table that both ends of a pipeline use has two copies, whose gradients are summed.
+    if mesh.axis("ends").size > 1 and "embed.weight" in where:
         where["embed.weight"] = replace(where["embed.weight"], partial="ends")
     return where
 

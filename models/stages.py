@@ -79,11 +79,8 @@ def run_stage(
     if stage == 0:
         x = model.embed_tokens(tokens, positions, draws) if x is None else model.begin(x, tokens, positions, draws)
     assert x is not None
-    if split.layers[stage]:
-        seq = model.sequences(tokens, positions, inputs.documents, dtype, inputs.share, inputs.spread)
-        x = model.run_layers(x, seq, draws, split.layers[stage])
-    if stage == last:
-        x = model.end(x)
-        if not split.balanced:
-            return model.head_op.loss(x, model.head_weight, inputs.labels.reshape(-1), inputs.scale)
-    return x
+    seq = model.sequences(tokens, positions, inputs.documents, dtype, inputs.share, inputs.spread)
+    x = model.run_layers(x, seq, draws, split.layers[stage])
+    if stage < last:
+        return x
+    return model.end(x) if split.balanced else model.loss(x, seq, draws, inputs.labels, inputs.scale)

@@ -23,7 +23,7 @@ from .feed_forward import FeedForward
 from .linear_attention import LinearAttention
 from .mla import LatentAttention
 from .moe import Moe
-from .mtp import Prediction, ahead
+from .mtp import Prediction
 from .norms import make_norm
 from .rope import angles, frequencies
 from .routing_losses import attach
@@ -120,14 +120,14 @@ class Transformer(nn.Module):
         assert cfg.vocab and cfg.head_dim
         part = part or Part(tuple(range(cfg.layers)))
         self.cfg, self.part = cfg, part
-        table = part.embeds or (cfg.tied and part.predicts)
+        depth = cfg.mtp if part.ends else 0
+        table = part.embeds or (part.predicts and cfg.tied) or depth > 0
         self.embed = Table(cfg.vocab, cfg.hidden) if table else None
         learned = cfg.position == "learned" and part.begins
         self.positions = Table(cfg.max_positions or 0, cfg.hidden) if learned else None
         self.layers = nn.ModuleDict({str(i): Layer(cfg, i) for i in part.layers})
         self.norm = make_norm(cfg) if part.ends else None
-        count = cfg.mtp if part.begins and part.ends else 0
-        self.mtp = nn.ModuleList(Prediction(cfg, Layer(cfg, cfg.layers + k)) for k in range(count))
+        self.mtp = nn.ModuleList(Prediction(cfg, Layer(cfg, cfg.layers + k)) for k in range(depth))
         self.head = Table(cfg.vocab, cfg.hidden) if part.predicts and not cfg.tied else None
         whole = VocabShard.whole(cfg.vocab)
         self.embedding_op: EmbeddingOp = VocabEmbedding(whole)
@@ -216,7 +216,8 @@ class Transformer(nn.Module):
 
         Args:
             tokens: (B, T) token ids.
-            labels: (B, T) next tokens, -1 where there is no loss.
+            labels: (B, T) next tokens, -1 where there is no loss; or (1 + depth, B, T), also those after them
+                (`mtp.ahead`): then the prediction modules add their losses' gradients.
             scale: factor of every token's loss.
             positions: (T,) or (B, T); none: 0 … T−1.
             documents: (B, T) document ids of packed sequences; none: one document each.
@@ -228,22 +229,25 @@ class Transformer(nn.Module):
         x = self.embed_tokens(tokens, positions, draws)
         seq = self.sequences(tokens, positions, documents, x.dtype, share, spread)
         x = self.run_layers(x, seq, draws, self.part.layers)
-        if labels is not None and share and len(self.mtp):
-            x = self._look_ahead(x, seq, draws, labels, scale)
-        x = self.end(x)
         if labels is None:
-            return self.head_op.logits(x, self.head_weight).view(*tokens.shape, -1)
-        return self.head_op.loss(x, self.head_weight, labels.reshape(-1), scale)
+            return self.head_op.logits(self.end(x), self.head_weight).view(*tokens.shape, -1)
+        return self.loss(x, seq, draws, labels, scale)
+
+    def loss(self, x: Tensor, seq: Sequences, draws: Draws | None, labels: Tensor, scale: Tensor | float) -> Tensor:
+        """The summed cross-entropy (a scalar) of the last layer's output (N, h); arguments as of `forward`."""
+        if labels.dim() == 3:
+            x, labels = self._look_ahead(x, seq, draws, labels, scale), labels[0]
+        return self.head_op.loss(self.end(x), self.head_weight, labels.reshape(-1), scale)
 
     def _look_ahead(
-        self, hidden: Tensor, seq: Sequences, draws: Draws | None, labels: Tensor, scale: Tensor | float
+        self, hidden: Tensor, seq: Sequences, draws: Draws | None, following: Tensor, scale: Tensor | float
     ) -> Tensor:
         """The hidden states (N, h), to which the loss of the prediction modules is attached."""
         x, loss = hidden, hidden.new_zeros(())
         factor = scale * (self.cfg.mtp_loss / len(self.mtp))
-        for module, (tokens, wanted) in zip(self.mtp, ahead(labels, len(self.mtp)), strict=True):
+        for module, tokens, wanted in zip(self.mtp, following[:-1], following[1:], strict=True):
             assert isinstance(module, Prediction) and isinstance(module.layer, Layer)
-            embedded = self.embedding_op(tokens.reshape(-1), self.embed_weight)
+            embedded = self.embedding_op(tokens.clamp(min=0).reshape(-1), self.embed_weight)
             x = self.run_layer(module.layer, module(x, embedded), seq, draws)
             loss = loss + self.head_op.loss(module.norm(x), self.head_weight, wanted.reshape(-1), factor)
         return attach(hidden, loss)

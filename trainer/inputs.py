@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..configs.schema import Config
 from ..models.dropout import Draws
+from ..models.mtp import ahead
 from ..models.stages import Inputs
 from ..parallel.context.layout import deal_of
 from ..parallel.context.rows import Spread
@@ -38,17 +39,20 @@ class InputMaker:
             scale: factor of every token's loss.
         """
         share = self.cfg.train.micro_batch / self.cfg.train.global_batch if step >= 0 else 0.0
+        depth = self.cfg.model.mtp
+        labels = ahead(batch.labels, depth) if depth and step >= 0 else batch.labels
         spread = self._spread(batch)
         if spread is None:
             # Documents stay on the host, where masks are planned.
             moved, draws = batch.to(self.device), self._draws(batch, step, torch.arange(batch.tokens.numel()))
-            return Inputs(moved.tokens, moved.labels, scale, moved.positions, batch.documents, draws, share)
+            labels = labels.to(self.device)
+            return Inputs(moved.tokens, labels, scale, moved.positions, batch.documents, draws, share)
         order = spread.mine.order.expand(len(batch.tokens), -1)
         positions = order if batch.positions is None else batch.positions.gather(1, order)
         places = order + torch.arange(len(order))[:, None] * batch.tokens.shape[1]
         return Inputs(
             batch.tokens.gather(1, order).to(self.device),
-            batch.labels.gather(1, order).to(self.device),
+            labels.gather(-1, order.expand(labels.shape[:-1] + order.shape[-1:])).to(self.device),
             scale,
             positions.to(self.device),
             None,  # the spread has them

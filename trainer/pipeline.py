@@ -42,12 +42,13 @@ class Pipeline:
         placement = schedules.placement(p.schedule, ranks, p.chunks)
         is_balanced = p.vocab == "balanced" and ranks > 1
         *costs, head = layer_flops(cfg.model, cfg.train.seq_len)
+        layers, ahead = costs[: cfg.model.layers], sum(costs[cfg.model.layers :])
         if p.layers == "auto":
-            counts = partition(costs, len(placement), last=0.0 if is_balanced else head, placement=placement)
+            counts = partition(layers, len(placement), last=0.0 if is_balanced else ahead + head, placement=placement)
         else:
             counts = tuple(p.layers)
         split = Split.of(counts, balanced=is_balanced)
-        return Pipeline(placement, split, _times(cfg, split, placement, costs, head))
+        return Pipeline(placement, split, _times(cfg, split, placement, layers, ahead, head))
 
     @property
     def ends(self) -> tuple[int, int]:
@@ -106,11 +107,14 @@ def evaluation_program(cfg: Config, pipeline: Pipeline, microbatches: int) -> Pr
     return program
 
 
-def _times(cfg: Config, split: Split, placement: Sequence[int], costs: Sequence[float], head: float) -> Times:
-    """Of the passes through each stage; `costs` of the layers and of the head are in one unit."""
+def _times(
+    cfg: Config, split: Split, placement: Sequence[int], costs: Sequence[float], ahead: float, head: float
+) -> Times:
+    """Of the passes through each stage; `costs` of the layers, prediction modules and head are in one unit."""
     ranks = max(placement) + 1
     unit = sum(costs) / ranks
     forward, head = [sum(costs[layer] for layer in layers) / unit for layers in split.layers], head / unit
+    forward[-1] += ahead / unit
     again = 1.0 if cfg.memory.recompute == "full" else 0.0
     grad = [(1.0 + again) * f for f in forward]
     weight = list(forward)

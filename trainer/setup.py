@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..configs.errors import UserError
 from ..configs.schema import Config
@@ -111,7 +111,7 @@ def mesh_of(cfg: Config, *, store: dist.Store | None, rank: int, device: str, re
         channels=pipeline.channels,
         vocab=balanced,
         context=cfg.parallel.context.inner or 1,
-        ends=pipeline.ends if cfg.model.tied and not balanced else None,
+        ends=pipeline.ends if (cfg.model.tied or cfg.model.mtp) and not balanced else None,
     )
 
 
@@ -184,13 +184,13 @@ def make_model(cfg: Config, mesh: Mesh, device: torch.device) -> Parts:
 
 
 def _expect_uses(model: Transformer) -> None:
-    """Tied tables are used at both ends, and both ends by every prediction module too."""
-    part, times = model.part, 1 + len(model.mtp)
-    tied = model.cfg.tied and part.embeds and part.predicts
-    if part.embeds:
-        expect_uses(model.embed_weight, 2 * times if tied else times)
-    if part.predicts and not tied:
-        expect_uses(model.head_weight, times)
+    """The embedding's and the head's tables are used by every prediction module too, a tied one by both ends."""
+    part, depth = model.part, len(model.mtp)
+    embeds, predicts = part.embeds + depth, (1 + depth) * part.predicts
+    if model.head is not None:
+        expect_uses(model.head_weight, predicts)
+    if model.embed is not None:
+        expect_uses(model.embed_weight, embeds + predicts * model.cfg.tied)
 
 
 def _stores(model: Transformer, pipeline: Pipeline, stages: tuple[int, ...]) -> dict[int, WeightGradients]:
@@ -198,11 +198,18 @@ def _stores(model: Transformer, pipeline: Pipeline, stages: tuple[int, ...]) -> 
     stores = {stage: WeightGradients() for stage in stages}
     for stage, store in stores.items():
         for layer in pipeline.split.layers[stage]:
-            for param in model.layers[str(layer)].parameters():
-                slot = slot_of(param)
-                if slot is not None:
-                    slot.store = store
+            _defer(model.layers[str(layer)], store)
+    last = len(pipeline.split.layers) - 1
+    if last in stores:
+        _defer(model.mtp, stores[last])
     return stores
+
+
+def _defer(module: nn.Module, store: WeightGradients) -> None:
+    for param in module.parameters():
+        slot = slot_of(param)
+        if slot is not None:
+            slot.store = store
 
 
 def buckets_per_rank(replicas: Replicas, mesh: Mesh) -> tuple[int, ...]:

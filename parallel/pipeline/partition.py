@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 _KEPT = 128
-"""Partial splits kept per stage while searching uneven costs over several chunks."""
+"""Partial splits kept per stage, at least, while searching uneven costs over several chunks."""
+_EXTENDED = 1 << 17
+"""Partial splits that such a search extends in all, by a layer each: small models keep more of them per stage."""
 
 Counts = tuple[int, ...]
 _Worth = tuple[int, int, int, int]
@@ -23,8 +25,9 @@ def partition(
     the largest cost of a stage, and unevenness (sums of squares, over ranks, then over stages). Stages may be empty.
 
     One stage per rank, or layers of equal cost: exact, by dynamic programming and by filling. Uneven layers over
-    several chunks: exact as long as no stage has more than a few hundred distinct partial splits that could still win
-    (small models); beyond that the best of a beam and of moving layers between neighbouring stages.
+    several chunks: exact as long as no stage has more distinct partial splits that could still win than are kept
+    (thousands for 8 layers, 128 for the largest models); beyond that the best of a beam and of moving layers between
+    neighbouring stages.
 
     Args:
         costs: of the layers, in any one unit.
@@ -223,16 +226,17 @@ def _beam(task: _Task, known: _Worth) -> Counts | None:
     Partial splits of one state differ only in the sum of squares of their stages, so the most even one is kept. Where
     too many states are left, those stay that can still become the most even.
     """
+    most = max(_KEPT, _EXTENDED // (task.layers * len(task.placement)))
     states: dict[_State, tuple[int, Counts]] = {(0, (0,) * (max(task.placement) + 1), 0): (0, ())}
     for stage in range(len(task.placement)):
         states = _extended(task, stage, states, known[0])
-        if len(states) > _KEPT:
+        if len(states) > most:
             left = len(task.placement) - 1 - stage
             rough = {
                 state: squares + (task.sums[-1] - task.sums[state[0]]) ** 2 / max(left, 1)
                 for state, (squares, _) in states.items()
             }
-            states = {state: states[state] for state in sorted(rough, key=rough.__getitem__)[:_KEPT]}
+            states = {state: states[state] for state in sorted(rough, key=rough.__getitem__)[:most]}
     return min((counts for _, counts in states.values()), key=task.worth, default=None)
 
 

@@ -201,9 +201,9 @@ WRONG += [
     ([*_EIGHT, f"{_MOE}.overlap_chunks=some"], f"{_MOE}.overlap_chunks", ["auto or an integer", "some"]),
     ([*_EIGHT, "parallel.data.sharding=fsdp"], "parallel.data.sharding", ["experts=8", "zero1", "parallel.ep"]),
     (
-        [*_EIGHT, "model.mtp=1", "parallel.pp=2", "parallel.tp=1"],
-        "parallel.pp",
-        ["multi-token", "model.mtp=1", "set parallel.pp=1"],
+        [*_EIGHT, "model.mtp=1", "parallel.pp=2", "parallel.tp=1", "parallel.pipeline.vocab=balanced"],
+        "parallel.pipeline.vocab",
+        ["multi-token", "model.mtp=1", "set parallel.pipeline.vocab=ends"],
     ),
     ([*_LATENT, "model.mla.rope_dim=33"], "model.mla.rope_dim", ["even", "33"]),
     ([*_LATENT, "model.kv_heads=2"], "model.kv_heads", ["2", "model.heads=4", "model.kv_heads=null"]),

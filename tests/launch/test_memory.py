@@ -12,7 +12,8 @@ from pentad.launch.check import check
 from pentad.launch.memory import GIB, activation_elements, estimate, layer_elements, local_parameters, per_rank
 from pentad.models.counts import parameter_count
 from pentad.models.flops import layer_flops
-from pentad.models.transformer import Transformer
+from pentad.models.mtp import ahead
+from pentad.models.transformer import Part, Transformer
 from pentad.parallel.pipeline.memory import peak_activations
 from pentad.trainer.pipeline import Pipeline, compute_program
 from tests.jobs import DENSE
@@ -113,6 +114,18 @@ def test_activations_are_what_autograd_keeps(overrides: tuple[str, ...]) -> None
     assert activation_elements(cfg) == pytest.approx(_measured(cfg), rel=0.1)
 
 
+def test_prediction_modules_count() -> None:
+    cfg = _mixture("deepseek_v3", "model.mtp=2", "model.moe.router.null_experts=0")
+    with torch.device("meta"):
+        model = Transformer(cfg.model)
+    assert local_parameters(cfg.model, 1).total == sum(p.numel() for p in model.parameters())
+    assert activation_elements(cfg) == pytest.approx(_measured(cfg), rel=0.1)
+    last = Part((2,), begins=False, embeds=False)
+    with torch.device("meta"):
+        stage = Transformer(cfg.model, last)
+    assert local_parameters(cfg.model, 1, last).total == sum(p.numel() for p in stage.parameters())
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"])
 def test_activations_of_a_mixture_are_what_autograd_keeps(family: str) -> None:
     cfg = _mixture(family, "model.moe.router.null_experts=0")
@@ -136,7 +149,7 @@ def _measured(cfg: Config) -> float:
 
     tokens = torch.randint(0, 512, (cfg.train.micro_batch, cfg.train.seq_len))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(tokens, tokens)
+        model(tokens, ahead(tokens, cfg.model.mtp) if cfg.model.mtp else tokens)
     # What the loss keeps (the head's gradients) is not an activation of the formula's layers.
     return sum(storage.nbytes() for storage in kept.values()) / 4
 

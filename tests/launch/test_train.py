@@ -73,8 +73,8 @@ def test_a_job_that_is_stopped_saves_and_goes_on_where_it_was(tmp_path: Path) ->
     finally:
         process.kill()
     assert process.returncode == 0, err
-    assert "layout: tp 2 × pp 2 × dp 2 (zero1) = 8 ranks" in out
-    assert "experts: 8, 2 per token, in 1 of 1 layers; etp 1 × ep 2 × edp 2, all_to_all" in out
+    assert "layout: tp 2 × pp 2 × dp 1 (zero1) = 4 ranks" in out
+    assert "experts: 8, 2 per token, in 1 of 1 layers; etp 1 × ep 2 × edp 1, all_to_all" in out
     events = [json.loads(line) for line in (tmp_path / "demo" / "events.jsonl").read_text().splitlines()]
     stopped = next(event for event in events if event["event"] == "stopped")
     assert 0 < stopped["step"] < 400

@@ -18,13 +18,12 @@ from tests.training import TINY
 B, T = 2, 9
 
 
-def test_what_is_read_and_what_is_wanted():
+def test_what_follows_ends_at_a_gap():
     labels = torch.tensor([[1, 2, 3, 4, -1, 6, 7, 8]])
-    (read1, wanted1), (read2, wanted2) = ahead(labels, 2)
-    assert read1.tolist() == [[1, 2, 3, 4, 0, 6, 7, 8]]
-    assert wanted1.tolist() == [[2, 3, 4, -1, -1, 7, 8, -1]]
-    assert read2.tolist() == [[2, 3, 4, 0, 0, 7, 8, 0]]
-    assert wanted2.tolist() == [[3, 4, -1, -1, -1, 8, -1, -1]]
+    first, second, third = ahead(labels, 2)
+    assert torch.equal(first, labels)
+    assert second.tolist() == [[2, 3, 4, -1, -1, 7, 8, -1]]
+    assert third.tolist() == [[3, 4, -1, -1, -1, 8, -1, -1]]
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -36,7 +35,7 @@ def test_gradients_are_those_of_the_sum_of_losses(depth):
     text = torch.randint(cfg.vocab or 0, (B, T + 1), generator=draws)
     tokens, labels = text[:, :-1], text[:, 1:]
     scale = 1 / labels.numel()
-    loss = model(tokens, labels, scale=scale, share=1.0)
+    loss = model(tokens, ahead(labels, depth), scale=scale, share=1.0)
     loss.backward()
     grads = {name: param.grad for name, param in model.named_parameters()}
     model.zero_grad()
@@ -62,9 +61,27 @@ def test_gradients_are_those_of_the_sum_of_losses(depth):
         torch.testing.assert_close(grads[name], param.grad, rtol=1e-10, atol=1e-13, msg=name)
 
 
+PIPELINES = {
+    "1f1b": {"pipeline": {"schedule": "1f1b", "layers": (2, 1)}},
+    "split": {"pipeline": {"schedule": "gis", "chunks": 2, "layers": (1, 1, 1, 0)}},
+    "one rank has both ends": {"pipeline": {"schedule": "zb-v", "chunks": 2, "layers": (1, 1, 1, 0)}},
+}
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("tied", [False, True])
-def test_layouts(tied):
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tp": 2, "dp": 2, "ep": 4, "recompute": "full"},
+        {"cp": 2, "tp": 2, "ep": 4},
+        {"pp": 2, "dp": 2, "ep": 2, **PIPELINES["1f1b"]},
+        {"pp": 2, "cp": 2, "tp": 2, "ep": 2, **PIPELINES["split"]},
+        {"pp": 2, "dp": 2, "recompute": "full", **PIPELINES["one rank has both ends"]},
+    ],
+    ids=lambda layout: "-".join(f"{key}{value}" for key, value in layout.items() if isinstance(value, int)),
+)
+def test_layouts(layout, tied):
     moe = MoeConfig(experts=4, top_k=2, ffn=16, router=RouterConfig(groups_kept=1, aux_loss=0.01))
-    model = {"mtp": 2, "tied": tied, "moe": moe}
-    check(tp=2, dp=2, ep=4, sharding="zero1", recompute="full", masked=True, model=model, steps=5)
+    model = {"layers": 3, "mtp": 2, "tied": tied, "moe": moe}
+    check(**layout, sharding="zero1", masked=True, model=model, steps=5)

@@ -43,6 +43,7 @@ _COSTS = st.lists(st.integers(0, 9), max_size=8) | st.builds(lambda c, n: [c] * 
 @settings(max_examples=300, deadline=None)
 @given(_COSTS, st.integers(0, 20), st.integers(0, 20), _PLACEMENTS)
 @example([9, 5, 8, 8, 2, 0], 4, 0, ("gis", 3, 2))
+@example([1, 4, 5, 1, 2, 5], 9, 9, ("gis", 3, 2))
 @example([1] * 7, 0, 3, ("zb-v", 3, 2))
 @example([1] * 7, 3, 3, ("gis", 3, 2))
 def test_no_split_is_better(costs: list[int], first: int, last: int, size: tuple[str, int, int]) -> None:
