@@ -12,7 +12,8 @@ def resolve_context(parallel: ParallelConfig, model: ModelConfig) -> ContextConf
     """The context section with method, inner and placement filled in.
 
     Per rank and pass Ulysses sends (P − 1) / P · 2 (H + K) · d numbers a token and a ring 2 (P − 1) · K · d · 3/4, so
-    with P ranks and H / K = g query heads per key-value head Ulysses sends less from 3/4 · P > 1 + g on.
+    with P ranks and H / K = g query heads per key-value head Ulysses sends less from 3/4 · P > 1 + g on. Latent
+    attention has one narrow vector a token to gather, a few per cent of its keys and values.
     """
     context, cp = parallel.context, parallel.cp
     linear = bool(model.linear_layers)
@@ -23,7 +24,8 @@ def resolve_context(parallel: ParallelConfig, model: ModelConfig) -> ContextConf
     method = context.method
     if method == "auto":
         # Only what travels from rank to rank can pass those by that have no use for it.
-        method = "ring" if placement == "by_length" else _cheapest(cp, heads, kv_heads, linear=linear)
+        cheapest = "allgather" if model.mla.kv_rank else _cheapest(cp, heads, kv_heads, linear=linear)
+        method = "ring" if placement == "by_length" else cheapest
     inner = context.inner
     if inner is None and method == "usp":
         inner = _largest_inner(cp, heads, kv_heads)

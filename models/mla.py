@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configs.schema import ModelConfig
-from ..parallel.context.local import Core
+from ..parallel.context.local import Core, LatentCore
 from .attention import attend
 from .functional import rotate
 from .linear import Linear, project
@@ -35,7 +35,8 @@ def all_at_hand(x: Tensor) -> Tensor:
 class LatentAttention(nn.Module):
     """Multi-head latent attention in its training form: keys and values are expanded to all heads.
 
-    `gather_tokens` is replaceable from outside: the rotary key (n', p) of the tokens at hand → (N, p) of all tokens.
+    Replaceable from outside: `gather_tokens`, the rotary key (n', p) of the tokens at hand → (N, p) of all tokens; and
+    `latent_core`, which expands keys and values itself, for `core`.
     """
 
     def __init__(self, cfg: ModelConfig, index: int) -> None:
@@ -58,6 +59,7 @@ class LatentAttention(nn.Module):
         self.out = Linear(cfg.heads * mla.value_dim, cfg.hidden, cfg.out_bias)
         self.gather_tokens: Callable[[Tensor], Tensor] = all_at_hand
         self.core: Core = attend
+        self.latent_core: LatentCore | None = None
 
     def forward(self, x: Tensor, seq: Sequences) -> Tensor:
         """x (N, h) → (N, h)."""
@@ -67,18 +69,24 @@ class LatentAttention(nn.Module):
             q, low = project(x, self.q_down, self.kv_down)
             q = self.q_up(self.q_norm(q))
         latent, turning = low.split((self.mla.kv_rank, self.mla.rope_dim), dim=-1)
-        turning = self.gather_tokens(turning)
-        expanded = self.kv_up(self.kv_norm(latent))
+        latent, turning = self.kv_norm(latent), self.gather_tokens(turning)
         shape = (seq.batch, seq.length, -1)
         q = q.view(*shape, self.mla.nope_dim + self.mla.rope_dim)
         turning = turning.view(*shape, self.mla.rope_dim)
-        still, v = expanded.view(*shape, self.mla.nope_dim + self.mla.value_dim).split(
-            (self.mla.nope_dim, self.mla.value_dim), dim=-1
-        )
         if seq.cos is not None and seq.sin is not None:
             q, turning = (rotate(y, seq.cos, seq.sin, self.interleaved) for y in (q, turning))
-        # Heads first in memory, as attention wants them.
-        parts = still.transpose(1, 2), turning.transpose(1, 2).expand(-1, still.shape[2], -1, -1)
-        k = torch.cat(parts, dim=-1).transpose(1, 2)
-        y = self.core(q, k, v, seq.spread, self.window, self.scale)
+        rest = seq.spread, self.window, self.scale
+        if self.latent_core is not None:
+            y = self.latent_core(q, latent, turning.squeeze(2), self.kv_up, self.keys_values, *rest)
+        else:
+            y = self.core(q, *self.keys_values(self.kv_up(latent), turning.squeeze(2)), *rest)
         return self.out(y.reshape(seq.batch * seq.length, -1))
+
+    def keys_values(self, expanded: Tensor, turning: Tensor) -> tuple[Tensor, Tensor]:
+        """k (B, T, H, n + p) and v (B, T, H, e) from the expanded latents (B · T, H (n + e)) and the turned keys
+        (B, T, p)."""
+        widths = (self.mla.nope_dim, self.mla.value_dim)
+        still, v = expanded.view(*turning.shape[:2], -1, sum(widths)).split(widths, dim=-1)
+        # Heads first in memory, as attention wants them.
+        parts = still.transpose(1, 2), turning[:, None].expand(-1, still.shape[2], -1, -1)
+        return torch.cat(parts, dim=-1).transpose(1, 2), v

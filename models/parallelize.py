@@ -13,7 +13,7 @@ from torch import nn
 from ..configs.schema import ContextConfig, ModelConfig
 from ..parallel.collectives import all_gather_autograd, all_reduce
 from ..parallel.context.all_scan import AllScan
-from ..parallel.context.make import make_core
+from ..parallel.context.make import make_core, make_latent_core
 from ..parallel.expert.biases import without_bias
 from ..parallel.expert.dispatch import AllToAll
 from ..parallel.expert.make import make_dispatcher
@@ -155,11 +155,14 @@ def _replace_dispatchers(model: Transformer, mesh: Mesh) -> None:
 
 def _replace_cores(model: Transformer, mesh: Mesh, context: ContextConfig, device: torch.device) -> None:
     """Attention spans the context ranks; linear attention hands its state from one to the next."""
-    core = make_core(context, mesh, local_attention(device))
+    local = local_attention(device)
+    core, latent_core = make_core(context, mesh, local), make_latent_core(context, mesh, local)
     scan: AllScan | None = None
     for module in model.modules():
         if isinstance(module, _SOFTMAX):
             module.core = core
+            if isinstance(module, LatentAttention):
+                module.latent_core = latent_core
         elif isinstance(module, LinearAttention):
             scan = scan or AllScan(mesh.axis("cp_scan"), mesh.axis("cp_back"), device)
             module.neighbours = scan

@@ -10,8 +10,8 @@ micro-batch, so a gradient is final after a known number of calls, in whatever o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -108,6 +108,15 @@ class WeightGradients:
         finally:
             self._open = None
 
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """A backward inside this block, itself inside `deferring`, leaves nothing here."""
+        held, self._open = self._open, None
+        try:
+            yield
+        finally:
+            self._open = held
+
     @property
     def is_open(self) -> bool:
         return self._open is not None
@@ -134,6 +143,14 @@ def open_store(params: Sequence[Tensor | None]) -> WeightGradients | None:
     if slot is None or slot.store is None or not slot.store.is_open:
         return None
     return slot.store
+
+
+@contextmanager
+def at_once(params: Iterable[Tensor]) -> Iterator[None]:
+    """A backward inside this block computes the weight gradients of `params` even where their stage's is split."""
+    store = open_store(list(params))
+    with store.pausing() if store is not None else nullcontext():
+        yield
 
 
 def slot_of(param: Tensor | None) -> Slot | None:

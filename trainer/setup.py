@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..configs.errors import UserError
 from ..configs.schema import Config
+from ..models.mla import LatentAttention
 from ..models.parallelize import build, initial_values, set_overlap_chunks
 from ..models.transformer import Transformer
 from ..parallel import record
@@ -176,21 +177,25 @@ def make_model(cfg: Config, mesh: Mesh, device: torch.device) -> Parts:
             sharded=cfg.parallel.data.sharding == "zero1",
             bucket_mib=cfg.parallel.data.bucket_mib,
         )
-        _expect_uses(model)
+        _expect_uses(model, mesh)
     if cfg.model.moe.experts and cfg.model.moe.overlap_chunks != "auto":
         set_overlap_chunks(model, cfg.model.moe.overlap_chunks)
     replicas.load(initial_values(model, where, cfg.train.seed))
     return Parts(model, where, replicas, device, pipeline, _stores(model, pipeline, stages))
 
 
-def _expect_uses(model: Transformer) -> None:
-    """The embedding's and the head's tables are used by every prediction module too, a tied one by both ends."""
+def _expect_uses(model: Transformer, mesh: Mesh) -> None:
+    """The embedding's and the head's tables are used by every prediction module too, a tied one by both ends; what
+    expands gathered latents, for each context rank's."""
     part, depth = model.part, len(model.mtp)
     embeds, predicts = part.embeds + depth, (1 + depth) * part.predicts
     if model.head is not None:
         expect_uses(model.head_weight, predicts)
     if model.embed is not None:
         expect_uses(model.embed_weight, embeds + predicts * model.cfg.tied)
+    for module in model.modules():
+        if isinstance(module, LatentAttention) and module.latent_core is not None:
+            expect_uses(module.kv_up.weight, mesh.axis("cp").size)
 
 
 def _stores(model: Transformer, pipeline: Pipeline, stages: tuple[int, ...]) -> dict[int, WeightGradients]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .rows import Mask, Spread
 
@@ -48,4 +49,28 @@ class Core(Protocol):
         window: int | None,
         scale: float,
         sinks: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+class LatentCore(Protocol):
+    """The attention core of a layer whose keys and values are made from something narrower: q (B, n, H, d) of this
+    device's tokens → (B, n, H, e), with autograd.
+
+    Args:
+        latent: (n', r), from which `up` makes the rows (B · n, ·) of keys and values.
+        turning: (B, n, p) the keys' other part.
+        keys_values: k (B, n, H, d) and v (B, n, H, e) from those rows and `turning`.
+        spread, window, scale: as of `Core`.
+    """
+
+    def __call__(
+        self,
+        q: Tensor,
+        latent: Tensor,
+        turning: Tensor,
+        up: nn.Module,
+        keys_values: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        spread: Spread,
+        window: int | None,
+        scale: float,
     ) -> Tensor: ...

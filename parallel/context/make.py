@@ -5,11 +5,17 @@ from __future__ import annotations
 from ...configs.schema_parallel import ContextConfig
 from ..mesh import Mesh
 from .gather import AllGather
-from .local import Core, LocalAttention
+from .latent import GatherLatent
+from .local import Core, LatentCore, LocalAttention
 from .ring import Ring
 from .tokenring import TokenRing
 from .ulysses import Ulysses
 from .usp import Usp
+
+
+def make_latent_core(context: ContextConfig, mesh: Mesh, local: LocalAttention) -> LatentCore | None:
+    """The core of latent attention where the method has one of its own; arguments as of `make_core`."""
+    return GatherLatent(mesh.axis("cp"), local) if context.method == "allgather" else None
 
 
 def make_core(context: ContextConfig, mesh: Mesh, local: LocalAttention) -> Core:

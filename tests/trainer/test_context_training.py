@@ -111,12 +111,31 @@ def test_layout(case):
     check(**settings(case))
 
 
+MLA = MlaConfig(kv_rank=8, q_rank=12, nope_dim=4, rope_dim=4, value_dim=6)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("method", ["allgather", "ulysses", pytest.param("ring", marks=pytest.mark.slow)])
 def test_latent_attention(method):
-    mla = MlaConfig(kv_rank=8, q_rank=12, nope_dim=4, rope_dim=4, value_dim=6)
-    model = {"mla": mla, "head_dim": 8, "kv_heads": 4}
+    model = {"mla": MLA, "head_dim": 8, "kv_heads": 4}
     check(cp=2, tp=2, context={"method": method}, model=model, masked=True, steps=5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"cp": 4, "dtype": "fp32", "recompute": "full", "model": {"window": 6, "window_every": 2}},
+        {"cp": 2, "tp": 2, "pp": 2, "pipeline": {"schedule": "gis", "chunks": 2, "vocab": "balanced"}},
+        {"cp": 2, "dp": 2, "sharding": "zero1", "context": {"placement": "contiguous"}},
+    ],
+    ids=["recompute", "split", "contiguous"],
+)
+def test_gathered_latents(layout):
+    """What every rank expands for itself: its weight's gradient has a part from each rank's tokens."""
+    model = {"mla": MLA, "layers": 4, "head_dim": 8, "kv_heads": 4, **layout.get("model", {})}
+    context = {"method": "allgather", **layout.get("context", {})}
+    check(**{**layout, "model": model, "context": context}, masked=True, steps=5)
 
 
 @pytest.mark.distributed

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from pentad.configs.schema import MlaConfig
 from tests.distributed import run_distributed
 from tests.same_training import TOLERANCE, worst
 from tests.training import curve, job
@@ -35,8 +36,9 @@ def reference(cfg, masked: bool = False) -> list:
 
 def check(*, masked: bool = False, **settings) -> None:
     cfg = job(**settings)
-    alone = job(**{**settings, "tp": 1, "dp": 1, "sharding": "ddp"})
-    curves = run_distributed(curve, cfg.parallel.tp * (cfg.parallel.dp or 1), cfg, masked, group=False)
+    alone = job(**{**settings, "tp": 1, "cp": 1, "dp": 1, "sharding": "ddp"})
+    p = cfg.parallel
+    curves = run_distributed(curve, p.tp * p.cp * (p.dp or 1), cfg, masked, group=False)
     assert worst(curves, reference(alone, masked)) < TOLERANCE[cfg.train.dtype]
 
 
@@ -47,6 +49,13 @@ def check(*, masked: bool = False, **settings) -> None:
 )
 def test_layout(tp, dp, sharding, dtype):
     check(tp=tp, dp=dp, sharding=sharding, dtype=dtype)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("latent", [False, True])
+def test_fsdp_shards_over_the_context_ranks_too(latent):
+    mla = MlaConfig(kv_rank=8, nope_dim=4, rope_dim=4, value_dim=6) if latent else MlaConfig()
+    check(cp=2, dp=2, sharding="fsdp", masked=True, model={"mla": mla, "head_dim": 8})
 
 
 @pytest.mark.distributed
