@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pentad.configs.resolve_context import resolve_context
 from pentad.configs.schema_model import MlaConfig, ModelConfig
 from pentad.configs.schema_parallel import ContextConfig, ParallelConfig
 
-LATENT = {"mla": MlaConfig(kv_rank=512)}
-HYBRID = {"attention_every": 4}
+LATENT: dict[str, Any] = {"mla": MlaConfig(kv_rank=512)}
+HYBRID: dict[str, Any] = {"attention_every": 4}
 
 
 @pytest.mark.parametrize(
