@@ -12,6 +12,7 @@ every rank expands all tokens, one rank's at a time, so that no more than those 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,21 +57,17 @@ class GatherLatent:
         return _Attention.apply(q, latent, turning, job)
 
 
+@dataclass(frozen=True)
 class _Job:
-    """One layer's attention; the arguments of `GatherLatent`."""
+    """One layer's attention; the arguments of `GatherLatent` and of its calls."""
 
-    def __init__(
-        self,
-        axis: Axis,
-        local: LocalAttention,
-        up: nn.Module,
-        keys_values: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        spread: Spread,
-        window: int | None,
-        scale: float,
-    ) -> None:
-        self.axis, self.local, self.up, self.keys_values = axis, local, up, keys_values
-        self.spread, self.window, self.scale = spread, window, scale
+    axis: Axis
+    local: LocalAttention
+    up: nn.Module
+    keys_values: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    spread: Spread
+    window: int | None
+    scale: float
 
     def expand(self, latent: Tensor, turning: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of one rank's tokens."""
@@ -116,12 +113,12 @@ class _Attention(torch.autograd.Function):
         for rank, mask, *narrow in job.blocks(latent, turning):
             narrow = [x.detach().requires_grad_() for x in narrow]
             with torch.enable_grad():
-                wide = job.expand(*narrow)
-            part, *dwide = job.local.backward(dout, q, *(x.detach() for x in wide), out, lse, mask, job.scale)
+                k, v = job.expand(*narrow)
+            part, dk, dv = job.local.backward(dout, q, k.detach(), v.detach(), out, lse, mask, job.scale)
             dq += part
             # Not deferred: the weight's gradients would keep the keys and values of all ranks until then.
             with at_once(job.up.parameters()):
-                torch.autograd.backward(wide, [d.to(x.dtype) for d, x in zip(dwide, wide, strict=True)])
+                torch.autograd.backward((k, v), (dk.to(k.dtype), dv.to(v.dtype)))
             for gradient, x in zip(gradients, narrow, strict=True):
                 assert x.grad is not None
                 gradient[rank] = x.grad
