@@ -227,6 +227,8 @@ def _join(job: _Job, device: torch.device | None) -> None:
         timeout=timedelta(seconds=job.timeout_s),
         device_id=device,
     )
+    # A rank whose job is done at once would close connections that the others are still opening.
+    dist.barrier()
 
 
 def _failure(rank: int, error: BaseException) -> _Failure:
