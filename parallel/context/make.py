@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from ...configs.schema_parallel import ContextConfig
 from ..mesh import Mesh
-from .gather import AllGather
-from .latent import GatherLatent
+from .gather import AllGather, GatherLatent
 from .local import Core, LatentCore, LocalAttention
 from .ring import Ring
 from .tokenring import TokenRing

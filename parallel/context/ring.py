@@ -126,6 +126,7 @@ def _attend(course: _Course, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: 
     own_out, own_lse = course.local.forward(q, k, v, course.mask, course.scale)
     out.copy_(own_out)
     lse.copy_(own_lse)
+    del own_out, own_lse
     yield
     for step in range(1, course.lines.along.size):
         block = journey.arrived(step)
@@ -133,10 +134,12 @@ def _attend(course: _Course, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: 
         journey.post(step + 1)
         yield
         if block is not None:
-            stop, (keys, values) = block
+            stop, parts = block
             rows = slice(*stop.mine)
-            found = course.local.forward(q[:, rows], keys, values, course.block_mask(stop), course.scale)
+            found = course.local.forward(q[:, rows], *parts, course.block_mask(stop), course.scale)
             merge_(out[:, rows], lse[:, :, rows], *found)
+            del parts, found
+        del block  # not to be held while the next one but one arrives
         yield
     journey.left()
 
@@ -211,6 +214,7 @@ def _differentiate(course: _Course, saved: _Saved, dq: Tensor, dk: Tensor, dv: T
     own = course.local.backward(saved.dout, saved.q, saved.k, saved.v, saved.out, saved.lse, course.mask, course.scale)
     for x, part in zip((dq, dk, dv), own, strict=True):
         x.copy_(part)
+    del own, part
     yield
     for step in range(1, course.lines.along.size):
         block = journey.arrived(step)
@@ -219,13 +223,16 @@ def _differentiate(course: _Course, saved: _Saved, dq: Tensor, dk: Tensor, dv: T
         yield
         made: list[Tensor] = []
         if block is not None:
-            stop, (keys, values) = block
+            stop, parts = block
             rows = slice(*stop.mine)
             x, theirs, y, sums = saved.q[:, rows], saved.dout[:, rows], saved.out[:, rows], saved.lse[:, :, rows]
             mask = course.block_mask(stop)
-            part, *made = course.local.backward(theirs, x, keys, values, y, sums, mask, course.scale)
+            part, *made = course.local.backward(theirs, x, *parts, y, sums, mask, course.scale)
             dq[:, rows] += part
+            del parts, part
+        del block
         gradients.post(step, made)
+        del made
         yield
     gradients.collect()
     journey.left()

@@ -132,6 +132,12 @@ class Mask(_Remembers):
         start = int(torch.searchsorted(keys, oldest.expand(column).contiguous(), right=True).min())
         return low, high, min(start, high)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether places alone tell that no query sees a key."""
+        low, high, _ = self.reach(0, self.queries.count)
+        return low >= high
+
     def hidden(self, first: int, last: int, low: int, high: int) -> Tensor:
         """(B or 1, queries, keys) booleans: what the queries [first, last) may not see of the keys [low, high)."""
         query, key = self.queries.order[:, first:last, None], self.keys.order[:, None, low:high]

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pentad.models.local_attention import PlainMaths
-from pentad.parallel.context.gather import AllGather
-from pentad.parallel.context.latent import GatherLatent
+from pentad.parallel.context.gather import AllGather, GatherLatent
 from pentad.parallel.context.rows import Spread
 from pentad.parallel.mesh import Axis, Degrees, Mesh
 from pentad.parallel.record import Recorder

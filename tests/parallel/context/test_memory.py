@@ -127,17 +127,15 @@ def exchanged_forward(x: Sizes) -> float:
 
 
 PEAKS: dict[str, tuple[Callable[[Sizes], float], Callable[[Sizes], float]]] = {
-    # All keys as they arrive and again in order; in backward also their gradients, there and back.
+    # All keys, and what two blocks gave; in backward also all keys' gradients, and those of a block.
     "allgather": (
-        lambda x: max((2 * x.ranks + 1) * x.kv, x.ranks * x.kv + x.q + x.lse),
-        lambda x: x.q + 4 * x.ranks * x.kv,
+        lambda x: x.ranks * x.kv + 2 * (x.q + x.lse),
+        lambda x: 2 * x.ranks * x.kv + x.kv + 2 * x.q,
     ),
     "ulysses": (exchanged_forward, lambda x: 4 * (x.q + x.kv)),
-    # Some blocks of keys, however many ranks there are, and what they gave.
-    "ring": (
-        lambda x: 3 * (x.q + x.lse) + x.kv if x.ranks == 2 else 2.5 * (x.q + x.lse) + 3.5 * x.kv,
-        lambda x: 2.5 * x.q + (5.75 if x.ranks == 2 else 8.5) * x.kv,
-    ),
+    # A block in use and one that arrives; in backward two of gradients as well. And what is made of the rank's own and
+    # of one more block, however many ranks there are.
+    "ring": (lambda x: 2 * x.kv + 2 * (x.q + x.lse), lambda x: 4 * x.kv + 2 * (x.q + x.kv)),
     "tokenring": (
         lambda x: (5.4 if x.ranks == 2 else 7.7) * (x.q + x.lse),
         lambda x: 7 * x.q + 1.7 * x.kv if x.ranks == 2 else 12 * x.q + 2 * x.kv,
