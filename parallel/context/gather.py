@@ -141,12 +141,12 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, one: Tensor, two: Tensor, sinks: Tensor | None, job: _Job) -> Tensor:
         out = lse = None
-        for _, mask, *parts in job.blocks(one, two):
+        for _, mask, first, second in job.blocks(one, two):
             if out is None or lse is None:
-                out, lse = job.attend(*parts, mask, q)
+                out, lse = job.attend(first, second, mask, q)
                 out = out.to(lse.dtype)
             else:
-                merge_(out, lse, *job.attend(*parts, mask, q))
+                merge_(out, lse, *job.attend(first, second, mask, q))
         assert out is not None and lse is not None
         if sinks is not None:
             out, lse = add_sinks(out, lse, sinks)
@@ -162,12 +162,12 @@ class _Gathered(torch.autograd.Function):
         job: _Job = ctx.job
         dq = torch.zeros_like(q, dtype=lse.dtype)
         gradients = [x.new_zeros(job.axis.size, *x.shape) for x in (one, two)]
-        for rank, mask, *parts in job.blocks(one, two):
-            found = job.differentiate(*parts, mask, q, dout, out, lse)
-            dq += found[0]
-            for gradient, part in zip(gradients, found[1:], strict=True):
-                gradient[rank] = part
-            del parts, found  # views of what was gathered
+        for rank, mask, first, second in job.blocks(one, two):
+            part, *found = job.differentiate(first, second, mask, q, dout, out, lse)
+            dq += part
+            for gradient, x in zip(gradients, found, strict=True):
+                gradient[rank] = x
+            del first, second, part, found, x  # among them views of what was gathered
         dsinks = None
         if sinks is not None and ctx.needs_input_grad[3]:
             dsinks = sinks_grad(dout, out, lse, sinks)

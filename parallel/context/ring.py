@@ -134,11 +134,11 @@ def _attend(course: _Course, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: 
         journey.post(step + 1)
         yield
         if block is not None:
-            stop, parts = block
+            stop, (keys, values) = block
             rows = slice(*stop.mine)
-            found = course.local.forward(q[:, rows], *parts, course.block_mask(stop), course.scale)
+            found = course.local.forward(q[:, rows], keys, values, course.block_mask(stop), course.scale)
             merge_(out[:, rows], lse[:, :, rows], *found)
-            del parts, found
+            del keys, values, found
         del block  # not to be held while the next one but one arrives
         yield
     journey.left()
@@ -212,9 +212,9 @@ def _differentiate(course: _Course, saved: _Saved, dq: Tensor, dk: Tensor, dv: T
     journey.post(1)
     yield
     own = course.local.backward(saved.dout, saved.q, saved.k, saved.v, saved.out, saved.lse, course.mask, course.scale)
-    for x, part in zip((dq, dk, dv), own, strict=True):
-        x.copy_(part)
-    del own, part
+    for whole, mine in zip((dq, dk, dv), own, strict=True):
+        whole.copy_(mine)
+    del own, mine
     yield
     for step in range(1, course.lines.along.size):
         block = journey.arrived(step)
@@ -223,13 +223,13 @@ def _differentiate(course: _Course, saved: _Saved, dq: Tensor, dk: Tensor, dv: T
         yield
         made: list[Tensor] = []
         if block is not None:
-            stop, parts = block
+            stop, (keys, values) = block
             rows = slice(*stop.mine)
             x, theirs, y, sums = saved.q[:, rows], saved.dout[:, rows], saved.out[:, rows], saved.lse[:, :, rows]
             mask = course.block_mask(stop)
-            part, *made = course.local.backward(theirs, x, *parts, y, sums, mask, course.scale)
+            part, *made = course.local.backward(theirs, x, keys, values, y, sums, mask, course.scale)
             dq[:, rows] += part
-            del parts, part
+            del keys, values, part
         del block
         gradients.post(step, made)
         del made
