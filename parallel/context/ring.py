@@ -31,7 +31,7 @@ from .local import LocalAttention
 from .merge import add_sinks, merge_, precise, sinks_grad
 from .parcel import Parcel
 from .routes import Stop, Timetable, Timetables
-from .rows import Mask, Spread
+from .rows import Spread
 from .transit import Journey, Lines, empty_like, finish
 
 
@@ -69,9 +69,9 @@ class Ring:
         return _Ring.apply(q, k, v, sinks, self._courses(k.shape[2], spread, window, scale))
 
     def _courses(self, heads: int, spread: Spread, window: int | None, scale: float) -> list[_Course]:
-        mask, down = Mask.of(spread.mine, window), Lines(self._axis, self._back, -1)
+        down = Lines(self._axis, self._back, -1)
         if self._up is None or self._axis.size == 1:
-            return [_Course(self._down.of(spread, window), self._local, mask, scale, down, slice(0, heads))]
+            return [_Course(self._down.of(spread, window), self._local, scale, down, slice(0, heads))]
         if heads == 1:
             raise UserError(
                 Problem(
@@ -82,8 +82,8 @@ class Ring:
             )
         half, up = (heads + 1) // 2, Lines(self._back, self._axis, 1)
         return [
-            _Course(self._down.of(spread, window), self._local, mask, scale, down, slice(0, half)),
-            _Course(self._up.of(spread, window), self._local, mask, scale, up, slice(half, heads)),
+            _Course(self._down.of(spread, window), self._local, scale, down, slice(0, half)),
+            _Course(self._up.of(spread, window), self._local, scale, up, slice(half, heads)),
         ]
 
 
@@ -93,14 +93,13 @@ class _Course:
 
     Args:
         table: when what goes where.
-        local, mask, scale: as of the method; the mask of the rank's own block.
+        local, scale: as of the method.
         lines: which axes it takes.
         heads: the key-value heads that travel so.
     """
 
     table: Timetable
     local: LocalAttention
-    mask: Mask
     scale: float
     lines: Lines
     heads: slice
@@ -113,17 +112,13 @@ class _Course:
         """The query heads of (B, H, n)."""
         return lse[:, self.heads.start * groups : self.heads.stop * groups]
 
-    def block_mask(self, stop: Stop) -> Mask:
-        """Of the queries that have business with a block."""
-        return Mask(self.mask.queries.part(*stop.mine), stop.rows, self.mask.window)
-
 
 def _attend(course: _Course, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Iterator[None]:
     """Fills out and lse; yields between starting transfers and working, so that two directions can take turns."""
     journey = Journey(course.table, course.lines, (k, v))
     journey.post(1)
     yield
-    own_out, own_lse = course.local.forward(q, k, v, course.mask, course.scale)
+    own_out, own_lse = course.local.forward(q, k, v, course.table.masks[0], course.scale)
     out.copy_(own_out)
     lse.copy_(own_lse)
     del own_out, own_lse
@@ -136,7 +131,7 @@ def _attend(course: _Course, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: 
         if block is not None:
             stop, (keys, values) = block
             rows = slice(*stop.mine)
-            found = course.local.forward(q[:, rows], keys, values, course.block_mask(stop), course.scale)
+            found = course.local.forward(q[:, rows], keys, values, course.table.masks[step], course.scale)
             merge_(out[:, rows], lse[:, :, rows], *found)
             del keys, values, found
         del block  # not to be held while the next one but one arrives
@@ -211,7 +206,8 @@ def _differentiate(course: _Course, saved: _Saved, dq: Tensor, dk: Tensor, dv: T
     gradients = _Gradients(course, dk, dv)
     journey.post(1)
     yield
-    own = course.local.backward(saved.dout, saved.q, saved.k, saved.v, saved.out, saved.lse, course.mask, course.scale)
+    mask = course.table.masks[0]
+    own = course.local.backward(saved.dout, saved.q, saved.k, saved.v, saved.out, saved.lse, mask, course.scale)
     for whole, mine in zip((dq, dk, dv), own, strict=True):
         whole.copy_(mine)
     del own, mine
@@ -226,7 +222,7 @@ def _differentiate(course: _Course, saved: _Saved, dq: Tensor, dk: Tensor, dv: T
             stop, (keys, values) = block
             rows = slice(*stop.mine)
             x, theirs, y, sums = saved.q[:, rows], saved.dout[:, rows], saved.out[:, rows], saved.lse[:, :, rows]
-            mask = course.block_mask(stop)
+            mask = course.table.masks[step]
             part, *made = course.local.backward(theirs, x, keys, values, y, sums, mask, course.scale)
             dq[:, rows] += part
             del keys, values, part

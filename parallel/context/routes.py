@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .rows import Rows, Spread
+from .rows import Mask, Rows, Spread
 
 _NEVER = 1 << 62
 """Order of a row that only fills up a batch: no query comes after it."""
@@ -107,7 +107,7 @@ class Stop:
         onward: which of them go on.
         complete, complete_at_home: which of them do not, among those that arrived and among the owner's; or none.
         used, used_at_home: which have business here, likewise.
-        mine: (first, last) of this rank's own rows that have business with them.
+        mine: (first, last) of the rank's own rows that have business with them.
     """
 
     owner: int
@@ -141,12 +141,15 @@ class Timetable:
 
     Args:
         stops: of other ranks' rows here, by step.
+        masks: of the queries and keys that meet in a step, where some do. Kept here, what kernels derive from them is
+            worked out once for all layers.
         own: of this rank's rows elsewhere, by owner of the place.
         moves: transfers of rows, by the step that works on them, in the order in which all ranks start them.
         returns: likewise of what a step made: onward to the next stop, and home.
     """
 
     stops: tuple[Stop | None, ...]
+    masks: dict[int, Mask]
     own: dict[int, Stop]
     moves: tuple[tuple[Message, ...], ...]
     returns: tuple[tuple[Message, ...], ...]
@@ -197,7 +200,14 @@ def _timetable(spread: Spread, window: int | None, sign: int, keys: bool) -> Tim
                     stops[stop.step] = stop
                 else:
                     own[rank] = stop
-    return Timetable(tuple(stops), own, *_messages(routes, sign, me))
+    masks = {0: Mask.of(spread.mine, window)}
+    masks |= {stop.step: _mask(stop, spread.mine, window, keys) for stop in stops if stop is not None}
+    return Timetable(tuple(stops), masks, own, *_messages(routes, sign, me))
+
+
+def _mask(stop: Stop, mine: Rows, window: int | None, keys: bool) -> Mask:
+    here = mine.part(*stop.mine)
+    return Mask(here, stop.rows, window) if keys else Mask(stop.used.rows(stop.rows), here, window)
 
 
 def _places(ranks: Sequence[Rows]) -> tuple[list[Tensor], int]:

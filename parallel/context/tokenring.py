@@ -26,8 +26,8 @@ from ..mesh import Axis
 from .local import LocalAttention
 from .merge import add_sinks, merge_, row_sums, sinks_grad
 from .parcel import Like, Parcel
-from .routes import Choice, Stop, Timetable, Timetables
-from .rows import Mask, Rows, Spread
+from .routes import Choice, Timetable, Timetables
+from .rows import Spread
 from .transit import Journey, Lines, finish
 
 
@@ -55,29 +55,18 @@ class TokenRing:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """See `local.Core`."""
-        course = _Course(self._tables.of(spread, window), self._lines, self._local, spread.mine, window, scale)
+        course = _Course(self._tables.of(spread, window), self._lines, self._local, scale)
         return _TokenRing.apply(q, k, v, sinks, course)
 
 
 @dataclass(frozen=True)
 class _Course:
-    """What a call needs besides tensors; `rows` are this rank's."""
+    """What a call needs besides tensors."""
 
     table: Timetable
     lines: Lines
     local: LocalAttention
-    rows: Rows
-    window: int | None
     scale: float
-
-    @property
-    def own_mask(self) -> Mask:
-        """Of the rank's own queries and keys."""
-        return Mask.of(self.rows, self.window)
-
-    def mask(self, stop: Stop) -> Mask:
-        """Of the visiting queries that have business here and the keys that they have it with."""
-        return Mask(stop.used.rows(stop.rows), self.rows.part(*stop.mine), self.window)
 
 
 class _Returns:
@@ -128,7 +117,7 @@ def _attend(course: _Course, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, T
     """out and lse over all ranks' keys, in lse's precision."""
     journey = Journey(course.table, course.lines, (q,))
     journey.post(1)
-    first, lse = course.local.forward(q, k, v, course.own_mask, course.scale)
+    first, lse = course.local.forward(q, k, v, course.table.masks[0], course.scale)
     out = first.to(lse.dtype, copy=True)
 
     def join(choice: Choice, parts: tuple[Tensor, ...]) -> None:
@@ -149,7 +138,7 @@ def _attend(course: _Course, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, T
             stop, (x,) = block
             keys = slice(*stop.mine)
             found, sums = course.local.forward(
-                stop.used.take(x), k[:, keys], v[:, keys], course.mask(stop), course.scale
+                stop.used.take(x), k[:, keys], v[:, keys], course.table.masks[step], course.scale
             )
             made = sums.transpose(1, 2), found
         returns.post(step, made)
@@ -175,7 +164,7 @@ def _differentiate(
     home = lse.transpose(1, 2), row_sums(dout, out).transpose(1, 2), q, dout
     journey = Journey(course.table, course.lines, home)
     journey.post(1)
-    dq, dk, dv = course.local.backward(dout, q, k, v, out, lse, course.own_mask, course.scale)
+    dq, dk, dv = course.local.backward(dout, q, k, v, out, lse, course.table.masks[0], course.scale)
 
     def join(choice: Choice, parts: tuple[Tensor, ...]) -> None:
         choice.put(dq, parts[0], add=True)
@@ -195,7 +184,7 @@ def _differentiate(
                 sums = sums.masked_fill(stop.used.padding.to(sums.device)[..., None], float("inf"))
             y = _stand_in(theirs, delta).to(x.dtype)
             dx, dkeys, dvalues = course.local.backward(
-                theirs, x, k[:, keys], v[:, keys], y, sums.transpose(1, 2), course.mask(stop), course.scale
+                theirs, x, k[:, keys], v[:, keys], y, sums.transpose(1, 2), course.table.masks[step], course.scale
             )
             dk[:, keys] += dkeys
             dv[:, keys] += dvalues

@@ -11,8 +11,9 @@ key-value heads: where P does not divide theirs they are repeated, and the gradi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,9 +24,14 @@ from ...configs.errors import Problem, UserError
 from ..collectives import all_to_all
 from ..mesh import Axis
 from .local import LocalAttention
+from .merge import precise
 from .one_device import attention
 from .rows import Mask, Spread
 from .united import United
+
+_MOST_PIECES = 16
+PIECE_BYTES = 1 << 22
+"""Of an exchange: more pieces save little memory, and smaller ones take longer to launch than to travel."""
 
 
 class Ulysses:
@@ -34,10 +40,11 @@ class Ulysses:
     Args:
         axis: the ranks that share the sequences; their number divides that of the query heads.
         local: attention of one device.
+        piece_bytes: tensors at least twice as large are exchanged in pieces.
     """
 
-    def __init__(self, axis: Axis, local: LocalAttention) -> None:
-        self._axis, self._local = axis, local
+    def __init__(self, axis: Axis, local: LocalAttention, piece_bytes: int = PIECE_BYTES) -> None:
+        self._axis, self._local, self._piece_bytes = axis, local, piece_bytes
 
     def __call__(
         self,
@@ -55,7 +62,7 @@ class Ulysses:
             UserError: see `check_heads`.
         """
         tokens = spread.once(United, spread.ranks)
-        exchange = Exchange(self._axis, tokens)
+        exchange = Exchange(self._axis, tokens, self._piece_bytes)
         q, k, v, sinks = exchange.split_heads(q, k, v, sinks)
         out = attention(self._local, q, k, v, spread.once(Mask.of, tokens.rows, window), scale, sinks)
         return exchange.join_heads(out)
@@ -81,13 +88,18 @@ def check_heads(heads: int, ranks: int) -> None:
 class Exchange:
     """Heads for tokens and back, with autograd.
 
+    Every tensor has its own exchange, and that is done in pieces: while one travels the last one is put in place and
+    the next one packed, and beside a tensor and what becomes of it no more than three pieces exist.
+
     Args:
         axis: the ranks.
         tokens: theirs.
+        piece_bytes: the least that a piece of an exchange has on each side.
     """
 
     axis: Axis
     tokens: United
+    piece_bytes: int
 
     def split_heads(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
@@ -97,71 +109,85 @@ class Exchange:
         Raises:
             UserError: see `check_heads`.
         """
-        ranks, heads, kv_heads = self.axis.size, q.shape[2], k.shape[2]
-        check_heads(heads, ranks)
+        ranks, kv_heads = self.axis.size, k.shape[2]
+        check_heads(q.shape[2], ranks)
         copies = math.lcm(kv_heads, ranks) // kv_heads
-        if copies > 1:
-            k, v = (_Repeat.apply(x, copies) for x in (k, v))
         if sinks is not None:
             sinks = sinks.chunk(ranks)[self.axis.rank]
-        q, k, v = _ToHeads.apply(self, q, k, v)
+        q, k, v = (_ToHeads.apply(x, self, repeat) for x, repeat in ((q, 1), (k, copies), (v, copies)))
         return q, k, v, sinks
 
     def join_heads(self, out: Tensor) -> Tensor:
         """(B, P · n, H / P, e) → (B, n, H, e)."""
-        return _ToTokens.apply(self, out)[0]
+        return _ToTokens.apply(out, self)
 
-    def to_heads(self, xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """(B, n, heads, ·) each → (B, P · n, heads / P, ·), views of one tensor, in one exchange; no autograd."""
+    def to_heads(self, x: Tensor, copies: int = 1) -> Tensor:
+        """(B, n, heads, w) → (B, P · n, heads · copies / P, w), the copies of a head side by side; no autograd."""
         ranks = self.axis.size
-        shapes = [(x.shape[2] // ranks, x.shape[3]) for x in xs]
-        leaving = torch.cat([x.unflatten(2, (ranks, -1)).flatten(3).movedim(2, 0) for x in xs], dim=-1)
-        arrived = self.tokens.ascending(all_to_all(leaving, self.axis).wait())
-        parts = arrived.split([heads * width for heads, width in shapes], dim=-1)
-        return tuple(part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True))
+        batch, count, heads, width = x.shape
+        whole = x.new_empty(batch, ranks * count, heads * copies // ranks, width)
 
-    def to_tokens(self, xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The inverse of `to_heads`; tensors of their own."""
-        shapes = [x.shape[2:] for x in xs]
-        leaving = self.tokens.by_rank(torch.cat([x.flatten(2) for x in xs], dim=-1))
-        arrived = all_to_all(leaving, self.axis).wait().movedim(0, 2)
-        parts = arrived.split([shape.numel() for shape in shapes], dim=-1)
-        return tuple(part.unflatten(-1, shape).flatten(2, 3) for part, shape in zip(parts, shapes, strict=True))
+        def pack(part: slice) -> Tensor:
+            repeated = x[:, part] if copies == 1 else x[:, part].repeat_interleave(copies, dim=2)
+            return repeated.unflatten(2, (ranks, -1)).movedim(2, 0)
+
+        self._travel(self._pieces(whole, count), pack, lambda part, arrived: self.tokens.put(whole, part, arrived))
+        return whole
+
+    def to_tokens(self, whole: Tensor, copies: int = 1) -> Tensor:
+        """The other way; copies are added up, in fp32 at least."""
+        ranks = self.axis.size
+        batch, tokens, heads, width = whole.shape
+        count = tokens // ranks
+        x = whole.new_empty(batch, count, heads * ranks // copies, width)
+
+        def put(part: slice, arrived: Tensor) -> None:
+            joined = arrived.movedim(0, 2)  # (B, m, P, heads, w)
+            if copies > 1:
+                joined = joined.flatten(2, 3).unflatten(2, (-1, copies)).sum(dim=3, dtype=precise(x.dtype))
+            x[:, part].view(joined.shape).copy_(joined)
+
+        self._travel(self._pieces(whole, count), lambda part: self.tokens.get(whole, part), put)
+        return x
+
+    def _travel(
+        self, parts: list[slice], pack: Callable[[slice], Tensor], put: Callable[[slice, Tensor], None]
+    ) -> None:
+        """Exchanges what `pack` makes, (P, B, m, heads, w), and gives what arrives in that shape to `put`."""
+        flight = all_to_all(pack(parts[0]), self.axis)
+        for part, after in pairwise(parts):
+            leaving = pack(after).contiguous()
+            arrived = flight.wait()
+            flight = all_to_all(leaving, self.axis)
+            put(part, arrived)
+            del leaving, arrived
+        put(parts[-1], flight.wait())
+
+    def _pieces(self, whole: Tensor, tokens: int) -> list[slice]:
+        """A rank's tokens in pieces."""
+        count = max(1, min(_MOST_PIECES, whole.nbytes // self.piece_bytes, tokens))
+        return [slice(tokens * piece // count, tokens * (piece + 1) // count) for piece in range(count)]
 
 
 class _ToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, exchange: Exchange, *xs: Tensor) -> tuple[Tensor, ...]:
-        ctx.exchange = exchange
-        return exchange.to_heads(xs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, *ctx.exchange.to_tokens(grads)
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, exchange: Exchange, *xs: Tensor) -> tuple[Tensor, ...]:
-        ctx.exchange = exchange
-        return exchange.to_tokens(xs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, *ctx.exchange.to_heads(grads)
-
-
-class _Repeat(torch.autograd.Function):
-    """(B, n, K, ·) → (B, n, K · copies, ·), the copies of a head side by side; gradients add up in fp32 at least."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, copies: int) -> Tensor:
-        ctx.copies = copies
-        return x.repeat_interleave(copies, dim=2)
+    def forward(ctx: Any, x: Tensor, exchange: Exchange, copies: int) -> Tensor:
+        ctx.exchange, ctx.copies = exchange, copies
+        return exchange.to_heads(x, copies)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad.unflatten(2, (-1, ctx.copies)).sum(dim=3), None
+        return ctx.exchange.to_tokens(grad, ctx.copies), None, None
+
+
+class _ToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.to_tokens(whole)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.exchange.to_heads(grad), None

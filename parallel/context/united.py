@@ -26,33 +26,39 @@ class United:
             whole = torch.cat(ids, 1)
             documents = whole.gather(1, place.to(whole.device).expand(len(whole), -1))
         self.rows = Rows(order, documents)
-        self.ranks, self._place = len(parts), place
-        self._indices: dict[tuple[int, torch.device], tuple[Tensor, Tensor] | None] = {}
+        self._ranks, self._place = len(parts), place
+        self._indices: dict[tuple[int, torch.device], Tensor | None] = {}
 
-    def ascending(self, x: Tensor) -> Tensor:
-        """(P, B, n, …) → (B, P · n, …)."""
-        return self._moved(x, 0, (x.shape[1], self.ranks * x.shape[2]), x.shape[1])
-
-    def by_rank(self, x: Tensor) -> Tensor:
-        """(B, P · n, …) → (P, B, n, …)."""
-        return self._moved(x, 1, (self.ranks, x.shape[0], x.shape[1] // self.ranks), x.shape[0])
-
-    def _moved(self, x: Tensor, direction: int, tokens: tuple[int, ...], batch: int) -> Tensor:
-        dims = 5 - len(tokens)  # of x's tokens: 3 with ranks, 2 without
-        key = batch, x.device
-        if key not in self._indices:
-            self._indices[key] = self._index(batch, x.device)
-        index = self._indices[key]
+    def put(self, whole: Tensor, part: slice, x: Tensor) -> None:
+        """x (P, B, m, …), these m of each rank's n tokens, go where they belong in whole (B, P · n, …)."""
+        index = self._index(whole)
         if index is None:
-            return x.reshape(*tokens, *x.shape[dims:])
-        return x.flatten(0, dims - 1).index_select(0, index[direction]).unflatten(0, tokens)
+            self._aligned(whole)[:, :, part] = x
+        else:
+            whole.flatten(0, 1).index_copy_(0, index[:, :, part].flatten(), x.flatten(0, 2))
 
-    def _index(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Where each ascending token is among those by rank, and the other way; none where it is the same."""
-        count = self._place.shape[1] // self.ranks
-        sequence = torch.arange(batch)[:, None]
-        forth = (self._place // count * batch * count + sequence * count + self._place % count).flatten()
-        back = forth.argsort()
-        if torch.equal(forth, back) and torch.equal(forth, torch.arange(len(forth))):
+    def get(self, whole: Tensor, part: slice) -> Tensor:
+        """What `put` put there, in its shape; a view where that is possible."""
+        index = self._index(whole)
+        if index is None:
+            return self._aligned(whole)[:, :, part]
+        chosen = index[:, :, part]
+        return whole.flatten(0, 1).index_select(0, chosen.flatten()).unflatten(0, chosen.shape)
+
+    def _aligned(self, whole: Tensor) -> Tensor:
+        """(B, P · n, …) → (P, B, n, …), a view, where ranks have consecutive tokens."""
+        return whole.unflatten(1, (self._ranks, -1)).transpose(0, 1)
+
+    def _index(self, whole: Tensor) -> Tensor | None:
+        """The places (P, B, n) of the ranks' tokens among all of the batch; none: consecutive ones."""
+        key = len(whole), whole.device
+        if key not in self._indices:
+            self._indices[key] = self._places(*key)
+        return self._indices[key]
+
+    def _places(self, batch: int, device: torch.device) -> Tensor | None:
+        tokens = self._place.shape[1]
+        if torch.equal(self._place, torch.arange(tokens).expand_as(self._place)):
             return None
-        return forth.to(device), back.to(device)
+        places = self._place.argsort(1) + torch.arange(batch)[:, None] * tokens
+        return places.unflatten(1, (self._ranks, -1)).transpose(0, 1).contiguous().to(device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..mesh import Axis
 from .local import Core
 from .rows import Rows, Spread
-from .ulysses import Exchange
+from .ulysses import PIECE_BYTES, Exchange
 from .united import United
 
 
@@ -24,10 +24,11 @@ class Usp:
     Args:
         inner: U neighbouring ranks of the context axis.
         outer: a method over the ranks with the same place on their inner axes.
+        piece_bytes: as of `Ulysses`.
     """
 
-    def __init__(self, inner: Axis, outer: Core) -> None:
-        self._inner, self._outer = inner, outer
+    def __init__(self, inner: Axis, outer: Core, piece_bytes: int = PIECE_BYTES) -> None:
+        self._inner, self._outer, self._piece_bytes = inner, outer, piece_bytes
 
     def __call__(
         self,
@@ -47,7 +48,7 @@ class Usp:
         size = self._inner.size
         lines = spread.once(_lines, spread.ranks, size)
         line = spread.rank // size
-        exchange = Exchange(self._inner, lines[line])
+        exchange = Exchange(self._inner, lines[line], self._piece_bytes)
         q, k, v, sinks = exchange.split_heads(q, k, v, sinks)
         out = self._outer(q, k, v, spread.once(_as_ranks, lines, line), window, scale, sinks)
         return exchange.join_heads(out)

@@ -8,13 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from pentad.configs.errors import UserError
 from pentad.models.local_attention import PlainMaths, local_attention
 from pentad.parallel.context.gather import AllGather
 from pentad.parallel.context.local import Core
 from pentad.parallel.context.ring import Ring
-from pentad.parallel.context.rows import Rows, Spread
+from pentad.parallel.context.rows import Mask, Rows, Spread
+from pentad.parallel.context.tokenring import TokenRing
 from pentad.parallel.context.ulysses import Ulysses, check_heads
 from pentad.parallel.context.united import United
 from pentad.parallel.context.usp import Usp
@@ -38,6 +40,10 @@ def gathered(mesh: Mesh) -> AllGather:
 
 def exchanged(mesh: Mesh) -> Ulysses:
     return Ulysses(mesh.axis("cp"), local_attention(torch.device("cpu")))
+
+
+def exchanged_in_pieces(mesh: Mesh) -> Ulysses:
+    return Ulysses(mesh.axis("cp"), local_attention(torch.device("cpu")), piece_bytes=1500)
 
 
 def in_two_directions(mesh: Mesh) -> Usp:
@@ -65,7 +71,7 @@ def exchanged_bytes(case: Case, ranks: int, tokens: int) -> int:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("make", [gathered, exchanged])
+@pytest.mark.parametrize("make", [gathered, exchanged, exchanged_in_pieces])
 def test_equals_one_device(world, make, tmp_path):
     exact = CASES + UNEVEN
     ranks = run_distributed(on_ranks, world, make, exact + BF16, tmp_path, group=False)
@@ -126,16 +132,36 @@ def test_on_one_rank(make: Callable[..., Core]):
         check(case, [attend(case, core, 1, 0)])
 
 
-def test_what_layers_share_is_made_once(monkeypatch):
+class Watched(PlainMaths):
+    """Remembers the masks that it was given."""
+
+    def __init__(self) -> None:
+        self.masks: list[Mask] = []
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+        self.masks.append(mask)
+        return super().forward(q, k, v, mask, scale)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        AllGather,
+        Ulysses,
+        lambda axis, local: Ring(axis, axis, local),
+        lambda axis, local: TokenRing(axis, axis, local),
+        lambda axis, local: Usp(axis, Ring(axis, axis, local)),
+    ],
+)
+def test_what_layers_share_is_made_once(make: Callable[..., Core]):
+    """Masks, with what kernels derive from them, of a micro-batch."""
     case = replace(CASES[0], heads=2, kv_heads=2)
-    dealt, made = spread(case, 1), []
-    init = United.__init__
-    monkeypatch.setattr(United, "__init__", lambda self, parts: (made.append(parts), init(self, parts))[1])
-    given = inputs(case)
-    axis = Axis.single("cp")
-    for core in (Ulysses(axis, PlainMaths()), Ulysses(axis, PlainMaths())):
+    given, dealt, local = inputs(case), spread(case, 1), Watched()
+    core = make(Axis.single("cp"), local)
+    for _ in range(2):
         core(given.q, given.k, given.v, dealt, None, case.scale)
-    assert len(made) == 1
+    first, second = local.masks
+    assert first is second
 
 
 def test_brings_tokens_into_order_and_back():
@@ -145,11 +171,23 @@ def test_brings_tokens_into_order_and_back():
     assert tokens.rows.documents is not None
     assert tokens.rows.documents.tolist() == [[10, 11, 12, 13, 14, 15]] * 2
     by_rank = torch.stack(orders)
-    ascending = tokens.ascending(by_rank)
-    assert torch.equal(ascending, tokens.rows.order)
-    assert torch.equal(tokens.by_rank(ascending), by_rank)
-    pairs = torch.stack([by_rank, -by_rank], -1)
-    assert torch.equal(tokens.by_rank(tokens.ascending(pairs)), pairs)
+    for part in (slice(0, 3), slice(1, 3)):
+        whole = torch.full((2, 6, 2), -1)
+        pairs = torch.stack([by_rank, -by_rank], -1)[:, :, part]
+        tokens.put(whole, part, pairs)
+        put = whole[..., 0] >= 0
+        assert int(put.sum()) == pairs[..., 0].numel()
+        assert torch.equal(whole[..., 0][put], tokens.rows.order[put])
+        assert torch.equal(tokens.get(whole, part), pairs)
+
+
+def test_consecutive_tokens_are_not_copied():
+    tokens = United([Rows(torch.arange(3)[None]), Rows(torch.arange(3, 6)[None])])
+    whole = torch.empty(2, 6, 4)
+    tokens.put(whole, slice(1, 3), torch.arange(32.0).view(2, 2, 2, 4))
+    found = tokens.get(whole, slice(1, 3))
+    assert torch.equal(found, torch.arange(32.0).view(2, 2, 2, 4))
+    assert found.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
 def test_heads_that_ranks_cannot_share():
