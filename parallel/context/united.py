@@ -27,38 +27,37 @@ class United:
             documents = whole.gather(1, place.to(whole.device).expand(len(whole), -1))
         self.rows = Rows(order, documents)
         self._ranks, self._place = len(parts), place
-        self._indices: dict[tuple[int, torch.device], Tensor | None] = {}
+        self._indices: dict[torch.device, Tensor | None] = {}
 
     def put(self, whole: Tensor, part: slice, x: Tensor) -> None:
         """x (P, B, m, …), these m of each rank's n tokens, go where they belong in whole (B, P · n, …)."""
-        index = self._index(whole)
+        index = self._index(whole.device)
         if index is None:
             self._aligned(whole)[:, :, part] = x
         else:
-            whole.flatten(0, 1).index_copy_(0, index[:, :, part].flatten(), x.flatten(0, 2))
+            whole[_sequences(whole), index[:, :, part]] = x
 
     def get(self, whole: Tensor, part: slice) -> Tensor:
         """What `put` put there, in its shape; a view where that is possible."""
-        index = self._index(whole)
+        index = self._index(whole.device)
         if index is None:
             return self._aligned(whole)[:, :, part]
-        chosen = index[:, :, part]
-        return whole.flatten(0, 1).index_select(0, chosen.flatten()).unflatten(0, chosen.shape)
+        return whole[_sequences(whole), index[:, :, part]]
 
     def _aligned(self, whole: Tensor) -> Tensor:
         """(B, P · n, …) → (P, B, n, …), a view, where ranks have consecutive tokens."""
         return whole.unflatten(1, (self._ranks, -1)).transpose(0, 1)
 
-    def _index(self, whole: Tensor) -> Tensor | None:
-        """The places (P, B, n) of the ranks' tokens among all of the batch; none: consecutive ones."""
-        key = len(whole), whole.device
-        if key not in self._indices:
-            self._indices[key] = self._places(*key)
-        return self._indices[key]
+    def _index(self, device: torch.device) -> Tensor | None:
+        """The places (P, B or 1, n) of the ranks' tokens in their sequences; none: consecutive ones."""
+        if device not in self._indices:
+            place = self._place
+            consecutive = torch.equal(place, torch.arange(place.shape[1]).expand_as(place))
+            by_rank = place.argsort(1).unflatten(1, (self._ranks, -1)).transpose(0, 1)
+            self._indices[device] = None if consecutive else by_rank.contiguous().to(device)
+        return self._indices[device]
 
-    def _places(self, batch: int, device: torch.device) -> Tensor | None:
-        tokens = self._place.shape[1]
-        if torch.equal(self._place, torch.arange(tokens).expand_as(self._place)):
-            return None
-        places = self._place.argsort(1) + torch.arange(batch)[:, None] * tokens
-        return places.unflatten(1, (self._ranks, -1)).transpose(0, 1).contiguous().to(device)
+
+def _sequences(whole: Tensor) -> Tensor:
+    """(B, 1) of what has B sequences."""
+    return torch.arange(len(whole), device=whole.device)[:, None]
