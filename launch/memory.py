@@ -250,9 +250,11 @@ def layer_elements(cfg: Config, layer: int = 0) -> int:
     if layer in m.linear_layers:
         attention = _linear_elements(cfg)
     elif m.mla.kv_rank:
-        expanded = m.heads // tp * (m.mla.nope_dim + m.mla.value_dim)
+        # Gathered latents are expanded again in backward.
+        gathers = cfg.parallel.cp > 1 and cfg.parallel.context.method == "allgather"
+        expanded = 0 if gathers else w.q + m.heads // tp * (m.mla.nope_dim + m.mla.value_dim)
         narrow = 2 * (m.mla.kv_rank + (m.mla.q_rank or 0)) + m.mla.rope_dim
-        attention = tokens * (2 * w.q + expanded + w.value) + tokens * narrow // tp
+        attention = tokens * (w.q + expanded + w.value) + tokens * narrow // tp
     else:
         attention = tokens * (2 * w.q + 2 * w.kv + (w.q + w.kv) * m.qk_norm)
     if layer not in m.routed_layers:

@@ -12,8 +12,12 @@ from pentad.launch.check import check
 from pentad.launch.memory import GIB, activation_elements, estimate, layer_elements, local_parameters, per_rank
 from pentad.models.counts import parameter_count
 from pentad.models.flops import layer_flops
+from pentad.models.local_attention import PlainMaths
+from pentad.models.mla import LatentAttention
 from pentad.models.mtp import ahead
 from pentad.models.transformer import Part, Transformer
+from pentad.parallel.context.gather import GatherLatent
+from pentad.parallel.mesh import Axis
 from pentad.parallel.pipeline.memory import peak_activations
 from pentad.trainer.pipeline import Pipeline, compute_program
 from tests.jobs import DENSE
@@ -132,10 +136,22 @@ def test_activations_of_a_mixture_are_what_autograd_keeps(family: str) -> None:
     assert activation_elements(cfg) == pytest.approx(_measured(cfg), rel=0.1)
 
 
+@pytest.mark.parametrize("method", ["allgather", "ulysses"])
+def test_activations_of_latent_attention_over_context_ranks(method: str) -> None:
+    """Gathered latents are expanded again in backward, so keys and values are not kept."""
+    layout = ["parallel.cp=2", f"parallel.context.method={method}", "parallel.dp=1"]
+    cfg = _mixture("deepseek_v3", "model.moe.router.null_experts=0", "model.layers=2", "model.moe.every=1", *layout)
+    assert activation_elements(cfg) == pytest.approx(_measured(cfg), rel=0.05)
+
+
 def _measured(cfg: Config) -> float:
     """Elements of floating point that autograd keeps of a forward pass, parameters left out."""
     torch.manual_seed(0)
     model = Transformer(cfg.model)
+    if cfg.parallel.context.method == "allgather":
+        for module in model.modules():
+            if isinstance(module, LatentAttention):
+                module.latent_core = GatherLatent(Axis.single("cp"), PlainMaths())
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -147,7 +163,7 @@ def _measured(cfg: Config) -> float:
             kept[storage.data_ptr()] = storage  # held, so that no address comes twice
         return tensor
 
-    tokens = torch.randint(0, 512, (cfg.train.micro_batch, cfg.train.seq_len))
+    tokens = torch.randint(0, 512, (cfg.train.micro_batch, cfg.train.seq_len // cfg.parallel.cp))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(tokens, ahead(tokens, cfg.model.mtp) if cfg.model.mtp else tokens)
     # What the loss keeps (the head's gradients) is not an activation of the formula's layers.

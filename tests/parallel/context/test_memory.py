@@ -171,6 +171,7 @@ def alone(
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_memory_of_each_method(ranks):
     found = run_distributed(measured, ranks, SHAPES, group=False)
+    least = 0.85 if ranks > 2 else 0.6  # with two ranks nothing arrives while a ring works on the only other block
     for index, case in enumerate(SHAPES):
         whole, tokens = saved_bytes(case, alone, spread(case, 1)), case.batch * case.length // ranks
         sizes = Sizes(tokens * 2 * case.kv_heads * 8 * 4, tokens * case.heads * 8 * 4, tokens * case.heads * 4, ranks)
@@ -182,4 +183,4 @@ def test_memory_of_each_method(ranks):
                 (max(x.forward for x in each), forward(sizes)),
                 (max(x.backward for x in each), backward(sizes)),
             ):
-                assert 0.5 * expected < most < 1.15 * expected, f"{most} for {expected}: {where}"
+                assert least * expected < most < 1.15 * expected, f"{most} for {expected}: {where}"
