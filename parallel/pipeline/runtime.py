@@ -72,6 +72,10 @@ _Key = tuple[int, int]
 """(stage, micro-batch)"""
 
 
+def _shares_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 class Runtime:
     """Runs the compute and communication of one rank's program.
 
@@ -160,8 +164,10 @@ class Runtime:
         key = (op.stage, op.index)
         x = self._input(op)
         y = self._forward(op.stage, op.index, x)
+        if x is not None and _shares_memory(y, x):
+            y = y.clone()  # an empty stage: its input may be a slot, which the next receive overwrites
         if torch.is_grad_enabled():
-            self._graphs[key] = _Graph(x, get_gradient_edge(y if y is not x else y.view_as(y)))
+            self._graphs[key] = _Graph(x, get_gradient_edge(y))
         if op.stage == self._last and self._vocab is None:
             self._losses.append(y.detach())
         else:
@@ -184,9 +190,9 @@ class Runtime:
         if graph.x is not None:
             dx = graph.x.grad
             assert dx is not None
-            # An empty stage hands the gradient through, in memory that the next receive may overwrite.
-            own = grad is None or dx.data_ptr() != grad.data_ptr()
-            self._grads[op.stage, op.index] = dx if own else dx.clone()
+            if grad is not None and _shares_memory(dx, grad):
+                dx = dx.clone()  # as in forward
+            self._grads[op.stage, op.index] = dx
         self._sweep()
 
     def _run_input_grad(self, op: Op) -> None:

@@ -1,0 +1,88 @@
+"""The held-out loss: the same under every layout, and evaluating changes nothing of the training around it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from pentad.configs.schema import Config
+from pentad.parallel.collectives import all_reduce
+from pentad.trainer.pipeline import evaluation_program
+from tests.distributed import run_distributed
+from tests.training import Run, job
+
+LATE_S = 0.02
+
+
+def _evaluate(run: Run, step: int) -> float:
+    """Summed loss of the global batch of a step."""
+    batches, _ = run.batches(step)
+    program = evaluation_program(run.cfg, run.parts.pipeline, len(batches))
+    total = run.stepper.evaluate(batches, program).double().reshape(1).clone()
+    return all_reduce(total, run.mesh.axis("world")).wait().item()
+
+
+def _losses(rank: int, world: int, cfg: Config, masked: bool, late: int) -> list[float]:
+    """Evaluation before, between and after two steps, with the steps' losses and norms; rank `late` is always late."""
+    run = Run(rank, cfg, masked=masked)
+    forward = run.stepper._runtime._forward
+
+    def slow(stage: int, index: int, x: torch.Tensor | None) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            time.sleep(LATE_S)
+        return forward(stage, index, x)
+
+    if rank == late:
+        run.stepper._forward = slow  # type: ignore[method-assign]
+    try:
+        found = [_evaluate(run, 7)]
+        for step in range(2):
+            found += run.step(step)[:2]
+            found.append(_evaluate(run, 7))
+        return found
+    finally:
+        run.close()
+
+
+def _check(*, masked: bool = False, late: int = -1, **wanted: Any) -> None:
+    """Against one process, to rounding."""
+    cfg = job(**wanted)
+    one = {"tp": 1, "pp": 1, "cp": 1, "dp": 1, "ep": 1, "etp": 1, "sharding": "ddp", "pipeline": None}
+    alone = job(**{**wanted, **one, "recompute": "none"})
+    p = cfg.parallel
+    found = run_distributed(_losses, p.tp * p.pp * p.cp * (p.dp or 1), cfg, masked, late, group=False)
+    (expected,) = run_distributed(_losses, 1, alone, masked, -1, group=False)
+    assert expected[0] != expected[3] != expected[6]  # training moved it
+    for mine in found:
+        assert mine == pytest.approx(expected, rel=1e-11)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("schedule", "chunks", "layers", "vocab"),
+    [
+        ("1f1b", 1, (2, 0, 2), "ends"),
+        ("1f1b", 1, (2, 0, 2), "balanced"),
+        ("gpipe", 1, (0, 0, 4), "ends"),
+        ("zb-h1", 1, (4, 0, 0), "ends"),
+        ("1f1b", 1, (0, 4, 0), "balanced"),
+        ("interleaved", 2, (1, 0, 1, 0, 2, 0), "ends"),
+        ("gis", 2, (0, 2, 0, 0, 0, 2), "balanced"),
+        ("zb-v", 2, (1, 0, 0, 0, 2, 1), "ends"),
+        ("v-half", 2, (1, 0, 0, 0, 2, 1), "balanced"),
+        ("dualpipev", 2, (0, 1, 0, 1, 1, 1), "ends"),
+    ],
+)
+def test_empty_stages_evaluate_and_train_like_one_process(schedule, chunks, layers, vocab):
+    """Every rank's neighbours run ahead of the last one, so that what it has not read yet would be overwritten."""
+    _check(
+        pp=3,
+        late=2,
+        model={"layers": 4, "vocab": 48},
+        pipeline={"schedule": schedule, "chunks": chunks, "layers": layers, "vocab": vocab},
+        micro_batch=1,
+        global_batch=8,
+    )
