@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..configs.errors import Problem, UserError
+from ..configs.same_model import differences
 from ..configs.schema import ModelConfig, MoeConfig
 from ..models.hf import (
     HfFolder,
@@ -25,7 +26,6 @@ from ..models.hf import (
     write_hf,
 )
 from ..models.hf_names import links
-from ..models.same_model import differences
 from ..models.transformer import Transformer
 from ..models.upcycle import Read, check_upcycling, upcycled, upcycled_config
 from ..parallel.global_tensor import Placement

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from ..configs.schema import ModelConfig
+from .schema import ModelConfig
 
 # Names, and choices of a job that leave the function of the weights alone.
 _FREE = {
