@@ -9,7 +9,6 @@ ROOMS := configs parallel models trainer launch
 
 demo: $(VENV)/run.stamp
 	$(BIN)/pentad train demo
-	@$(BIN)/python -m pentad.launch.summary runs/demo
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -m "not slow"

@@ -212,7 +212,8 @@ def _summary(plan: Plan) -> str:
     ]
     if plan.actual is not None:
         real = utilization(plan.actual)
-        text = f"{real.makespan:.6g} s, planned {use.makespan:.6g} s; bubble {real.bubble_rate_makespan:.4f} of it"
+        bubble = 1 - real.work[use.longest] / real.makespan  # of the rank of the planned bubble, not of another one
+        text = f"{real.makespan:.6g} s, planned {use.makespan:.6g} s; bubble {bubble:.4f} of it on rank {use.longest}"
         rows.append(("real step", text))
     return "\n".join(f"{name:<14}{text}" for name, text in rows)
 

@@ -19,6 +19,7 @@ from ..parallel import record_view
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import Mesh
 from .checkpoint import Checkpointer
+from .curves import draw_curves
 from .data.dataset import open_data
 from .hf_io import load_initial
 from .introduction import introduction
@@ -26,6 +27,7 @@ from .peak import Peak, peak_tflops
 from .setup import DTYPES, Ranks, make_mesh, make_model, prepare_device
 from .signals import StopRequest
 from .sinks import EventLog, make_sinks
+from .summary import summarize
 from .trainer import Outputs, Trainer
 
 
@@ -96,24 +98,47 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
         load_initial(init, parts, checkpointer, upcycle=upcycle, seed=seed, notice=notice)
     outputs = None
     if mesh.is_first and events is not None:
-        print("\n".join(introduction(cfg, trainer, data.tokens, peak)), flush=True)
-        if found is not None:
-            print(f"resumed from {found} at step {trainer.step}", flush=True)
+        print("\n".join([*introduction(cfg, trainer, peak), _beginning(cfg, trainer, found)]), flush=True)
         sinks = make_sinks(cfg.log, run_dir, dataclasses.asdict(cfg), cfg.train.steps, trainer.step)
         outputs = Outputs(sinks, events)
         (run_dir / "program.json").write_text(trainer.program.to_json() + "\n")
         events.log("start", step=trainer.step, world=mesh.degrees.world, program=trainer.program.hash)
+    began_at, finished = trainer.step, False
     try:
         finished = trainer.train(outputs, stop)
         if outputs is not None:
             outputs.events.log("end" if finished else "stopped", step=trainer.step)
-            if not finished:
-                print(f"stopped after step {trainer.step}; go on with checkpoint.resume=latest", flush=True)
     finally:
         checkpointer.close()
         if outputs is not None:
             outputs.sinks.close()
             outputs.events.close()
+    if outputs is not None:
+        _close(cfg, run_dir, trainer.step, began_at, finished)
+
+
+def _beginning(cfg: Config, trainer: Trainer, found: Path | None) -> str:
+    """Where the run starts from."""
+    if found is not None:
+        done = "; that is the last one: raise train.steps to go on" if trainer.step >= cfg.train.steps else ""
+        return f"resumed from {found} at step {trainer.step}{done}"
+    if cfg.checkpoint.init:
+        made = ", its experts made of the dense model there" if cfg.checkpoint.upcycle else ""
+        return f"starting at step 0 with the weights of {cfg.checkpoint.init}{made}"
+    none = f"; {cfg.checkpoint.resume} found no checkpoint" if cfg.checkpoint.resume else ""
+    return f"starting at step 0 with random weights (train.seed={cfg.train.seed}){none}"
+
+
+def _close(cfg: Config, run_dir: Path, step: int, began_at: int, finished: bool) -> None:
+    """What the run came to, on the console and as a picture."""
+    if not finished:
+        print(f"stopped after step {step} of {cfg.train.steps}; go on with checkpoint.resume=latest", flush=True)
+    if step == began_at:
+        return
+    print("\n".join(summarize(run_dir)), flush=True)
+    picture = draw_curves(run_dir)
+    if picture is not None:
+        print(f"curves {picture}", flush=True)
 
 
 def _peak(cfg: Config, mesh: Mesh, device: torch.device) -> Peak:

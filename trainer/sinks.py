@@ -30,8 +30,12 @@ class Sink(Protocol):
     def log(self, m: StepMetrics, extra: Mapping[str, Any]) -> None:
         """Take one step.
 
-        extra: further values by tracker key (`loss/val`, `optim/lr/GROUP`, `progress/eta_s`): scalars, or a `HeatMap`.
+        extra: further values by tracker key (`optim/lr/GROUP`, `progress/eta_s`): scalars, or a `HeatMap`.
         """
+        ...
+
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        """Take what became known of the last logged step after it was logged, by tracker key (`loss/val`)."""
         ...
 
     def close(self) -> None:
@@ -52,6 +56,9 @@ class JsonlSink:
 
     def log(self, m: StepMetrics, extra: Mapping[str, Any]) -> None:
         self._file.write(m.to_dict())
+
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        """Nothing: evaluations are in `events.jsonl`."""
 
     def close(self) -> None:
         self._file.close()
@@ -97,12 +104,16 @@ class ConsoleSink:
         line = console_line(m, self._total, eta_s=eta_s, skipped=skipped, color=self._color)
         print(line, file=self._stream, flush=True)
 
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        if "loss/val" in values:
+            print(f"held-out loss after step {step}: {values['loss/val']:.4f}", file=self._stream, flush=True)
+
     def close(self) -> None:
         self._stream.flush()
 
 
 class WandbSink:
-    """Weights & Biases: exactly one `log` a step; offline without an API key; a resumed run goes on as the same run."""
+    """Weights & Biases: one row a step; offline without an API key; a resumed run goes on as the same run."""
 
     def __init__(
         self, project: str, run_dir: Path, config: Mapping[str, Any], resume_step: int = 0, name: str | None = None
@@ -141,6 +152,9 @@ class WandbSink:
                 values[key] = self._wandb.Image(moe_metrics.image(value))
         self.run.log(values, step=m.step)
 
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        self.run.log(dict(values), step=step)  # W&B writes a step's row when the next step or the end comes
+
     def close(self) -> None:
         self.run.finish()
 
@@ -164,6 +178,10 @@ class TensorBoardSink:
             elif isinstance(value, (int, float)):
                 self._writer.add_scalar(key, value, m.step)
 
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+
     def close(self) -> None:
         self._writer.close()
 
@@ -184,6 +202,11 @@ class SinkSet:
             progress["progress/eta_s"] = eta_s
         for sink in self.sinks:
             sink.log(m, {**progress, **(extra or {})})
+
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        """Give every sink further values of the step that was logged last."""
+        for sink in self.sinks:
+            sink.add(step, values)
 
     def close(self) -> None:
         """Close every sink, also where one of them fails; then that one's error is raised."""

@@ -6,7 +6,7 @@ loop reads them after the step was issued.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from ..configs.schema import Config
 from ..models.balance import collect, settle
 from ..models.parallelize import close
 from ..models.stages import run_stage
-from ..parallel.collectives import all_reduce
+from ..parallel.collectives import Handle, all_reduce
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline.execute import Handler, execute
 from ..parallel.pipeline.program import Kind, Op, Program
@@ -40,6 +40,8 @@ class StepResult:
     """1 where the gradient was not finite and nothing was updated."""
     stop: Tensor
     """Number of ranks that were asked to stop: all ranks see the same number after the same step."""
+    worst: Handle
+    """The largest value over all ranks of each number that `run` was given to watch, fp64."""
     moe: Tensor | None
     """What the routers counted in the step, over all ranks: (mixture-of-experts layers, `balance` columns)."""
 
@@ -94,7 +96,16 @@ class Stepper:
             recorder=self.mesh.recorder,
         )
 
-    def run(self, step: int, batches: Sequence[MicroBatch], valid: int, lr: float, *, stop: bool = False) -> StepResult:
+    def run(
+        self,
+        step: int,
+        batches: Sequence[MicroBatch],
+        valid: int,
+        lr: float,
+        *,
+        stop: bool = False,
+        watched: Callable[[], Sequence[float]] = tuple,
+    ) -> StepResult:
         """Trains on this rank's micro-batches.
 
         Args:
@@ -103,13 +114,16 @@ class Stepper:
             valid: valid tokens of the whole global batch.
             lr: learning rate.
             stop: whether this rank was asked to stop; the ranks agree inside the step.
+            watched: numbers of this rank whose largest over all ranks is wanted, as many on each; asked for after
+                the last backward pass.
         """
+        self._watched = watched
         self._stop = torch.full_like(self._zero, float(stop))
         self._lr = lr
         self._begin(step, batches, 1.0 / max(valid, 1))
         self.replicas.start_step(len(batches))
         execute(self.ops, self._handlers, self.mesh.recorder)
-        return StepResult(self._loss, self._grad_norm, self._skip, self._stop, self._routed)
+        return StepResult(self._loss, self._grad_norm, self._skip, self._stop, self._worst, self._routed)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch], program: Program) -> Tensor:
@@ -165,6 +179,9 @@ class Stepper:
         routed = collect(self.model)  # of all layers, those of other stages zero
         if routed is not None:
             mine = torch.cat((mine, routed.flatten()))
+        # Nobody waits for this one inside the step. Filled in by kernels: a copy would make the host wait for the GPU.
+        worst = [torch.full((), value, dtype=torch.float64, device=self.device) for value in self._watched()]
+        self._worst = all_reduce(torch.stack(worst), self.mesh.axis("world"), "max") if worst else Handle(mine[:0])
         whole = all_reduce(mine, self.mesh.axis("world")).wait()
         total = whole[:3].to(self._zero.dtype)
         self._grad_norm, self._loss, self._stop = total[0].sqrt(), total[1], total[2]

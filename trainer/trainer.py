@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,6 @@ class _Issued:
     lr: float
     valid: int
     pairs: float
-    data_s: float
 
 
 class DivergedError(RuntimeError):
@@ -160,11 +160,13 @@ class Trainer:
             lr = learning_rate(cfg.optim.schedule, cfg.optim.lr, self.step, cfg.train.steps)
             valid, pairs = loader.counts
             with self.overlap.step():
-                result = self.stepper.run(self.step, batches, valid, lr, stop=stop.requested)
+                result = self.stepper.run(
+                    self.step, batches, valid, lr, stop=stop.requested, watched=partial(self._watched, loader.wait_s)
+                )
         self.step += 1
         if self.device.type == "cuda":
             self._drain()  # the previous step's numbers: the host stays one step ahead of the device
-        self._waiting = _Issued(self.step, result, lr, valid, pairs, loader.wait_s)
+        self._waiting = _Issued(self.step, result, lr, valid, pairs)
         if self.device.type == "cpu" or self._due(cfg.eval.every) or self._due(cfg.checkpoint.every):
             self._drain()
         if self._due(cfg.eval.every):
@@ -172,6 +174,10 @@ class Trainer:
         if self._due(cfg.checkpoint.every) and self.step < cfg.train.steps:
             self.save()
         return self._stopping
+
+    def _watched(self, data_s: float) -> tuple[float, float]:
+        """What is reported of the worst rank: GiB of memory, seconds of waiting for data."""
+        return peak_memory_gib(self.device), data_s
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -182,9 +188,8 @@ class Trainer:
         if issued is None:
             return
         result = issued.result
-        loss, norm, skipped, stop = torch.stack(
-            [x.double() for x in (result.loss, result.grad_norm, result.skipped, result.stop)]
-        ).tolist()
+        numbers = torch.stack([x.double() for x in (result.loss, result.grad_norm, result.skipped, result.stop)])
+        loss, norm, skipped, stop, memory_gib, data_s = torch.cat((numbers, result.worst.wait())).tolist()
         now = time.perf_counter()
         self._stopping = stop > 0
         causal, full = self._flops(issued.pairs)
@@ -197,8 +202,8 @@ class Trainer:
             lr=issued.lr,
             tokens=self._tokens,
             step_time_s=now - self._clock,
-            data_s=issued.data_s,
-            memory_gib=peak_memory_gib(self.device),
+            data_s=data_s,
+            memory_gib=memory_gib,
             flops=StepFlops(causal, full, causal + again, sparse),
             skipped=bool(skipped),
             moe=moe,
@@ -262,8 +267,7 @@ class Trainer:
                 totals[1] += sum(batch.valid for batch in batches)
         all_reduce(totals, self.mesh.axis("world")).wait()
         loss = (totals[0] / totals[1]).item()
-        self._extra["loss/val"] = loss
         if self._outputs is not None:
             self._outputs.events.log("evaluation", step=self.step, loss=loss, perplexity=math.exp(min(loss, 50)))
-            print(f"held-out loss after step {self.step}: {loss:.4f}", flush=True)
+            self._outputs.sinks.add(self.step, {"loss/val": loss})
         self._clock = time.perf_counter()

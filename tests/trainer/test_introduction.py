@@ -1,11 +1,14 @@
 """The lines before a run's first step name every kind of parallelism that it uses, and no other."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
 
 from pentad.configs import load, resolve
 from pentad.parallel.mesh import Degrees
+from pentad.trainer.data.dataset import Dataset, Split
+from pentad.trainer.data.sampler import Sampler, make_pattern
 from pentad.trainer.introduction import introduction
 from pentad.trainer.peak import Peak
 from pentad.trainer.pipeline import Pipeline
@@ -15,14 +18,18 @@ from tests.jobs import DENSE
 def _lines(job: str, *given: str) -> list[str]:
     cfg = resolve(load(job, list(given)))
     p = cfg.parallel
+    train = Split((), Sampler((4000,), (40,), make_pattern([1.0]), 0), cfg.train.seq_len, 257, False)
+    held = replace(train, sampler=replace(train.sampler, evaluate=True))
+    data = Dataset(train, held, None, 11_000_000, 731, "")
     trainer = SimpleNamespace(
         parameters=9_600_000,
         device=torch.device("cpu"),
         mesh=SimpleNamespace(degrees=Degrees(tp=p.tp, pp=p.pp, cp=p.cp, dp=p.dp or 1, ep=p.ep, etp=p.etp)),
         program=SimpleNamespace(microbatches=2),
+        data=data,
         parts=SimpleNamespace(pipeline=Pipeline.of(cfg)),
     )
-    return introduction(cfg, trainer, 11_000_000, Peak(0.0361, "measured"))  # type: ignore[arg-type]
+    return introduction(cfg, trainer, Peak(0.0361, "measured"))  # type: ignore[arg-type]
 
 
 def test_every_kind_of_parallelism_is_named() -> None:
@@ -31,10 +38,12 @@ def test_every_kind_of_parallelism_is_named() -> None:
         "layout: tp 2 × pp 2 × cp 2 (ring) × dp 1 (zero1) = 8 ranks, 2 micro-batches of 4 × 256 tokens each",
         "pipeline: gis, 4 stages of 1, 1, 1, 1 layers, vocabulary balanced",
         "experts: 8, 2 per token, in 4 of 4 layers; etp 1 × ep 4 × edp 1, all_to_all",
-        "data: stdlib, 11.0 M tokens; peak of a device: 0.0361 TFLOP/s (measured)",
+        "data: stdlib, 11.0 M tokens in 731 documents; 100 steps see 800 sequences, 0.202 epochs",
+        "held out: 40 sequences of 256 tokens; every 50 steps 32 of them are evaluated",
+        "peak of a device: 0.0361 TFLOP/s (measured)",
     ]
 
 
 def test_what_there_is_none_of_has_no_line() -> None:
-    assert [line.split(":")[0] for line in _lines(DENSE)] == ["demo", "layout", "data"]
+    assert [line.split(":")[0] for line in _lines(DENSE)] == ["demo", "layout", "data", "held out", "peak of a device"]
     assert "cp" not in _lines(DENSE)[1]

@@ -32,6 +32,8 @@ class Curve:
         else:
             self.rows.append((m.step, m.loss, m.grad_norm))
 
+    def add(self, step, values) -> None: ...
+
     def close(self) -> None: ...
 
 

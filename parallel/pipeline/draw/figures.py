@@ -46,12 +46,14 @@ class Figures:
 
     Args:
         end: of the last computation.
-        bubble: rate, as in `readings.Utilization.bubble_rate`.
+        longest: the rank with the longest span.
+        bubble: rate, as in `readings.Utilization.bubble_rate`: the idle share of that rank.
         idle: per rank, the share of its span that it does not compute.
         peak: per rank, activations in micro-batches.
     """
 
     end: float
+    longest: int
     bubble: float
     idle: tuple[float, ...]
     peak: tuple[float, ...]
@@ -62,7 +64,7 @@ def figures(timeline: Timeline) -> Figures:
     used = utilization(timeline)
     idle = tuple(idle / span if span else 0.0 for idle, span in zip(used.idle, used.span, strict=True))
     end = max((box.end for box in boxes(timeline) if box.op.kind in COMPUTE), default=0.0)
-    return Figures(end, used.bubble_rate, idle, peak_activations(timeline.program))
+    return Figures(end, used.longest, used.bubble_rate, idle, peak_activations(timeline.program))
 
 
 def causes(timeline: Timeline, least: float) -> Iterator[tuple[Box, Box]]:

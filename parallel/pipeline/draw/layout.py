@@ -122,7 +122,9 @@ def _header(timeline: Timeline, stated: list[Figures], unit: str, title: str, wi
         real = stated[1]
         ratio = f" ({real.end / plan.end - 1:+.1%})" if plan.end else ""
         facts = [f"planned {_time(plan.end, unit)}", f"actual {_time(real.end, unit)}{ratio}"]
-    facts += ["bubble " + " → ".join(f"{one.bubble:.1%}" for one in stated)]
+    # Of one rank in both: the rank with the longest span may be another one in the real step.
+    rank = f" on rank {plan.longest}" if len(stated) > 1 else ""
+    facts += ["bubble " + " → ".join(f"{one.idle[plan.longest]:.1%}" for one in stated) + rank]
     facts += [f"peak {number(max(plan.peak))} micro-batches of activations"]
     if title:
         facts = [size + vocab, *facts]

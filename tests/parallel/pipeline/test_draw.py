@@ -160,6 +160,16 @@ def test_planned_stands_above_actual_on_one_axis() -> None:
     assert "planned 15  ·  actual 22.5 (+50.0%)" in words[1]
 
 
+def test_the_stated_bubbles_of_plan_and_step_are_of_one_rank() -> None:
+    plan = _timeline("1f1b", 2, 4)  # the longest rank is 0
+    # In the real step rank 1 takes longest, because its last pass came late.
+    last = plan.spans[1][-1]
+    spans = (plan.spans[0], (*plan.spans[1][:-1], (last[0] + 20, last[1] + 20)))
+    words = _words(svg(plan, actual=Timeline(plan.program, spans)))
+    idle = figures(plan).idle[0]
+    assert f"bubble {idle:.1%} → {idle:.1%} on rank 0" in words[1]
+
+
 def test_the_update_is_drawn_and_not_counted() -> None:
     program = Program(1, (0,), ((Op(Kind.FORWARD, 0, 0), Op(Kind.BACKWARD, 0, 0), *update(1)),))
     spans = ((0.0, 1.0), (1.0, 3.0), (3.0, 3.5), (3.5, 3.6), (3.6, 4.0), (4.0, 4.0))
