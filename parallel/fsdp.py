@@ -80,6 +80,10 @@ class FsdpReplicas:
                     part.set_custom_reduce_scatter(_ReduceScatter(self._axis))  # pyright: ignore[reportArgumentType]
 
     def _params(self) -> Iterator[tuple[str, DTensor]]:
+        """The sharded parameters. FSDP2 leaves the root's gathered after a forward that no backward followed, as those
+        of an evaluation."""
+        assert isinstance(self._model, FSDPModule)
+        self._model.reshard()
         for name, param in self._model.named_parameters():
             assert isinstance(param, DTensor)
             yield name, param

@@ -11,6 +11,7 @@ import torch
 from pentad.configs.schema import Config
 from pentad.parallel.collectives import all_reduce
 from pentad.trainer.pipeline import evaluation_program
+from pentad.trainer.state import all_tensors
 from tests.distributed import run_distributed
 from tests.training import Run, job
 
@@ -42,7 +43,22 @@ def _losses(rank: int, world: int, cfg: Config, masked: bool, late: int) -> list
         for step in range(2):
             found += run.step(step)[:2]
             found.append(_evaluate(run, 7))
+            saved = all_tensors(run.parts, run.optimizer)
+            assert any(name.startswith("model/") for name in saved)
         return found
+    finally:
+        run.close()
+
+
+def _saved(rank: int, world: int, cfg: Config) -> bool:
+    """Whether a checkpoint's tensors are the same before and after an evaluation, without a step between."""
+    run = Run(rank, cfg)
+    try:
+        run.step(0)
+        before = {name: t.local.clone() for name, t in all_tensors(run.parts, run.optimizer).items()}
+        _evaluate(run, 7)
+        after = all_tensors(run.parts, run.optimizer)
+        return before.keys() == after.keys() and all(torch.equal(t.local, before[n]) for n, t in after.items())
     finally:
         run.close()
 
@@ -86,3 +102,27 @@ def test_empty_stages_evaluate_and_train_like_one_process(schedule, chunks, laye
         micro_batch=1,
         global_batch=8,
     )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sharding", ["ddp", "zero1", "fsdp"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tp": 2, "recompute": "full", "masked": True},
+        {"cp": 2, "masked": True},
+        {"model": {"tied": True, "mtp": 1}, "masked": True},
+    ],
+    ids=["plain", "tp-recompute-documents", "cp-documents", "tied-mtp"],
+)
+def test_evaluation_goes_with_every_sharding(sharding, settings):
+    """Before the first step, between steps and before what a checkpoint reads."""
+    _check(dp=2, sharding=sharding, **settings)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("dtype", ["fp64", "bf16"])
+@pytest.mark.parametrize("sharding", ["ddp", "zero1", "fsdp"])
+def test_evaluation_leaves_what_a_checkpoint_holds_as_it_was(sharding, dtype):
+    assert run_distributed(_saved, 2, job(dp=2, sharding=sharding, dtype=dtype), group=False) == [True, True]
