@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from ..configs.schema import HardwareConfig
+from ..configs.strict_json import JsonError, read_json
 
 # Dense TFLOP/s by pattern of torch.cuda.get_device_name: bf16 (fp32 sums), tf32, fp32 without tensor cores, fp64 with
 # them. bf16 as in torchtitan's get_peak_flops and the makers' data sheets; None: not published, or not known to us.
@@ -98,3 +103,45 @@ def measure_cpu_peak(dtype: torch.dtype, barrier: Callable[[], object], seconds:
         best = max(best, 2 * size**3 * count / (time.perf_counter() - begin) / 1e12)
     barrier()
     return best
+
+
+class MeasuredPeaks:
+    """What was measured in a run so far, in a file of its folder: a number for each kind of measurement.
+
+    What a measurement depends on is its key: the processor, the type, the number of ranks and of each one's threads.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def find(self, dtype: str, ranks: int) -> float | None:
+        """TFLOP/s of one rank; none where nothing fitting was kept, or the file is not what `keep` wrote."""
+        value = self._read().get(_measurement(dtype, ranks))
+        return value if isinstance(value, float) and value > 0 else None
+
+    def keep(self, dtype: str, ranks: int, tflops: float) -> None:
+        """Adds a measurement. A folder that cannot be written fails elsewhere, with the key to set."""
+        values = {**self._read(), _measurement(dtype, ranks): tflops}
+        partial = self._file.with_suffix(".partial")
+        partial.write_text(json.dumps(values, indent=1) + "\n")
+        os.replace(partial, self._file)
+
+    def _read(self) -> dict[str, object]:
+        try:
+            values = read_json(self._file)
+        except (OSError, JsonError):
+            return {}
+        return values if isinstance(values, dict) else {}
+
+
+def _measurement(dtype: str, ranks: int) -> str:
+    return f"{_processor()}, {dtype}, {ranks} ranks of {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1) if found else platform.machine()

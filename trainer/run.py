@@ -23,7 +23,7 @@ from .curves import draw_curves
 from .data.dataset import open_data
 from .hf_io import load_initial
 from .introduction import introduction
-from .peak import Peak, peak_tflops
+from .peak import MeasuredPeaks, Peak, peak_tflops
 from .setup import DTYPES, Ranks, make_mesh, make_model, prepare_device
 from .signals import StopRequest
 from .sinks import EventLog, make_sinks
@@ -86,7 +86,7 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
         asynchronous=cfg.checkpoint.asynchronous,
         on_event=report,
     )
-    peak = _peak(cfg, mesh, device)
+    peak = _peak(cfg, mesh, device, MeasuredPeaks(run_dir / "peaks.json"))
     trainer = Trainer(cfg, mesh, parts, data, checkpointer, peak=peak, run_dir=run_dir)
     found = checkpointer.find_resume(cfg.checkpoint.resume) if cfg.checkpoint.resume else None
     if found is not None:
@@ -141,13 +141,25 @@ def _close(cfg: Config, run_dir: Path, step: int, began_at: int, finished: bool)
         print(f"curves {picture}", flush=True)
 
 
-def _peak(cfg: Config, mesh: Mesh, device: torch.device) -> Peak:
-    """The peak of one device; where it is measured, the mean over the ranks, so that all compute the same MFU."""
+def _peak(cfg: Config, mesh: Mesh, device: torch.device, kept: MeasuredPeaks) -> Peak:
+    """The peak of one device; where it is measured, the mean over the ranks, so that all compute the same MFU.
+
+    It is measured once in a run's life on the same kind of machine: a resumed run goes on with the same denominator.
+    """
+    world = mesh.axis("world")
+    if device.type == "cpu" and cfg.hardware.peak_tflops is None:
+        before = (kept.find(cfg.train.dtype, world.size) if mesh.is_first else None) or 0.0
+        before = all_reduce(torch.tensor([before], dtype=torch.float64), world).wait().item()
+        if before:
+            return Peak(before, "measured when the run began")
     peak = peak_tflops(cfg.hardware, device, DTYPES[cfg.train.dtype], barrier=lambda: _barrier(mesh))
     if peak.source != "measured" or peak.tflops is None:
         return peak
-    total = all_reduce(torch.tensor([peak.tflops]), mesh.axis("world")).wait()
-    return Peak(float(total[0]) / mesh.degrees.world, peak.source)
+    total = all_reduce(torch.tensor([peak.tflops], dtype=torch.float64), world).wait()
+    mean = total.item() / world.size
+    if mesh.is_first:
+        kept.keep(cfg.train.dtype, world.size, mean)
+    return Peak(mean, peak.source)
 
 
 def _barrier(mesh: Mesh) -> None:

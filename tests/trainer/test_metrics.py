@@ -8,6 +8,7 @@ import json
 import math
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from pentad.trainer.metrics import (
     peak_memory_gib,
     use_color,
 )
-from pentad.trainer.peak import Peak, lookup, measure_cpu_peak, peak_tflops
+from pentad.trainer.peak import MeasuredPeaks, Peak, lookup, measure_cpu_peak, peak_tflops
 
 KEYS = {
     *("step", "loss", "grad_norm", "lr", "tokens", "step_time_s", "tokens_per_s", "tokens_per_s_per_device", "mfu"),
@@ -189,3 +190,21 @@ def test_peak_override_and_cpu_measurement() -> None:
     rate = measure_cpu_peak(torch.float32, lambda: calls.append(1), seconds=0.05)
     assert 1e-4 < rate < 1e3 and calls
     assert 0 < peak_memory_gib(cpu) < 1e4
+
+
+def test_a_measured_peak_is_kept_for_the_same_type_and_number_of_ranks(tmp_path: Path) -> None:
+    kept = MeasuredPeaks(tmp_path / "peaks.json")
+    assert kept.find("fp32", 2) is None
+    kept.keep("fp32", 2, 0.125)
+    kept.keep("bf16", 2, 0.5)
+    again = MeasuredPeaks(tmp_path / "peaks.json")
+    assert (again.find("fp32", 2), again.find("bf16", 2), again.find("fp32", 4)) == (0.125, 0.5, None)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": 1, "a": 2}', "{", "1e999"])
+def test_a_damaged_file_of_peaks_is_measured_anew(tmp_path: Path, content: str) -> None:
+    kept = MeasuredPeaks(tmp_path / "peaks.json")
+    (tmp_path / "peaks.json").write_text(content)
+    assert kept.find("fp32", 1) is None
+    kept.keep("fp32", 1, 0.25)
+    assert kept.find("fp32", 1) == 0.25

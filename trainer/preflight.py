@@ -1,0 +1,58 @@
+"""What a job needs from the machine that it starts on, looked at before any rank starts; without torch.
+
+`pentad check` and `pentad train` ask the same questions, so that what the one accepts the other starts. Values of keys
+that contradict each other are found earlier, by `configs.load`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from ..configs.errors import Problem, UserError
+from ..configs.schema import Config, LogConfig
+
+_PACKAGES = {"log.wandb": ("wandb", "wandb"), "log.tensorboard": ("tensorboard", "tensorboard")}
+"""Key: the package that it needs, and the extra of ours that installs it."""
+
+
+def preflight(cfg: Config) -> None:
+    """Looks for everything that would stop the job soon after its start.
+
+    Raises:
+        UserError: every problem found.
+    """
+    problems = [*missing_packages(cfg.log), *_folders(cfg)]
+    if problems:
+        raise UserError(*problems)
+
+
+def missing_packages(cfg: LogConfig) -> list[Problem]:
+    """The trackers that are asked for and not installed."""
+    wanted = {"log.wandb": cfg.wandb, "log.tensorboard": cfg.tensorboard}
+    return [
+        Problem(key, f"true, but {package} is not installed; install pentad[{extra}] or set {key}=false")
+        for key, (package, extra) in _PACKAGES.items()
+        if wanted[key] and importlib.util.find_spec(package) is None
+    ]
+
+
+def _folders(cfg: Config) -> list[Problem]:
+    """Folders that are to be written and cannot be."""
+    folders = {"runs_dir": Path(cfg.runs_dir) / cfg.name}
+    if cfg.checkpoint.dir is not None:
+        folders["checkpoint.dir"] = Path(cfg.checkpoint.dir)
+    return [problem for key, folder in folders.items() if (problem := _unwritable(key, folder)) is not None]
+
+
+def _unwritable(key: str, folder: Path) -> Problem | None:
+    """Why nothing can be written into a folder that may not exist yet; nothing is made to find out."""
+    existing = folder.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        return Problem(key, f"{folder} cannot be made: {existing} is not a folder; set {key} to another place")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return Problem(key, f"{folder} cannot be written: {existing} is read-only for this user; set {key}")
+    return None
