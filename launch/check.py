@@ -12,6 +12,7 @@ from rich.table import Table
 from ..configs import Config, load
 from ..models.flops import CONVENTION, flops_per_token, flops_per_token_full_attention, parameter_count
 from ..trainer.pipeline import Pipeline
+from ..trainer.preflight import preflight
 from .memory import GIB, Memory, estimate, expert_replicas
 from .train import world_size
 
@@ -23,6 +24,7 @@ def check(config: str, overrides: Sequence[str]) -> None:
         UserError: every problem found.
     """
     cfg = load(config, overrides)
+    preflight(cfg)
     memory = estimate(cfg)
     console = Console(highlight=False)
     for table in (_layout(cfg), _model(cfg, memory), _memory(cfg, memory)):

@@ -17,6 +17,7 @@ from pathlib import Path
 from ..configs import Config, Problem, UserError, load
 from ..trainer.__main__ import Failure
 from ..trainer.__main__ import main as run_rank
+from ..trainer.preflight import preflight
 
 POLL_S = 0.1
 GRACE_S = 10.0
@@ -39,6 +40,7 @@ def train(config: str, overrides: Sequence[str]) -> int:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return run_rank([config, *overrides])
     cfg = load(config, overrides)
+    preflight(cfg)
     ranks = world_size(cfg)
     cuda = uses_gpus(cfg, ranks)
     with tempfile.TemporaryDirectory(prefix="pentad-") as folder:

@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 from ..configs import UserError, given_yaml, load
+from .preflight import preflight
 
 USAGE = "usage: torchrun … -m pentad.trainer CONFIG [key=value …]"
 
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None, failed: Callable[[Failure], None] | 
         cfg = load(argv[0], argv[1:], world_size=int(world) if world else 1)
         given = given_yaml(argv[0], argv[1:])
         loading = False
+        if failed is print_failure and os.environ.get("RANK", "0") == "0":
+            preflight(cfg)  # `pentad train` has done it before it started its ranks
         from .run import run  # after the configuration is known to be good: importing torch takes seconds
 
         return run(cfg, given)

@@ -40,8 +40,9 @@ def missing_packages(cfg: LogConfig) -> list[Problem]:
 
 def _folders(cfg: Config) -> list[Problem]:
     """Folders that are to be written and cannot be."""
-    folders = {"runs_dir": Path(cfg.runs_dir) / cfg.name}
-    if cfg.checkpoint.dir is not None:
+    run = Path(cfg.runs_dir) / cfg.name
+    folders = {"runs_dir": run}
+    if cfg.checkpoint.dir is not None and run not in Path(cfg.checkpoint.dir).parents:
         folders["checkpoint.dir"] = Path(cfg.checkpoint.dir)
     return [problem for key, folder in folders.items() if (problem := _unwritable(key, folder)) is not None]
 

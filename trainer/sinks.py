@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 from urllib.parse import urlparse
 
-from ..configs.errors import Problem, UserError
+from ..configs.errors import UserError
 from ..configs.schema import LogConfig
 from . import moe_metrics
 from .metrics import Pace, StepMetrics, console_header, console_line, finite, use_color
 from .moe_metrics import HeatMap
+from .preflight import missing_packages
 
 
 class Sink(Protocol):
@@ -118,8 +119,9 @@ class WandbSink:
     def __init__(
         self, project: str, run_dir: Path, config: Mapping[str, Any], resume_step: int = 0, name: str | None = None
     ) -> None:
-        """Raises UserError where the package is missing."""
-        self._wandb = wandb = _import_wandb()
+        import wandb
+
+        self._wandb = wandb
         # Made absolute: wandb resolves it against its own process's folder.
         folder = run_dir.absolute()
         folder.mkdir(parents=True, exist_ok=True)
@@ -163,11 +165,8 @@ class TensorBoardSink:
     """TensorBoard event files, with the same keys as W&B."""
 
     def __init__(self, folder: Path, resume_step: int = 0) -> None:
-        """Raises UserError where the package is missing."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError(_missing("log.tensorboard", "tensorboard")) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         # Events of steps after the one resumed from are hidden by TensorBoard.
         self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None, flush_secs=10)
 
@@ -228,13 +227,7 @@ def make_sinks(
     config_dict: the resolved config, recorded by trackers; resume_step: step of the checkpoint, 0 for a new run.
     Raises UserError naming every tracker whose package is missing, before anything is opened.
     """
-    problems = []
-    for wanted, key, module, extra in (
-        (cfg.wandb, "log.wandb", "wandb", "wandb"),
-        (cfg.tensorboard, "log.tensorboard", "torch.utils.tensorboard", "tensorboard"),
-    ):
-        if wanted and not _importable(module):
-            problems.append(_missing(key, extra))
+    problems = missing_packages(cfg)
     if problems:
         raise UserError(*problems)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -307,26 +300,6 @@ def _keep_until(path: Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-
-
-def _import_wandb() -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(_missing("log.wandb", "wandb")) from error
-    return wandb
-
-
-def _importable(module: str) -> bool:
-    try:
-        __import__(module)
-    except ImportError:
-        return False
-    return True
-
-
-def _missing(key: str, extra: str) -> Problem:
-    return Problem(key, f"true, but {extra} is not installed; install pentad[{extra}] or set {key}=false")
 
 
 def _has_wandb_key() -> bool:
