@@ -58,5 +58,5 @@ def test_torch_is_not_imported() -> None:
 
 def test_a_rank_of_another_launcher_looks_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    assert run_rank([DENSE, f"runs_dir={tmp_path}/file"]) == 2
+    assert run_rank([DENSE, "parallel.tp=1", "parallel.dp=1", f"runs_dir={tmp_path}/file"]) == 2
     assert capsys.readouterr().err.startswith("error: runs_dir: ")
