@@ -93,7 +93,7 @@ class BlendData(DataConfig):
     name: Literal["blend"] = "blend"
     """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
     weights: dict[str, float] = MISSING
-    """Prefix to weight; weights are normalised to sum to 1."""
+    """Prefix to weight; weights are normalised to sum to 1, and 0 leaves a source out."""
     eod: int | None = None
     """End-of-document token; none: a document ends where the index says."""
 

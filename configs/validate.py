@@ -347,7 +347,7 @@ def check_files(config: Config) -> list[Problem]:
         ]
     elif isinstance(data, (BinData, BlendData)):
         key = "data.paths" if isinstance(data, BinData) else "data.weights"
-        prefixes = data.paths if isinstance(data, BinData) else tuple(data.weights)
+        prefixes = data.paths if isinstance(data, BinData) else [p for p, weight in data.weights.items() if weight != 0]
         files = [f"{p}{suffix}" for p in prefixes for suffix in (".bin", ".idx")]
         problems += [_no_file(key, f) for f in files if not Path(f).expanduser().is_file()]
     tokenizer = data.tokenizer.path

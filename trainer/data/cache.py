@@ -63,7 +63,7 @@ def tokenize(
         with IndexedWriter(out_prefix, token_dtype(coder.vocab)) as writer:
             write_documents(writer, coder, read_documents(files, kind, field), said, append_eod=append_eod)
             if not writer.tokens:
-                raise UserError(Problem("INPUT", f"no text in {len(files)} files ({total} bytes)"))
+                raise no_text(files, "INPUT")
     except OSError as error:
         raise UserError(Problem("--out", f"cannot write {out_prefix}: {error.strerror or error}")) from None
     seconds = time.monotonic() - started
@@ -134,13 +134,12 @@ def tokenize_cached(
     The name of the cached pair is a hash of every file's path, size and modification time, and the tokenizer. One
     process tokenizes while the others wait for its lock; a damaged pair is made again. Raises UserError.
     """
-    stats = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
-    name = hashlib.sha256(json.dumps([_FORMAT, kind, field, tokenizer.identity, stats]).encode()).hexdigest()[:32]
+    name = _cache_name(tokenizer, files, kind, field)
     prefix = str(folder / name)
     ready = _open_ready(prefix)
     if ready is not None:
         return ready
-    total = sum(size for _, size, _ in stats)
+    total = sum(file.stat().st_size for file in files)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{name}.lock", progress) as alone:
@@ -154,11 +153,28 @@ def tokenize_cached(
             with IndexedWriter(prefix, token_dtype(tokenizer.vocab)) as writer:
                 write_documents(writer, tokenizer, read_documents(files, kind, field), said)
                 if not writer.tokens:
-                    raise UserError(Problem("data.paths", f"no text in {len(files)} files ({total} bytes)"))
+                    raise no_text(files, "data.paths")
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(Problem("data.cache", f"cannot write tokens to {folder}: {reason}; set data.cache")) from None
     return IndexedReader(prefix)
+
+
+def no_text(files: Sequence[Path], key: str) -> UserError:
+    """The error of files that hold no document."""
+    return UserError(Problem(key, f"no text in {len(files)} files ({sum(f.stat().st_size for f in files)} bytes)"))
+
+
+def find_cached(
+    folder: Path, tokenizer: Tokenizer, files: Sequence[Path], kind: str, field: str
+) -> IndexedReader | None:
+    """What `tokenize_cached` would read, where it is there already and whole."""
+    return _open_ready(str(folder / _cache_name(tokenizer, files, kind, field)))
+
+
+def _cache_name(tokenizer: Tokenizer, files: Sequence[Path], kind: str, field: str) -> str:
+    stats = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
+    return hashlib.sha256(json.dumps([_FORMAT, kind, field, tokenizer.identity, stats]).encode()).hexdigest()[:32]
 
 
 def _open_ready(prefix: str) -> IndexedReader | None:

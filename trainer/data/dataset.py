@@ -13,12 +13,10 @@ import numpy as np
 import torch
 
 from ...configs.errors import Problem, UserError
-from ...configs.schema import BinData, BlendData, DataConfig, JsonlData, ParquetData, StdlibData, TextData
-from .cache import cache_folder, tokenize_cached
-from .documents import find_files, stdlib_files
-from .indexed import IndexedReader
+from ...configs.schema import DataConfig
 from .packing import IGNORED, Boundaries, TokenStream, pair_sum
 from .sampler import Sampler, make_pattern, permute
+from .sources import is_text, open_indexed, open_text, split_windows
 from .tokenizer import Tokenizer, check_vocab, make_tokenizer
 
 
@@ -172,6 +170,7 @@ class Dataset:
     tokens: int
     documents: int
     fingerprint: str
+    sources: tuple[str, ...] = ()
 
 
 def open_data(
@@ -191,18 +190,17 @@ def open_data(
     """
     if not 0 <= cfg.holdout < 1:
         raise UserError(Problem("data.holdout", f"{cfg.holdout} is not a fraction in [0, 1)"))
-    tokenizer = None if isinstance(cfg, BinData | BlendData) else make_tokenizer(cfg.tokenizer)
+    tokenizer = make_tokenizer(cfg.tokenizer) if is_text(cfg) else None
     if tokenizer is None:
-        names, streams, weights = _open_indexed(cfg)
-        _check_stored_ids(streams, vocab)
+        sources = open_indexed(cfg, vocab)
     else:
-        check_vocab(tokenizer.vocab - 1, vocab, "the tokenizer")
-        names, streams, weights = [cfg.name], [_open_text(cfg, tokenizer, progress)], [1.0]
-    splits = [_split(name, stream, seq_len, cfg.holdout) for name, stream in zip(names, streams, strict=True)]
+        sources = [open_text(cfg, tokenizer, vocab, progress=progress)]
+    splits = [split_windows(source.name, source.stream.tokens, seq_len, cfg.holdout) for source in sources]
     problems = [split for split in splits if isinstance(split, Problem)]
     if problems:
         raise UserError(*problems)
     samples, held = zip(*(split for split in splits if not isinstance(split, Problem)), strict=True)
+    streams, weights = [source.stream for source in sources], [source.weight for source in sources]
     sampler = Sampler(samples, held, make_pattern(weights), seed)
     train = Split(tuple(streams), sampler, seq_len, vocab, cfg.document_mask, tuple(windows))
     evaluate = dataclasses.replace(sampler, evaluate=True)
@@ -213,74 +211,8 @@ def open_data(
         tokens=sum(stream.tokens for stream in streams),
         documents=sum(stream.documents for stream in streams),
         fingerprint=_fingerprint(train, weights),
+        sources=tuple(source.name for source in sources),
     )
-
-
-def _open_text(cfg: DataConfig, tokenizer: Tokenizer, progress: bool) -> TokenStream:
-    # JsonlData and ParquetData are kinds of TextData, so they are asked for first.
-    if isinstance(cfg, StdlibData):
-        kind, field, files = "source", "", stdlib_files()
-    elif isinstance(cfg, JsonlData | ParquetData):
-        kind, field, files = cfg.name, cfg.field, find_files(cfg.paths, cfg.name)
-    elif isinstance(cfg, TextData):
-        kind, field, files = "text", "", find_files(cfg.paths, "text")
-    else:
-        raise UserError(Problem("data.name", f"unknown source {cfg.name!r}"))
-    return TokenStream([tokenize_cached(cache_folder(cfg.cache), tokenizer, files, kind, field, progress=progress)])
-
-
-def _open_indexed(cfg: DataConfig) -> tuple[list[str], list[TokenStream], list[float]]:
-    """Name, stream and weight of every source: one for bin, one a prefix for blend. Collects every damaged file."""
-    if isinstance(cfg, BlendData):
-        groups, weights, key, eod = (
-            [(prefix,) for prefix in cfg.weights],
-            list(cfg.weights.values()),
-            "weights",
-            cfg.eod,
-        )
-    elif isinstance(cfg, BinData):
-        groups, weights, key, eod = [tuple(cfg.paths)], [1.0], "paths", cfg.eod
-    else:
-        raise UserError(Problem("data.name", f"unknown source {cfg.name!r}"))
-    problems: list[Problem] = []
-    streams: list[TokenStream] = []
-    for prefixes in groups:
-        readers: list[IndexedReader] = []
-        for prefix in prefixes:
-            try:
-                readers.append(IndexedReader(prefix))
-            except UserError as error:
-                problems += [Problem(f"data.{key}", problem.message) for problem in error.problems]
-            except OSError as error:
-                problems.append(Problem(f"data.{key}", f"cannot read {prefix}: {error.strerror or error}"))
-        if not problems:
-            streams.append(TokenStream(readers, eod))
-    if not problems and not any(groups):
-        problems.append(Problem(f"data.{key}", "no prefixes; give at least one PREFIX of PREFIX.bin and PREFIX.idx"))
-    if problems:
-        raise UserError(*problems)
-    return [" ".join(prefixes) for prefixes in groups], streams, weights
-
-
-def _check_stored_ids(streams: list[TokenStream], vocab: int) -> None:
-    for stream in streams:
-        low, high, where = stream.id_range()
-        if low < 0:
-            raise UserError(Problem("data", f"{stream.parts[0].prefix}.bin has negative token id {low}"))
-        check_vocab(high, vocab, where)
-
-
-def _split(name: str, stream: TokenStream, seq_len: int, holdout: float) -> tuple[int, int] | Problem:
-    """(windows, those held out) of a source, or what is wrong with its size."""
-    if stream.tokens <= seq_len:
-        message = f"{name} has {stream.tokens} tokens, but one sequence needs {seq_len + 1}; set train.seq_len lower"
-        return Problem("data", message)
-    windows = (stream.tokens - 1) // seq_len
-    held = max(1, round(windows * holdout)) if holdout > 0 else 0
-    if held >= windows:
-        message = f"{name} has {windows} sequences of {seq_len} tokens, and {holdout} of them held out leaves none"
-        return Problem("data.holdout", f"{message} to train on; set data.holdout=0 or train.seq_len lower")
-    return windows, held
 
 
 def _fingerprint(split: Split, weights: list[float]) -> str:

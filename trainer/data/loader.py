@@ -134,8 +134,9 @@ def heldout_batches(
 ) -> Iterator[list[MicroBatch]]:
     """This rank's micro-batches of each evaluation step: the same sequences at every call and in every layout.
 
-    Yields ``heldout_steps`` steps, so no sequence is evaluated twice unless one global batch is already larger than
-    the split. Raises UserError when nothing is held out.
+    Sources take their turns by weight; one that has given all that it holds out is passed over. Yields
+    ``heldout_steps`` steps, so no sequence is evaluated twice unless one global batch is already larger than the
+    split. Raises UserError when nothing is held out.
     """
     if split is None:
         raise UserError(Problem("data.holdout", "nothing is held out; set data.holdout above 0 or eval.every=0"))
@@ -145,7 +146,7 @@ def heldout_batches(
 
 def heldout_steps(split: Split, steps: int, global_batch: int) -> int:
     """Evaluation steps that ``heldout_batches`` yields: at most ``steps``, and no more than the split fills."""
-    return min(steps, max(1, split.sampler.distinct // global_batch))
+    return min(steps, max(1, split.sequences // global_batch))
 
 
 def _accumulation(global_batch: int, micro_batch: int, dp_size: int) -> int:

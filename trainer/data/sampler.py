@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 
@@ -80,6 +81,11 @@ class Pattern:
         source = self.sources[at]
         return source, period * self.counts[source] + self.before[at]
 
+    def turns(self, positions: int) -> np.ndarray:
+        """How many of the first ``positions`` positions each source [sources] has."""
+        periods, rest = divmod(positions, len(self.sources))
+        return periods * self.counts + np.bincount(self.sources[:rest], minlength=len(self.counts))
+
 
 def make_pattern(weights: Sequence[float], key: str = "data.weights") -> Pattern:
     """The order in which sources with these weights take turns.
@@ -108,10 +114,25 @@ def make_pattern(weights: Sequence[float], key: str = "data.weights") -> Pattern
         order[slot] = s
         if turn + 1 < counts[s]:
             heapq.heappush(waiting, ((turn + 1) * period // counts[s], s, turn + 1))
-    before = np.empty(period, np.int64)
+    return _pattern(order, len(counts))
+
+
+def _pattern(order: np.ndarray, sources: int) -> Pattern:
+    counts = np.bincount(order, minlength=sources)
+    before = np.empty(len(order), np.int64)
     for s, count in enumerate(counts):
         before[order == s] = np.arange(count)
-    return Pattern(order, before, np.array(counts, np.int64))
+    return Pattern(order, before, counts)
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Held-out positions from ``start`` on, as long as the same sources have windows left: their order, and how many
+    windows each source [sources] has given before."""
+
+    start: int
+    pattern: Pattern
+    given: np.ndarray
 
 
 def _turns(weights: Sequence[float]) -> list[int]:
@@ -136,7 +157,8 @@ class Sampler:
     """Maps positions of a run to windows of sources.
 
     ``windows`` and ``heldout`` give, per source, the number of all windows and of those held out; ``evaluate``
-    selects the held-out ones, which come in one fixed order whatever the seed.
+    selects the held-out ones, which come in one fixed order whatever the seed, each once before any comes again: a
+    source that has given all of its own is passed over, so that no small source is read over and over.
     """
 
     windows: tuple[int, ...]
@@ -152,27 +174,41 @@ class Sampler:
 
     def locate(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source [n] and window [n] of run positions [n]."""
-        source, turn = self.pattern.locate(position)
+        source, turn = self._heldout_turns(position) if self.evaluate else self.pattern.locate(position)
         window = np.empty_like(turn)
         for s in np.unique(source):
             at = source == s
             window[at] = self._window(int(s), turn[at])
         return source, window
 
-    @property
-    def distinct(self) -> int:
-        """Positions from 0 on before any source gives a window a second time."""
-        limits = []
-        for s, (total, held) in enumerate(zip(self.windows, self.heldout, strict=True)):
-            period, turn = divmod(held if self.evaluate else total - held, int(self.pattern.counts[s]))
-            at = np.flatnonzero((self.pattern.sources == s) & (self.pattern.before == turn))
-            limits.append(period * len(self.pattern.sources) + int(at[0]))
-        return min(limits)
+    def _heldout_turns(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        position = position % sum(self.heldout)
+        stretches = self._stretches
+        number = np.searchsorted([stretch.start for stretch in stretches], position, "right") - 1
+        source, turn = np.empty_like(position), np.empty_like(position)
+        for n in np.unique(number):
+            at, stretch = number == n, stretches[n]
+            source[at], turn[at] = stretch.pattern.locate(position[at] - stretch.start)
+            turn[at] += stretch.given[source[at]]
+        return source, turn
+
+    @cached_property
+    def _stretches(self) -> tuple[_Stretch, ...]:
+        """The held-out order: the blend's, without the sources that have no windows left."""
+        held, given = np.array(self.heldout), np.zeros(len(self.heldout), np.int64)
+        found: list[_Stretch] = []
+        start = 0
+        while (given < held).any():
+            order = self.pattern.sources[(given < held)[self.pattern.sources]]
+            found.append(_Stretch(start, _pattern(order, len(held)), given))
+            stop = _first_exhausted(found[-1].pattern, held - given)
+            given, start = given + found[-1].pattern.turns(stop), start + stop
+        return tuple(found)
 
     def _window(self, source: int, turn: np.ndarray) -> np.ndarray:
         total, held = self.windows[source], self.heldout[source]
         if self.evaluate:
-            rank = turn % held
+            rank = turn
         else:
             epoch, index = np.divmod(turn, total - held)
             rank = np.empty_like(turn)
@@ -181,3 +217,11 @@ class Sampler:
                 rank[at] = held + permute(index[at], total - held, (self.seed, source, int(e)))
         # The split has a key of its own, without the seed: runs with other seeds are evaluated on the same windows.
         return permute(rank, total, (0x686F6C64, source))
+
+
+def _first_exhausted(pattern: Pattern, left: np.ndarray) -> int:
+    """Positions until a source of ``pattern`` has given all of its ``left`` [sources] windows."""
+    # The last window of source s is its turn left[s] - 1: `before` says where in a period that is.
+    periods, turn = np.divmod(left[pattern.sources] - 1, np.maximum(pattern.counts, 1)[pattern.sources])
+    ends = periods * len(pattern.sources) + np.arange(len(pattern.sources))
+    return int(ends[pattern.before == turn].min()) + 1

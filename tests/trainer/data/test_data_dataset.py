@@ -235,3 +235,10 @@ def test_pairs_of_layers_with_different_windows_are_their_mean(tmp_path: Path, m
     assert near.pairs < all_.pairs
     assert mixed.pairs == pytest.approx((2 * near.pairs + all_.pairs) / 3, rel=1e-15)
     assert split(6, None, 6).global_counts(0, global_batch=20) == (mixed.valid, pytest.approx(mixed.pairs, rel=1e-15))
+
+
+def test_a_weight_of_zero_leaves_its_source_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "x", [list(range(EOD))] * 40)
+    alone = open_bin(BlendData(weights={path: 0.3}))
+    beside = open_bin(BlendData(weights={path: 0.3, str(tmp_path / "not there"): 0.0}))
+    assert beside.fingerprint == alone.fingerprint

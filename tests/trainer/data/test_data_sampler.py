@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 from itertools import chain
 
@@ -100,12 +101,38 @@ def test_bad_weights(weights: list[float]) -> None:
         make_pattern(weights)
 
 
-@pytest.mark.parametrize("evaluate", [False, True])
-def test_distinct_is_where_the_first_repeat_comes(evaluate: bool) -> None:
-    sampler = Sampler((40, 9, 25), (13, 2, 4), make_pattern([0.5, 0.2, 0.3]), 0, evaluate)
-    seen = positions(sampler, 0, sampler.distinct + 1)
-    assert len(set(seen[:-1])) == sampler.distinct
-    assert seen[-1] in seen[:-1] or not evaluate
-    source, turn = sampler.pattern.locate(np.array([sampler.distinct]))
-    share = np.array(sampler.heldout if evaluate else np.subtract(sampler.windows, sampler.heldout))
-    assert turn[0] == share[source[0]]
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 40)), min_size=1, max_size=5))
+def test_held_out_windows_come_once_each_by_weight_and_small_sources_are_passed_over(
+    sources: list[tuple[int, int]],
+) -> None:
+    pattern = make_pattern([weight for weight, _ in sources])
+    held = tuple(count for _, count in sources)
+    total = sum(held)
+    sampler = Sampler(tuple(3 * count for count in held), held, pattern, seed=1, evaluate=True)
+    found = positions(sampler, 0, total)
+    assert len(set(found)) == total
+    assert positions(sampler, total, 2 * total) == found
+    wanted: list[tuple[int, int]] = []
+    given, order, place = [0] * len(held), pattern.sources.tolist(), 0
+    while order:
+        s = order[place % len(order)]
+        wanted.append((s, given[s]))
+        given[s] += 1
+        place += 1
+        if given[s] == held[s]:
+            order, place = [other for other in order if other != s], 0
+    train = set(positions(dataclasses.replace(sampler, evaluate=False), 0, 500))
+    assert not train & set(found)
+    ranks = {s: [w for source, w in found if source == s] for s in range(len(held))}
+    assert [(s, ranks[s].index(w)) for s, w in found] == wanted
+
+
+def test_a_blend_is_evaluated_by_weight_while_each_source_lasts() -> None:
+    weights, held = [0.5, 0.3, 0.2], (1, 30, 40)
+    sampler = Sampler((100, 300, 400), held, make_pattern(weights), seed=0, evaluate=True)
+    source = np.array([s for s, _ in positions(sampler, 0, sum(held))])
+    assert (source == 0).sum() == 1
+    # Behind the only window of the first source, the others go on in the ratio of their weights, 3 to 2.
+    behind = source[np.argmax(source == 0) + 1 :][:40]
+    assert abs((behind == 1).mean() - 0.6) < 0.05

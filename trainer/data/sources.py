@@ -1,0 +1,127 @@
+"""The sources of a data configuration: opened, checked against the model's vocabulary, and split. No torch.
+
+`dataset` opens a run's sources with these functions, and `preflight` asks them before any rank starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...configs.errors import Problem, UserError
+from ...configs.schema import BinData, BlendData, DataConfig, JsonlData, ParquetData, StdlibData, TextData
+from .cache import cache_folder, tokenize_cached
+from .documents import find_files, stdlib_files
+from .indexed import IndexedReader
+from .packing import TokenStream
+from .tokenizer import Tokenizer, check_vocab
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """What a text source reads: its files, their kind (source, text, jsonl or parquet) and the text's key or column."""
+
+    files: tuple[Path, ...]
+    kind: str
+    field: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """One stream of tokens, its name for messages, and its weight in a blend (1 where there is only one)."""
+
+    name: str
+    stream: TokenStream
+    weight: float = 1.0
+
+
+def is_text(cfg: DataConfig) -> bool:
+    """Whether the source is text, that a tokenizer has to turn into tokens first."""
+    return not isinstance(cfg, BinData | BlendData)
+
+
+def text_files(cfg: DataConfig) -> TextFiles:
+    """The files of a text source. Raises UserError naming every path that matches nothing."""
+    # JsonlData and ParquetData are kinds of TextData, so they are asked for first.
+    if isinstance(cfg, StdlibData):
+        return TextFiles(tuple(stdlib_files()), "source", "")
+    if isinstance(cfg, JsonlData | ParquetData):
+        return TextFiles(tuple(find_files(cfg.paths, cfg.name)), cfg.name, cfg.field)
+    if isinstance(cfg, TextData):
+        return TextFiles(tuple(find_files(cfg.paths, "text")), "text", "")
+    raise UserError(Problem("data.name", f"unknown source {cfg.name!r}"))
+
+
+def open_text(cfg: DataConfig, tokenizer: Tokenizer, vocab: int, *, progress: bool = True) -> Source:
+    """A text source, tokenized now if it never was. Raises UserError."""
+    check_vocab(tokenizer.vocab - 1, vocab, "the tokenizer")
+    text = text_files(cfg)
+    folder = cache_folder(cfg.cache)
+    reader = tokenize_cached(folder, tokenizer, text.files, text.kind, text.field, progress=progress)
+    return Source(cfg.name, TokenStream([reader]))
+
+
+def open_indexed(cfg: DataConfig, vocab: int) -> list[Source]:
+    """The sources of tokenized data: one for bin, one a prefix for blend. Raises UserError naming every bad file."""
+    if isinstance(cfg, BlendData):
+        # A weight of 0 leaves its source out.
+        groups, key = [((prefix,), weight) for prefix, weight in cfg.weights.items() if weight != 0], "data.weights"
+    elif isinstance(cfg, BinData):
+        groups, key = [(tuple(cfg.paths), 1.0)] if cfg.paths else [], "data.paths"
+    else:
+        raise UserError(Problem("data.name", f"unknown source {cfg.name!r}"))
+    if not groups:
+        raise UserError(Problem(key, "no prefixes; give at least one PREFIX of PREFIX.bin and PREFIX.idx"))
+    problems: list[Problem] = []
+    sources: list[Source] = []
+    for prefixes, weight in groups:
+        readers = _open_prefixes(prefixes, key, problems)
+        try:
+            stream = TokenStream(readers, cfg.eod)
+            _check_stored_ids(stream, vocab)
+            sources.append(Source(" ".join(prefixes), stream, weight))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return sources
+
+
+def _open_prefixes(prefixes: Sequence[str], key: str, problems: list[Problem]) -> list[IndexedReader]:
+    readers: list[IndexedReader] = []
+    for prefix in prefixes:
+        try:
+            readers.append(IndexedReader(prefix))
+        except UserError as error:
+            problems += [Problem(key, problem.message) for problem in error.problems]
+        except OSError as error:
+            problems.append(Problem(key, f"cannot read {prefix}: {error.strerror or error}"))
+    return readers
+
+
+def _check_stored_ids(stream: TokenStream, vocab: int) -> None:
+    low, high, where = stream.id_range()
+    if low < 0:
+        raise UserError(Problem("data", f"{stream.parts[0].prefix}.bin has negative token id {low}"))
+    check_vocab(high, vocab, where)
+
+
+def split_windows(name: str, tokens: int, seq_len: int, holdout: float) -> tuple[int, int] | Problem:
+    """(windows, those held out) of a source with that many tokens, or what is wrong with its size."""
+    if tokens <= seq_len:
+        message = f"{name} has {tokens} tokens, but one sequence needs {seq_len + 1}; set train.seq_len lower"
+        return Problem("data", message)
+    windows = (tokens - 1) // seq_len
+    held = max(1, round(windows * holdout)) if holdout > 0 else 0
+    if held >= windows:
+        message = f"{name} has {windows} sequences of {seq_len} tokens, and {holdout} of them held out leaves none"
+        return Problem("data.holdout", f"{message} to train on; set data.holdout=0 or train.seq_len lower")
+    return windows, held
+
+
+def enough_tokens(seq_len: int, holdout: float) -> int:
+    """Tokens from which on a source of any size can be split (`split_windows` finds no problem)."""
+    # From 2 / (1 - holdout) windows on, rounding can no longer hold all of them out.
+    windows = 2 if holdout <= 0 else max(2, int(2 / (1 - holdout)) + 1)
+    return windows * seq_len + 1
