@@ -6,15 +6,12 @@ import json
 import math
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,6 +21,7 @@ from ..parallel.global_tensor import Placement
 from .hf_config_read import model_config_from_hf
 from .hf_config_write import hf_config
 from .hf_families import hf_family
+from .hf_files import INDEX, SINGLE, Notice, Stored, check_types, open_files, read_hf_config, some, to_stderr
 from .hf_links import Link
 from .hf_names import base_prefix, is_buffer, is_fused, is_prediction_module, links
 from .transformer import Transformer
@@ -42,28 +40,10 @@ __all__ = [
     "write_hf",
 ]
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # transformers' own default used to be 5 GB; hubs and readers cope with it
 
-_MAX_LISTED = 8
-
-Notice = Callable[[str], None]
-"""Called with one line that the user should see."""
-
-
-def to_stderr(line: str) -> None:
-    """A `Notice`."""
-    print(f"pentad: {line}", file=sys.stderr, flush=True)
-
-
-def read_hf_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The parsed config.json of a Hugging Face folder.
-
-    Raises:
-        UserError: if there is none, or it is not a JSON object.
-    """
-    return _read_json(Path(directory) / "config.json")
+_WRAPPERS = ("", "module.", "_orig_mod.", "base_model.model.")
+"""What DistributedDataParallel, torch.compile and PEFT put before every name."""
 
 
 def load_hf(directory: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Transformer:
@@ -130,21 +110,18 @@ class HfFolder:
             raise
 
     def _open(self, directory: Path, config: ModelConfig, notice: Notice) -> None:
-        stored = _open_files(directory, self._stack)
-        table, prefix = links(config, fused=is_fused(config, stored)), base_prefix(config)
-        first = next(iter(table[0].theirs))
-        if first not in stored and first.removeprefix(prefix) in stored:
-            # A bare backbone (the published GPT-2, for one) is saved without the prefix.
-            stored = {name if name.startswith("lm_head.") else prefix + name: t for name, t in stored.items()}
-        stored = {name: tensor for name, tensor in stored.items() if not is_buffer(name)}
+        stored = open_files(directory, self._stack, notice)
+        table = links(config, fused=is_fused(config, stored))
+        expected = {name: shape for link in table for name, shape in link.theirs.items()}
+        stored = _renamed(stored, expected, base_prefix(config), directory, notice)
+        stored = {name: t for name, t in stored.items() if not is_buffer(name) and (name in expected or not t.alias)}
         if extra := [name for name in stored if is_prediction_module(config, name)]:
             notice(f"{directory}: {len(extra)} tensors of multi-token prediction are not read: {some(extra)}")
             stored = {name: tensor for name, tensor in stored.items() if name not in extra}
-        head = stored.pop("lm_head.weight", None) if config.tied else None
-        _check_names({name: shape for link in table for name, shape in link.theirs.items()}, stored, str(directory))
-        if head is not None and not torch.equal(head.read(), stored[first].read()):
-            message = "true, but lm_head.weight differs from the embedding; set it to false"
-            raise UserError(Problem("config.json tie_word_embeddings", message))
+        if config.tied:
+            _tie(stored, next(iter(table[0].theirs)))
+        _check_names(expected, stored, str(directory))
+        check_types(stored, str(directory))
         self._stored = stored
         self._links = {name: link for link in table for name in link.ours}
         self.shapes = {name: shape for link in table for name, shape in link.ours.items()}
@@ -207,39 +184,6 @@ def write_hf(
     partial.replace(target)
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor in an open file, under the name that it has there."""
-
-    handle: Any
-    name: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.handle.get_slice(self.name).get_shape())
-
-    def read(self) -> Tensor:
-        return self.handle.get_tensor(self.name)
-
-    def part(self, index: tuple[slice, ...]) -> Tensor:
-        """What one slice per dimension selects; the whole tensor is not copied out of the mapped file."""
-        if index == tuple(slice(0, size) for size in self.shape):
-            return self.read()
-        return self.handle.get_slice(self.name)[index]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; a Hugging Face folder has config.json and *.safetensors") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return found
-
-
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -248,36 +192,47 @@ def _owned(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format) if tensor._is_view() else tensor
 
 
-def _open_files(directory: Path, stack: ExitStack) -> dict[str, _Stored]:
-    """The tensors of all safetensors files of the folder by name; files are mapped, not loaded."""
-    if (directory / INDEX).exists():
-        weight_map = _read_json(directory / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{directory / INDEX} has no weight_map")
-        files = sorted({str(file) for file in weight_map.values()})
-    elif (directory / SINGLE).exists():
-        files = [SINGLE]
-    else:
-        found = ", ".join(sorted(p.name for p in directory.glob("*.bin"))) or "none"
-        raise UserError(f"{directory} has neither {SINGLE} nor {INDEX} (other weight files: {found})")
-    if absent := [file for file in files if not (directory / file).exists()]:
-        raise UserError(f"{directory / INDEX} lists {len(absent)} missing files: {some(absent)}")
-    stored: dict[str, _Stored] = {}
-    for file in files:
-        try:
-            handle = stack.enter_context(safe_open(directory / file, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{directory / file} is damaged or not safetensors: {error}") from None
-        names: list[str] = handle.keys()
-        stored |= {name: _Stored(handle, name) for name in names}
-    return stored
+def _renamed(
+    stored: Mapping[str, Stored], expected: Mapping[str, Any], prefix: str, directory: Path, notice: Notice
+) -> dict[str, Stored]:
+    """The tensors under the names of the whole model, which they may have without `prefix` (the bare backbone, as the
+    published GPT-2) or behind that of a wrapper."""
+    best, left_out, most = dict(stored), "", len(expected.keys() & stored.keys())
+    for wrapper in _WRAPPERS:
+        plain = {name.removeprefix(wrapper): tensor for name, tensor in stored.items()}
+        bare = {name if name.startswith("lm_head.") else prefix + name: tensor for name, tensor in plain.items()}
+        for names in (plain, bare):
+            hits = len(expected.keys() & names.keys())
+            if hits > most and len(names) == len(stored):
+                best, left_out, most = names, wrapper, hits
+    if left_out:
+        notice(f"{directory}: the tensors' names begin with {left_out}, which is left out")
+    return best
+
+
+def _tie(stored: dict[str, Stored], embedding: str) -> None:
+    """Leaves one tensor of an embedding and a head that share it, whichever of them the files have.
+
+    Raises:
+        UserError: if they have two different ones.
+    """
+    head = stored.pop("lm_head.weight", None)
+    if head is None:
+        return
+    found = stored.setdefault(embedding, head)
+    if found.name == head.name or (found.shape == head.shape and torch.equal(found.read(), head.read())):
+        return
+    message = "true, but lm_head.weight differs from the embedding; set it to false"
+    raise UserError(Problem("config.json tie_word_embeddings", message))
 
 
 def _check_names(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Any], where: str) -> None:
     """Raise a UserError with everything missing, unexpected or misshapen in `found`."""
     problems: list[str] = []
     if missing := [name for name in expected if name not in found]:
-        problems.append(f"{where} lacks {len(missing)} tensors: {some(missing)}")
+        hint = "; if the head is the embedding, set tie_word_embeddings to true in config.json"
+        hint = hint if missing == ["lm_head.weight"] else ""
+        problems.append(f"{where} lacks {len(missing)} tensors: {some(missing)}{hint}")
     if unexpected := sorted(name for name in found if name not in expected):
         problems.append(f"{where} has {len(unexpected)} unexpected tensors: {some(unexpected)}")
     for name, shape in expected.items():
@@ -285,12 +240,6 @@ def _check_names(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, An
             problems.append(f"{where}: {name} has shape {tuple(found[name].shape)}, the configuration says {shape}")
     if problems:
         raise UserError(*problems)
-
-
-def some(names: list[str]) -> str:
-    """The first few of many names."""
-    rest = len(names) - _MAX_LISTED
-    return ", ".join(names[:_MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _write_tensors(directory: Path, table: list[Link], tensors: Mapping[str, Tensor], shard_bytes: int) -> None:

@@ -248,14 +248,21 @@ def _rope(reader: Reader, family: Family, max_positions: int) -> RopeConfig:
     if not isinstance(given, Mapping):
         reader.problem(source, f"{given!r} is not an object")
         return RopeConfig()
-    # transformers: a missing original length is the present one, a missing theta the outer one, else the family's.
+    # transformers: an original length beside the rotary embedding's object wins over the one in it, and a missing one
+    # is the present length; a missing theta is the outer one, else the family's.
+    outer = reader.config.get("original_max_position_embeddings")
     defaults = {
         "rope_theta": reader.config.get("rope_theta") or _THETAS.get(family, 10000.0),
-        "original_max_position_embeddings": reader.config.get("original_max_position_embeddings") or max_positions,
+        "original_max_position_embeddings": max_positions,
         "partial_rotary_factor": reader.config.get("partial_rotary_factor"),
         "rope_type": given.get("type", "default"),
         "truncate": True,
     }
+    if outer is not None:
+        given = {**given, "original_max_position_embeddings": outer}
+    if given.get("rope_type", given.get("type")) == "yarn" and given.get("factor", 0) is None:
+        original = Reader(given, defaults, f"{source}.", reader.problems).integer("original_max_position_embeddings")
+        given = {**given, "factor": max_positions / original}
     rope = Reader(given, defaults, f"{source}.", reader.problems)
     for key in sorted(set(given) - _ROPE_KEYS - _YARN_KEYS - _LLAMA3_KEYS):
         rope.problem(key, f"{given[key]!r} is not supported")
