@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..configs.errors import Problem, UserError
+from ..configs.strict_json import JsonError, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -60,12 +60,12 @@ def read_hf_json(path: Path) -> dict[str, Any]:
         UserError: if the file is absent, cannot be read, or holds something else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path.resolve())  # in a cache of the Hugging Face hub every file is a link
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; a Hugging Face folder has config.json and *.safetensors") from None
     except NotADirectoryError:
         raise UserError(f"{path.parent} is a file; name the folder that holds it") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, JsonError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is not a JSON object")
