@@ -24,8 +24,12 @@ def _routers(model: Transformer) -> Iterator[tuple[int, Router]]:
 
 
 @torch.no_grad()
-def collect(model: Transformer) -> Tensor | None:
+def collect(model: Transformer, device: torch.device) -> Tensor | None:
     """What this rank's routers counted since the last call, and forgets it.
+
+    Args:
+        model: this rank's part, which may be nothing at all.
+        device: of the totals.
 
     Returns:
         (mixture-of-experts layers of the whole model, columns) as fp64, zeros for layers that are on other ranks; the
@@ -34,7 +38,6 @@ def collect(model: Transformer) -> Tensor | None:
     cfg: ModelConfig = model.cfg
     if not cfg.routed_layers:
         return None
-    device = next(model.parameters()).device
     totals = torch.zeros(len(cfg.routed_layers), columns(cfg.moe), dtype=torch.float64, device=device)
     for row, router in _routers(model):
         totals[row] = router.tally

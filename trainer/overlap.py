@@ -10,10 +10,10 @@ import torch
 
 from ..configs.schema import Config
 from ..models.parallelize import set_overlap_chunks
-from ..models.transformer import Transformer
 from ..parallel.collectives import all_reduce
 from ..parallel.expert.search import ChunkSearch
 from ..parallel.mesh import Mesh
+from .setup import Parts
 
 
 class OverlapTuner:
@@ -21,15 +21,15 @@ class OverlapTuner:
 
     Args:
         cfg: the job.
-        model: this rank's part of it.
+        parts: this rank's part of the model, and its device.
         mesh: whose ranks agree on the slowest one's times.
     """
 
-    def __init__(self, cfg: Config, model: Transformer, mesh: Mesh) -> None:
+    def __init__(self, cfg: Config, parts: Parts, mesh: Mesh) -> None:
         moe = cfg.model.moe
         wanted = moe.experts > 0 and moe.overlap_chunks == "auto" and moe.dispatcher == "all_to_all"
         self.search = ChunkSearch() if wanted else None
-        self._model, self._mesh = model, mesh
+        self._model, self._device, self._mesh = parts.model, parts.device, mesh
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -43,8 +43,7 @@ class OverlapTuner:
         start = time.perf_counter()
         yield
         self._synchronize()
-        device = next(self._model.parameters()).device
-        seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
+        seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=self._device)
         search.observe(all_reduce(seconds.reshape(1), self._mesh.axis("world"), "max").wait().item())
         if search.chosen is not None:
             set_overlap_chunks(self._model, search.chosen)

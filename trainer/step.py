@@ -176,7 +176,7 @@ class Stepper:
                 if unit.counted:
                     square = square + sum_of_squares(unit.grad)
         mine = torch.stack((square, self._counted(self._runtime), self._stop)).double()
-        routed = collect(self.model)  # of all layers, those of other stages zero
+        routed = collect(self.model, self.device)  # of all layers, those of other stages zero
         if routed is not None:
             mine = torch.cat((mine, routed.flatten()))
         # Nobody waits for this one inside the step. Filled in by kernels: a copy would make the host wait for the GPU.

@@ -88,7 +88,7 @@ class Trainer:
         microbatches = cfg.train.global_batch // (cfg.train.micro_batch * self.dp.size)
         self.program = training_program(cfg, parts.pipeline, microbatches, buckets_per_rank(parts.replicas, mesh))
         self.stepper = Stepper(cfg, parts, self.optimizer, mesh, self.program)
-        self.overlap = OverlapTuner(cfg, parts.model, mesh)
+        self.overlap = OverlapTuner(cfg, parts, mesh)
         self._evaluation = evaluation_program(cfg, parts.pipeline, microbatches) if cfg.eval.every else None
         self.meter = Meter(devices=mesh.degrees.world, peak=peak)
         self.profiler = Profiler(cfg.log.profile, run_dir / "profile", mesh.rank)

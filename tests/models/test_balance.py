@@ -54,7 +54,7 @@ def kept(model: Transformer, name: str) -> list[list[float]]:
 
 
 def totals_of(model: Transformer) -> Tensor:
-    totals = collect(model)
+    totals = collect(model, torch.device("cpu"))
     assert totals is not None
     return totals
 
@@ -172,7 +172,7 @@ def test_layers_elsewhere_are_zero():
     model.run_layers(torch.ones(TOKENS, TINY.hidden, dtype=torch.float64), seq, None, part.layers)
     totals = totals_of(model)
     assert column(totals, "tokens").tolist() == [0, TOKENS]
-    assert collect(model_of(replace(cfg, moe=MoeConfig()))) is None
+    assert collect(model_of(replace(cfg, moe=MoeConfig())), torch.device("cpu")) is None
 
 
 # Balance without a loss ---------------------------------------------------------------------------------------

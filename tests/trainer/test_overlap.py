@@ -19,7 +19,7 @@ def _job(chunks):
 
 def _trained(rank: int, world: int, chunks):
     run = Run(rank, _job(chunks))
-    tuner = OverlapTuner(run.cfg, run.parts.model, run.mesh)
+    tuner = OverlapTuner(run.cfg, run.parts, run.mesh)
     curve, tried = [], []
     try:
         for step in range(run.cfg.train.steps):
