@@ -199,6 +199,8 @@ def test_close_reaches_every_sink(tmp_path: Path) -> None:
     class Failing:
         def log(self, m: StepMetrics, extra: Mapping[str, Any]) -> None: ...
 
+        def add(self, step: int, values: Mapping[str, Any]) -> None: ...
+
         def close(self) -> None:
             raise OSError("full")
 

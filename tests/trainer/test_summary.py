@@ -53,7 +53,7 @@ def test_half_written_lines_are_passed_over(tmp_path: Path) -> None:
 
 def test_curves_are_drawn_into_the_run_folder(tmp_path: Path) -> None:
     picture = draw_curves(_run_folder(tmp_path, loss=None, mfu=None))
-    assert picture == tmp_path / "curves.png"
+    assert picture is not None and picture == tmp_path / "curves.png"
     pixels = matplotlib.image.imread(picture)[..., :3]
     colors = {tuple(row) for row in (pixels.reshape(-1, 3) * 255).round().astype(int).tolist()}
     # Loss, held-out loss and MFU, each in its colour.
