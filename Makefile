@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+FUZZ_MINUTES ?= 10
 ROOMS := configs parallel models trainer launch
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all fuzz lint format clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/pentad train demo
@@ -15,6 +16,10 @@ test: $(VENV)/dev.stamp
 
 test-all: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q
+
+# Random jobs under random layouts, held against one process; goes on where it stopped. Needs the time, not the GPU.
+fuzz: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.fuzz_layouts --minutes $(FUZZ_MINUTES)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

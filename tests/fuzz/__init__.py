@@ -1,0 +1,1 @@
+"""Random jobs under random layouts, held against one process: `python -m tests.fuzz_layouts`."""

@@ -1,0 +1,183 @@
+"""One random case: a job, what one process runs of it, and the two layouts that must train alike. By seed alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from pentad.configs import UserError, load
+from pentad.configs.schema import Config
+
+from .corpora import TOKENS, WIDE
+from .draws import Draws, Keys
+from .layouts import draw_layout
+from .models import draw_model
+
+TRIES = 60
+"""Layouts that are drawn for a job before another job is."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to run the job."""
+
+    world: int
+    keys: Keys
+    config: Config
+
+    def overrides(self) -> list[str]:
+        """As arguments of `pentad train`."""
+        return [f"{key}={_written(value)}" for key, value in self.keys.items()]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job and its layouts.
+
+    Args:
+        seed: all that it follows from.
+        family: of the tally.
+        keys: the job's, without any of layout.
+        alone: one process.
+        first: trains from the start and saves at step `resume`.
+        second: goes on from there.
+        start: `random`, `checkpoint`, `hf` or `upcycled`.
+        refused: how often `load` refused a draw because of a key.
+    """
+
+    seed: int
+    family: str
+    keys: Keys
+    alone: Layout
+    first: Layout
+    second: Layout
+    start: str
+    resume: int
+    refused: Mapping[str, int]
+
+    def yaml(self) -> str:
+        """The job's file."""
+        return as_yaml(self.keys)
+
+
+def as_yaml(keys: Keys) -> str:
+    """Sections from dotted names."""
+    tree: dict[str, Any] = {}
+    for key, value in keys.items():
+        node = tree
+        *sections, leaf = key.split(".")
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    return OmegaConf.to_yaml(OmegaConf.create(tree))
+
+
+def draw_case(seed: int, folder: Path, changes: Keys | None = None) -> Case:
+    """The case of a seed.
+
+    Args:
+        folder: where the corpora are and the job's file is written.
+        changes: keys of the job that are set after it was drawn.
+    """
+    draws, refused = Draws(seed), Counter[str]()
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        family, keys, start, resume = _draw_job(draws, folder.parent)
+        keys |= changes or {}
+        path = folder / "job.yaml"
+        path.write_text(as_yaml(keys))
+        alone = _accepted(path, 1, {"parallel.data.sharding": "ddp"}, refused)
+        if alone is None:
+            continue
+        layouts = [_draw_layout(draws, path, keys, refused) for _ in range(2)]
+        first, second = layouts
+        if first is not None and second is not None:
+            return Case(seed, family, keys, alone, first, second, start, resume, refused)
+
+
+def _draw_layout(draws: Draws, path: Path, keys: Keys, refused: Counter[str]) -> Layout | None:
+    for _ in range(TRIES):
+        layout = _accepted(path, *draw_layout(draws, keys), refused)
+        if layout is not None:
+            return layout
+    return None
+
+
+def _accepted(path: Path, world: int, keys: Keys, refused: Counter[str]) -> Layout | None:
+    overrides = [f"{key}={_written(value)}" for key, value in keys.items()]
+    try:
+        return Layout(world, keys, load(path, overrides, world_size=world))
+    except UserError as error:
+        refused.update({problem.key for problem in error.problems})
+        return None
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return str(value)
+
+
+def _draw_job(draws: Draws, corpora: Path) -> tuple[str, Keys, str, int]:
+    family, model = draw_model(draws)
+    steps = draws.choice([3, 4])
+    resume = draws.randint(1, steps - 1)
+    micro = draws.pick({1: 2, 2: 2, 3: 0.5, 4: 0.5})
+    keys = model | {
+        "name": "run",
+        "train.steps": steps,
+        "train.micro_batch": micro,
+        "train.global_batch": micro * draws.pick({2: 1, 4: 3, 6: 1, 8: 2, 12: 1}),
+        "train.seq_len": draws.pick({16: 3, 24: 2, 32: 1, 20: 0.5, 12: 0.5}),
+        "train.seed": draws.randrange(1000),
+        "train.dtype": draws.pick({"fp64": 8, "fp32": 1, "bf16": 1}),
+        "train.device": "cpu",
+        "train.deterministic": draws.maybe(0.1),
+        "eval.every": draws.pick({0: 1, 1: 2, 2: 1}),
+        "eval.steps": draws.choice([1, 2]),
+        "checkpoint.every": resume,
+        "checkpoint.keep": 0,
+        "faults.timeout_s": 60,
+        "faults.record_entries": 4096,
+        "hardware.peak_tflops": 1.0,
+    }
+    keys |= _data(draws, corpora) | _optimizer(draws, steps)
+    return family, keys, "random", resume
+
+
+def _data(draws: Draws, corpora: Path) -> Keys:
+    name = draws.pick({"bin": 5, "blend": 2, "jsonl": 1})
+    keys: Keys = {"data.name": name, "data.document_mask": draws.maybe(0.5), "data.holdout": 0.1}
+    keys["model.vocab"] = draws.choice([64, 96, 128, 192])
+    assert min(64, 96) >= TOKENS
+    if name == "bin":
+        keys["data.paths"] = [str(corpora / "walk")]
+    elif name == "blend":
+        keys["data.weights"] = {str(corpora / "walk"): 0.7, str(corpora / "jumps"): 0.3}
+    else:
+        keys |= {"data.paths": [str(corpora / "lines.jsonl")], "data.cache": str(corpora / "cache")}
+        keys["model.vocab"] = draws.choice([288, 320, 384])
+        assert WIDE <= 288
+    if name != "jsonl" and draws.maybe(0.3):
+        keys["data.eod"] = 7
+    return keys
+
+
+def _optimizer(draws: Draws, steps: int) -> Keys:
+    keys: Keys = {
+        "optim.name": draws.pick({"adamw": 2, "sgd": 1}),
+        "optim.weight_decay": draws.choice([0.0, 0.1]),
+        "optim.clip": draws.pick({1.0: 2, 0.0: 1, 0.05: 1}),
+        "optim.schedule.name": draws.choice(["constant", "linear", "cosine", "wsd"]),
+        "optim.schedule.warmup_steps": draws.choice([0, 1]),
+    }
+    if keys["optim.schedule.name"] == "wsd":
+        keys["optim.schedule.decay_steps"] = draws.randint(1, steps - 1)
+    if keys["optim.name"] == "sgd":
+        return keys | {"optim.lr": draws.choice([0.01, 0.1]), "optim.momentum": draws.choice([0.0, 0.9])}
+    return keys | {"optim.lr": draws.choice([1e-3, 5e-3]), "optim.impl": draws.choice(["auto", "fused", "foreach"])}

@@ -1,0 +1,150 @@
+"""What a run leaves behind, and how far two runs of the same training are apart."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pentad.configs.schema import ModelConfig
+from pentad.trainer.checkpoint import read_full
+
+TOLERANCE = {"fp64": 1e-11, "fp32": 1e-5, "bf16": 3e-2}
+"""Relative differences that need no explanation."""
+DIGITS = 2e-5
+"""Metrics of the experts are written with six digits."""
+SLACK = 10.0
+"""A difference may be so many times what one unit in the last place of the first parameters makes."""
+_OF_A_LAYOUT = ("layers", "ep_load_max")
+"""Metrics of the experts that are names, or of the ranks that share them."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run left.
+
+    Args:
+        curve: `loss of step 3` → value; grad norms and held-out losses alike.
+        experts: `load_max of step 3` → values of the layers.
+        tensors: name → whole tensor of the last checkpoint.
+    """
+
+    curve: dict[str, float]
+    experts: dict[str, list[float | None]]
+    tensors: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A relative difference beyond the tolerance."""
+
+    what: str
+    kind: str
+    size: float
+    allowed: float
+
+
+def read_run(folder: Path, steps: int, since: int) -> Trained:
+    """A finished run's numbers of the steps after `since`."""
+    curve, experts = dict[str, float](), dict[str, list[float | None]]()
+    for row in _lines(folder / "metrics.jsonl"):
+        if row["step"] <= since:
+            continue
+        for key in ("loss", "grad_norm"):
+            curve[f"{key} of step {row['step']}"] = _number(row[key])
+        for key, values in (row["moe"] or {}).items():
+            if isinstance(values, list) and key not in _OF_A_LAYOUT:
+                experts[f"{key} of step {row['step']}"] = values
+    for row in _lines(folder / "events.jsonl"):
+        if row["event"] == "evaluation" and row["step"] > since:
+            curve[f"held-out loss of step {row['step']}"] = _number(row["loss"])
+    tensors, _ = read_full(folder / "checkpoints" / f"step-{steps:08d}")
+    return Trained(curve, experts, tensors)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def undetermined(model: ModelConfig) -> re.Pattern[str] | None:
+    """Names of the parameters whose gradient is mathematically zero, so that rounding alone moves them.
+
+    A bias that all keys share moves all scores of a query alike, which a softmax does not see: unless keys are turned,
+    normalised, or compete with a sink.
+    """
+    plain = model.position == "learned" and not (model.qk_norm or model.sinks or model.mla.kv_rank)
+    return re.compile(r".*\.attention\.k\.bias") if plain and model.qkv_bias else None
+
+
+def differences(mine: Trained, expected: Trained, dtype: str, free: re.Pattern[str] | None) -> list[Difference]:
+    """All that is beyond the tolerance, largest first. In bf16 only the losses are compared.
+
+    Args:
+        free: names of tensors that are not compared.
+    """
+    allowed = TOLERANCE[dtype]
+    found = [
+        Difference(what, "curve", size, allowed)
+        for what, size in _compared(mine.curve, expected.curve, lambda a, b: abs(a - b) / max(abs(b), 1e-30)).items()
+        if dtype != "bf16" or "norm" not in what
+    ]
+    if dtype != "bf16":
+        metrics = _compared(mine.experts, expected.experts, _worst)
+        found += [Difference(what, "experts", size, DIGITS) for what, size in metrics.items()]
+        sizes = _compared(mine.tensors, expected.tensors, _distance)
+        found += [
+            Difference(what, "tensors", size, allowed)
+            for what, size in sizes.items()
+            if free is None or not free.fullmatch(what)
+        ]
+    return sorted((d for d in found if not d.size <= d.allowed), key=lambda d: -_rank(d.size))
+
+
+def _rank(size: float) -> float:
+    return math.inf if math.isnan(size) else size
+
+
+def _compared(mine: Mapping[str, Any], expected: Mapping[str, Any], distance: Callable[[Any, Any], float]) -> dict:
+    lacking = {key: math.inf for key in mine.keys() ^ expected.keys()}
+    return lacking | {key: distance(mine[key], expected[key]) for key in mine.keys() & expected.keys()}
+
+
+def _worst(mine: list[float | None], expected: list[float | None]) -> float:
+    if [v is None for v in mine] != [v is None for v in expected]:
+        return math.inf
+    pairs = [(a, b) for a, b in zip(mine, expected, strict=True) if a is not None and b is not None]
+    return max((abs(a - b) / max(abs(b), 1.0) for a, b in pairs), default=0.0)
+
+
+def _distance(mine: torch.Tensor, expected: torch.Tensor) -> float:
+    if mine.shape != expected.shape or mine.dtype != expected.dtype:
+        return math.inf
+    far = torch.linalg.vector_norm((mine - expected).double()).item()
+    size = torch.linalg.vector_norm(expected.double()).item()
+    return 0.0 if far == 0 else far / max(size, 1e-30)
+
+
+def unexplained(found: list[Difference], nudged: list[list[Difference]]) -> list[Difference]:
+    """The differences that are larger than rounding makes them.
+
+    Args:
+        found: between the layout and one process.
+        nudged: between one process and itself from first parameters that differ in the last place.
+    """
+    size: dict[str, float] = {}
+    for differences_ in nudged:
+        for d in differences_:
+            # A step's loss may by chance not move where its neighbours do: the curve counts as one.
+            for key in (d.what, d.kind) if d.kind == "curve" else (d.what,):
+                size[key] = max(size.get(key, 0.0), _rank(d.size))
+    return [d for d in found if not d.size <= SLACK * size.get(d.kind if d.kind == "curve" else d.what, 0.0)]

@@ -1,0 +1,74 @@
+"""Random layouts of a job over 1 to 8 ranks, and whatever else may differ between runs of the same training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .draws import Draws, Keys, common_divisors
+
+SCHEDULES = ["gpipe", "1f1b", "interleaved", "gis", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipev"]
+TWO_CHUNKS = {"zb-v", "v-half", "v-min", "dualpipev"}
+METHODS = ["auto", "allgather", "ulysses", "ring", "usp", "tokenring"]
+WORLDS = {1: 0.4, 2: 2, 3: 0.5, 4: 3, 5: 0.2, 6: 0.8, 7: 0.1, 8: 3}
+
+
+def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
+    """(world size, keys) of a layout that may be one, for a job with these keys: `load` decides."""
+    world = draws.pick(WORLDS)
+    degrees = draws.factors(world, {"tp": 1, "pp": 1.3, "cp": 1, "dp": 1})
+    keys: Keys = {f"parallel.{axis}": size for axis, size in degrees.items()}
+    experts = int(str(model.get("model.moe.experts", 0)))
+    if experts:
+        keys |= _experts(draws, degrees, experts, int(str(model["model.moe.ffn"])))
+    if degrees["pp"] > 1:
+        keys |= _pipeline(draws, degrees["pp"], int(str(model["model.layers"])))
+    if degrees["cp"] > 1:
+        keys |= _context(draws, hybrid=model.get("model.attention_every", 1) != 1)
+    whole = degrees["pp"] == 1 and not experts
+    keys["parallel.data.sharding"] = draws.pick({"ddp": 1, "zero1": 1, "fsdp": 1.5 if whole else 0})
+    keys["parallel.data.bucket_mib"] = draws.pick({0.0001: 1, 0.001: 1, 0.01: 1, 0.1: 0.5, 32: 1})
+    keys["memory.recompute"] = draws.pick({"none": 2, "full": 1})
+    keys["checkpoint.asynchronous"] = draws.maybe(0.5)
+    keys["data.prefetch"] = draws.choice([1, 2, 4])
+    return world, keys
+
+
+def _experts(draws: Draws, degrees: Mapping[str, int], experts: int, ffn: int) -> Keys:
+    ranks = degrees["tp"] * degrees["cp"] * degrees["dp"]
+    ep = draws.choice(common_divisors(ranks, experts))
+    if draws.maybe(0.5):
+        ep = common_divisors(ranks, experts)[-1]
+    etp = draws.choice(common_divisors(ranks // ep, ffn))
+    keys: Keys = {"parallel.ep": ep, "parallel.etp": etp}
+    keys["model.moe.dispatcher"] = draws.pick({"all_to_all": 3, "all_gather": 1})
+    keys["model.moe.overlap_chunks"] = draws.pick({1: 4, 2: 1, 3: 0.5, "auto": 0.5})
+    keys["model.moe.compute"] = draws.pick({"auto": 5, "loop": 1})
+    return keys
+
+
+def _pipeline(draws: Draws, pp: int, layers: int) -> Keys:
+    schedule = draws.choice(SCHEDULES)
+    chunks = 2 if schedule in TWO_CHUNKS else draws.choice([2, 2, 3, 1]) if schedule in ("interleaved", "gis") else 1
+    keys: Keys = {"schedule": schedule}
+    if schedule in ("interleaved", "gis") or draws.maybe(0.3):
+        keys["chunks"] = chunks
+    if schedule in ("1f1b", "interleaved", "gis", "v-half") and draws.maybe(0.5):
+        keys |= {"vocab": "balanced", "vocab_barriers": draws.choice([1, 2])}
+    if schedule == "gis" and draws.maybe(0.4):
+        keys["group"] = draws.randint(-(-pp // 2), pp)
+    if schedule == "interleaved" and draws.maybe(0.4):
+        keys["group"] = draws.randint(pp, pp + 2)
+    if draws.maybe(0.5):
+        keys["layers"] = draws.parts(layers, pp * chunks)
+    return {f"parallel.pipeline.{key}": value for key, value in keys.items()}
+
+
+def _context(draws: Draws, *, hybrid: bool) -> Keys:
+    keys: Keys = {"method": draws.choice(["auto", "allgather", "ulysses"] if hybrid else METHODS)}
+    if not hybrid and draws.maybe(0.6):
+        keys["placement"] = draws.choice(["zigzag", "contiguous", "by_length"])
+    if keys["method"] == "ring" and draws.maybe(0.3):
+        keys["duplex"] = True
+    if keys["method"] == "usp" and draws.maybe(0.4):
+        keys["inner"] = draws.choice([1, 2])
+    return {f"parallel.context.{key}": value for key, value in keys.items()}
