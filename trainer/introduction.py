@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ..configs.schema import Config
-from .data.dataset import Dataset
-from .data.loader import heldout_steps
+from .data.plan import describe_data, plan_data
 from .peak import Peak
 from .trainer import Trainer
 
@@ -17,6 +16,8 @@ def introduction(cfg: Config, trainer: Trainer, peak: Peak) -> list[str]:
         trainer: set up for the job.
         peak: of one device.
     """
+    asked = cfg.eval.steps if cfg.eval.every else 0
+    plan = plan_data(trainer.data, steps=cfg.train.steps, global_batch=cfg.train.global_batch, eval_steps=asked)
     rate = "unknown" if peak.tflops is None else f"{peak.tflops:.3g} TFLOP/s"
     lines = [
         f"{cfg.name}: {cfg.model.family}, {_millions(trainer.parameters)} parameters, "
@@ -24,8 +25,8 @@ def introduction(cfg: Config, trainer: Trainer, peak: Peak) -> list[str]:
         _layout(cfg, trainer),
         _pipeline(cfg, trainer) if cfg.parallel.pp > 1 else "",
         _experts(cfg, trainer) if cfg.model.moe.experts else "",
-        _data(cfg, trainer.data),
-        _heldout(cfg, trainer.data),
+        f"data: {cfg.data.name}, {trainer.data.tokens / 1e6:.1f} M tokens",
+        *describe_data(plan),
         f"peak of a device: {rate} ({peak.source})",
     ]
     return [line for line in lines if line]
@@ -53,28 +54,3 @@ def _experts(cfg: Config, trainer: Trainer) -> str:
     layers = f"in {len(cfg.model.moe_layers)} of {cfg.model.layers} layers"
     mesh = f"; etp {etp} × ep {ep} × edp {edp}, {moe.dispatcher}" if ep * etp * edp > 1 else ""
     return f"experts: {moe.experts}, {moe.top_k} per token, {layers}{mesh}"
-
-
-def _data(cfg: Config, data: Dataset) -> str:
-    """What there is to train on, and how much of it the run sees."""
-    needed = cfg.train.steps * cfg.train.global_batch
-    sampler = data.train.sampler
-    share = sampler.pattern.counts / sampler.pattern.counts.sum()
-    left = [windows - held for windows, held in zip(sampler.windows, sampler.heldout, strict=True)]
-    epochs = sorted(needed * part / windows for part, windows in zip(share.tolist(), left, strict=True))
-    seen = f"{epochs[0]:.3g} epochs" if len(epochs) == 1 else f"{epochs[0]:.3g} to {epochs[-1]:.3g} epochs of a source"
-    return (
-        f"data: {cfg.data.name}, {data.tokens / 1e6:.1f} M tokens in {data.documents:,} documents; "
-        f"{cfg.train.steps:,} steps see {needed:,} sequences, {seen}"
-    )
-
-
-def _heldout(cfg: Config, data: Dataset) -> str:
-    if data.heldout is None:
-        return ""
-    held = f"held out: {data.heldout.sequences:,} sequences of {cfg.train.seq_len} tokens"
-    if not cfg.eval.every:
-        return f"{held}, never evaluated (eval.every=0)"
-    steps = heldout_steps(data.heldout, cfg.eval.steps, cfg.train.global_batch)
-    fewer = f" (eval.steps={cfg.eval.steps} would take more than there are)" if steps < cfg.eval.steps else ""
-    return f"{held}; every {cfg.eval.every} steps {steps * cfg.train.global_batch:,} of them are evaluated{fewer}"

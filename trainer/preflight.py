@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..configs.errors import Problem, UserError
 from ..configs.schema import Config, LogConfig
+from .data.preflight import data_problems
 
 _PACKAGES = {"log.wandb": ("wandb", "wandb"), "log.tensorboard": ("tensorboard", "tensorboard")}
 """Key: the package that it needs, and the extra of ours that installs it."""
@@ -23,7 +24,7 @@ def preflight(cfg: Config) -> None:
     Raises:
         UserError: every problem found.
     """
-    problems = [*missing_packages(cfg.log), *_folders(cfg)]
+    problems = [*missing_packages(cfg.log), *_folders(cfg), *data_problems(cfg)]
     if problems:
         raise UserError(*problems)
 
@@ -53,7 +54,7 @@ def _unwritable(key: str, folder: Path) -> Problem | None:
     while not os.path.lexists(existing):
         existing = existing.parent
     if not existing.is_dir():
-        return Problem(key, f"{folder} cannot be made: {existing} is not a folder; set {key} to another place")
+        return Problem(key, f"{folder} cannot be written: {existing} is not a folder; set {key}")
     if not os.access(existing, os.W_OK | os.X_OK):
         return Problem(key, f"{folder} cannot be written: {existing} is read-only for this user; set {key}")
     return None

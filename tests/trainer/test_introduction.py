@@ -20,7 +20,7 @@ def _lines(job: str, *given: str) -> list[str]:
     p = cfg.parallel
     train = Split((), Sampler((4000,), (40,), make_pattern([1.0]), 0), cfg.train.seq_len, 257, False)
     held = replace(train, sampler=replace(train.sampler, evaluate=True))
-    data = Dataset(train, held, None, 11_000_000, 731, "")
+    data = Dataset(train, held, None, 11_000_000, 731, "", ("stdlib",))
     trainer = SimpleNamespace(
         parameters=9_600_000,
         device=torch.device("cpu"),
@@ -38,12 +38,16 @@ def test_every_kind_of_parallelism_is_named() -> None:
         "layout: tp 2 × pp 2 × cp 2 (ring) × dp 1 (zero1) = 8 ranks, 2 micro-batches of 4 × 256 tokens each",
         "pipeline: gis, 4 stages of 1, 1, 1, 1 layers, vocabulary balanced",
         "experts: 8, 2 per token, in 4 of 4 layers; etp 1 × ep 4 × edp 1, all_to_all",
-        "data: stdlib, 11.0 M tokens in 731 documents; 100 steps see 800 sequences, 0.202 epochs",
-        "held out: 40 sequences of 256 tokens; every 50 steps 32 of them are evaluated",
+        "data: stdlib, 11.0 M tokens",
+        "training on 3,960 sequences of 731 documents, 800 drawn: 0.202 epochs",
+        "held out: 40 sequences, an evaluation takes 32 of them in 4 steps",
         "peak of a device: 0.0361 TFLOP/s (measured)",
     ]
 
 
 def test_what_there_is_none_of_has_no_line() -> None:
-    assert [line.split(":")[0] for line in _lines(DENSE)] == ["demo", "layout", "data", "held out", "peak of a device"]
+    assert [line.split(":")[0] for line in _lines(DENSE)] == [
+        *("demo", "layout", "data", "training on 3,960 sequences of 731 documents, 1,920 drawn", "held out"),
+        "peak of a device",
+    ]
     assert "cp" not in _lines(DENSE)[1]
