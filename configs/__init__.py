@@ -2,7 +2,8 @@
 
 from .errors import Problem, UserError
 from .keys import KeyDoc, document, render
-from .load import given_yaml, load, to_yaml
+from .load import given_yaml, load
+from .output import as_dict, hide, to_yaml
 from .resolve import resolve, resolve_model
 from .schema import Config, ModelConfig
 from .sources import preset_names
@@ -14,9 +15,11 @@ __all__ = [
     "ModelConfig",
     "Problem",
     "UserError",
+    "as_dict",
     "check_files",
     "document",
     "given_yaml",
+    "hide",
     "load",
     "preset_names",
     "render",

@@ -1,4 +1,4 @@
-"""The schema as a flat table of dotted keys, and the conversion of given values to their declared types."""
+"""The schema as a flat table of dotted keys, what each key accepts, and the nearest key to a wrong one."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SELECTORS: dict[str, tuple[dict[str, type], str]] = {
 
 @cache
 def field_types(cls: type) -> Mapping[str, Any]:
-    """Field name to evaluated annotation, in the order of declaration."""
+    """Name to evaluated annotation of every key, in the order of declaration."""
     hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.metadata.get("key", True)}
 
 
 def section_class(path: str, annotation: Any, chosen: Mapping[str, type]) -> type | None:
@@ -54,6 +54,16 @@ def flatten_schema(
             values |= inner_values
             sections |= inner_sections
     return values, sections
+
+
+@cache
+def section_keys() -> frozenset[str]:
+    """The dotted keys of all sections, whichever classes are chosen."""
+    names: set[str] = set()
+    for section, (registry, _) in SELECTORS.items():
+        for cls in registry.values():
+            names |= set(flatten_schema({section: cls})[1])
+    return frozenset(names)
 
 
 def is_mapping(annotation: Any) -> bool:
@@ -89,42 +99,6 @@ def describe(annotation: Any) -> str:
     else:
         text = _SINGULAR.get(inner, str(inner))
     return f"{text} or null" if nullable else text
-
-
-def coerce(annotation: Any, value: Any, text: str | None = None) -> Any:
-    """Nudge a YAML value towards its declared type where nothing is lost; anything else is left for the type check.
-
-    1e9 and 4.0 are integers for an integer key; a key of text takes what was written (`name: on`, `name: 1e9`)
-    rather than what YAML 1.1 makes of it; a list may be given as its single element.
-
-    Args:
-        annotation: declared type of the key.
-        value: as the YAML reader returned it.
-        text: the scalar as written, where there was one without quotes.
-    """
-    inner, _ = optional(annotation)
-    origin, args = get_origin(inner), get_args(inner)
-    if value is None or (isinstance(value, str) and "${" in value):
-        return value
-    if inner is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if inner is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    takes_text = inner is str or (origin is Literal and all(isinstance(a, str) for a in args))
-    if takes_text and text is not None and not isinstance(value, (str, list, dict)):
-        return text
-    if origin in (Union, types.UnionType) and isinstance(value, (list, tuple)):
-        sequence = next((a for a in args if get_origin(a) in (tuple, list)), None)
-        return coerce(sequence, value) if sequence is not None else value
-    if origin in (tuple, list):
-        elements = value if isinstance(value, (list, tuple)) else [value]
-        if isinstance(value, dict):
-            return value
-        coerced = [coerce(args[0], e, text if elements is not value else None) for e in elements]
-        return tuple(coerced) if origin is tuple else coerced
-    if origin is dict and isinstance(value, dict):
-        return {str(k): coerce(args[1], v) for k, v in value.items()}
-    return value
 
 
 def short(value: Any) -> str:

@@ -70,6 +70,8 @@ def render(docs: list[KeyDoc]) -> str:
 def _section(cls: type, prefix: str, when: str) -> list[KeyDoc]:
     docs: list[KeyDoc] = []
     for field in dataclasses.fields(cls):
+        if field.name not in field_types(cls):
+            continue
         key = prefix + field.name
         annotation = field_types(cls)[field.name]
         if not dataclasses.is_dataclass(annotation):

@@ -7,11 +7,13 @@ loading ever meets a ``None`` that it has to interpret, except where the docstri
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from omegaconf import MISSING
 
+from .errors import Problem
 from .schema_data import (
     DATASETS,
     BinData,
@@ -52,6 +54,7 @@ __all__ = [
     "ModelConfig",
     "MoeConfig",
     "OptimConfig",
+    "Origin",
     "ParallelConfig",
     "ParquetData",
     "PipelineConfig",
@@ -258,6 +261,18 @@ class HardwareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Origin:
+    """How a configuration came about, for what is said about it; no part of it, so that it never makes two unequal."""
+
+    written: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted keys whose values come from outside (`${oc.env:…}`), as they were written."""
+    secrets: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    """(value, interpolation) of each part that came from outside."""
+    notes: tuple[Problem, ...] = ()
+    """What was changed on the way, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole job."""
 
@@ -287,3 +302,5 @@ class Config:
     """Guards."""
     hardware: HardwareConfig
     """Devices."""
+    origin: Origin = field(default_factory=Origin, compare=False, repr=False, metadata={"key": False})
+    """How it came about; no key."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from .errors import Problem
-from .fields import nearest, short
+from .errors import Problem, UserError
+from .fields import nearest, section_keys, short
+from .reading.convert import display, raw
+from .reading.interpolation import is_interpolated, lookup
+from .reading.written import Argument, Node, Unreadable, flow, is_mapping_text, unquote
+from .reading.yaml_file import read_entries
 
 PRESETS = Path(__file__).parent / "presets"
 _HYDRA_SIGNS = ("+", "~")
@@ -20,19 +19,15 @@ _HYDRA_SIGNS = ("+", "~")
 
 @dataclass(frozen=True)
 class Given:
-    """One value that somebody wrote."""
+    """What somebody wrote for one key."""
 
-    key: tuple[str, ...]
-    value: Any
-    text: str | None
-    """The scalar as written, where it had no quotes."""
+    key: str
+    """The dotted key."""
+    node: Node
     where: str
     """For messages: `job.yaml:12`, `command line`, `preset llama3_8b`."""
-
-    @property
-    def name(self) -> str:
-        """The dotted key."""
-        return ".".join(self.key)
+    layer: int = 0
+    """How late it was given: presets, the file, the command line."""
 
 
 Layer = list[Given]
@@ -60,112 +55,89 @@ def find_config(path: str | Path) -> Path | Problem:
     return Problem(given, f"no such file{tail}")
 
 
-def read_yaml(file: Path, label: str, prefix: tuple[str, ...] = ()) -> Layer | Problem:
+def read_yaml(file: Path, label: str, prefix: str = "") -> Layer:
     """All values of a YAML file.
 
     Args:
         file: the file.
         label: what messages call it; `:LINE` is appended for files that are not presets.
         prefix: put before every key.
+
+    Raises:
+        UserError: the file cannot be read.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        return Problem(label, f"cannot be read: {short(str(error))}")
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        tree = OmegaConf.to_container(OmegaConf.create(text)) if isinstance(root, yaml.MappingNode) else {}
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        return Problem(f"{label}{line}", f"not valid YAML: {error.problem or error.context}")
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        return Problem(label, f"not valid: {short(str(error).splitlines()[0])}")
-    except RecursionError:
-        return Problem(label, "not valid: an anchor contains itself")
-    if root is not None and not isinstance(root, yaml.MappingNode):
-        return Problem(label, "must hold `section: {key: value}` at its top level, not a list or a single value")
-    marks: dict[tuple[str, ...], tuple[int, str | None]] = {}
-    _collect_marks(root, (), marks)
-    layer: Layer = []
-    for key, value in _leaves(tree if isinstance(tree, dict) else {}):
-        line, scalar = marks.get(key, (0, None))
-        where = f"{label}:{line}" if line and not label.startswith("preset ") else label
-        layer.append(Given(prefix + key, value, scalar, where))
-    return layer
-
-
-def _collect_marks(node: Any, path: tuple[str, ...], marks: dict[tuple[str, ...], tuple[int, str | None]]) -> None:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            inner = (*path, str(key.value))
-            plain = isinstance(value, yaml.ScalarNode) and value.style is None
-            marks[inner] = (key.start_mark.line + 1, value.value if plain else None)
-            _collect_marks(value, inner, marks)
-
-
-def _leaves(tree: Mapping[Any, Any], path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    out: list[tuple[tuple[str, ...], Any]] = []
-    for key, value in tree.items():
-        inner = (*path, str(key))
-        if isinstance(value, dict) and value:
-            out += _leaves(value, inner)
-        elif value != {}:
-            out.append((inner, value))
-    return out
+    lines = not label.startswith(("preset ", "family "))
+    return [
+        Given(prefix + entry.key, entry.node, f"{label}:{entry.line}" if lines else label)
+        for entry in read_entries(file, label)
+    ]
 
 
 def read_overrides(overrides: Sequence[str]) -> tuple[Layer, list[Problem]]:
-    """The `key=value` arguments of a command line; values are YAML, a list or a mapping in flow style."""
+    """The `key=value` arguments of a command line; the key's type will say what the value is."""
     layer: Layer = []
     problems: list[Problem] = []
     for argument in overrides:
-        key, equals, text = argument.partition("=")
-        bare = key.lstrip("-")
-        if key.startswith("-"):
-            problems.append(Problem(argument, f"configuration keys have no leading dashes; write {bare}=VALUE"))
-        elif key.startswith(_HYDRA_SIGNS):
-            problems.append(Problem(argument, f"keys have no leading {key[0]}; write {key[1:]}=VALUE"))
-        elif not equals:
-            problems.append(Problem(argument, f"an override is key=value; write {argument}=VALUE (command line)"))
-        elif not all(key.split(".")):
-            problems.append(Problem(argument, "an override is section.key=value (command line)"))
-        else:
-            try:
-                parsed = OmegaConf.from_dotlist([f"value={text}"])
-                value = OmegaConf.to_container(parsed)["value"]  # type: ignore[index]
-            except (yaml.YAMLError, OmegaConfBaseException) as error:
-                reason = (isinstance(error, yaml.MarkedYAMLError) and error.problem) or str(error).splitlines()[0]
-                problems.append(Problem(key, f"{short(text)} is not valid YAML: {reason} (command line)"))
-                continue
-            path = tuple(key.split("."))
-            if isinstance(value, dict):
-                layer += [Given((*path, *inner), leaf, None, "command line") for inner, leaf in _leaves(value)]
-            else:
-                layer.append(Given(path, value, text, "command line"))
+        try:
+            layer += _override(argument)
+        except UserError as error:
+            problems += error.problems
     return layer, problems
 
 
-def nest(layers: Sequence[Layer]) -> dict[str, Any]:
-    """The layers' values as one tree; later ones win."""
-    tree: dict[str, Any] = {}
-    for given in (g for layer in layers for g in layer):
-        node = tree
-        for part in given.key[:-1]:
-            child = node.get(part)
-            if not isinstance(child, dict):
-                child = node[part] = {}
-            node = child
-        node[given.key[-1]] = given.value
-    return tree
+def _override(argument: str) -> Iterator[Given]:
+    key, equals, text = argument.partition("=")
+    bare = key.lstrip("-")
+    if key.startswith("-"):
+        shown = f"{bare}={text}" if equals else f"{bare}=VALUE"
+        raise UserError(Problem(argument, f"configuration keys have no leading dashes; write {shown}"))
+    if key.startswith(_HYDRA_SIGNS):
+        raise UserError(Problem(argument, f"keys have no leading {key[0]}; write {key[1:]}=VALUE"))
+    if not equals:
+        raise UserError(Problem(argument, f"an override is key=value; write {argument}=VALUE (command line)"))
+    if not all(key.split(".")) and not key.startswith("data.weights."):
+        raise UserError(Problem(argument, "an override is section.key=value (command line)"))
+    if not text:
+        message = f"has no value; write {key}=null for none, or {key}='\"\"' for an empty text (command line)"
+        raise UserError(Problem(key, message))
+    if key in section_keys() and is_mapping_text(text):
+        try:
+            return iter(_leaves(flow(text), key))
+        except Unreadable as error:
+            raise UserError(Problem(key, f"{short(text)} is no mapping: {error} (command line)")) from None
+    return iter([Given(key, Argument(text), "command line")])
 
 
-def select(layers: Sequence[Layer], key: str) -> Any:
-    """The value that `key` has in the layers, interpolations resolved; None when absent or not resolvable."""
-    try:
-        value = OmegaConf.select(OmegaConf.create(nest(layers)), key)
-    except OmegaConfBaseException:
+def _leaves(node: Node, key: str) -> Layer:
+    if isinstance(node, dict):
+        return [leaf for name, inner in node.items() for leaf in _leaves(inner, f"{key}.{name}")]
+    return [Given(key, node, "command line")]
+
+
+def select(layers: Sequence[Layer], key: str) -> str | None:
+    """The text that `key` has in the layers, interpolations resolved; None when absent, null or not resolvable."""
+    last = {given.key: given for layer in layers for given in layer}
+    if key not in last:
         return None
-    return None if isinstance(value, DictConfig) else value
+    value = plain(last[key].node)
+    if is_interpolated(value):
+        value = lookup({name: plain(given.node) for name, given in last.items()}, key)
+    return None if value is None else str(value)
+
+
+def plain(node: Node) -> object:
+    """What was written as plain texts, lists and mappings, of an override without the quotes around all of it."""
+    return raw(unquote(node.text) if isinstance(node, Argument) else node)
+
+
+def shown(layers: Sequence[Layer], key: str) -> str:
+    """The value of `key` as it was written, for messages."""
+    return next((display(g.node) for layer in reversed(layers) for g in reversed(layer) if g.key == key), "nothing")
+
+
+def locate(layers: Sequence[Layer], key: str) -> str:
+    """Where the value of `key` was written; empty when nowhere."""
+    return next((given.where for layer in reversed(layers) for given in reversed(layer) if given.key == key), "")
 
 
 def find_preset(kind: str, name: str) -> Path | str:

@@ -7,11 +7,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
 
-from ..configs import UserError, given_yaml, load
+from ..configs import Config, UserError, given_yaml, hide, load
 from .preflight import preflight
 
 USAGE = "usage: torchrun … -m pentad.trainer CONFIG [key=value …]"
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None, failed: Callable[[Failure], None] | 
     if not argv or argv[0].startswith("-"):
         print(f"error: no CONFIG; {USAGE}", file=sys.stderr)
         return 2
+    cfg: Config | None = None
     loading = True
     try:
         world = os.environ.get("WORLD_SIZE")
@@ -80,6 +81,9 @@ def main(argv: Sequence[str] | None = None, failed: Callable[[Failure], None] | 
         return 130
     except Exception as error:
         failure = describe(error, everywhere=loading)
+        if cfg is not None:
+            lines = tuple(hide(cfg, line) for line in failure.lines)
+            failure = replace(failure, lines=lines, trace=hide(cfg, failure.trace))
         failed(failure)
         return failure.exit_code
 

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from ..configs.errors import Problem, UserError
+from ..configs.output import hide
 from ..configs.schema import Config, LogConfig
 from .data.preflight import data_problems
 
@@ -26,7 +27,7 @@ def preflight(cfg: Config) -> None:
     """
     problems = [*missing_packages(cfg.log), *_folders(cfg), *data_problems(cfg)]
     if problems:
-        raise UserError(*problems)
+        raise UserError(*(Problem(p.key, hide(cfg, p.message)) for p in problems))
 
 
 def missing_packages(cfg: LogConfig) -> list[Problem]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import socket
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..configs import Problem, UserError, to_yaml
+from ..configs import Problem, UserError, as_dict, to_yaml
 from ..configs.schema import Config
 from ..models.flops import layer_windows
 from ..models.hf import to_stderr
@@ -99,7 +98,7 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
     outputs = None
     if mesh.is_first and events is not None:
         print("\n".join([*introduction(cfg, trainer, peak), _beginning(cfg, trainer, found)]), flush=True)
-        sinks = make_sinks(cfg.log, run_dir, dataclasses.asdict(cfg), cfg.train.steps, trainer.step)
+        sinks = make_sinks(cfg.log, run_dir, as_dict(cfg), cfg.train.steps, trainer.step)
         outputs = Outputs(sinks, events)
         (run_dir / "program.json").write_text(trainer.program.to_json() + "\n")
         events.log("start", step=trainer.step, world=mesh.degrees.world, program=trainer.program.hash)

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pentad.configs import UserError, given_yaml, load, to_yaml
+from pentad.configs.reading.interpolation import escape
 from pentad.configs.schema import AdamWConfig, BlendData, CosineSchedule, JsonlData, SgdConfig, StdlibData, WsdSchedule
 
 TINY = ["model.layers=2", "model.hidden=64", "model.heads=4", "model.ffn=128"]
@@ -178,13 +179,13 @@ def test_resolved_yaml_loads_to_the_same_configuration(tmp_path: Path) -> None:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    project=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"], exclude_characters="\\")),
+    project=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])),
     lr=st.floats(0, 1e3),
     seed=st.integers(0, 2**62),
     profile=st.lists(st.integers(1, 1000), max_size=3),
 )
 def test_round_trip_of_any_value(tmp_path: Path, project: str, lr: float, seed: int, profile: list[int]) -> None:
-    quoted = json.dumps(project.replace("${", "\\${"), ensure_ascii=False)
+    quoted = json.dumps(escape(project), ensure_ascii=False)
     overrides = [f"log.wandb_project={quoted}", f"optim.lr={lr}", f"train.seed={seed}", f"log.profile={profile}"]
     config = load(None, [*TINY, *overrides])
     assert config.log.wandb_project == project

@@ -123,3 +123,22 @@ def test_a_damaged_checkpoint(damage: str, tmp_path: Path, capsys: pytest.Captur
     events = [json.loads(line) for line in (tmp_path / "runs/demo/events.jsonl").read_text().splitlines()]
     assert any(e["event"] == "checkpoint_damaged" for e in events)
     shutil.rmtree(tmp_path / "runs")
+
+
+def test_a_value_from_the_environment_is_in_no_message_and_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "hunter2-tHe-pAsSwOrD"
+    monkeypatch.setenv("PENTAD_TEST_SECRET", secret)
+    (tmp_path / secret).mkdir()
+    (tmp_path / secret / "short.txt").write_text("too short")
+    places = [f"runs_dir={tmp_path}/runs", "data.cache=" + str(tmp_path) + "/${oc.env:PENTAD_TEST_SECRET}/cache"]
+    text = ["data.name=text", "data.paths=" + str(tmp_path) + "/${oc.env:PENTAD_TEST_SECRET}/*.txt"]
+    assert main([DENSE, *SMALL, *places, *text]) == 2  # the text is too short, which is found with the data open
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and secret not in captured.err + captured.out
+    assert main([DENSE, *SMALL, *places, "log.wandb_project=${oc.env:PENTAD_TEST_SECRET}"]) == 0
+    captured = capsys.readouterr()
+    assert secret not in captured.err + captured.out
+    for file in (tmp_path / "runs").rglob("*"):
+        assert not file.is_file() or secret.encode() not in file.read_bytes(), file

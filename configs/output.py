@@ -1,0 +1,58 @@
+"""A configuration on its way out: YAML, trackers, messages. What came from the environment stays where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .reading.interpolation import escape
+from .schema import Config
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """All keys as nested dicts, for trackers and files: values from outside as they were written."""
+    tree = dataclasses.asdict(dataclasses.replace(config, origin=type(config.origin)()))
+    del tree["origin"]
+    for key, value in config.origin.written.items():
+        _set(tree, key, value)
+    derived = str(Path(config.runs_dir) / config.name / "checkpoints")
+    if {"runs_dir", "name"} & set(config.origin.written) and config.checkpoint.dir == derived:
+        # Derived from what must not be shown; loading derives it again.
+        tree["checkpoint"]["dir"] = None
+    return tree
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML; `load` of it gives an equal configuration."""
+    tree = _escaped(as_dict(config))
+    for key, value in config.origin.written.items():
+        _set(tree, key, value)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def hide(config: Config, text: str) -> str:
+    """The text with every value from outside replaced by its interpolation, `${oc.env:NAME}`."""
+    for value, written in sorted(config.origin.secrets, key=lambda pair: -len(pair[0])):
+        text = text.replace(value, written)
+    return text
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        tree = tree[section]
+    tree[leaf] = value
+
+
+def _escaped(value: Any) -> Any:
+    """The value with `${` written so that reading it back is not an interpolation; tuples as lists."""
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_escaped(inner) for inner in value]
+    return value
