@@ -21,11 +21,10 @@ from .schema import (
     RopeConfig,
 )
 from .schema_parallel import GROUPED, ONE_CHUNK
+from .vocabulary import initial_vocab, padded
 
 BYTE_TOKENS = 257
 """256 bytes and the end-of-document token of the built-in tokenizer."""
-VOCAB_MULTIPLE = 64
-"""Derived vocabularies are padded up to a multiple of this, so that every usual parallel.tp divides them."""
 
 
 def resolve(config: Config, world_size: int | None = None) -> Config:
@@ -37,7 +36,7 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
     """
     cache = config.data.cache if config.data.cache is not None else str(_user_cache() / "pentad")
     folder = config.checkpoint.dir
-    model = resolve_model(config.model, config.train.seq_len, config.data)
+    model = _resolve_padding(resolve_model(config.model, config.train.seq_len, config.data), config.checkpoint.init)
     return replace(
         config,
         model=model,
@@ -68,7 +67,7 @@ def resolve_model(model: ModelConfig, seq_len: int, data: DataConfig | None = No
     vocab = model.vocab
     if vocab is None and data is not None:
         vocab = tokenizer_vocab(data)
-        vocab = None if vocab is None else -(-vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        vocab = None if vocab is None else padded(vocab)
     return replace(
         model,
         kv_heads=model.heads if model.kv_heads is None else model.kv_heads,
@@ -78,6 +77,14 @@ def resolve_model(model: ModelConfig, seq_len: int, data: DataConfig | None = No
         rope=_resolve_rope(model.rope),
         moe=_resolve_moe(model.moe, model.ffn),
     )
+
+
+def _resolve_padding(model: ModelConfig, init: str | None) -> ModelConfig:
+    """What the vocabulary has beyond that of the weights that start the run is padding."""
+    if init is None or model.vocab is None or model.vocab_used is not None:
+        return model
+    known = initial_vocab(init)
+    return replace(model, vocab_used=known) if known is not None and known < model.vocab else model
 
 
 def tokenizer_vocab(data: DataConfig) -> int | None:

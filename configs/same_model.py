@@ -40,13 +40,20 @@ _ROPE = {
 }
 
 
-def differences(one: ModelConfig, other: ModelConfig) -> dict[str, tuple[Any, Any]]:
+def differences(one: ModelConfig, other: ModelConfig, *, padded: bool = False) -> dict[str, tuple[Any, Any]]:
     """The keys (`moe.router.scale`) that decide what a model computes and in which two differ, with both values.
 
     Keys whose values mean nothing in either model are left out.
+
+    Args:
+        one, other: resolved.
+        padded: vocabularies are the same that have the same ids in use, whatever padding they have.
     """
     values = [_flat(dataclasses.asdict(config)) for config in (one, other)]
-    for flat in values:
+    for config, flat in zip((one, other), values, strict=True):
+        flat["vocab_used"] = config.used_vocab
+        if padded:
+            flat["vocab"] = flat.pop("vocab_used")
         if flat["rope.attention_factor"] is None:  # not resolved: made by hand, or from an older checkpoint
             flat["rope.attention_factor"] = 0.1 * math.log(max(1.0, flat["rope.factor"])) + 1
     unused = _FREE | (_unused(one) & _unused(other))

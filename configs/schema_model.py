@@ -183,6 +183,9 @@ class ModelConfig:
     """Inner width of the feed-forward network."""
     vocab: int | None = None
     """Vocabulary size; derived: the tokenizer's, where it is built in or a file."""
+    vocab_used: int | None = None
+    """Token ids in use: what the vocabulary has beyond them is padding, never predicted, cut off by an export; none:
+    all. Derived: the vocabulary of checkpoint.init, where it is smaller."""
     norm: Literal["rms", "layer"] = "rms"
     """Normalisation of the residual stream."""
     norm_eps: float = 1e-5
@@ -229,6 +232,11 @@ class ModelConfig:
     """Standard deviation of initial weights; output projections get init_std / sqrt(2 layers)."""
     dropout: float = 0.0
     """Dropout of the embedding and of each residual branch, drawn per (seed, step, sample, layer)."""
+
+    @property
+    def used_vocab(self) -> int:
+        """How many token ids are in use."""
+        return (self.vocab or 0) if self.vocab_used is None else self.vocab_used
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

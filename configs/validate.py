@@ -15,6 +15,7 @@ from .schema import BinData, BlendData, Config, TextData, WsdSchedule
 from .validate_context import validate_context
 from .validate_moe import validate_moe
 from .validate_pipeline import validate_pipeline
+from .vocabulary import indivisible_vocab, padded
 
 _POSITIVE = [
     "model.layers",
@@ -24,6 +25,7 @@ _POSITIVE = [
     "model.head_dim",
     "model.ffn",
     "model.vocab",
+    "model.vocab_used",
     "model.max_positions",
     "model.window",
     "model.window_every",
@@ -241,9 +243,13 @@ def _vocab(config: Config) -> list[Problem]:
         else:
             reason = f"data.tokenizer.path={data.tokenizer.path} is not a tokenizer.json that can be read"
         return [Problem("model.vocab", f"missing, and {reason}; set model.vocab")]
-    if data.tokenizer.path is None and tokenizer_vocab(data) == BYTE_TOKENS and vocab < BYTE_TOKENS:
-        message = f"{vocab} is smaller than the byte tokenizer's {BYTE_TOKENS} tokens; set model.vocab=320"
-        return [Problem("model.vocab", message)]
+    used = config.model.vocab_used
+    if used is not None and used > vocab:
+        return [Problem("model.vocab_used", f"{used} is more than model.vocab={vocab}; set model.vocab={padded(used)}")]
+    if data.tokenizer.path is None and tokenizer_vocab(data) == BYTE_TOKENS and config.model.used_vocab < BYTE_TOKENS:
+        key, size = ("model.vocab", 320) if used is None else ("model.vocab_used", BYTE_TOKENS)
+        message = f"{config.model.used_vocab} is smaller than the byte tokenizer's {BYTE_TOKENS} tokens"
+        return [Problem(key, f"{message}; set {key}={size}")]
     return []
 
 
@@ -261,7 +267,7 @@ def _tensor_parallel(config: Config) -> list[Problem]:
     if m.moe.every < 1 or len(m.moe_layers) < m.layers:
         problems += _indivisible("model.ffn", m.ffn, "parallel.tp", tp, "it is split over the tensor ranks")
     if m.vocab is not None:
-        problems += _indivisible("model.vocab", m.vocab, "parallel.tp", tp, "it is split over the tensor ranks")
+        problems += indivisible_vocab(m.vocab, "parallel.tp", tp)
     tokens = t.micro_batch * t.seq_len
     if tokens % tp:
         message = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .errors import Problem
 from .schema import Config
 from .schema_parallel import BALANCED, GROUPED, ONE_CHUNK, VEE
+from .vocabulary import padded
 
 _SECTION = "parallel.pipeline"
 
@@ -50,7 +51,8 @@ def _vocab(config: Config) -> list[Problem]:
     if vocab is not None and ranks > 0 and vocab % ranks and vocab % p.tp == 0:
         message = (
             f"{vocab} is not a multiple of parallel.tp={p.tp} x parallel.pp={p.pp} = {ranks} "
-            f"({key}=balanced splits it over both); set model.vocab={-(-vocab // ranks) * ranks} or {key}=ends"
+            f"({key}=balanced splits it over both); set model.vocab={padded(vocab, ranks)}: weights that start the run "
+            f"are padded, and an export is cut; or {key}=ends"
         )
         problems.append(Problem("model.vocab", message))
     return problems

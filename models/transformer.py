@@ -129,7 +129,7 @@ class Transformer(nn.Module):
         self.norm = make_norm(cfg) if part.ends else None
         self.mtp = nn.ModuleList(Prediction(cfg, Layer(cfg, cfg.layers + k)) for k in range(depth))
         self.head = Table(cfg.vocab, cfg.hidden) if part.predicts and not cfg.tied else None
-        whole = VocabShard.whole(cfg.vocab)
+        whole = VocabShard.whole(cfg.vocab, cfg.used_vocab)
         self.embedding_op: EmbeddingOp = VocabEmbedding(whole)
         self.head_op: HeadOp = VocabHead(whole)
         self.run_layer: RunLayer = run_layer

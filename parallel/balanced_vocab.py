@@ -129,7 +129,7 @@ class BalancedHead:
             with_grad: false where only the loss is wanted: then T and CD do not come.
         """
         hidden, weight = self._hidden.pop(index).wait(), weight.detach()
-        part = torch.mm(hidden, weight.t())
+        part = self.shard.hide_padding(torch.mm(hidden, weight.t()))
         mine = (labels >= self.shard.start) & (labels < self.shard.stop)
         factor = (labels != IGNORED).to(_precise(part.dtype)) * scale
         known = _Labels(torch.where(mine, labels - self.shard.start, 0), mine, factor)

@@ -24,22 +24,35 @@ IGNORED = -1
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's rows [start, stop) of the vocabulary, and the axis over which the vocabulary is cut."""
+    """This rank's rows [start, stop) of the vocabulary, and the axis over which the vocabulary is cut.
+
+    Rows from `used` on are padding: no token has them, and none is predicted to.
+    """
 
     axis: Axis
     start: int
     stop: int
+    used: int
 
     @staticmethod
-    def whole(vocab: int) -> VocabShard:
+    def whole(vocab: int, used: int | None = None) -> VocabShard:
         """All rows, on one device."""
-        return VocabShard(Axis.single("tp"), 0, vocab)
+        return VocabShard(Axis.single("tp"), 0, vocab, vocab if used is None else used)
 
     @staticmethod
-    def of(axis: Axis, vocab: int) -> VocabShard:
+    def of(axis: Axis, vocab: int, used: int | None = None) -> VocabShard:
         """Equal parts in rank order."""
         size = vocab // axis.size
-        return VocabShard(axis, axis.rank * size, (axis.rank + 1) * size)
+        return VocabShard(axis, axis.rank * size, (axis.rank + 1) * size, vocab if used is None else used)
+
+    def hide_padding(self, logits: Tensor) -> Tensor:
+        """Logits (…, rows of this rank), those of padding so low, in place, that their probability is 0.
+
+        Finite, so that products with 0 and a rank that has nothing but padding give no NaN.
+        """
+        if self.used < self.stop:
+            logits[..., max(self.used - self.start, 0) :] = torch.finfo(logits.dtype).min / 2
+        return logits
 
 
 class VocabEmbedding:
@@ -102,7 +115,7 @@ class VocabHead:
         """x (N/tp, h) → (N, V): whole logits, for evaluation and tests."""
         axis = self.shard.axis
         whole = all_gather(x, axis).wait()
-        part = whole @ weight.t()
+        part = self.shard.hide_padding(whole @ weight.t())
         if axis.size == 1:
             return part
         return all_gather(part.t().contiguous(), axis).wait().t()
@@ -142,7 +155,7 @@ class _Loss(torch.autograd.Function):
         for first in range(0, whole.shape[0], chunk):
             part = slice(first, first + chunk)
             h = whole[part]
-            logits = torch.mm(h, weight.t())
+            logits = shard.hide_padding(torch.mm(h, weight.t()))
             losses, dlogits = _cross_entropy(logits, labels[part], scale, shard, with_grad)
             total += losses
             if dlogits is None or dx is None:

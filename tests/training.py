@@ -100,7 +100,7 @@ def text(cfg: Config, step: int) -> np.ndarray:
     """(global_batch, seq_len + 1) tokens that a model can learn: walks with a few possible steps."""
     draws = np.random.default_rng([7, step])
     shape = (cfg.train.global_batch, cfg.train.seq_len + 1)
-    return np.cumsum(draws.choice([1, 3, 3, 5], size=shape), axis=1) % (cfg.model.vocab or 1)
+    return np.cumsum(draws.choice([1, 3, 3, 5], size=shape), axis=1) % (cfg.model.used_vocab or 1)
 
 
 def micro_batches(cfg: Config, step: int, rank: int, size: int, *, masked: bool = False) -> list[MicroBatch]:

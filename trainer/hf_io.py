@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -18,7 +18,6 @@ from ..configs.schema import ModelConfig, MoeConfig
 from ..models.hf import (
     HfFolder,
     Notice,
-    hf_weights,
     model_config_from_hf,
     read_hf_config,
     read_hf_weights,
@@ -28,6 +27,7 @@ from ..models.hf import (
 from ..models.hf_names import links
 from ..models.transformer import Transformer
 from ..models.upcycle import Read, check_upcycling, upcycled, upcycled_config
+from ..models.vocab_padding import padded_read, without_padding
 from ..parallel.global_tensor import Placement
 from .checkpoint import Checkpointer, read_full, write_full
 from .checkpoint_files import read_state
@@ -123,7 +123,7 @@ def export_hf(
     weights = {name: tensors[f"model/{name}"] for name in names}
     if dtype is not None:
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    write_hf(out, config, weights, extra=state.get("hf"))
+    write_hf(out, *without_padding(config, weights), extra=state.get("hf"))
     return config
 
 
@@ -149,32 +149,52 @@ def load_initial(
     Raises:
         UserError: if `path` is neither, is damaged, or holds another model than the job's.
     """
-    wanted = parts.model.cfg
     if (path / "config.json").exists():
         given = model_config_from_hf(read_hf_config(path))
-        if upcycle:
-            granularity = _check_upcycling(given, wanted, path)
-            with HfFolder(path, given, notice) as folder:
-                parts.load(_upcycled(parts, granularity, folder.read, seed))
-            return
-        check_same_model(given, wanted, path)
-        buffers = {name: Placement.whole(tuple(buffer.shape)) for name, buffer in parts.buffers.items()}
-        placements = {name: sharding.placement for name, sharding in parts.where.items()}
-        parts.load(hf_weights(path, given, placements | buffers, notice))
+        granularity = _check_initial(given, parts, path, upcycle)
+        with HfFolder(path, given, notice) as folder:
+            if upcycle:
+                parts.load(_upcycled(parts, granularity, padded_read(folder.read, given), seed))
+            else:
+                parts.load(_read_all(parts, padded_read(folder.read, given), folder.shapes))
         return
     verified = checkpointer.verified(path, "checkpoint.init")
     given = model_config_from_state(read_state(verified)["model"])
+    granularity = _check_initial(given, parts, path, upcycle)
     if upcycle:
-        granularity = _check_upcycling(given, wanted, path)
-        slices = CheckpointSlices(verified, _shapes(given))
-        parts.load(_upcycled(parts, granularity, slices.read, seed))
+        read = padded_read(CheckpointSlices(verified, _shapes(given)).read, given)
+        parts.load(_upcycled(parts, granularity, read, seed))
         return
-    check_same_model(given, wanted, path)
+    if given.vocab != parts.model.cfg.vocab:
+        shapes = _shapes(given)
+        read = padded_read(CheckpointSlices(verified, shapes).read, given)
+        parts.load(_read_all(parts, read, [*shapes, *_buffers(parts)]))
+        return
     # What the balancing loss remembers of the last step belongs to a run, not to the weights.
     tensors = {name: tensor for name, tensor in model_tensors(parts).items() if not name.endswith(_REMEMBERED)}
     # Masters of a bf16 run are fp32, imported weights what their files held: any of them may start any run.
     checkpointer.load(verified, tensors, prefix="model/", cast=True, left=_REMEMBERED)
     parts.replicas.publish()
+
+
+def _check_initial(given: ModelConfig, parts: Parts, path: Path, upcycle: bool) -> int:
+    """The granularity of the experts that are made, if any."""
+    if upcycle:
+        return _check_upcycling(given, parts.model.cfg, path)
+    check_same_model(given, parts.model.cfg, path)
+    return 1
+
+
+def _buffers(parts: Parts) -> dict[str, Placement]:
+    """Those that belong to the weights."""
+    buffers = {name: buffer for name, buffer in parts.buffers.items() if not name.endswith(_REMEMBERED)}
+    return {name: Placement.whole(tuple(buffer.shape)) for name, buffer in buffers.items()}
+
+
+def _read_all(parts: Parts, read: Read, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """This rank's slices of those of `names` that it holds."""
+    where = {name: sharding.placement for name, sharding in parts.where.items()} | _buffers(parts)
+    return ((name, read(name, where[name])) for name in names if name in where)
 
 
 def _upcycled(parts: Parts, granularity: int, read: Read, seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -199,7 +219,7 @@ def check_same_model(given: ModelConfig, job: ModelConfig, path: Path) -> None:
         raise UserError(Problem("model.moe.experts", f"{message}checkpoint.upcycle=true to make the experts of it"))
     problems = [
         Problem(f"model.{key}", f"{found}, but checkpoint.init={path} has {value}; set model.{key}={value}")
-        for key, (value, found) in differences(given, job).items()
+        for key, (value, found) in differences(given, job, padded=True).items()
     ]
     if problems:
         raise UserError(*problems)

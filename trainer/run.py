@@ -64,7 +64,7 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
     data = open_data(
         cfg.data,
         seq_len=cfg.train.seq_len,
-        vocab=cfg.model.vocab or 0,
+        vocab=cfg.model.used_vocab,
         seed=cfg.train.seed,
         windows=layer_windows(cfg.model),
         progress=mesh.is_first,

@@ -25,7 +25,7 @@ def data_problems(cfg: Config) -> list[Problem]:
     Tokenized data is opened as the run opens it. Of text that was not tokenized before, only as much is read as it
     takes to be certain that there is enough; damage further on is found when it is tokenized.
     """
-    data, vocab = cfg.data, cfg.model.vocab or 0
+    data, vocab = cfg.data, cfg.model.used_vocab
     try:
         if is_text(data):
             sizes = {data.name: _text_tokens(cfg)}
@@ -42,7 +42,7 @@ def data_problems(cfg: Config) -> list[Problem]:
 def _text_tokens(cfg: Config) -> int:
     """Tokens of a text source, or fewer that are enough. Raises UserError."""
     tokenizer = make_tokenizer(cfg.data.tokenizer)
-    check_vocab(tokenizer.vocab - 1, cfg.model.vocab or 0, "the tokenizer")
+    check_vocab(tokenizer.vocab - 1, cfg.model.used_vocab, "the tokenizer")
     text, folder = text_files(cfg.data), cache_folder(cfg.data.cache)
     ready = find_cached(folder, tokenizer, text.files, text.kind, text.field)
     if ready is not None:
