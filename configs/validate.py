@@ -13,6 +13,7 @@ from .fields import nearest
 from .resolve import BYTE_TOKENS, tokenizer_vocab
 from .schema import BinData, BlendData, Config, TextData, WsdSchedule
 from .validate_context import validate_context
+from .validate_kernels import validate_kernels
 from .validate_moe import validate_moe
 from .validate_pipeline import validate_pipeline
 from .vocabulary import indivisible_vocab, padded
@@ -130,6 +131,7 @@ def validate(config: Config, world_size: int | None = None) -> list[Problem]:
         *validate_pipeline(config),
         *validate_moe(config),
         *validate_context(config),
+        *validate_kernels(config),
         *_batches(config),
         *_schedule(config),
         *_data(config),

@@ -17,6 +17,7 @@ from pathlib import Path
 from ..configs import Config, Problem, UserError, load
 from ..trainer.__main__ import Failure
 from ..trainer.__main__ import main as run_rank
+from ..trainer.devices import visible_gpus
 from ..trainer.preflight import preflight
 
 POLL_S = 0.1
@@ -24,7 +25,6 @@ GRACE_S = 10.0
 """Seconds between a rank's failure and the end of those that wait for it in a collective."""
 _CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
 """How a rank ends that was asked to, or that gave up waiting for another."""
-_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 _MALLOC = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184"
 
 
@@ -63,11 +63,7 @@ def uses_gpus(cfg: Config, ranks: int) -> bool:
     wanted = cfg.train.device
     if wanted == "cpu":
         return False
-    gpus = 0
-    if any(Path(driver).exists() for driver in _GPU_DRIVERS):  # importing torch to be told "none" takes seconds
-        import torch
-
-        gpus = torch.cuda.device_count()
+    gpus = visible_gpus()
     if gpus >= ranks or (wanted == "auto" and gpus == 0):
         return gpus > 0
     p = cfg.parallel

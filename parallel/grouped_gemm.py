@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..configs.errors import Problem, UserError
+from ..configs.errors import UserError
+from ..configs.validate_kernels import bmm_problem, grouped_mm_problem
+
+_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -233,35 +236,15 @@ def gemms(compute: str, x: Tensor, weight: Tensor, groups: Groups) -> Gemms:
         case "loop":
             return Loop(groups)
         case "grouped_mm":
-            if x.dtype == torch.float64:
-                raise _cannot("grouped_mm has no fp64: set it to loop or auto, or set train.dtype to fp32")
-            if not _fits(weight):
-                step = 16 // weight.element_size()
-                _, out, inner = weight.shape
-                raise _cannot(
-                    f"grouped_mm needs widths that are multiples of {step} in this precision, the experts' matrices are"
-                    f" {out} × {inner}: set it to loop or auto, or change model.hidden or model.moe.ffn"
-                )
+            problem = grouped_mm_problem(_NAMES[x.dtype], weight.shape[1], weight.shape[2])
+            if problem is not None:
+                raise UserError(problem)
             return GroupedMm(groups)
         case "bmm":
             if not groups.equal:
-                counts = groups.counts
-                raise _cannot(
-                    f"bmm needs equally many rows for every expert, here they have {min(counts)} to {max(counts)}:"
-                    " set it to auto, or set model.moe.pad and model.moe.capacity_factor"
-                )
+                raise UserError(bmm_problem(f"here they have {min(groups.counts)} to {max(groups.counts)}"))
             return Bmm(groups)
-    raise _cannot(f"{compute!r} is none of auto, loop, grouped_mm, bmm")
-
-
-def _cannot(message: str) -> UserError:
-    return UserError(Problem("model.moe.compute", message))
-
-
-def _fits(weight: Tensor) -> bool:
-    """Whether both widths are multiples of 16 bytes, as grouped_mm wants them."""
-    step = 16 // weight.element_size()
-    return not (weight.shape[1] % step or weight.shape[2] % step)
+    raise ValueError(f"{compute!r} is none of auto, loop, grouped_mm, bmm")
 
 
 MANY_ROWS = 64
@@ -272,7 +255,7 @@ def _fastest(x: Tensor, weight: Tensor, groups: Groups) -> Gemms:
     if groups.equal and len(groups.counts) > 1:
         return Bmm(groups)
     half = x.dtype in (torch.bfloat16, torch.float16)
-    able = half and _fits(weight)
+    able = half and grouped_mm_problem(_NAMES[x.dtype], weight.shape[1], weight.shape[2]) is None
     if x.is_cuda:
         return GroupedMm(groups) if able and x.dtype == torch.bfloat16 else Loop(groups)
     if able and len(x) < MANY_ROWS * len(groups.counts):

@@ -1,4 +1,5 @@
-"""What a job needs from the machine that it starts on, looked at before any rank starts; without torch.
+"""What a job needs from the machine that it starts on, looked at before any rank starts; without torch, unless the
+job needs a GPU.
 
 `pentad check` and `pentad train` ask the same questions, so that what the one accepts the other starts. Values of keys
 that contradict each other are found earlier, by `configs.load`.
@@ -14,6 +15,7 @@ from ..configs.errors import Problem, UserError
 from ..configs.output import hide
 from ..configs.schema import Config, LogConfig
 from .data.preflight import data_problems
+from .devices import missing_devices
 
 _PACKAGES = {"log.wandb": ("wandb", "wandb"), "log.tensorboard": ("tensorboard", "tensorboard")}
 """Key: the package that it needs, and the extra of ours that installs it."""
@@ -25,7 +27,7 @@ def preflight(cfg: Config) -> None:
     Raises:
         UserError: every problem found.
     """
-    problems = [*missing_packages(cfg.log), *_folders(cfg), *data_problems(cfg)]
+    problems = [*missing_packages(cfg.log), *missing_devices(cfg), *_folders(cfg), *data_problems(cfg)]
     if problems:
         raise UserError(*(Problem(p.key, hide(cfg, p.message)) for p in problems))
 

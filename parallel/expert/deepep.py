@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...configs.errors import Problem, UserError
+from ...configs.validate_kernels import deepep_problem
 from ..mesh import Axis
 from . import permute
 from .dispatch import Arrived, Phases
@@ -31,8 +32,9 @@ def opener(ep: Axis, etp: Axis) -> OpenBuffer:
     Raises:
         UserError: DeepEP cannot be used here.
     """
-    if etp.size > 1:
-        raise UserError(Problem(KEY, f"deepep needs parallel.etp=1, got {etp.size}; set all_to_all"))
+    problem = deepep_problem("bf16", etp.size)
+    if problem is not None:
+        raise UserError(problem)
     if not torch.cuda.is_available():
         raise UserError(Problem(KEY, "deepep needs CUDA devices, and there are none; set all_to_all"))
     try:

@@ -10,7 +10,8 @@ from .gather import AllGather
 
 
 def make_dispatcher(moe: MoeConfig, ep: Axis, etp: Axis) -> Dispatcher:
-    """One dispatcher for all layers. With overlap_chunks=auto it starts with one chunk (`search.ChunkSearch`).
+    """One dispatcher for all layers. With overlap_chunks=auto it starts with one chunk (`search.ChunkSearch`). Where a
+    rank has all experts, deepep has nothing to carry and all_to_all does the rest.
 
     Args:
         moe: what to make.
@@ -24,10 +25,8 @@ def make_dispatcher(moe: MoeConfig, ep: Axis, etp: Axis) -> Dispatcher:
     match moe.dispatcher:
         case "all_gather":
             return AllGather(moe.experts, ep, etp, weigh_before=before)
-        case "deepep":
-            open_buffer = opener(ep, etp)
-            if ep.size > 1:
-                return DeepEp(moe.experts, ep, open_buffer, weigh_before=before)
+        case "deepep" if ep.size > 1:
+            return DeepEp(moe.experts, ep, opener(ep, etp), weigh_before=before)
     dispatcher = AllToAll(moe.experts, ep, etp, weigh_before=before)
     if moe.overlap_chunks != "auto":
         dispatcher.chunks = moe.overlap_chunks

@@ -17,6 +17,7 @@ import pytest
 from pentad.configs import UserError, load
 from pentad.launch import train as launch
 from pentad.launch.cli import main
+from pentad.trainer import devices
 from pentad.trainer.__main__ import main as run_rank
 from tests.jobs import DENSE
 
@@ -96,7 +97,7 @@ def test_ranks_and_gpus_are_counted_before_anything_starts(
 ) -> None:
     cfg = load(DENSE, ["parallel.tp=4", "parallel.dp=2", "model.heads=4"])
     assert launch.world_size(cfg) == 8
-    monkeypatch.setattr(launch, "_GPU_DRIVERS", ())
+    monkeypatch.setattr(devices, "_DRIVERS", ())
     assert launch.uses_gpus(cfg, 8) is False
     with pytest.raises(UserError, match=r"needs 8 GPUs and 0 are visible"):
         launch.uses_gpus(load(DENSE, ["parallel.tp=4", "train.device=cuda"]), 8)

@@ -13,7 +13,7 @@ from pentad.models import fused_attention, local_attention
 from pentad.models.blockwise import Blockwise, blocks
 from pentad.models.fused_attention import Fused, pieces
 from pentad.models.fused_kernels import CpuFlash
-from pentad.models.local_attention import Cpu, PlainMaths, check_local_attention
+from pentad.models.local_attention import Cpu, Cuda, PlainMaths, check_local_attention
 from pentad.parallel.context.local import LocalAttention
 from pentad.parallel.context.merge import merge_
 from pentad.parallel.context.one_device import attention
@@ -312,3 +312,14 @@ def test_the_check_at_the_start_finds_what_is_wrong():
         check_local_attention(Fused(Zero(), Zero()), torch.device("cpu"), torch.float32, 16, 16)
     with pytest.raises(UserError, match=r"does not run with PyTorch.*no such operator"):
         check_local_attention(Fused(Gone(), Gone()), torch.device("cpu"), torch.float32, 16, 16)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_heads_of_two_widths_take_a_kernel_that_repeats_where_the_job_wants_it(monkeypatch, deterministic):
+    """cuDNN takes two widths as they are and sums in any order; FlashAttention fills up and can sum in one."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    cuda = Cuda()
+    q, v = torch.zeros(1, 4, 2, 192, dtype=torch.bfloat16), torch.zeros(1, 4, 2, 128, dtype=torch.bfloat16)
+    assert cuda._best(q, v) is (cuda._flash if deterministic else cuda._cudnn)
+    assert cuda._best(q, q) is cuda._flash
