@@ -1,8 +1,8 @@
-"""A rank's piece of a named global tensor, in the words of torch's distributed checkpoint (DCP).
+"""A rank's piece of a named global tensor, as the axis-aligned boxes of which checkpoints are made.
 
 A rank's part of a parameter is an axis-aligned slice (`Placement`); the data-parallel shares of that slice are flat
-runs of its row-major elements, because parameters and optimizer states live in flat buckets. DCP only knows
-axis-aligned boxes, and a flat run of an n-dimensional slice is at most 2n − 1 of them:
+runs of its row-major elements, because parameters and optimizer states live in flat buckets. A flat run of an
+n-dimensional slice is at most 2n − 1 boxes:
 
     run [3, 14) of a 4 × 4 slice      . . . a       boxes: a (1 × 1), b (2 × 4), c (1 × 2)
                                       b b b b
@@ -15,12 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 
 @dataclass(frozen=True)
@@ -129,10 +126,8 @@ def _row(shape: tuple[int, ...], row: int, start: int, stop: int) -> Iterator[tu
         yield (row, *index), (1, *sizes)
 
 
-class GlobalTensor(Tensor):
-    """A rank's piece of a global tensor, which `torch.distributed.checkpoint` saves and loads in place.
-
-    It has the global tensor's size and no storage of its own: it can be put into a state dict, and nothing else.
+class GlobalTensor:
+    """A rank's piece of a global tensor, which checkpoints save and load in place.
 
     Args:
         placement: the slice of the global tensor that the local parameter is.
@@ -143,35 +138,31 @@ class GlobalTensor(Tensor):
         ValueError: `data` does not have stop − start elements, or is not 1-D and contiguous.
     """
 
-    placement: Placement
-    local: Tensor
-    boxes: tuple[Box, ...]
-
-    # Not __init__: a tensor subclass without storage gets its size and dtype when it is made.
-    @staticmethod
-    def __new__(cls, placement: Placement, start: int, stop: int, data: Tensor) -> GlobalTensor:
+    def __init__(self, placement: Placement, start: int, stop: int, data: Tensor) -> None:
         if data.dim() != 1 or not data.is_contiguous() or data.numel() != stop - start:
             raise ValueError(
                 f"elements [{start}, {stop}) need contiguous 1-D data of {stop - start} elements, "
                 f"got shape {tuple(data.shape)}, strides {data.stride()}"
             )
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, torch.Size(placement.global_shape), dtype=data.dtype, device=data.device
-        )
         self.placement, self.local = placement, data.detach()
         self.boxes = tuple(boxes(placement, start, stop))
-        return self
 
     @staticmethod
     def of(tensor: Tensor) -> GlobalTensor:
         """A whole tensor, contiguous, that this rank has all of."""
         return GlobalTensor(Placement.whole(tuple(tensor.shape)), 0, tensor.numel(), tensor.detach().view(-1))
 
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise NotImplementedError(f"{func} on a GlobalTensor, which is only a description; use .local")
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return self.placement.global_shape
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the elements."""
+        return self.local.dtype
+
+    def __repr__(self) -> str:
         return f"GlobalTensor({self.placement}, {len(self.boxes)} boxes, {self.local.numel()} elements, {self.dtype})"
 
     def view_of(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
@@ -194,32 +185,3 @@ class GlobalTensor(Tensor):
     def _view(self, box: Box) -> Tensor:
         first = box.local_flat_start - self.boxes[0].local_flat_start
         return self.local[first : first + box.numel].view(box.sizes)
-
-    # DCP's protocol (torch.distributed._checkpointable) ---------------------------------------------------------
-
-    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        return [write_item(fqn, tuple(self.shape), self.dtype, box.offsets, box.sizes) for box in self.boxes]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(b.offsets), torch.Size(b.sizes)) for b in self.boxes]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        for box in self.boxes:
-            if torch.Size(box.offsets) == index.offset:
-                return self._view(box)
-        raise ValueError(f"no box of {self!r} starts at {index.offset}")
-
-
-def write_item(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, offsets: tuple[int, ...], sizes: tuple[int, ...]
-) -> WriteItem:
-    """DCP's order to write one box of the global tensor `name`."""
-    return WriteItem(
-        index=MetadataIndex(name, torch.Size(offsets)),
-        type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(
-            chunk=ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)),
-            properties=TensorProperties(dtype=dtype),
-            size=torch.Size(shape),
-        ),
-    )

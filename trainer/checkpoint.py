@@ -1,8 +1,7 @@
 """Checkpoints: any layout saves, any layout loads; written in the background, verified, published atomically.
 
-The tensors are in the format of torch's distributed checkpoint (DCP), under global names. What DCP lacks is here and in
-`checkpoint_files.py`: checksums, a folder that has its final name only when it is complete, and a strict census of
-names and shapes. See docs/checkpoints.md.
+Tensors lie under global names in safetensors files, with an index of their boxes in JSON; a folder has its final name
+only when it is complete, and a census of names and shapes precedes every load. See docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -12,28 +11,37 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from ..configs.errors import Problem, UserError
 from ..parallel.global_tensor import GlobalTensor
+from ..parallel.waiting import Abort
 from . import checkpoint_files as files
-from .checkpoint_files import verify
-from .checkpoint_io import (
-    CheckpointError,
-    Save,
-    Team,
-    hush_single_process,
-    read_full,
-    read_together,
-    write_full,
-    write_together,
-)
+from .checkpoint_index import Stored
+from .checkpoint_io import Save, read_full, read_together, write_full, write_together
+from .checkpoint_manifest import MANIFEST, Damaged, differences, read_manifest, read_state, verify
+from .checkpoint_names import checkpoints, step_folder
 from .checkpoint_plan import Holding, HostBuffers, Write, assign
+from .checkpoint_team import CheckpointError, Team
+from .checkpoint_tensors import PlannedFile, index_of, plan_files
+
+T = TypeVar("T")
 
 __all__ = ["CheckpointError", "Checkpointer", "read_full", "verify", "write_full"]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What this rank writes at every save, as long as no rank's pieces change."""
+
+    writes: list[Write]
+    files: list[PlannedFile]
+    index: Mapping[str, Stored]
+    buffers: HostBuffers
 
 
 class Checkpointer:
@@ -48,6 +56,7 @@ class Checkpointer:
         asynchronous: whether `save` returns when the tensors are copied, or when the checkpoint is published.
         on_event: called on rank 0 with `checkpoint_saved`, `checkpoint_failed` and `checkpoint_damaged`; from the
             writing thread, if `asynchronous`.
+        abort: ends the waits for the other ranks.
     """
 
     def __init__(
@@ -60,21 +69,27 @@ class Checkpointer:
         keep: int,
         asynchronous: bool,
         on_event: Callable[[dict[str, Any]], None],
+        abort: Abort | None = None,
     ) -> None:
         if group is None and world != 1:
             raise ValueError(f"{world} ranks need a process group")
         self.directory = Path(directory)
-        self._team = Team(group, rank, world)
+        self._team = Team(group, rank, world, abort)
         self._keep, self._asynchronous, self._on_event = keep, asynchronous, on_event
-        self.newest: int | None = None
-        """Step of the last save, unless it failed, or of the checkpoint in `directory` that was loaded whole."""
+        self._newest: int | None = None
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
         self._holdings: dict[str, Holding] | None = None
-        self._writes: list[Write] = []
-        self._buffers = HostBuffers([], pinned=False)
-        if group is None:
-            hush_single_process()
+        self._layout = _Layout([], [], {}, HostBuffers([], pinned=False))
+
+    @property
+    def newest(self) -> int | None:
+        """Step of the last save, unless it failed, or of the checkpoint in `directory` that was loaded whole.
+
+        Waits for what is being written: only then do all ranks know the same.
+        """
+        self._join()
+        return self._newest
 
     # Saving -----------------------------------------------------------------------------------------------------
 
@@ -82,37 +97,41 @@ class Checkpointer:
         """Saves the tensors' values of now as the checkpoint of `step`.
 
         Waits for the previous save first. A rank passes what it holds: names differ between ranks where nothing is
-        held, replicas are written once.
+        held, replicas are written once. A save that fails (a full disk, no memory, NaN in the parameters) is told at
+        once, costs only this checkpoint, and is raised by `wait` if no later one succeeds.
 
         Args:
             tensors: by global name.
             state: JSON values, the same on every rank; rank 0's are kept.
-
-        Raises:
-            CheckpointError: the previous save failed (or this one, unless asynchronous). A later call tries anew.
         """
-        self.wait()
+        self._join()
+        self._error = None
         started = time.monotonic()
-        self._plan(tensors)
-        problem, kept = None, {}
+        folder = step_folder(self.directory, step)
         try:
-            kept = json.loads(json.dumps({"step": step, **state}))
-            self._buffers.fill(self._writes, tensors)
+            self._plan(tensors)
+        except CheckpointError as error:
+            self._failed(step, folder, error)
+            return
+        layout, problem, kept = self._layout, None, {}
+        try:
+            kept = json.loads(json.dumps({"step": step, **state}, allow_nan=False))
+            layout.buffers.fill(layout.writes, tensors)
         except Exception as error:  # told to the other ranks, which are on their way into the write
             problem = error
-        folder = files.step_folder(self.directory, step)
-        save = Save(folder, self._writes, self._buffers.tensors, kept, problem)
+        save = Save(folder, layout.writes, layout.buffers.tensors, layout.files, layout.index, kept, problem)
         blocked = time.monotonic() - started
-        self.newest = step
+        self._newest = step
         if self._asynchronous:
             # A daemon: a process that dies of an error does not stay for a write that other ranks cannot finish.
-            self._thread = threading.Thread(
-                target=self._run, args=(save, step, blocked), name="checkpoint", daemon=True
-            )
-            self._thread.start()
-        else:
-            self._run(save, step, blocked)
-            self.wait()
+            thread = threading.Thread(target=self._run, args=(save, step, blocked), name="checkpoint", daemon=True)
+            try:
+                thread.start()
+                self._thread = thread
+                return
+            except RuntimeError:  # no memory for a thread: the other ranks' threads wait for this rank all the same
+                pass
+        self._run(save, step, blocked)
 
     def _plan(self, tensors: Mapping[str, GlobalTensor]) -> None:
         """Deals out who writes what, again only when any rank's layout has changed."""
@@ -126,55 +145,70 @@ class Checkpointer:
         self._holdings = holdings
 
     def _allocate(self, everyone: list[dict[str, Holding]]) -> None:
-        mine = everyone[self._team.rank]
-        self._writes = assign(everyone)[self._team.rank]
-        self._buffers = HostBuffers([], pinned=False)  # the old ones go before the new ones come
-        self._buffers = HostBuffers(self._writes, pinned=any(h.pinned for h in mine.values()))
+        rank = self._team.rank
+        writes = assign(everyone)
+        mine = writes[rank]
+        # The old buffers go before the new ones come.
+        self._layout = _Layout([], [], {}, HostBuffers([], pinned=False))
+        buffers = HostBuffers(mine, pinned=any(h.pinned for h in everyone[rank].values()))
+        self._layout = _Layout(mine, plan_files(rank, mine), index_of(writes) if rank == 0 else {}, buffers)
 
     def _run(self, save: Save, step: int, blocked: float) -> None:
         started = time.monotonic()
-        about = {"step": step, "path": str(save.folder)}
         try:
             size = write_together(self._team, save)
-            seconds = round(time.monotonic() - started, 3)
-            self._tell("checkpoint_saved", **about, bytes=size, seconds=seconds, blocked_s=round(blocked, 3))
-            self._team.first("removing old checkpoints", lambda: self._remove_old(save.folder))
         except BaseException as error:
-            self.newest = None
-            self._error = error if isinstance(error, CheckpointError) else CheckpointError(repr(error))
-            self._tell("checkpoint_failed", **about, reason=str(self._error))
+            self._failed(
+                step, save.folder, error if isinstance(error, CheckpointError) else CheckpointError(repr(error))
+            )
+            return
+        seconds = round(time.monotonic() - started, 3)
+        about = {"step": step, "path": str(save.folder)}
+        self._tell("checkpoint_saved", **about, bytes=size, seconds=seconds, blocked_s=round(blocked, 3))
+        if self._team.rank == 0:
+            try:
+                files.clean(self.directory)
+                files.retain(self.directory, save.folder, self._keep)
+            except OSError as error:
+                self._say(f"older checkpoints in {self.directory} could not be removed ({error})")
 
-    def _remove_old(self, newest: Path) -> None:
-        files.clean(self.directory)
-        files.retain(self.directory, newest, self._keep)
+    def _failed(self, step: int, folder: Path, error: CheckpointError) -> None:
+        self._newest, self._error = None, error
+        self._tell("checkpoint_failed", step=step, path=str(folder), reason=str(error))
+        self._say(f"step {step} is not saved: {error}; what was saved before is untouched")
 
     def _tell(self, event: str, **about: Any) -> None:
-        if self._team.rank == 0:
+        if self._team.rank != 0:
+            return
+        try:
             self._on_event({"event": event, **about})
+        except Exception as error:  # the disk that has no room for a checkpoint has none for the event either
+            self._say(f"{event} could not be noted ({error})")
+
+    def _say(self, text: str) -> None:
+        if self._team.rank == 0:
+            print(f"pentad: {text}", file=sys.stderr, flush=True)
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def wait(self) -> None:
         """Returns when nothing is being written.
 
         Raises:
-            CheckpointError: the save failed; raised once.
+            CheckpointError: the last save failed; raised once.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._join()
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def close(self) -> None:
-        """Waits, and frees the host buffers.
-
-        Raises:
-            CheckpointError: the last save failed.
-        """
-        try:
-            self.wait()
-        finally:
-            self._buffers, self._holdings, self._writes = HostBuffers([], pinned=False), None, []
+        """Waits, and frees the host buffers. What failed has been told."""
+        self._join()
+        self._holdings, self._layout = None, _Layout([], [], {}, HostBuffers([], pinned=False))
 
     # Loading ----------------------------------------------------------------------------------------------------
 
@@ -200,10 +234,10 @@ class Checkpointer:
             UserError: a tensor is missing or left over, or has another shape or dtype; nothing has been loaded.
             CheckpointError: reading failed.
         """
-        self.wait()
+        self._join()
         state = read_together(self._team, Path(path), tensors, prefix, cast, left)
         if not prefix and Path(path).resolve().parent == self.directory.resolve():
-            self.newest = int(state["step"])
+            self._newest = int(state["step"])
         return state
 
     def find_resume(self, resume: str | Path) -> Path | None:
@@ -218,7 +252,7 @@ class Checkpointer:
         Raises:
             UserError: the named checkpoint is absent or damaged, or `latest` finds only damaged ones.
         """
-        self.wait()
+        self._join()
         if str(resume) != "latest":
             return self.verified(Path(resume), "checkpoint.resume")
         found = self._team.first("resuming", self._clean_and_list)
@@ -228,8 +262,7 @@ class Checkpointer:
                 return path
             reason = "; ".join(problems)
             self._tell("checkpoint_damaged", path=str(path), reason=reason)
-            if self._team.rank == 0:
-                print(f"pentad: {path} is damaged, using the one before: {reason}", file=sys.stderr, flush=True)
+            self._say(f"{path} is damaged, using the one before: {reason}")
         if found:
             raise UserError(
                 Problem(
@@ -250,7 +283,7 @@ class Checkpointer:
         Raises:
             UserError: it is absent or damaged.
         """
-        self.wait()
+        self._join()
         self._team.first("verifying", lambda: _must_exist(path, key))
         problems = self._verify(path)
         if problems:
@@ -259,30 +292,35 @@ class Checkpointer:
 
     def _clean_and_list(self) -> list[tuple[int, Path]]:
         files.clean(self.directory)
-        return files.checkpoints(self.directory)
+        return checkpoints(self.directory)
 
     def _verify(self, path: Path) -> list[str]:
-        def manifest() -> dict[str, files.FileSum] | str:
-            try:
-                return files.read_manifest(path)
-            except files.Damaged as error:
-                return str(error)
-
-        known = self._team.first("verifying", manifest)
+        known = self._team.first("verifying", lambda: _or_reason(read_manifest, path))
         if isinstance(known, str):
             return [known]
         # Largest first, dealt out in turn: shares of about the same bytes.
-        order = sorted(known, key=lambda name: (-known[name].size, name))
-        share = {name: known[name] for name in order[self._team.rank :: self._team.world]}
-        problems = self._team.together("verifying", lambda: files.differences(path, share))
-        return sorted(problem for part in problems for problem in part)
+        order = sorted(known.files, key=lambda name: (-known.files[name].size, name))
+        share = {name: known.files[name] for name in order[self._team.rank :: self._team.world]}
+        parts = self._team.together("verifying", lambda: differences(path, share))
+        problems = sorted(problem for part in parts for problem in part)
+        if not problems:
+            state = self._team.first("verifying", lambda: _or_reason(read_state, path))
+            problems = [state] if isinstance(state, str) else []
+        return problems
+
+
+def _or_reason(read: Callable[[Path], T], path: Path) -> T | str:
+    try:
+        return read(path)
+    except Damaged as error:
+        return str(error)
 
 
 def _must_exist(path: Path, key: str) -> None:
-    if path.is_dir() and not (path / files.MANIFEST).exists() and files.checkpoints(path):
-        newest = files.checkpoints(path)[0][1]
+    if path.is_dir() and not (path / MANIFEST).exists() and checkpoints(path):
+        newest = checkpoints(path)[0][1]
         raise UserError(Problem(key, f"{path} is a folder of checkpoints; name one, such as {newest}"))
     if not path.is_dir():
-        near = [str(p) for _, p in files.checkpoints(path.parent)[:3]]
+        near = [str(p) for _, p in checkpoints(path.parent)[:3]]
         hint = f"; there are {', '.join(near)}" if near else ""
         raise UserError(Problem(key, f"{path} does not exist{hint}"))

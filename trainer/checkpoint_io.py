@@ -1,82 +1,31 @@
-"""Writing and reading checkpoint folders in torch's distributed checkpoint (DCP) format, together or in one process."""
+"""Writing and reading checkpoint folders, together or in one process."""
 
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ..configs.errors import Problem, UserError
 from ..parallel.global_tensor import GlobalTensor
 from . import checkpoint_files as files
-from .checkpoint_plan import ParallelReader, PlannedSave, Write, writer
+from .checkpoint_index import Contents, Stored, read_contents, write_index
+from .checkpoint_manifest import INDEX, Damaged, FileSum, differences, write_file, write_manifest
+from .checkpoint_names import step_of
+from .checkpoint_plan import Write
+from .checkpoint_team import CheckpointError, Team
+from .checkpoint_tensors import DTYPES, PlannedFile, TensorFiles, index_of, plan_files, write_files
 
-T = TypeVar("T")
 _SHOWN = 8
 """Mistakes of one kind that are listed one by one."""
-
-
-class CheckpointError(Exception):
-    """A save or load failed for a reason other than the user's input (disk full, a rank lost): every rank raises it."""
-
-
-@dataclass(frozen=True)
-class Team:
-    """The ranks that save and load together."""
-
-    group: dist.ProcessGroup | None
-    rank: int
-    world: int
-
-    def together(self, what: str, fn: Callable[[], T]) -> list[T]:
-        """Every rank's result of `fn`, on every rank, or on every rank the error of any.
-
-        Raises:
-            UserError: one was raised.
-            CheckpointError: anything else was raised, or a rank is lost.
-        """
-        result, error = None, None
-        try:
-            result = fn()
-        except UserError as mistake:
-            error = mistake
-        except Exception as failure:
-            error = f"{type(failure).__name__}: {failure}"
-        answers: list[Any] = [(result, error)]
-        if self.group is not None:
-            answers = [None] * self.world
-            try:
-                dist.all_gather_object(answers, (result, error), group=self.group)
-            except Exception as lost:
-                raise CheckpointError(f"{what}: a rank is lost ({error or lost})") from lost
-        mistakes = list(dict.fromkeys(p for _, e in answers if isinstance(e, UserError) for p in e.problems))
-        if mistakes:
-            raise UserError(*mistakes)
-        failures: dict[str, list[str]] = {}
-        for rank, (_, failure) in enumerate(answers):
-            if failure is not None:
-                failures.setdefault(failure, []).append(str(rank))
-        if failures:
-            reasons = [f"rank {', '.join(ranks[:_SHOWN])}: {failure}" for failure, ranks in failures.items()]
-            raise CheckpointError(f"{what}: {'; '.join(reasons)}")
-        return [r for r, _ in answers]
-
-    def first(self, what: str, fn: Callable[[], T]) -> T:
-        """Rank 0's result of `fn`, which only rank 0 calls."""
-        return self.together(what, fn if self.rank == 0 else lambda: None)[0]  # pyright: ignore[reportReturnType]
-
+_FINITE_AT_ONCE = 16 << 20
+"""Elements that are looked at together for NaN: the answer takes a byte for each."""
 
 _ALONE = Team(None, 0, 1)
 
@@ -88,8 +37,13 @@ class Save:
     folder: Path
     writes: Sequence[Write]
     data: Sequence[Tensor]
+    files: Sequence[PlannedFile]
+    index: Mapping[str, Stored]
+    """Of all ranks; only rank 0 needs it."""
     state: Mapping[str, Any]
     problem: Exception | None = None
+    finite: bool = True
+    """Whether values with which no run can go on are refused."""
 
 
 def write_together(team: Team, save: Save) -> int:
@@ -103,38 +57,32 @@ def write_together(team: Team, save: Save) -> int:
     def prepare() -> None:
         if save.problem is not None:
             raise save.problem
+        if save.finite:
+            check_finite(save.writes, save.data)
         if team.rank == 0:
             save.folder.parent.mkdir(parents=True, exist_ok=True)
             files.remove(tmp)
             tmp.mkdir()
 
-    def read_back() -> dict[str, files.FileSum]:
-        wrong = files.differences(tmp, sums.sums)
+    def write() -> dict[str, FileSum]:
+        sums = write_files(tmp, save.files, save.data)
+        if team.rank == 0:
+            sums[INDEX] = write_file(tmp / INDEX, write_index(save.index))
+        wrong = differences(tmp, sums)
         if wrong:
-            raise files.Damaged(f"read back after writing: {'; '.join(wrong)}")
-        return sums.sums
+            raise Damaged(f"read back after writing: {'; '.join(wrong)}")
+        return sums
 
     def complete() -> int:
         total = {name: one for part in parts for name, one in part.items()}
-        files.write_manifest(tmp, total, save.state)
+        write_manifest(tmp, total, save.state)
         files.publish(tmp, save.folder)
         return sum(one.size for one in total.values())
 
     what = f"saving {save.folder}"
     try:
         team.together(what, prepare)
-        storage, sums = writer(tmp, save.writes)
-        _dcp(
-            what,
-            lambda: dcp_save(
-                {},
-                storage_writer=storage,
-                planner=PlannedSave(save.writes, save.data),
-                process_group=team.group,
-                no_dist=team.group is None,
-            ),
-        )
-        parts = team.together(what, read_back)
+        parts = team.together(what, write)
         return team.first(what, complete)
     except CheckpointError:
         if team.rank == 0:
@@ -142,21 +90,24 @@ def write_together(team: Team, save: Save) -> int:
         raise
 
 
-def _dcp(what: str, fn: Callable[[], object]) -> None:
-    """Calls DCP, whose own exception class `except Exception` would not catch."""
-    try:
-        fn()
-    except CheckpointException as error:
-        reasons = "; ".join(f"rank {rank}: {wrapped[0]!r}" for rank, wrapped in sorted(error.failures.items()))
-        raise CheckpointError(f"{what}: {reasons}") from error
-    except Exception as error:
-        raise CheckpointError(f"{what}: {error!r}") from error
+def check_finite(writes: Sequence[Write], data: Sequence[Tensor]) -> None:
+    """Refuses values with which no run can go on: a NaN anywhere, or an infinite parameter.
+
+    A checkpoint of them would be verified, be the newest, and let retention remove the last good one.
+
+    Raises:
+        NotFinite: there are such values; it names a tensor.
+    """
+    for write, tensor in zip(writes, data, strict=True):
+        if not write.dtype.is_floating_point:
+            continue
+        good = torch.isfinite if write.name.startswith("model/") else lambda part: ~torch.isnan(part)
+        if not all(bool(good(part).all()) for part in tensor.reshape(-1).split(_FINITE_AT_ONCE)):
+            raise NotFinite(f"{write.name} has NaN or infinite values, so nothing is saved")
 
 
-def hush_single_process() -> None:
-    # DCP warns that it works without process groups, which for us is a decision and no accident. A filter for good
-    # and not a context, because contexts of warnings are not safe in the writing thread.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+class NotFinite(Exception):
+    """Values with which no run can go on."""
 
 
 def read_together(
@@ -169,30 +120,66 @@ def read_together(
 ) -> dict[str, Any]:
     """Loads in place what `tensors` name; returns the state. Arguments and errors: `Checkpointer.load`."""
     what = f"loading {path}"
-    metadata = team.together(what, ParallelReader(path).read_metadata)[team.rank]
-    found = tensors_of(metadata, prefix)
-    names = team.together(what, lambda: census(path, tensors, found, cast))
-    left_over = sorted(set(found) - {name for mine in names for name in mine})
-    left_over = [name for name in left_over if left is None or not name.endswith(left)]
-    if left_over:
-        reason = "is in the checkpoint, this job has no such tensor"
-        raise UserError(*listed(path, [f"{name} {found[name][0]} {reason}" for name in left_over]))
-    _dcp(what, lambda: _read(path, dict(tensors), team.group))
-    return team.together(what, lambda: files.read_state(path))[team.rank]
+    # Each rank reads the index itself: sending it around would cost as much.
+    contents = contents_together(team, what, path)
+    found = tensors_of(contents, prefix)
+    with TensorFiles(contents) as stored:
+
+        def plan() -> list[str]:
+            names = census(path, tensors, found, cast)
+            with refusing(path):
+                for name, piece in tensors.items():
+                    for box in piece.boxes:
+                        stored.parts(name, box.offsets, box.sizes)
+            return names
+
+        def read() -> None:
+            with refusing(path):
+                stored.read(tensors)
+
+        names = team.together(what, plan)
+        left_over = sorted(set(found) - {name for mine in names for name in mine})
+        left_over = [name for name in left_over if left is None or not name.endswith(left)]
+        if left_over:
+            reason = "is in the checkpoint, this job has no such tensor"
+            raise UserError(*listed(path, [f"{name} {found[name][0]} {reason}" for name in left_over]))
+        team.together(what, read)
+    return contents.state
 
 
-def _read(path: Path, tensors: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    reader = ParallelReader(path)
-    dcp_load(tensors, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+def contents_together(team: Team, what: str, path: Path) -> Contents:
+    """The contents of a checkpoint, read by every rank.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    kept: list[Contents] = []
+
+    def read() -> None:
+        with refusing(path):
+            kept.append(read_contents(path))
+
+    team.together(what, read)
+    return kept[0]
 
 
-def tensors_of(metadata: Metadata, prefix: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+@contextmanager
+def refusing(path: Path) -> Generator[None, None, None]:
+    """Says that the checkpoint is damaged.
+
+    Raises:
+        UserError: in the place of `Damaged`.
+    """
+    try:
+        yield
+    except Damaged as error:
+        raise UserError(Problem(str(path), f"damaged checkpoint: {error}")) from None
+
+
+def tensors_of(contents: Contents, prefix: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of the tensors under a prefix."""
     return {
-        name: (tuple(about.size), about.properties.dtype)
-        for name, about in metadata.state_dict_metadata.items()
-        if isinstance(about, TensorStorageMetadata) and name.startswith(prefix)
+        name: (about.shape, DTYPES[about.dtype]) for name, about in contents.tensors.items() if name.startswith(prefix)
     }
 
 
@@ -224,6 +211,18 @@ def listed(path: Path, problems: list[str]) -> list[Problem]:
     return shown
 
 
+def open_full(path: Path) -> Contents:
+    """What a checkpoint holds. For one process; of the files only the small ones are read, and compared.
+
+    Raises:
+        UserError: the checkpoint is absent or damaged.
+    """
+    if not path.is_dir():
+        raise UserError(Problem(str(path), "there is no such checkpoint"))
+    with refusing(path):
+        return read_contents(path)
+
+
 def read_full(path: Path, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Whole tensors of a checkpoint by global name (None: all), on the CPU, and its state. For one process.
 
@@ -233,44 +232,38 @@ def read_full(path: Path, names: Sequence[str] | None = None) -> tuple[dict[str,
         UserError: the checkpoint is absent or damaged, or a name is not in it.
     """
     path = Path(path)
-    hush_single_process()
-
-    def check(wanted: set[str]) -> None:
-        problems = files.differences(path, {name: known[name] for name in wanted})
-        if problems:
-            raise UserError(Problem(str(path), f"damaged checkpoint: {'; '.join(problems)}"))
-
-    if not path.is_dir():
-        raise UserError(Problem(str(path), "there is no such checkpoint"))
-    try:
-        known = files.read_manifest(path)
-    except files.Damaged as error:
-        raise UserError(Problem(str(path), f"damaged checkpoint: {error}")) from None
-    check({files.METADATA, files.STATE})
-    metadata = ParallelReader(path).read_metadata()
-    found = tensors_of(metadata, "")
-    wanted = set(found if names is None else names)
-    absent = sorted(wanted - set(found))
+    contents = open_full(path)
+    wanted = set(contents.tensors if names is None else names)
+    absent = sorted(wanted - set(contents.tensors))
     if absent:
         raise UserError(*listed(path, [f"{name}: the checkpoint does not have it" for name in absent]))
-    check({where.relative_path for index, where in metadata.storage_data.items() if index.fqn in wanted})
-    tensors = {name: torch.empty(found[name][0], dtype=found[name][1]) for name in found if name in wanted}
-    if tensors:
-        _dcp(f"reading {path}", lambda: _read(path, tensors, None))
-    return tensors, files.read_state(path)
+    read_from = {box.file for name in wanted for box in contents.tensors[name].boxes}
+    problems = differences(path, {name: contents.files[name] for name in read_from})
+    if problems:
+        raise UserError(Problem(str(path), f"damaged checkpoint: {'; '.join(problems)}"))
+    found = {name: about for name, about in contents.tensors.items() if name in wanted}
+    with refusing(path), TensorFiles(contents) as stored:
+        for name, about in found.items():  # before memory is taken for shapes that nothing fills
+            stored.parts(name, (0,) * len(about.shape), about.shape)
+        tensors = {name: torch.empty(about.shape, dtype=DTYPES[about.dtype]) for name, about in found.items()}
+        stored.read({name: GlobalTensor.of(tensor) for name, tensor in tensors.items()})
+    return tensors, contents.state
 
 
 def write_full(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Writes whole tensors as a checkpoint that any layout loads. For one process.
 
     Raises:
-        UserError: `path` exists already.
+        UserError: `path` exists already, or is named as the checkpoint of another step.
         CheckpointError: writing failed.
     """
-    path = Path(path)
+    path, step = Path(path), int(state.get("step", 0))
     if path.exists():
         raise UserError(Problem(str(path), "exists already; remove it or choose another place for the checkpoint"))
-    hush_single_process()
-    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    if step_of(path.name) not in (None, step):
+        raise UserError(Problem(str(path), f"is the name of another step's checkpoint than {step}; choose another one"))
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     writes = [Write(name, tuple(t.shape), t.dtype, (0,) * t.dim(), tuple(t.shape)) for name, t in whole.items()]
-    write_together(_ALONE, Save(path, writes, list(whole.values()), json.loads(json.dumps(dict(state)))))
+    kept = json.loads(json.dumps(dict(state), allow_nan=False))
+    save = Save(path, writes, list(whole.values()), plan_files(0, writes), index_of([writes]), kept, finite=False)
+    write_together(_ALONE, save)

@@ -1,4 +1,4 @@
-"""Who writes which part of which tensor, and the pieces of torch's distributed checkpoint (DCP) that carry it out.
+"""Who writes which part of which tensor, and the copies on the host that are written.
 
 The plan is made once per layout, before anything is copied: every element of every tensor is written by exactly one
 rank, replicas are dealt out to the ranks with the least to write, and a rank copies only what it writes.
@@ -6,30 +6,17 @@ rank, replicas are dealt out to the ranks with the least to write, and a rank co
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from bisect import bisect_right, insort
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
-from torch.futures import Future
 
-from ..parallel.global_tensor import GlobalTensor, write_item
-from .checkpoint_files import ChecksummedFiles
+from ..parallel.global_tensor import GlobalTensor
 
-_FILE_BYTES = 64 << 20
-"""Below this a further file per rank costs more than its thread gains."""
-_THREADS = 4
 _SEGMENT_BYTES = 512 << 20
 _ALIGN = 64
 
@@ -145,8 +132,7 @@ def _minus(one: Extent, other: Extent) -> list[Extent]:
 class HostBuffers:
     """Copies on the host of what this rank writes, reused by every save of a layout.
 
-    Each copy is a tensor with exactly its own storage inside a few large pieces of memory: DCP would copy (and keep)
-    any view that is smaller than its storage. Pinned where the source is on a GPU.
+    Each copy lies in one of a few large pieces of memory, pinned where the source is on a GPU.
     """
 
     def __init__(self, writes: Sequence[Write], *, pinned: bool) -> None:
@@ -182,68 +168,3 @@ class HostBuffers:
 
 def _aligned(writes: Sequence[Write]) -> int:
     return sum(-(-write.nbytes // _ALIGN) * _ALIGN for write in writes)
-
-
-class PlannedSave(SavePlanner):
-    """A DCP planner for writes that are already dealt out.
-
-    Args:
-        writes: what this rank writes.
-        tensors: their contents, on the host.
-    """
-
-    def __init__(self, writes: Sequence[Write], tensors: Sequence[Tensor]) -> None:
-        self._writes = writes
-        self._data = {(w.name, torch.Size(w.offsets)): tensor for w, tensor in zip(writes, tensors, strict=True)}
-
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        """Nothing: the plan does not depend on a state dict."""
-
-    def create_local_plan(self) -> SavePlan:
-        """This rank's writes."""
-        return SavePlan([write_item(w.name, w.shape, w.dtype, w.offsets, w.sizes) for w in self._writes])
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """All ranks' writes, and where everything will be."""
-        plans, metadata = create_default_global_save_plan(all_plans)
-        # What DCP's own converters expect of a state dict without nesting.
-        paths = {name: (name,) for name in metadata.state_dict_metadata}
-        return plans, dataclasses.replace(metadata, planner_data=paths)
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """The plan as it is."""
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """The contents of one box."""
-        index: MetadataIndex = write_item.index
-        assert index.offset is not None
-        return self._data[index.fqn, index.offset]
-
-
-def writer(folder: Path, writes: Sequence[Write]) -> tuple[FileSystemWriter, ChecksummedFiles]:
-    """DCP's writer of a rank's files, and the file system that knows their checksums afterwards."""
-    threads = min(_THREADS, 1 + sum(w.nbytes for w in writes) // _FILE_BYTES)
-    # No copy ahead: that is for tensors on a GPU, and would open a context on GPU 0 from every rank.
-    made = FileSystemWriter(folder, sync_files=False, thread_count=threads, per_thread_copy_ahead=0)
-    files = ChecksummedFiles()
-    made.fs = files
-    return made, files
-
-
-class ParallelReader(FileSystemReader):
-    """DCP's reader, several files at a time."""
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Reads the plan's items into their tensors."""
-        per_file: dict[str, list[Any]] = defaultdict(list)
-        for item in plan.items:
-            per_file[self.storage_data[item.storage_index].relative_path].append(item)
-        read = super().read_data
-        with ThreadPoolExecutor(_THREADS) as pool:
-            plans = [dataclasses.replace(plan, items=items) for items in per_file.values()]
-            for done in pool.map(lambda part: read(part, planner), plans):
-                done.wait()
-        finished: Future[None] = Future()
-        finished.set_result(None)
-        return finished

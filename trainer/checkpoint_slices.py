@@ -5,18 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from ..configs.errors import UserError
 from ..parallel.global_tensor import GlobalTensor, Placement
-from .checkpoint_io import hush_single_process, listed, tensors_of
-from .checkpoint_plan import ParallelReader
+from .checkpoint_io import listed, open_full, refusing, tensors_of
+from .checkpoint_tensors import TensorFiles
 
 
 class CheckpointSlices:
@@ -32,10 +28,9 @@ class CheckpointSlices:
     """
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], prefix: str = "model/") -> None:
-        hush_single_process()
-        self._reader = _KnownReader(path)
+        self._contents = open_full(path)
         self._prefix = prefix
-        self._found = tensors_of(self._reader.read_metadata(), prefix)
+        self._found = tensors_of(self._contents, prefix)
         problems = [
             f"{prefix}{name}: the checkpoint has {self._found.get(prefix + name, ('no such tensor',))[0]}, not {shape}"
             for name, shape in shapes.items()
@@ -45,22 +40,14 @@ class CheckpointSlices:
             raise UserError(*listed(path, problems))
 
     def read(self, name: str, placement: Placement) -> Tensor:
-        """A slice of a tensor, in the checkpoint's dtype."""
+        """A slice of a tensor, in the checkpoint's dtype.
+
+        Raises:
+            UserError: the checkpoint does not hold what its index says.
+        """
         key = self._prefix + name
         out = torch.empty(placement.local_shape, dtype=self._found[key][1])
-        piece: Any = GlobalTensor(placement, 0, math.prod(placement.local_shape), out.view(-1))
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        dcp_load({key: piece}, storage_reader=self._reader, planner=planner, no_dist=True)
+        piece = GlobalTensor(placement, 0, math.prod(placement.local_shape), out.view(-1))
+        with refusing(self._contents.path), TensorFiles(self._contents) as files:
+            files.read({key: piece})
         return out
-
-
-class _KnownReader(ParallelReader):
-    """Reads the metadata once."""
-
-    _known: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """As of the first call."""
-        if self._known is None:
-            self._known = super().read_metadata(*args, **kwargs)
-        return self._known

@@ -30,7 +30,7 @@ from ..models.upcycle import Read, check_upcycling, upcycled, upcycled_config
 from ..models.vocab_padding import padded_read, without_padding
 from ..parallel.global_tensor import Placement
 from .checkpoint import Checkpointer, read_full, write_full
-from .checkpoint_files import read_state
+from .checkpoint_manifest import read_state
 from .checkpoint_slices import CheckpointSlices
 from .setup import Parts
 from .state import model_tensors

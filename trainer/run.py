@@ -84,6 +84,7 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
         keep=cfg.checkpoint.keep,
         asynchronous=cfg.checkpoint.asynchronous,
         on_event=report,
+        abort=mesh.abort,
     )
     peak = _peak(cfg, mesh, device, MeasuredPeaks(run_dir / "peaks.json"))
     trainer = Trainer(cfg, mesh, parts, data, checkpointer, peak=peak, run_dir=run_dir)

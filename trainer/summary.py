@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configs import UserError
-from .checkpoint_files import checkpoints
+from .checkpoint_names import checkpoints
 from .metrics import duration
 
 

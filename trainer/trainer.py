@@ -148,7 +148,7 @@ class Trainer:
         self._drain()
         self.parts.replicas.settle()
         self.stepper.close()
-        if cfg.checkpoint.final or stopped:
+        if cfg.checkpoint.final or stopped or self._due(cfg.checkpoint.every):
             self.save()
         self.checkpointer.wait()
         return not stopped

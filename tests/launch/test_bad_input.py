@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint(damage: str, tmp_path: Path, capsys: pytest.Captur
     places = [f"runs_dir={tmp_path}/runs", "checkpoint.every=1"]
     assert main([DENSE, *SMALL, *places]) == 0
     older, newest = sorted((tmp_path / "runs/demo/checkpoints").iterdir())
-    victim = next(newest.glob("*.distcp"))
+    victim = next(newest.glob("*.safetensors"))
     match damage:
         case "flip":
             content = bytearray(victim.read_bytes())

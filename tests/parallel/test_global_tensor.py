@@ -1,16 +1,13 @@
-"""Flat runs of slices as boxes, against brute force; GlobalTensor through DCP's own planners."""
+"""Flat runs of slices as boxes, against brute force."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from pentad.parallel.global_tensor import GlobalTensor, Placement, boxes
 
@@ -71,36 +68,3 @@ def test_a_run_outside_the_slice_and_wrong_data_are_refused() -> None:
         Placement.shard((6, 4), 1, 0, 3)
     with pytest.raises(KeyError):
         GlobalTensor(placement, 0, 2, torch.zeros(2)).view_of((3, 2), (1, 2))
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_dcp_with_its_own_planners_saves_and_reshards(tmp_path: Path) -> None:
-    whole, scalar = torch.randn(5, 7), torch.tensor(3.0)
-    flat = whole.reshape(-1).clone()
-    state = {"w": GlobalTensor(Placement.whole((5, 7)), 0, 35, flat), "s": GlobalTensor.of(scalar)}
-    save(state, checkpoint_id=tmp_path, no_dist=True)
-
-    plain = {"w": torch.zeros(5, 7), "s": torch.tensor(0.0)}
-    load(plain, checkpoint_id=tmp_path, no_dist=True)
-    assert torch.equal(plain["w"], whole) and torch.equal(plain["s"], scalar)
-
-    slices = [
-        Placement(tuple(whole.shape), (0, 0), (whole.shape[0], 3)),
-        Placement(tuple(whole.shape), (0, 3), (whole.shape[0], 4)),
-    ]
-    for placement in slices:
-        data = torch.zeros(9)
-        load({"w": GlobalTensor(placement, 2, 11, data)}, checkpoint_id=tmp_path, no_dist=True)
-        assert torch.equal(data, placement.of(whole).reshape(-1)[2:11])
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_dcp_loads_a_plain_tensors_checkpoint_into_pieces(tmp_path: Path) -> None:
-    whole = torch.randn(4, 3, 2)
-    save({"w": whole}, checkpoint_id=tmp_path, no_dist=True)
-    data, nothing = torch.zeros(9), torch.zeros(0)
-    piece = GlobalTensor(Placement.shard((4, 3, 2), 0, 1, 2), 2, 11, data)
-    load({"w": piece}, checkpoint_id=tmp_path, no_dist=True)
-    assert torch.equal(data, whole[2:].reshape(-1)[2:11])
-    empty = GlobalTensor(Placement.shard((4, 3, 2), 0, 1, 2), 12, 12, nothing)
-    load({"w": empty}, checkpoint_id=tmp_path, no_dist=True)

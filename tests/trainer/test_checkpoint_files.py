@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ import torch
 
 from pentad.configs.errors import UserError
 from pentad.parallel.global_tensor import GlobalTensor, Placement
-from pentad.trainer import checkpoint_files, checkpoint_plan
+from pentad.trainer import checkpoint_io, checkpoint_manifest, checkpoint_plan, checkpoint_tensors
 from pentad.trainer.checkpoint import CheckpointError, read_full, verify, write_full
 from pentad.trainer.checkpoint_plan import Extent, Holding, Write, assign
 from tests.trainer.checkpoint_layouts import checkpointer, global_values, pieces, same
@@ -53,13 +54,13 @@ def _flip(name: str) -> Callable[[Path], None]:
 
 
 def _truncate(path: Path) -> None:
-    os.truncate(path / "__0_0.distcp", 100)
+    os.truncate(path / "rank-00000-0.safetensors", 100)
 
 
 def _zero_page(path: Path) -> None:
-    file = path / "__0_0.distcp"
+    file = path / "rank-00000-0.safetensors"
     data = file.read_bytes()
-    file.write_bytes(data[:64] + bytes(512) + data[576:])
+    file.write_bytes(data[:64] + bytes(16) + data[80:])
 
 
 def _later_format(path: Path) -> None:
@@ -68,14 +69,14 @@ def _later_format(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "flipped bit": (_flip("__0_0.distcp"), "__0_0.distcp has checksum"),
-    "truncated": (_truncate, "__0_0.distcp has 100 bytes instead of"),
-    "zeroed page": (_zero_page, "__0_0.distcp has checksum"),
-    "missing file": (lambda path: (path / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+    "flipped bit": (_flip("rank-00000-0.safetensors"), "rank-00000-0.safetensors has checksum"),
+    "truncated": (_truncate, "rank-00000-0.safetensors has 100 bytes instead of"),
+    "zeroed page": (_zero_page, "rank-00000-0.safetensors has checksum"),
+    "missing file": (lambda path: (path / "rank-00000-0.safetensors").unlink(), "rank-00000-0.safetensors is missing"),
     "missing manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
     "empty manifest": (lambda path: (path / "manifest.json").write_text(""), "manifest.json is not readable"),
     "later format": (_later_format, "format 99"),
-    "index": (_flip(".metadata"), ".metadata has checksum"),
+    "index": (_flip("tensors.json"), "tensors.json has checksum"),
     "state": (_flip("state.json"), "state.json has checksum"),
 }
 
@@ -112,17 +113,19 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(
 def test_a_bad_disk_is_noticed_before_anything_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver = checkpointer(tmp_path, keep=1)
     saver.save(1, _tensors(1), {"value": 1.0})
-    finish = checkpoint_files._Counted.finish
+    finish = checkpoint_manifest.SummedFile.finish
 
-    def lose_a_bit(self: Any) -> None:
-        finish(self)
-        path = Path(self._stream.name)
-        if path.suffix == ".distcp":
+    def lose_a_bit(self: Any) -> Any:
+        known = finish(self)
+        path = Path(self._file.name)
+        if path.suffix == ".safetensors":
             _flip(path.name)(path.parent)
+        return known
 
-    monkeypatch.setattr(checkpoint_files._Counted, "finish", lose_a_bit)
+    monkeypatch.setattr(checkpoint_manifest.SummedFile, "finish", lose_a_bit)
+    saver.save(2, _tensors(2), {"value": 2.0})
     with pytest.raises(CheckpointError, match="read back after writing"):
-        saver.save(2, _tensors(2), {"value": 2.0})
+        saver.wait()
     assert _names(tmp_path) == ["step-00000001"]
 
 
@@ -130,15 +133,15 @@ def test_a_bad_disk_is_noticed_before_anything_is_published(tmp_path: Path, monk
 
 
 def _killed_at(count: int, save: Callable[[], None]) -> bool:
-    """Runs `save` in a child killed before its count-th change of the disk (ten writes: one); False: it got through."""
+    """Runs `save` in a child killed before its count-th change of the disk; False: it got through."""
     child = os.fork()
     if child == 0:
-        left = float(count)
+        left = count
 
-        def counted(fn: Callable[..., Any], weight: float = 1) -> Callable[..., Any]:
+        def counted(fn: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 nonlocal left
-                left -= weight
+                left -= 1
                 if left <= 0:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return fn(*args, **kwargs)
@@ -147,7 +150,8 @@ def _killed_at(count: int, save: Callable[[], None]) -> bool:
 
         for name in ("fsync", "rename", "mkdir", "unlink", "rmdir"):
             setattr(os, name, counted(getattr(os, name)))
-        checkpoint_files._Counted.write = counted(checkpoint_files._Counted.write, 0.1)  # pyright: ignore
+        writer = checkpoint_manifest.SummedFile
+        writer.write = counted(writer.write)  # pyright: ignore
         try:
             save()
             os._exit(0)
@@ -184,18 +188,18 @@ def test_a_kill_at_any_instant_leaves_the_old_or_the_new_checkpoint(tmp_path: Pa
 def test_an_asynchronous_save_keeps_the_values_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The write is held back until the tensors have changed and until the next save has been asked for."""
     gate = threading.Event()
-    resolve = checkpoint_plan.PlannedSave.resolve_data
+    write = checkpoint_tensors.write_files
 
-    def held(self: Any, item: Any) -> Any:
+    def held(*args: Any) -> Any:
         assert gate.wait(30)
-        return resolve(self, item)
+        return write(*args)
 
-    monkeypatch.setattr(checkpoint_plan.PlannedSave, "resolve_data", held)
+    monkeypatch.setattr(checkpoint_io, "write_files", held)
     events: list[dict[str, Any]] = []
     saver = checkpointer(tmp_path, asynchronous=True, on_event=events.append)
     tensors, state = _tensors(1), {"value": 1.0}
     saver.save(1, tensors, state)
-    assert events == [] and saver.newest == 1
+    assert events == []
     for tensor, sign in zip(tensors.values(), (1, -1), strict=True):
         tensor.local.fill_(2 * sign)
     state["value"] = 2.0
@@ -208,20 +212,71 @@ def test_an_asynchronous_save_keeps_the_values_of_the_call(tmp_path: Path, monke
     assert events[0]["bytes"] > 96 and events[0]["path"] == str(tmp_path / "step-00000001")
 
 
-def test_a_failed_save_is_raised_once_and_the_next_one_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_costs_only_that_checkpoint_and_is_an_error_if_it_was_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     events: list[dict[str, Any]] = []
     saver = checkpointer(tmp_path, asynchronous=True, on_event=events.append)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "disk full")
+
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_files, "write_manifest", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+        patch.setattr(checkpoint_io, "write_manifest", full)
         saver.save(1, _tensors(1), {"value": 1.0})
-        with pytest.raises(CheckpointError, match="disk full"):
-            saver.save(2, _tensors(2), {"value": 2.0})
+        saver.save(2, _tensors(2), {"value": 2.0})
+        assert saver.newest is None
     assert _names(tmp_path) == []
     saver.save(3, _tensors(3), {"value": 3.0})
+    saver.wait()
+    assert _names(tmp_path) == ["step-00000003"] and saver.newest == 3
+    assert [(e["event"], e["step"]) for e in events] == [
+        ("checkpoint_failed", 1),
+        ("checkpoint_failed", 2),
+        ("checkpoint_saved", 3),
+    ]
+    assert "disk full" in events[0]["reason"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all("is not saved" in line and "disk full" in line for line in lines)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_io, "write_manifest", full)
+        saver.save(4, _tensors(4), {"value": 4.0})
+        with pytest.raises(CheckpointError, match="disk full"):
+            saver.wait()
+    saver.wait()
     saver.close()
     assert _names(tmp_path) == ["step-00000003"]
-    assert [e["event"] for e in events] == ["checkpoint_failed", "checkpoint_saved"]
-    assert "disk full" in events[0]["reason"]
+
+
+def test_an_event_that_cannot_be_noted_does_not_cost_the_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: Any) -> None:
+        raise OSError(28, "disk full")
+
+    saver = checkpointer(tmp_path, asynchronous=True, on_event=full)
+    saver.save(1, _tensors(1), {"value": 1.0})
+    saver.wait()
+    assert _names(tmp_path) == ["step-00000001"]
+    assert "checkpoint_saved could not be noted" in capsys.readouterr().err
+
+
+def test_values_with_which_no_run_can_go_on_are_not_saved_and_cost_no_older_checkpoint(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    saver = checkpointer(tmp_path, keep=1, on_event=events.append)
+    saver.save(2, _tensors(1), {"value": 1.0})
+    for step, name, bad in ((4, "model/a", math.nan), (6, "model/a", math.inf), (8, "optim/exp_avg/a", math.nan)):
+        tensors = _tensors(2)
+        tensors[name].local[5] = bad
+        saver.save(step, tensors, {"value": 2.0})
+        with pytest.raises(CheckpointError, match=f"{name} has NaN or infinite values, so nothing is saved"):
+            saver.wait()
+    assert _names(tmp_path) == ["step-00000002"]
+    assert [e["event"] for e in events] == ["checkpoint_saved"] + ["checkpoint_failed"] * 3
+    tensors = _tensors(3)
+    tensors["optim/exp_avg/a"].local[5] = math.inf  # a square that is too large: its parameter stands still
+    saver.save(10, tensors, {"value": 3.0})
+    assert _names(tmp_path) == ["step-00000010"]
 
 
 def test_a_changed_layout_is_planned_anew(tmp_path: Path) -> None:
@@ -292,9 +347,9 @@ def test_the_census_names_every_tensor_that_does_not_fit(tmp_path: Path) -> None
         saver.load(path, weights, cast=True)
     with pytest.raises(UserError, match=r"torch\.bfloat16"):
         saver.load(path, weights, prefix="model/")
-    saver.newest = None
-    saver.load(path, weights, prefix="model/", cast=True)
-    assert saver.newest is None and bool((weights["model/a"].local == 1).all())
+    other = checkpointer(tmp_path)
+    other.load(path, weights, prefix="model/", cast=True)
+    assert other.newest is None and bool((weights["model/a"].local == 1).all())
     many = {f"model/{i}": GlobalTensor.of(torch.zeros(1)) for i in range(30)}
     with pytest.raises(UserError, match="and 22 tensors more") as error:
         saver.load(path, many, prefix="model/")
@@ -331,14 +386,14 @@ def test_whole_tensors_out_and_in(tmp_path: Path) -> None:
 
 
 def test_many_files_are_written_and_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_plan, "_FILE_BYTES", 4096)
+    monkeypatch.setattr(checkpoint_tensors, "_FILE_BYTES", 4096)
     monkeypatch.setattr(checkpoint_plan, "_SEGMENT_BYTES", 10_000)
     values = {f"model/{i}": torch.randn(i + 1, 100) for i in range(20)}
     tensors = {n: GlobalTensor.of(t) for n, t in values.items()}
     saver = checkpointer(tmp_path)
     saver.save(1, tensors, {})
     path = tmp_path / "step-00000001"
-    assert len([n for n in _names(path) if n.endswith(".distcp")]) == 4
+    assert len([n for n in _names(path) if n.endswith(".safetensors")]) == 4
     found, _ = read_full(path)
     assert all(torch.equal(found[n], values[n]) for n in values)
 

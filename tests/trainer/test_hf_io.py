@@ -206,7 +206,7 @@ def test_a_run_does_not_start_from_damaged_or_absent_weights(tmp_path: Path) -> 
         first_logits(0, 1, tmp_path / "nothing", LLAMA, "ddp", "fp32")
     with pytest.raises(UserError, match=r"model\.ffn: 40, but checkpoint\.init=.* has 48; set model\.ffn=48"):
         first_logits(0, 1, tmp_path / "checkpoint", replace(LLAMA, ffn=40), "ddp", "fp32")
-    data = next((tmp_path / "checkpoint").glob("*.distcp"))
+    data = next((tmp_path / "checkpoint").glob("*.safetensors"))
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"checkpoint\.init: .* is damaged"):
         first_logits(0, 1, tmp_path / "checkpoint", LLAMA, "ddp", "fp32")
