@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import yaml
+from omegaconf import OmegaConf
 
 from tests.distributed import close_pool
 from tests.fuzz.cases import Case, draw_case
@@ -59,7 +59,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _repeat(args: argparse.Namespace, work: Path) -> int:
-    changes = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in args.set)}
+    changes = {
+        text.partition("=")[0]: OmegaConf.from_dotlist([f"value={text.partition('=')[2]}"]).value for text in args.set
+    }
     case = draw_case(args.seed, work / "corpora" / "case", changes)
     print(_shown(case), flush=True)
     outcome = run_case(case, work / "case")

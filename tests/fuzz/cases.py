@@ -11,7 +11,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from pentad.configs import UserError, load
-from pentad.configs.schema import Config
+from pentad.configs.schema import Config, ModelConfig
+from pentad.models.hf_families import hf_family
 
 from .corpora import TOKENS, WIDE
 from .draws import Draws, Keys
@@ -20,6 +21,10 @@ from .models import draw_model
 
 TRIES = 60
 """Layouts that are drawn for a job before another job is."""
+
+
+STARTS = {"random": 6, "checkpoint": 1, "hf": 1.5, "upcycled": 1.5}
+"""Random weights, those of a checkpoint or a Hugging Face folder, or experts made of a dense checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class Case:
         alone: one process.
         first: trains from the start and saves at step `resume`.
         second: goes on from there.
-        start: `random`, `checkpoint`, `hf` or `upcycled`.
+        start: where the first weights come from, one of `STARTS`.
+        origin: the job that makes them; none: they are random.
         refused: how often `load` refused a draw because of a key.
     """
 
@@ -57,6 +63,7 @@ class Case:
     first: Layout
     second: Layout
     start: str
+    origin: Keys | None
     resume: int
     refused: Mapping[str, int]
 
@@ -87,17 +94,43 @@ def draw_case(seed: int, folder: Path, changes: Keys | None = None) -> Case:
     draws, refused = Draws(seed), Counter[str]()
     folder.mkdir(parents=True, exist_ok=True)
     while True:
-        family, keys, start, resume = _draw_job(draws, folder.parent)
+        start = draws.pick(STARTS)
+        family, keys = _draw_job(draws, folder.parent, start)
         keys |= changes or {}
         path = folder / "job.yaml"
         path.write_text(as_yaml(keys))
         alone = _accepted(path, 1, {"parallel.data.sharding": "ddp"}, refused)
-        if alone is None:
+        if alone is None or not _can_start(start, alone.config.model):
             continue
-        layouts = [_draw_layout(draws, path, keys, refused) for _ in range(2)]
-        first, second = layouts
+        first, second = (_draw_layout(draws, path, keys, refused) for _ in range(2))
         if first is not None and second is not None:
-            return Case(seed, family, keys, alone, first, second, start, resume, refused)
+            origin, resume = _origin(keys, start), keys["checkpoint.every"]
+            return Case(seed, family, keys, alone, first, second, start, origin, resume, refused)
+
+
+def _can_start(start: str, model: ModelConfig) -> bool:
+    if start == "hf":
+        try:
+            hf_family(model)
+        except UserError:
+            return False
+    return True
+
+
+def _origin(keys: Keys, start: str) -> Keys | None:
+    """The job of one process and one step whose weights the case starts from."""
+    if start == "random":
+        return None
+    dense = start == "upcycled"
+    kept = {key: value for key, value in keys.items() if not (dense and key.startswith("model.moe."))}
+    kept = {key: value for key, value in kept.items() if not key.startswith(("optim.", "eval."))}
+    return kept | {
+        "train.steps": 1,
+        "train.seed": keys["train.seed"] + 1,
+        "checkpoint.every": 0,
+        "optim.name": "sgd",
+        "optim.lr": 0.1,
+    }
 
 
 def _draw_layout(draws: Draws, path: Path, keys: Keys, refused: Counter[str]) -> Layout | None:
@@ -123,10 +156,9 @@ def _written(value: Any) -> str:
     return str(value)
 
 
-def _draw_job(draws: Draws, corpora: Path) -> tuple[str, Keys, str, int]:
-    family, model = draw_model(draws)
+def _draw_job(draws: Draws, corpora: Path, start: str) -> tuple[str, Keys]:
+    family, model = draw_model(draws, upcycled=start == "upcycled")
     steps = draws.choice([3, 4])
-    resume = draws.randint(1, steps - 1)
     micro = draws.pick({1: 2, 2: 2, 3: 0.5, 4: 0.5})
     keys = model | {
         "name": "run",
@@ -140,14 +172,14 @@ def _draw_job(draws: Draws, corpora: Path) -> tuple[str, Keys, str, int]:
         "train.deterministic": draws.maybe(0.1),
         "eval.every": draws.pick({0: 1, 1: 2, 2: 1}),
         "eval.steps": draws.choice([1, 2]),
-        "checkpoint.every": resume,
+        "checkpoint.every": draws.randint(1, steps - 1),
         "checkpoint.keep": 0,
         "faults.timeout_s": 60,
         "faults.record_entries": 4096,
         "hardware.peak_tflops": 1.0,
     }
     keys |= _data(draws, corpora) | _optimizer(draws, steps)
-    return family, keys, "random", resume
+    return family, keys
 
 
 def _data(draws: Draws, corpora: Path) -> Keys:

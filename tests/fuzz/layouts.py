@@ -27,6 +27,8 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
     whole = degrees["pp"] == 1 and not experts
     keys["parallel.data.sharding"] = draws.pick({"ddp": 1, "zero1": 1, "fsdp": 1.5 if whole else 0})
     keys["parallel.data.bucket_mib"] = draws.pick({0.0001: 1, 0.001: 1, 0.01: 1, 0.1: 0.5, 32: 1})
+    if draws.maybe(0.3):
+        del keys["parallel.dp"]  # derived
     keys["memory.recompute"] = draws.pick({"none": 2, "full": 1})
     keys["checkpoint.asynchronous"] = draws.maybe(0.5)
     keys["data.prefetch"] = draws.choice([1, 2, 4])

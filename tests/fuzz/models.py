@@ -24,9 +24,14 @@ FAMILIES = {
 WITH_EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"}
 
 
-def draw_model(draws: Draws) -> tuple[str, Keys]:
-    """(family of the tally, keys of the `model` section)."""
-    family = draws.pick(FAMILIES)
+def draw_model(draws: Draws, *, upcycled: bool = False) -> tuple[str, Keys]:
+    """(family of the tally, keys of the `model` section).
+
+    Args:
+        upcycled: it has experts that can be made of the same model without.
+    """
+    families = FAMILIES if not upcycled else {f: w for f, w in FAMILIES.items() if f in WITH_EXPERTS | {"mixed"}}
+    family = draws.pick(families)
     model: Keys = {"family": "llama" if family in ("hybrid", "mixed") else family}
     heads = draws.pick({4: 6, 8: 2, 6: 2, 2: 0.5})
     model["heads"] = heads
@@ -39,8 +44,10 @@ def draw_model(draws: Draws) -> tuple[str, Keys]:
         if family not in ("olmoe",) and draws.maybe(0.2):
             model["head_dim"] = draws.choice([4, 16])
     model |= _attention(draws, family)
-    if family in WITH_EXPERTS or (family in ("hybrid", "mixed") and draws.maybe(0.35)):
+    if family in WITH_EXPERTS or upcycled or (family in ("hybrid", "mixed") and draws.maybe(0.35)):
         model |= _experts(draws, family, model["layers"])
+    if upcycled:
+        model |= _upcycled(draws, model)
     if family.startswith("deepseek") or (family == "mixed" and draws.maybe(0.3)):
         model["mtp"] = draws.pick({0: 2, 1: 2, 2: 1})
     if draws.maybe(0.15):
@@ -114,6 +121,30 @@ def _experts(draws: Draws, family: str, layers: int) -> Keys:
     if moe["top_k"] == 1 and router.get("score") == "sigmoid":
         moe["router.normalize"] = False  # the weight would be s / s, whose gradient is nothing but rounding
     return {f"moe.{key}": value for key, value in moe.items()}
+
+
+def _upcycled(draws: Draws, model: Keys) -> Keys:
+    """What makes the experts of a model parts of its dense networks."""
+    granularity = draws.choice([1, 1, 2])
+    experts = granularity * draws.choice([2, 3, 4])
+    per_token = granularity * draws.choice([1, 2])
+    keys: Keys = {
+        "ffn": model.get("moe.shared", 0) + granularity * model["moe.ffn"],
+        "moe.experts": experts,
+        "moe.top_k": per_token,
+        "moe.router.name": "top_k",
+        "moe.router.normalize": True,
+        "moe.router.null_experts": 0,
+        "moe.router.groups": 1,
+        "moe.router.groups_kept": 1,
+    }
+    if per_token == 1:
+        keys["moe.router.score"] = "softmax"
+    if model.get("ffn_bias"):
+        keys["moe.bias"] = True
+    if model.get("moe.capacity_scope") == "local":
+        keys["moe.capacity_factor"] = float(experts)
+    return keys
 
 
 def _router(draws: Draws, family: str, experts: int) -> Keys:

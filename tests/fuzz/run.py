@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pentad.configs import load
+from pentad.trainer.hf_io import export_hf
 from tests.distributed import run_distributed
 
-from .cases import Case, Layout
+from .cases import Case, Layout, as_yaml
 from .compare import Difference, Trained, differences, read_run, undetermined, unexplained
 from .ranks import train
 
@@ -60,11 +61,12 @@ class _Differs(Exception):
 
 
 def _run(case: Case, folder: Path) -> float:
-    expected = _trained(case, case.alone, folder, "alone")
+    start = _start(case, folder)
+    expected = _trained(case, case.alone, folder, "alone", start)
     if not all(math.isfinite(value) for value in expected.curve.values()):
         raise _Differs(f"one process diverges: {expected.curve}")
     checkpoint = folder / "first" / "run" / "checkpoints" / f"step-{case.resume:08d}"
-    first = _trained(case, case.first, folder, "first")
+    first = _trained(case, case.first, folder, "first", start)
     second = _trained(case, case.second, folder, "second", [f"checkpoint.resume={checkpoint}"], since=case.resume)
     dtype = case.alone.config.train.dtype
     free = undetermined(case.alone.config.model)
@@ -74,7 +76,7 @@ def _run(case: Case, folder: Path) -> float:
     }
     if not any(found.values()):
         return 0.0
-    nudged = [_trained(case, case.alone, folder, f"nudged-{n}", nudge=n) for n in range(NUDGES)]
+    nudged = [_trained(case, case.alone, folder, f"nudged-{n}", start, nudge=n) for n in range(NUDGES)]
     noise = [differences(other, expected, dtype, free) for other in nudged]
     for name, beyond in found.items():
         left = unexplained(beyond, noise)
@@ -101,31 +103,49 @@ def _since(trained: Trained, step: int) -> Trained:
     )
 
 
+def _start(case: Case, folder: Path) -> list[str]:
+    """Makes the weights that the case starts from; the overrides that name them."""
+    if case.origin is None:
+        return []
+    _run_one(as_yaml(case.origin), 1, folder, "origin", [])
+    made = folder / "origin" / "run" / "checkpoints" / "step-00000001"
+    if case.start == "hf":
+        export_hf(made, folder / "origin" / "hf")
+        made = folder / "origin" / "hf"
+    return [f"checkpoint.init={made}", *(["checkpoint.upcycle=true"] if case.start == "upcycled" else [])]
+
+
 def _trained(
     case: Case,
     layout: Layout,
     folder: Path,
     name: str,
-    more: list[str] | None = None,
+    more: list[str],
     *,
     since: int = 0,
     nudge: int | None = None,
 ) -> Trained:
+    run = _run_one(case.yaml(), layout.world, folder, name, [*layout.overrides(), *more], nudge)
+    return read_run(run, case.alone.config.train.steps, since)
+
+
+def _run_one(yaml: str, world: int, folder: Path, name: str, overrides: list[str], nudge: int | None = None) -> Path:
+    """Runs a job to its end; its run folder."""
     runs = folder / name
     shutil.rmtree(runs, ignore_errors=True)
     runs.mkdir(parents=True)
     file = runs / "job.yaml"
-    file.write_text(case.yaml())
-    cfg = load(file, [f"runs_dir={runs}", *layout.overrides(), *(more or [])], world_size=layout.world)
+    file.write_text(yaml)
     run_id = f"fuzz-{uuid.uuid4().hex[:12]}"
-    args = (cfg, case.yaml(), _free_port(), run_id, runs, nudge)
     try:
-        run_distributed(train, layout.world, *args, timeout_s=LIMIT_S, group=False)
+        cfg = load(file, [f"runs_dir={runs}", *overrides], world_size=world)
+        args = (cfg, yaml, _free_port(), run_id, runs, nudge)
+        run_distributed(train, world, *args, timeout_s=LIMIT_S, group=False)
     except Exception as error:
         for ring in Path("/dev/shm").glob(f"*{run_id}*"):
             ring.unlink(missing_ok=True)
         raise RunFailed(f"the {name} run: {_told(error)}") from error
-    return read_run(runs / "run", case.alone.config.train.steps, since)
+    return runs / "run"
 
 
 def _told(error: Exception) -> str:
