@@ -172,7 +172,7 @@ class AdamWConfig(OptimConfig):
     eps: float = 1e-8
     """Added to the root of the second moment."""
     impl: Literal["auto", "fused", "foreach", "apex"] = "auto"
-    """auto: apex's FusedAdam where it is installed and the device is a GPU, else torch's fused kernel."""
+    """auto: apex's kernel, checked at the start, where it is installed and there is a GPU; else torch's fused one."""
 
 
 @dataclass(frozen=True, kw_only=True)

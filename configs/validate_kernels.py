@@ -104,6 +104,10 @@ def _deepep(config: Config) -> list[Problem]:
 
 
 def _apex(config: Config) -> list[Problem]:
-    if getattr(config.optim, "impl", "auto") != "apex" or config.train.device != "cpu":
+    if getattr(config.optim, "impl", "auto") != "apex":
         return []
-    return [Problem("optim.impl", "apex has kernels for GPUs only, and train.device=cpu; set optim.impl=fused")]
+    if config.train.device == "cpu":
+        return [Problem("optim.impl", "apex has kernels for GPUs only, and train.device=cpu; set optim.impl=fused")]
+    if config.train.dtype == "fp64":
+        return [Problem("optim.impl", "apex computes in fp32, and train.dtype=fp64; set optim.impl=fused")]
+    return []

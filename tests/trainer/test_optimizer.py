@@ -71,7 +71,7 @@ def _groups(params, decay: float) -> list[dict]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("impl", ["fused", "foreach", "auto"])
-@pytest.mark.parametrize("skip_at", [-1, 2])
+@pytest.mark.parametrize("skip_at", [-1, 0, 2])
 def test_adamw(impl, dtype, skip_at):
     cfg = AdamWConfig(impl=impl, weight_decay=0.1)
     expected = _torch(
@@ -83,7 +83,7 @@ def test_adamw(impl, dtype, skip_at):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("skip_at", [-1, 2])
+@pytest.mark.parametrize("skip_at", [-1, 0, 2])
 def test_sgd(momentum, skip_at):
     expected = _torch(
         lambda p: torch.optim.SGD(_groups(p, 0.0), lr=0.01, momentum=momentum), torch.float64, skip_at=skip_at
