@@ -4,10 +4,11 @@ from .errors import Problem, UserError
 from .keys import KeyDoc, document, render
 from .load import given_yaml, load
 from .output import as_dict, hide, to_yaml
+from .paths import check_files
 from .resolve import resolve, resolve_model
 from .schema import Config, ModelConfig
 from .sources import preset_names
-from .validate import check_files, validate
+from .validate import validate
 
 __all__ = [
     "Config",

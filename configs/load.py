@@ -18,6 +18,7 @@ import yaml
 from .errors import Problem, UserError
 from .fields import SELECTORS, describe, field_types, flatten_schema, is_mapping, nearest, nearest_key
 from .output import hide
+from .paths import check_files
 from .reading.build import Reading, build, convert_all, defaults
 from .reading.convert import display, odd_character
 from .reading.hints import foreign_key, foreign_value, meant
@@ -28,7 +29,7 @@ from .resolve import resolve
 from .schedule_length import fit_schedule
 from .schema import Config
 from .sources import Given, Layer, find_config, find_preset, locate, plain, read_overrides, read_yaml, select, shown
-from .validate import check_files, validate
+from .validate import validate
 
 
 def load(

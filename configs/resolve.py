@@ -1,4 +1,4 @@
-"""Fill in what is derived from other keys. No torch; the only files read are a tokenizer.json and nothing else."""
+"""Fill in what is derived from other keys. No torch; the only file read is a tokenizer.json, others are looked for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from .paths import resolve_paths
 from .resolve_context import resolve_context
 from .schema import (
     BinData,
@@ -34,6 +35,7 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
         config: as read.
         world_size: number of ranks; None: not known yet, and parallel.dp becomes 1 where it was not given.
     """
+    config = resolve_paths(config)
     cache = config.data.cache if config.data.cache is not None else str(_user_cache() / "pentad")
     folder = config.checkpoint.dir
     model = _resolve_padding(resolve_model(config.model, config.train.seq_len, config.data), config.checkpoint.init)
@@ -94,7 +96,7 @@ def tokenizer_vocab(data: DataConfig) -> int | None:
     if data.tokenizer.path is None:
         return BYTE_TOKENS
     try:
-        content = json.loads(Path(data.tokenizer.path).expanduser().read_text(encoding="utf-8"))
+        content = json.loads(Path(data.tokenizer.path).read_text(encoding="utf-8"))
         vocab = content["model"]["vocab"]
         ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
         ids += [token["id"] for token in content.get("added_tokens") or []]

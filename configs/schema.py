@@ -104,34 +104,34 @@ class ConstantSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSchedule(ConstantSchedule):
-    """Linear decay to min_ratio · lr at the last step."""
+    """Linear decay, which would reach min_ratio · lr one step after the last."""
 
     name: Literal["linear"] = "linear"
     """Selects the class of this section: constant, linear, cosine or wsd."""
     min_ratio: float = 0.0
-    """Final learning rate as a fraction of optim.lr."""
+    """Learning rate that the decay goes to, one step after the last, as a fraction of optim.lr."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CosineSchedule(ConstantSchedule):
-    """Half a cosine down to min_ratio · lr at the last step."""
+    """Half a cosine, which would reach min_ratio · lr one step after the last."""
 
     name: Literal["cosine"] = "cosine"
     """Selects the class of this section: constant, linear, cosine or wsd."""
     min_ratio: float = 0.1
-    """Final learning rate as a fraction of optim.lr."""
+    """Learning rate that the decay goes to, one step after the last, as a fraction of optim.lr."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WsdSchedule(ConstantSchedule):
-    """Warm-up, stable, decay: constant until decay_steps before the end, then linear to min_ratio · lr."""
+    """Warm-up, stable, decay: constant until decay_steps before the end, then linear, towards min_ratio · lr."""
 
     name: Literal["wsd"] = "wsd"
     """Selects the class of this section: constant, linear, cosine or wsd."""
     decay_steps: int = 100
     """Steps of the final decay."""
     min_ratio: float = 0.0
-    """Final learning rate as a fraction of optim.lr."""
+    """Learning rate that the decay goes to, one step after the last, as a fraction of optim.lr."""
 
 
 ScheduleConfig = ConstantSchedule

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Callable
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 from .errors import Problem
-from .fields import nearest
 from .resolve import BYTE_TOKENS, tokenizer_vocab
 from .schema import BinData, BlendData, Config, TextData, WsdSchedule
 from .validate_context import validate_context
@@ -343,40 +340,3 @@ def _run(config: Config) -> list[Problem]:
     if c.upcycle and not config.model.moe.experts:
         problems.append(Problem("checkpoint.upcycle", "true needs a model with experts; set model.moe.experts"))
     return problems
-
-
-def check_files(config: Config) -> list[Problem]:
-    """The files and folders that the configuration names and that do not exist."""
-    problems: list[Problem] = []
-    data, c = config.data, config.checkpoint
-    if isinstance(data, TextData):
-        problems += [
-            _no_file("data.paths", p) for p in data.paths if not glob.glob(str(Path(p).expanduser()), recursive=True)
-        ]
-    elif isinstance(data, (BinData, BlendData)):
-        key = "data.paths" if isinstance(data, BinData) else "data.weights"
-        prefixes = data.paths if isinstance(data, BinData) else [p for p, weight in data.weights.items() if weight != 0]
-        files = [f"{p}{suffix}" for p in prefixes for suffix in (".bin", ".idx")]
-        problems += [_no_file(key, f) for f in files if not Path(f).expanduser().is_file()]
-    tokenizer = data.tokenizer.path
-    if (
-        tokenizer is not None
-        and not isinstance(data, (BinData, BlendData))
-        and not Path(tokenizer).expanduser().is_file()
-    ):
-        problems.append(_no_file("data.tokenizer.path", tokenizer))
-    if c.init is not None and not Path(c.init).expanduser().exists():
-        problems.append(_no_file("checkpoint.init", c.init))
-    if c.resume not in (None, "latest") and not Path(str(c.resume)).expanduser().exists():
-        problems.append(_no_file("checkpoint.resume", str(c.resume)))
-    return problems
-
-
-def _no_file(key: str, path: str) -> Problem:
-    folder = Path(path).expanduser().parent
-    try:
-        hint = nearest(Path(path).name, [p.name for p in folder.iterdir()])
-    except OSError:
-        hint = None
-    shown = folder / hint if hint else None
-    return Problem(key, f"no such file: {path}" + (f"; did you mean {shown}?" if shown else ""))

@@ -102,15 +102,28 @@ def test_apex_where_it_is_missing():
     ("schedule", "at"),
     [
         (ConstantSchedule(warmup_steps=4), {0: 0.25, 3: 1.0, 99: 1.0}),
-        (LinearSchedule(warmup_steps=0, min_ratio=0.2), {0: 1.0, 99: 0.2}),
-        (CosineSchedule(warmup_steps=1, min_ratio=0.1), {0: 1.0, 1: 1.0, 50: 0.55, 99: 0.1}),
-        (WsdSchedule(warmup_steps=2, decay_steps=10, min_ratio=0.0), {0: 0.5, 50: 1.0, 89: 1.0, 94: 0.5, 99: 0.0}),
+        (LinearSchedule(warmup_steps=0, min_ratio=0.2), {0: 1.0, 50: 0.6, 99: 0.208, 100: 0.2}),
+        (CosineSchedule(warmup_steps=2, min_ratio=0.1), {0: 0.5, 1: 1.0, 2: 1.0, 51: 0.55, 100: 0.1}),
+        (
+            WsdSchedule(warmup_steps=2, decay_steps=10, min_ratio=0.0),
+            {0: 0.5, 50: 1.0, 89: 1.0, 90: 10 / 11, 99: 1 / 11, 100: 0.0},
+        ),
     ],
     ids=["constant", "linear", "cosine", "wsd"],
 )
 def test_schedules(schedule, at):
     for step, ratio in at.items():
         assert learning_rate(schedule, 2.0, step, 100) == pytest.approx(2 * ratio, abs=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 100])
+@pytest.mark.parametrize("kind", [LinearSchedule, CosineSchedule, WsdSchedule])
+def test_no_step_of_a_run_has_the_rate_zero(kind, steps):
+    schedule = kind(min_ratio=0.0, **({"decay_steps": max(1, steps // 2)} if kind is WsdSchedule else {}))
+    rates = [learning_rate(schedule, 1.0, step, steps) for step in range(steps)]
+    assert all(rate > 0 for rate in rates)
+    assert rates == sorted(rates, reverse=True)
+    assert learning_rate(schedule, 1.0, steps, steps) == pytest.approx(0.0, abs=1e-15)
 
 
 @pytest.mark.parametrize("optim", ["adamw", "sgd"])

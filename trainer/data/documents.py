@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...configs.errors import Problem, UserError
+from ...configs.paths import find_paths
 
 KINDS = ("text", "jsonl", "parquet")
 _SUFFIXES = {"jsonl": (".jsonl", ".json", ".ndjson"), "parquet": (".parquet", ".pq")}
@@ -57,7 +58,7 @@ def find_files(paths: Sequence[str], kind: str | None = None, key: str = "data.p
             if not matches:
                 problems.append(Problem(key, f"no {kind or 'visible'} files in folder {given}"))
         elif glob.has_magic(given):
-            matches = [Path(m) for m in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(m)]
+            matches = [Path(m) for m in find_paths(str(path)) if os.path.isfile(m)]
             if not matches:
                 problems.append(Problem(key, f"no file matches {given}"))
         else:
