@@ -21,9 +21,10 @@ from ..configs.errors import Problem, UserError
 from ..parallel.global_tensor import GlobalTensor
 from ..parallel.waiting import Abort
 from . import checkpoint_files as files
+from .checkpoint_check import all_damaged, missing
 from .checkpoint_index import Stored
 from .checkpoint_io import Save, read_full, read_together, write_full, write_together
-from .checkpoint_manifest import MANIFEST, Damaged, differences, read_manifest, read_state, verify
+from .checkpoint_manifest import Damaged, differences, read_manifest, read_state, verify
 from .checkpoint_names import checkpoints, step_folder
 from .checkpoint_plan import Holding, HostBuffers, Write, assign
 from .checkpoint_team import CheckpointError, Team
@@ -240,6 +241,17 @@ class Checkpointer:
             self._newest = int(state["step"])
         return state
 
+    def state(self, path: Path) -> dict[str, Any]:
+        """The state of a checkpoint that `find_resume` or `verified` has verified.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        found = self._team.first("reading the state", lambda: _or_reason(read_state, path))
+        if isinstance(found, str):
+            raise UserError(Problem(str(path), f"damaged checkpoint: {found}"))
+        return found
+
     def find_resume(self, resume: str | Path) -> Path | None:
         """The verified checkpoint to go on from: every byte of it was read and compared, each rank its share.
 
@@ -264,13 +276,7 @@ class Checkpointer:
             self._tell("checkpoint_damaged", path=str(path), reason=reason)
             self._say(f"{path} is damaged, using the one before: {reason}")
         if found:
-            raise UserError(
-                Problem(
-                    "checkpoint.resume",
-                    f"all {len(found)} checkpoints in {self.directory} are damaged; move them away to start afresh, "
-                    "or name a good one",
-                )
-            )
+            raise UserError(all_damaged(self.directory, len(found)))
         return None
 
     def verified(self, path: Path, key: str) -> Path:
@@ -317,10 +323,6 @@ def _or_reason(read: Callable[[Path], T], path: Path) -> T | str:
 
 
 def _must_exist(path: Path, key: str) -> None:
-    if path.is_dir() and not (path / MANIFEST).exists() and checkpoints(path):
-        newest = checkpoints(path)[0][1]
-        raise UserError(Problem(key, f"{path} is a folder of checkpoints; name one, such as {newest}"))
-    if not path.is_dir():
-        near = [str(p) for _, p in checkpoints(path.parent)[:3]]
-        hint = f"; there are {', '.join(near)}" if near else ""
-        raise UserError(Problem(key, f"{path} does not exist{hint}"))
+    problem = missing(path, key)
+    if problem is not None:
+        raise UserError(problem)

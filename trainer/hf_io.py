@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
-from ..configs.errors import Problem, UserError
-from ..configs.same_model import differences
 from ..configs.schema import ModelConfig, MoeConfig
 from ..models.hf import (
     HfFolder,
@@ -32,6 +29,7 @@ from ..parallel.global_tensor import Placement
 from .checkpoint import Checkpointer, read_full, write_full
 from .checkpoint_manifest import read_state
 from .checkpoint_slices import CheckpointSlices
+from .saved_model import check_same_model, model_config_from_state
 from .setup import Parts
 from .state import model_tensors
 
@@ -39,8 +37,6 @@ from .state import model_tensors
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _REMEMBERED = ".router.load"
-
-Section = TypeVar("Section")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +113,7 @@ def export_hf(
         UserError: for a damaged checkpoint, a model that no supported architecture expresses, or a folder in the way.
     """
     _, state = read_full(Path(checkpoint), [])
-    config = model_config_from_state(state["model"])
+    config = model_config_from_state(state.get("model"))
     names = [name for link in links(config) for name in link.ours]
     tensors, _ = read_full(Path(checkpoint), [f"model/{name}" for name in names])
     weights = {name: tensors[f"model/{name}"] for name in names}
@@ -159,7 +155,7 @@ def load_initial(
                 parts.load(_read_all(parts, padded_read(folder.read, given), folder.shapes))
         return
     verified = checkpointer.verified(path, "checkpoint.init")
-    given = model_config_from_state(read_state(verified)["model"])
+    given = model_config_from_state(read_state(verified).get("model"))
     granularity = _check_initial(given, parts, path, upcycle)
     if upcycle:
         read = padded_read(CheckpointSlices(verified, _shapes(given)).read, given)
@@ -206,32 +202,3 @@ def _check_upcycling(given: ModelConfig, job: ModelConfig, path: Path) -> int:
     if not given.moe.experts:
         check_same_model(given, dataclasses.replace(job, moe=MoeConfig()), path)
     return check_upcycling(given, job)
-
-
-def check_same_model(given: ModelConfig, job: ModelConfig, path: Path) -> None:
-    """Refuse weights of a network that computes something else than the job's.
-
-    Raises:
-        UserError: one problem per key that differs.
-    """
-    if job.moe.experts and not given.moe.experts:
-        message = f"{job.moe.experts}, but checkpoint.init={path} is a dense model; set model.moe.experts=0, or "
-        raise UserError(Problem("model.moe.experts", f"{message}checkpoint.upcycle=true to make the experts of it"))
-    problems = [
-        Problem(f"model.{key}", f"{found}, but checkpoint.init={path} has {value}; set model.{key}={value}")
-        for key, (value, found) in differences(given, job, padded=True).items()
-    ]
-    if problems:
-        raise UserError(*problems)
-
-
-def model_config_from_state(model: Mapping[str, Any]) -> ModelConfig:
-    """The ModelConfig of a checkpoint's ``state["model"]``; keys that are newer than the checkpoint have defaults."""
-    return _built(ModelConfig, model)
-
-
-def _built(kind: type[Section], values: Mapping[str, Any]) -> Section:
-    """A dataclass with the dataclasses inside it."""
-    types = get_type_hints(kind)
-    nested = {key: _built(types[key], value) for key, value in values.items() if dataclasses.is_dataclass(types[key])}
-    return kind(**{**values, **nested})

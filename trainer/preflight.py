@@ -14,6 +14,7 @@ from pathlib import Path
 from ..configs.errors import Problem, UserError
 from ..configs.output import hide
 from ..configs.schema import Config, LogConfig
+from .checkpoint_check import checkpoint_problems
 from .data.preflight import data_problems
 from .devices import missing_devices
 
@@ -28,6 +29,7 @@ def preflight(cfg: Config) -> None:
         UserError: every problem found.
     """
     problems = [*missing_packages(cfg.log), *missing_devices(cfg), *_folders(cfg), *data_problems(cfg)]
+    problems += checkpoint_problems(cfg)
     if problems:
         raise UserError(*(Problem(p.key, hide(cfg, p.message)) for p in problems))
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..configs.errors import Problem, UserError
-from ..configs.schema import Config
 from ..parallel.data import Replicas, Unit
 from ..parallel.global_tensor import GlobalTensor
 from .optimizer import Optimizer
@@ -41,28 +39,3 @@ def _tensors(replicas: Replicas, kinds: dict[str, dict[str, Any]]) -> dict[str, 
         for kind, units in kinds.items()
         for piece in replicas.pieces()
     }
-
-
-def describe(cfg: Config, fingerprint: str) -> dict[str, Any]:
-    """What decides which sequence a step sees: it must not change when a run resumes."""
-    return {
-        "train.seed": cfg.train.seed,
-        "train.global_batch": cfg.train.global_batch,
-        "train.seq_len": cfg.train.seq_len,
-        "data": fingerprint,
-    }
-
-
-def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuses to go on with other data than the checkpoint's.
-
-    Raises:
-        UserError: one problem per key that differs.
-    """
-    problems = [
-        Problem(key, f"the checkpoint was trained with {saved[key]}, not {value}; use checkpoint.init for a new run")
-        for key, value in now.items()
-        if key in saved and saved[key] != value
-    ]
-    if problems:
-        raise UserError(*problems)

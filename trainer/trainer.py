@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..configs.errors import UserError
 from ..configs.schema import Config
 from ..models.flops import flops_again, flops_per_step, parameter_count
 from ..parallel.collectives import all_reduce
@@ -26,11 +26,12 @@ from .overlap import OverlapTuner
 from .peak import Peak
 from .pipeline import evaluation_program, training_program
 from .profiling import Profiler
+from .same_run import Progress, facts, run_problems
 from .schedule import learning_rate
 from .setup import Parts, buckets_per_rank
 from .signals import StopRequest
 from .sinks import EventLog, SinkSet
-from .state import all_tensors, check_same_data, describe, units_by_key
+from .state import all_tensors, units_by_key
 from .step import Stepper, StepResult
 
 
@@ -104,26 +105,24 @@ class Trainer:
         Raises:
             UserError: the checkpoint does not fit the model or was trained on other data.
         """
-        state = self.checkpointer.load(path, all_tensors(self.parts, self.optimizer))
-        check_same_data(state["same"], describe(self.cfg, self.data.fingerprint))
+        state = self.checkpointer.state(path)
+        problems = run_problems(state, self.cfg, path, self.data.fingerprint)
+        if problems:
+            raise UserError(*problems)
+        self.checkpointer.load(path, all_tensors(self.parts, self.optimizer))
         self.parts.replicas.publish()
-        self.step = int(state["step"])
-        self.stepper.updates.fill_(float(state["updates"]))
-        self.meter.tokens, self.meter.skipped = int(state["tokens"]), int(state["skipped"])
+        was = Progress.of(state, path)
+        self.step, self.meter.tokens, self.meter.skipped = was.step, was.tokens, was.skipped
+        self.stepper.updates.fill_(float(was.updates))
 
     def save(self) -> None:
         """Saves the state after `self.step` steps."""
         self._drain()
         if self.checkpointer.newest == self.step:
             return
-        state = {
-            "step": self.step,
-            "updates": int(self.stepper.updates.item()),
-            "tokens": self.meter.tokens,
-            "skipped": self.meter.skipped,
-            "same": describe(self.cfg, self.data.fingerprint),
-            "model": dataclasses.asdict(self.cfg.model),
-        }
+        updates = int(self.stepper.updates.item())
+        done = Progress(self.step, updates, self.meter.tokens, self.meter.skipped)
+        state = done.as_dict() | facts(self.cfg, self.data.fingerprint)
         self.checkpointer.save(self.step, all_tensors(self.parts, self.optimizer), state)
 
     def train(self, outputs: Outputs | None, stop: StopRequest) -> bool:

@@ -17,7 +17,8 @@ from pentad.configs.schema import MlaConfig, ModelConfig, MoeConfig, RopeConfig,
 from pentad.models.hf import hf_config, load_hf, model_config_from_hf, write_hf
 from pentad.models.hf_names import links
 from pentad.trainer.checkpoint import Checkpointer, read_full, write_full
-from pentad.trainer.hf_io import check_same_model, export_hf, import_hf, load_initial, model_config_from_state
+from pentad.trainer.hf_io import export_hf, import_hf, load_initial
+from pentad.trainer.saved_model import check_same_model, model_config_from_state
 from pentad.trainer.setup import make_model
 from tests.distributed import run_distributed
 from tests.training import job, open_mesh
