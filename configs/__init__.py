@@ -1,5 +1,6 @@
 """Configuration: schema, presets, loading and validation. Imports no torch."""
 
+from .advice import warnings
 from .errors import Problem, UserError
 from .keys import KeyDoc, document, render
 from .load import given_yaml, load
@@ -28,4 +29,5 @@ __all__ = [
     "resolve_model",
     "to_yaml",
     "validate",
+    "warnings",
 ]

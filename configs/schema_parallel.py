@@ -83,6 +83,11 @@ class ParallelConfig:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     """Pipeline parallelism."""
 
+    @property
+    def pipeline_in_use(self) -> PipelineConfig:
+        """`pipeline`; of a single pipeline rank one stage with all layers, whatever the section says."""
+        return self.pipeline if self.pp > 1 else PipelineConfig(schedule="1f1b", chunks=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +42,12 @@ def preset_names(kind: str) -> list[str]:
 def find_config(path: str | Path) -> Path | Problem:
     """The file that CONFIG means: a path, or the name of a job in presets/jobs."""
     given = str(path)
-    file = Path(path).expanduser()
-    if file.is_file():
+    file = Path(os.path.expanduser(given))
+    if os.path.isfile(file):
         return file
     if given in preset_names("jobs"):
         return PRESETS / "jobs" / f"{given}.yaml"
-    if file.is_dir():
+    if os.path.isdir(file):
         return Problem(given, "is a folder; give a YAML file in it")
     folder = file.parent
     around = {str(folder / p.name) if folder != Path() else p.name for p in folder.glob("*.y*ml")}

@@ -57,13 +57,13 @@ _POSITIVE = [
     "train.micro_batch",
     "train.seq_len",
     "optim.schedule.decay_steps",
-    "data.prefetch",
     "eval.steps",
     "log.every",
     "faults.max_bad_steps",
     "faults.record_entries",
 ]
 _NOT_NEGATIVE = [
+    "data.prefetch",
     "train.seed",
     "optim.schedule.warmup_steps",
     "optim.lr",

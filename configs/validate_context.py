@@ -62,23 +62,10 @@ def _heads(config: Config) -> list[Problem]:
 def _placement(config: Config) -> list[Problem]:
     m, context = config.model, config.parallel.context
     problems: list[Problem] = []
-    if m.linear_layers:
-        if context.placement != "contiguous":
-            message = (
-                f"{context.placement}, but linear attention (model.linear) hands its state from rank to rank in the "
-                "order of the tokens; set parallel.context.placement=contiguous"
-            )
-            problems.append(Problem("parallel.context.placement", message))
-        if context.method not in ("allgather", "ulysses") and len(m.linear_layers) < m.layers:
-            message = (
-                f"{context.method} with contiguous tokens leaves the first ranks idle; beside linear attention set "
-                "parallel.context.method=allgather or ulysses"
-            )
-            problems.append(Problem("parallel.context.method", message))
-    elif context.placement == "by_length" and context.method in ("allgather", "ulysses"):
+    if m.linear_layers and context.placement != "contiguous":
         message = (
-            f"{context.method} sends the same wherever the documents are, so parallel.context.placement=by_length "
-            "saves nothing; set parallel.context.method=ring"
+            f"{context.placement}, but linear attention (model.linear) hands its state from rank to rank in the "
+            "order of the tokens; set parallel.context.placement=contiguous"
         )
-        problems.append(Problem("parallel.context.method", message))
+        problems.append(Problem("parallel.context.placement", message))
     return problems

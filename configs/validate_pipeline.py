@@ -12,11 +12,13 @@ _SECTION = "parallel.pipeline"
 
 def validate_pipeline(config: Config) -> list[Problem]:
     """Every problem of the resolved section that follows from the values alone."""
+    if config.parallel.pp == 1:
+        return []  # without effect, which is a warning (`advice.py`)
     return [*_chunks(config), *_vocab(config), *_group(config), *_layers(config), *_sharding(config)]
 
 
 def _chunks(config: Config) -> list[Problem]:
-    p, pipeline = config.parallel, config.parallel.pipeline
+    pipeline = config.parallel.pipeline
     schedule, chunks, key = pipeline.schedule, pipeline.chunks or 1, f"{_SECTION}.chunks"
     if schedule in ONE_CHUNK and chunks != 1:
         message = (
@@ -25,12 +27,6 @@ def _chunks(config: Config) -> list[Problem]:
         return [Problem(key, message)]
     if schedule in VEE and chunks != 2:
         message = f"{_SECTION}.schedule={schedule} has 2 chunks per rank, got {chunks}; set {key}=2"
-        return [Problem(key, message)]
-    if p.pp == 1 and chunks > 1:
-        message = (
-            f"{chunks} chunks ({_SECTION}.schedule={schedule}) shorten a pipeline's bubble, and parallel.pp=1 has "
-            f"none; set parallel.pp=2 or more, or {_SECTION}.schedule=1f1b with {key}=1"
-        )
         return [Problem(key, message)]
     return []
 
@@ -99,7 +95,7 @@ def _layers(config: Config) -> list[Problem]:
 
 def _sharding(config: Config) -> list[Problem]:
     p = config.parallel
-    if p.data.sharding != "fsdp" or p.pp == 1:
+    if p.data.sharding != "fsdp":
         return []
     message = (
         f"fsdp does not go with parallel.pp={p.pp}: every micro-batch of every stage would gather its parameters "

@@ -31,7 +31,7 @@ def indivisible_vocab(vocab: int, divisor_key: str, divisor: int) -> list[Proble
 def initial_vocab(path: str) -> int | None:
     """How many token ids the weights of `checkpoint.init` know: a Hugging Face folder's or a checkpoint's; none where
     that cannot be read, which is for those to say who read the weights."""
-    folder = Path(path).expanduser()
+    folder = Path(path)
     try:
         if (folder / "config.json").exists():
             found = read_json((folder / "config.json").resolve())["vocab_size"]

@@ -37,7 +37,7 @@ class Pipeline:
     @staticmethod
     def of(cfg: Config) -> Pipeline:
         """The pipeline that the config asks for: layers split by their cost, or as it says."""
-        p, ranks = cfg.parallel.pipeline, cfg.parallel.pp
+        p, ranks = cfg.parallel.pipeline_in_use, cfg.parallel.pp
         assert p.schedule is not None and p.chunks is not None
         placement = schedules.placement(p.schedule, ranks, p.chunks)
         is_balanced = p.vocab == "balanced" and ranks > 1
@@ -68,7 +68,7 @@ class Pipeline:
 
 def compute_program(cfg: Config, pipeline: Pipeline, microbatches: int) -> Program:
     """In which order every rank of the pipeline axis computes in a step, without communication."""
-    p, ranks = cfg.parallel.pipeline, cfg.parallel.pp
+    p, ranks = cfg.parallel.pipeline_in_use, cfg.parallel.pp
     assert p.schedule is not None
     if not pipeline.split.balanced:
         return schedules.generate(p.schedule, ranks=ranks, microbatches=microbatches, chunks=p.chunks, group=p.group)

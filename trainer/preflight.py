@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
+from ..configs.advice import warnings
 from ..configs.errors import Problem, UserError
 from ..configs.output import hide
 from ..configs.schema import Config, LogConfig
@@ -23,7 +25,7 @@ _PACKAGES = {"log.wandb": ("wandb", "wandb"), "log.tensorboard": ("tensorboard",
 
 
 def preflight(cfg: Config) -> None:
-    """Looks for everything that would stop the job soon after its start.
+    """Looks for everything that would stop the job soon after its start, and prints the warnings of one that starts.
 
     Raises:
         UserError: every problem found.
@@ -32,6 +34,8 @@ def preflight(cfg: Config) -> None:
     problems += checkpoint_problems(cfg)
     if problems:
         raise UserError(*(Problem(p.key, hide(cfg, p.message)) for p in problems))
+    for warning in warnings(cfg):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def missing_packages(cfg: LogConfig) -> list[Problem]:

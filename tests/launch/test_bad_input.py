@@ -142,3 +142,15 @@ def test_a_value_from_the_environment_is_in_no_message_and_no_file(
     assert secret not in captured.err + captured.out
     for file in (tmp_path / "runs").rglob("*"):
         assert not file.is_file() or secret.encode() not in file.read_bytes(), file
+
+
+def test_a_job_without_prefetching_trains_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    losses = []
+    for prefetch in (0, 4):
+        where = [f"runs_dir={tmp_path}/{prefetch}", f"data.prefetch={prefetch}", "parallel.pipeline.schedule=gis"]
+        assert main([DENSE, *SMALL, *where, "eval.every=1", "train.dtype=fp64"]) == 0
+        warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        assert len(warnings) == 1 and "no effect with parallel.pp=1" in warnings[0]
+        lines = (tmp_path / f"{prefetch}/demo/metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == losses[1] and len(losses[0]) == 2

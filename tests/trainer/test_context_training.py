@@ -152,6 +152,31 @@ def test_hybrid_stacks(method):
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("cp", "context"),
+    [
+        (2, {"method": "ring"}),
+        (4, {"method": "ring", "duplex": True}),
+        (2, {"method": "tokenring"}),
+        pytest.param(4, {"method": "tokenring"}, marks=pytest.mark.slow),
+        (4, {"method": "usp", "inner": 2}),
+    ],
+    ids=str,
+)
+def test_any_method_beside_linear_attention_is_only_slower(cp, context):
+    linear = LinearAttentionConfig(key_dim=4, value_dim=8, gate_rank=4, chunk=4)
+    model = {"layers": 2, "attention_every": 2, "linear": linear}
+    check(cp=cp, context={**context, "placement": "contiguous"}, model=model, masked=True, steps=5, optim="sgd")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", ["allgather", "ulysses"])
+@pytest.mark.parametrize("cp", [2, 4])
+def test_documents_by_length_with_a_method_that_gains_nothing(method, cp):
+    check(cp=cp, context={"method": method, "placement": "by_length"}, masked=True, steps=5)
+
+
+@pytest.mark.distributed
 def test_sinks_dropout_and_learned_positions():
     model = {"sinks": True, "dropout": 0.1, "position": "learned", "window": 6, "window_every": 2}
     check(cp=2, tp=2, context={"method": "ring"}, model=model, steps=5)

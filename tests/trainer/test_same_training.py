@@ -103,3 +103,9 @@ def test_micro_batch_and_accumulation_change_nothing(micro_batch, dp, sharding):
 def test_bucket_size_changes_nothing():
     for size in (0.001, 64.0):
         check(tp=1, dp=2, sharding="zero1", bucket_mib=size)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("pipeline", [{"schedule": "gis", "chunks": 2, "vocab": "balanced"}, {"layers": (1, 3)}])
+def test_a_pipeline_section_without_a_pipeline_changes_nothing(pipeline):
+    check(tp=1, dp=2, pipeline=pipeline)
