@@ -1,4 +1,4 @@
-"""Fill in what is derived from other keys. No torch; the only file read is a tokenizer.json, others are looked for."""
+"""Fill in what is derived from other keys. No torch; only the files that tell a vocabulary are read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from .errors import UserError
 from .paths import resolve_paths
 from .resolve_context import resolve_context
 from .schema import (
@@ -22,6 +23,7 @@ from .schema import (
     RopeConfig,
 )
 from .schema_parallel import GROUPED, ONE_CHUNK
+from .tokenized import read_meta
 from .vocabulary import initial_vocab, padded
 
 BYTE_TOKENS = 257
@@ -90,10 +92,16 @@ def _resolve_padding(model: ModelConfig, init: str | None) -> ModelConfig:
 
 
 def tokenizer_vocab(data: DataConfig) -> int | None:
-    """Number of token ids of the job's tokenizer, unpadded; None for tokenized data and for unreadable files."""
+    """Number of token ids of the job's tokenizer, unpadded.
+
+    Of tokenized data: of the tokenizers that made it, as PREFIX.meta.json says, or of data.tokenizer.path. None for
+    files that are missing or damaged, and for tokens of unknown origin.
+    """
     if isinstance(data, (BinData, BlendData)):
-        return None
-    if data.tokenizer.path is None:
+        known = _vocab_of_tokens(data)
+        if known is not None or data.tokenizer.path is None:
+            return known
+    elif data.tokenizer.path is None:
         return BYTE_TOKENS
     try:
         content = json.loads(Path(data.tokenizer.path).read_text(encoding="utf-8"))
@@ -103,6 +111,15 @@ def tokenizer_vocab(data: DataConfig) -> int | None:
         return max(ids) + 1
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
+
+
+def _vocab_of_tokens(data: BinData | BlendData) -> int | None:
+    prefixes = data.paths if isinstance(data, BinData) else [p for p, weight in data.weights.items() if weight != 0]
+    try:
+        metas = [read_meta(prefix) for prefix in prefixes]
+    except UserError:
+        return None  # whoever opens the files says what is wrong with them
+    return max((meta.coding.vocab for meta in metas if meta is not None), default=None) if all(metas) else None
 
 
 def _resolve_rope(rope: RopeConfig) -> RopeConfig:

@@ -13,7 +13,7 @@ class TokenizerConfig:
     """Text to tokens."""
 
     path: str | None = None
-    """A tokenizer.json; none: the built-in byte tokenizer (256 bytes and one end-of-document token)."""
+    """A tokenizer.json, or its folder; none: the built-in byte tokenizer (256 bytes and one end-of-document token)."""
     eod: str | None = None
     """End-of-document token in the tokenizer.json; derived: the first of <|endoftext|>, <|end_of_text|>, </s>."""
 
@@ -25,7 +25,7 @@ class DataConfig:
     name: str = MISSING
     """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """Text to tokens; unused by bin."""
+    """Text to tokens; of bin and blend only its vocabulary is used, where the files do not say theirs."""
     document_mask: bool = False
     """Packed documents attend only to themselves, and their positions start at 0."""
     holdout: float = 0.01

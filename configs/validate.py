@@ -7,8 +7,9 @@ from functools import reduce
 from typing import Any
 
 from .errors import Problem
-from .resolve import BYTE_TOKENS, tokenizer_vocab
+from .resolve import BYTE_TOKENS
 from .schema import BinData, BlendData, Config, TextData, WsdSchedule
+from .tokenized import META_SUFFIX
 from .validate_context import validate_context
 from .validate_kernels import validate_kernels
 from .validate_moe import validate_moe
@@ -238,14 +239,17 @@ def _vocab(config: Config) -> list[Problem]:
     vocab, data = config.model.vocab, config.data
     if vocab is None:
         if isinstance(data, (BinData, BlendData)):
-            reason = f"data.name={data.name} has no tokenizer to derive it from"
+            reason = f"data.name={data.name} has no tokenizer to derive it from: no PREFIX{META_SUFFIX} says it"
+            if data.tokenizer.path is not None:
+                reason += f", and data.tokenizer.path={data.tokenizer.path} cannot be read"
         else:
             reason = f"data.tokenizer.path={data.tokenizer.path} is not a tokenizer.json that can be read"
         return [Problem("model.vocab", f"missing, and {reason}; set model.vocab")]
     used = config.model.vocab_used
     if used is not None and used > vocab:
         return [Problem("model.vocab_used", f"{used} is more than model.vocab={vocab}; set model.vocab={padded(used)}")]
-    if data.tokenizer.path is None and tokenizer_vocab(data) == BYTE_TOKENS and config.model.used_vocab < BYTE_TOKENS:
+    tokenized = isinstance(data, (BinData, BlendData))  # whose largest token counts, not what its tokenizer has
+    if not tokenized and data.tokenizer.path is None and config.model.used_vocab < BYTE_TOKENS:
         key, size = ("model.vocab", 320) if used is None else ("model.vocab_used", BYTE_TOKENS)
         message = f"{config.model.used_vocab} is smaller than the byte tokenizer's {BYTE_TOKENS} tokens"
         return [Problem(key, f"{message}; set {key}={size}")]

@@ -92,13 +92,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
     _schedule_parser(verbs.add_parser("schedule", help="Make, check, simulate and draw the program of a pipeline."))
 
-    tokenize = verbs.add_parser("tokenize", help="Turn text, JSONL or parquet into PREFIX.bin and PREFIX.idx.")
-    tokenize.add_argument("inputs", metavar="INPUT", nargs="+", help="files, folders or glob patterns")
-    tokenize.add_argument("--tokenizer", metavar="T", required=True, help="byte, or a tokenizer.json")
-    tokenize.add_argument("--out", metavar="PREFIX", required=True, help="where to write, without extension")
-    tokenize.add_argument("--field", metavar="NAME", default="text", help="key or column of the text (text)")
-    tokenize.add_argument("--eod", metavar="TOKEN", help="end-of-document token of the tokenizer.json")
-    tokenize.set_defaults(run=_tokenize)
+    _tokenize_parser(verbs.add_parser("tokenize", help="Turn text, JSONL or parquet into PREFIX.bin and PREFIX.idx."))
 
     import_hf = verbs.add_parser("import-hf", help="Turn a Hugging Face folder into a checkpoint.")
     import_hf.add_argument("directory", metavar="DIR", help="folder with config.json and *.safetensors")
@@ -116,6 +110,29 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     export_hf.add_argument("--dtype", choices=_DTYPES, help="type of the written tensors (as in the checkpoint)")
     export_hf.set_defaults(run=_export_hf)
     return parser, list(verbs.choices)
+
+
+def _tokenize_parser(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Turn text, JSON lines or parquet, also compressed, into PREFIX.bin and PREFIX.idx, and say how in "
+        "PREFIX.meta.json. With --verify, compare such files with their checksums."
+    )
+    parser.add_argument(
+        "inputs", metavar="INPUT", nargs="+", help="files, folders or glob patterns; of --verify: PREFIX"
+    )
+    parser.add_argument("--tokenizer", metavar="T", help="byte, or a tokenizer.json or its folder")
+    parser.add_argument("--out", metavar="PREFIX", help="where to write, without extension")
+    kinds = ("auto", "text", "jsonl", "parquet")
+    parser.add_argument(
+        "--kind", choices=kinds, default="auto", help="of the files; auto: by suffix, else by content (auto)"
+    )
+    parser.add_argument("--field", metavar="NAME", default="text", help="key or column of the text (text)")
+    parser.add_argument("--eod", metavar="TOKEN", help="end-of-document token of the tokenizer.json")
+    parser.add_argument(
+        "--workers", metavar="N", type=int, default=1, help="processes (1); what is written is the same"
+    )
+    parser.add_argument("--verify", action="store_true", help="compare PREFIX.bin and .idx with their checksums")
+    parser.set_defaults(run=_tokenize)
 
 
 def _schedule_parser(parser: argparse.ArgumentParser) -> None:
@@ -197,10 +214,19 @@ def _schedule(args: argparse.Namespace) -> int:
 
 
 def _tokenize(args: argparse.Namespace) -> int:
-    from ..trainer.data.cache import tokenize
+    from ..trainer.data.tokenize import describe, tokenize, verify_tokens
 
-    done = tokenize(args.inputs, args.tokenizer, args.out, field=args.field, eod=args.eod)
-    print(f"{done.prefix}.bin and .idx: {done.documents:,} documents, {done.tokens:,} tokens, {done.seconds:.1f} s")
+    if args.verify:
+        verify_tokens(args.inputs, print)
+        return 0
+    absent = [f"--{option}" for option in ("tokenizer", "out") if getattr(args, option) is None]
+    if absent:
+        raise UserError(f"the following arguments are required: {', '.join(absent)}; see pentad tokenize --help")
+    kind = None if args.kind == "auto" else args.kind
+    done = tokenize(
+        args.inputs, args.tokenizer, args.out, field=args.field, eod=args.eod, kind=kind, workers=args.workers
+    )
+    print("\n".join(describe(done)))
     return 0
 
 

@@ -1,24 +1,17 @@
-"""Documents from files: which files a source means, and the text in them, in a fixed order."""
+"""Documents from files: the text in text, JSON lines and parquet files, in a fixed order."""
 
 from __future__ import annotations
 
-import glob
 import json
-import os
-import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...configs.errors import Problem, UserError
-from ...configs.paths import find_paths
-
-KINDS = ("text", "jsonl", "parquet")
-_SUFFIXES = {"jsonl": (".jsonl", ".json", ".ndjson"), "parquet": (".parquet", ".pq")}
-# Distributions differ in whether they ship the library's tests, so leaving them out keeps machines alike.
-_STDLIB_SKIP = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
-_NO_PYARROW = "reading parquet needs the pyarrow package: pip install pyarrow"
+from .files import kind_of
+from .opening import DAMAGE, open_text
+from .parquet import read_parquet
 
 
 @dataclass(frozen=True)
@@ -29,135 +22,94 @@ class Document:
     size: float
 
 
-def stdlib_files() -> list[Path]:
-    """The .py files of the running Python's standard library without its tests, sorted by relative path."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _STDLIB_SKIP]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    if not found:
-        raise UserError(Problem("data.name", f"no .py files in {root}; use data.name=text with data.paths"))
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+@dataclass
+class Tally:
+    """What was met while reading: documents without any text (or null), which are left out."""
+
+    without_text: int = 0
 
 
-def find_files(paths: Sequence[str], kind: str | None = None, key: str = "data.paths") -> list[Path]:
-    """Files that ``paths`` (files, folders, glob patterns) name, in the order given, each once.
+def read_documents(
+    files: Iterable[Path], kind: str | None = None, field: str = "text", tally: Tally | None = None
+) -> Iterator[Document]:
+    """Every document of ``files`` that has text, in order; the others are counted in ``tally``.
 
-    A folder stands for its files, at any depth and sorted, whose suffix fits ``kind`` (every file for text and
-    None), hidden ones left out. Raises UserError naming every path that matches nothing.
-    """
-    problems: list[Problem] = []
-    found: dict[Path, None] = {}
-    for given in paths:
-        path = Path(given).expanduser()
-        if path.is_file():
-            matches = [path]
-        elif path.is_dir():
-            matches = list(_walk(path, kind))
-            if not matches:
-                problems.append(Problem(key, f"no {kind or 'visible'} files in folder {given}"))
-        elif glob.has_magic(given):
-            matches = [Path(m) for m in find_paths(str(path)) if os.path.isfile(m)]
-            if not matches:
-                problems.append(Problem(key, f"no file matches {given}"))
-        else:
-            matches = []
-            problems.append(Problem(key, f"no such file or folder: {given}"))
-        found.update(dict.fromkeys(matches))
-    if not paths:
-        problems.append(Problem(key, "no paths; give files, folders or glob patterns"))
-    if problems:
-        raise UserError(*problems)
-    return list(found)
-
-
-def _walk(root: Path, kind: str | None) -> Iterator[Path]:
-    suffixes = _SUFFIXES.get(kind or "")
-    for path in sorted(root.rglob("*")):
-        visible = not any(part.startswith(".") for part in path.relative_to(root).parts)
-        if visible and path.is_file() and (suffixes is None or path.suffix.lower() in suffixes):
-            yield path
-
-
-def kind_of(path: Path) -> str:
-    """text, jsonl or parquet, by suffix."""
-    return next((kind for kind, suffixes in _SUFFIXES.items() if path.suffix.lower() in suffixes), "text")
-
-
-def read_documents(files: Iterable[Path], kind: str | None = None, field: str = "text") -> Iterator[Document]:
-    """Every non-empty document of ``files``, in order; ``kind`` None goes by each file's suffix.
-
-    Raises UserError naming the file and the line, row or byte that cannot be read.
+    ``kind`` None goes by each file's suffix or, without one, its content. Raises UserError naming the file and the
+    line, row or byte that cannot be read.
     """
     readers: dict[str, Callable[[Path], Iterator[Document]]] = {
         "text": _read_text,
-        "source": lambda path: _read_text(path, errors="replace"),
+        "source": _read_source,
         "jsonl": lambda path: _read_jsonl(path, field),
-        "parquet": lambda path: _read_parquet(path, field),
+        "parquet": lambda path: (Document(text, size) for text, size in read_parquet(path, field)),
     }
     for path in files:
         try:
-            yield from (d for d in readers[kind or kind_of(path)](path) if d.text)
+            for document in readers[kind or kind_of(path)](path):
+                if document.text:
+                    yield document
+                elif tally is not None:
+                    tally.without_text += 1
+        except DAMAGE as error:
+            raise UserError(Problem("data.paths", f"{path} is damaged or cut short: {error}")) from None
         except OSError as error:
             raise UserError(Problem("data.paths", f"cannot read {path}: {error.strerror or error}")) from None
 
 
-def _read_text(path: Path, errors: str = "strict") -> Iterator[Document]:
+def _read_source(path: Path) -> Iterator[Document]:
     content = path.read_bytes()
+    yield Document(content.decode("utf-8", errors="replace"), len(content))
+
+
+def _read_text(path: Path) -> Iterator[Document]:
+    with open_text(path) as (file, _):
+        content = file.read()
     try:
-        yield Document(content.decode("utf-8", errors=errors), len(content))
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         message = f"{path} is not UTF-8 text: byte {error.start} is {content[error.start]:#04x}"
         raise UserError(Problem("data.paths", message)) from None
+    if "\0" in text:
+        message = f"{path} is not text: byte {content.index(0)} is NUL (UTF-16, or a hole left by a crash?)"
+        raise UserError(Problem("data.paths", f"{message}; convert it, or leave it out"))
+    yield Document(text, path.stat().st_size)
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[Document]:
-    with path.open("rb") as file:
+    with open_text(path) as (file, raw):
+        at = 0
         for number, line in enumerate(file, start=1):
             if line.isspace():
                 continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(Problem("data.paths", f"{path}:{number}: not valid JSON: {error}")) from None
-            yield Document(_text_field(record, field, f"{path}:{number}"), len(line))
+            where = f"{path}:{number}"
+            text = _text_field(_parse(line, where), field, where)
+            # Of a compressed file, what counts is how far into it the reading is.
+            last, at = at, at + len(line) if raw is file else raw.tell()
+            yield Document(text, at - last)
+
+
+def _parse(line: bytes, where: str) -> Any:
+    # json.loads takes bytes too, but guesses their encoding: a NUL makes it speak of UTF-32.
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8: byte {error.start} of the line is {line[error.start]:#04x}"
+    except (ValueError, RecursionError) as error:
+        reason = f"not valid JSON: {error}"
+        if b"\0" in line:
+            reason = f"not JSON: byte {line.index(0)} of the line is NUL (a hole left by a crash?)"
+        elif line.strip() in (b"[", b"{"):
+            reason = "not a JSON object: each needs a line of its own (jq -c turns other JSON into that)"
+    raise UserError(Problem("data.paths", f"{where}: {reason}"))
 
 
 def _text_field(record: Any, field: str, where: str) -> str:
     if not isinstance(record, dict):
         raise UserError(Problem("data.paths", f"{where}: a JSON object is needed, not {type(record).__name__}"))
     if field not in record:
-        keys = ", ".join(list(record)[:8]) or "none"
-        raise UserError(Problem("data.field", f"{where}: no field {field!r}; fields there: {keys}"))
-    if not isinstance(record[field], str):
-        kind = type(record[field]).__name__
-        raise UserError(Problem("data.field", f"{where}: field {field!r} is {kind}, not a string"))
-    return record[field]
-
-
-def _read_parquet(path: Path, field: str) -> Iterator[Document]:
-    try:
-        import pyarrow as arrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(Problem("data.name", _NO_PYARROW)) from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            schema, rows = file.schema_arrow, file.metadata.num_rows
-            if field not in schema.names:
-                columns = ", ".join(schema.names[:8])
-                raise UserError(Problem("data.field", f"{path}: no column {field!r}; columns there: {columns}"))
-            kind = schema.field(field).type
-            if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
-                raise UserError(Problem("data.field", f"{path}: column {field!r} is {kind}, not a string"))
-            size, row = path.stat().st_size / max(rows, 1), 0
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    if text is None:
-                        raise UserError(Problem("data.field", f"{path}: row {row}: column {field!r} is null"))
-                    yield Document(text, size)
-    except arrow.ArrowException as error:
-        message = f"{path} is not a readable parquet file: {' '.join(str(error).split())[:200]}"
-        raise UserError(Problem("data.paths", message)) from None
+        names = ", ".join(list(record)[:8]) or "none"
+        raise UserError(Problem("data.field", f"{where}: no field {field!r}; fields there: {names}"))
+    text = record[field]
+    if text is not None and not isinstance(text, str):
+        raise UserError(Problem("data.field", f"{where}: field {field!r} is {type(text).__name__}, not a string"))
+    return text or ""

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...configs.errors import UserError
-from .indexed import IndexedReader
+from .indexed import SCAN_BYTES, IndexedReader
 
 IGNORED = -1
-# Up to this many bytes of .bin are read in full to find the largest token id; of larger files, an even sample.
-_SCAN_BYTES = 2 << 30
 _SCAN_CHUNK = 8 << 20
 
 
@@ -41,7 +39,7 @@ class TokenStream:
         if floats:
             raise UserError(*floats)
         self.parts, self.eod = tuple(parts), eod
-        self._offsets = np.cumsum([0] + [part.tokens.size for part in parts])
+        self._offsets = np.cumsum([0] + [part.size for part in parts])
         self.tokens = int(self._offsets[-1])
         self.documents = sum(part.documents for part in parts)
 
@@ -51,7 +49,7 @@ class TokenStream:
         part = int(np.searchsorted(self._offsets, start, "right")) - 1
         while start < stop:
             first = int(self._offsets[part])
-            chunk = self.parts[part].tokens[start - first : stop - first]
+            chunk = self.parts[part].read(start - first, stop - start)
             out[len(out) - (stop - start) :][: len(chunk)] = chunk
             start += len(chunk)
             part += 1
@@ -77,14 +75,21 @@ class TokenStream:
         return Boundaries(*np.divmod(unique, seq_len + 1))
 
     def id_range(self) -> tuple[int, int, str]:
-        """Smallest and largest token id found, and the file of the largest. Files over 2 GiB are sampled evenly."""
+        """Smallest and largest token id found, and the file of the largest. Files over 2 GiB are sampled evenly.
+
+        Files with checksums (`IndexedReader.verify`) are not searched: what was written with them says it.
+        """
         low, high, where = 0, -1, ""
         for part in self.parts:
+            if part.meta is not None:
+                if part.meta.largest > high:
+                    high, where = part.meta.largest, f"{part.prefix}.bin"
+                continue
             step = max(1, _SCAN_CHUNK // part.dtype.itemsize)
-            chunks = range(0, part.tokens.size, step)
-            every = max(1, -(-part.tokens.size * part.dtype.itemsize // _SCAN_BYTES))
+            chunks = range(0, part.size, step)
+            every = max(1, -(-part.size * part.dtype.itemsize // SCAN_BYTES))
             for start in chunks[::every]:
-                chunk = part.tokens[start : start + step]
+                chunk = part.read(start, step)
                 low = min(low, int(chunk.min()))
                 if int(chunk.max()) > high:
                     high, where = int(chunk.max()), f"{part.prefix}.bin"
@@ -93,7 +98,7 @@ class TokenStream:
 
 def _document_starts(part: IndexedReader, starts: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and offsets, for one file, of document starts in (start, start + seq_len] of each of ``starts`` [b]."""
-    near = np.flatnonzero((starts + seq_len >= 0) & (starts < part.tokens.size))
+    near = np.flatnonzero((starts + seq_len >= 0) & (starts < part.size))
     first = _count_up_to(part, starts[near])
     counts = _count_up_to(part, starts[near] + seq_len) - first
     rows = np.repeat(near, counts)

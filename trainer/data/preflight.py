@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ...configs.errors import Problem, UserError
 from ...configs.schema import Config
-from .cache import cache_folder, find_cached, no_text
+from .cache import cache_folder, find_cached
 from .documents import Document, read_documents
+from .files import no_text
 from .sources import TextFiles, enough_tokens, is_text, open_indexed, split_windows, text_files
 from .tokenizer import Tokenizer, check_vocab, make_tokenizer
 
@@ -46,11 +47,11 @@ def _text_tokens(cfg: Config) -> int:
     text, folder = text_files(cfg.data), cache_folder(cfg.data.cache)
     ready = find_cached(folder, tokenizer, text.files, text.kind, text.field)
     if ready is not None:
-        return ready.tokens.size
+        return ready.size
     _check_writable(folder)
     tokens = count_tokens(text, tokenizer, enough_tokens(cfg.train.seq_len, cfg.data.holdout))
     if not tokens:
-        raise no_text(text.files, "data.paths")
+        raise no_text(text.files)
     return tokens
 
 

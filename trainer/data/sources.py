@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from ...configs.errors import Problem, UserError
 from ...configs.schema import BinData, BlendData, DataConfig, JsonlData, ParquetData, StdlibData, TextData
 from .cache import cache_folder, tokenize_cached
-from .documents import find_files, stdlib_files
+from .files import stdlib_files, survey
 from .indexed import IndexedReader
 from .packing import TokenStream
 from .tokenizer import Tokenizer, check_vocab
@@ -20,11 +21,13 @@ from .tokenizer import Tokenizer, check_vocab
 
 @dataclass(frozen=True)
 class TextFiles:
-    """What a text source reads: its files, their kind (source, text, jsonl or parquet) and the text's key or column."""
+    """What a text source reads: its files, their kind (source, text, jsonl or parquet), the text's key or column, and
+    lines about what was left out."""
 
     files: tuple[Path, ...]
     kind: str
     field: str
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,21 @@ def text_files(cfg: DataConfig) -> TextFiles:
     if isinstance(cfg, StdlibData):
         return TextFiles(tuple(stdlib_files()), "source", "")
     if isinstance(cfg, JsonlData | ParquetData):
-        return TextFiles(tuple(find_files(cfg.paths, cfg.name)), cfg.name, cfg.field)
-    if isinstance(cfg, TextData):
-        return TextFiles(tuple(find_files(cfg.paths, "text")), "text", "")
-    raise UserError(Problem("data.name", f"unknown source {cfg.name!r}"))
+        kind, field = cfg.name, cfg.field
+    elif isinstance(cfg, TextData):
+        kind, field = "text", ""
+    else:
+        raise UserError(Problem("data.name", f"unknown source {cfg.name!r}"))
+    found = survey(cfg.paths, kind)
+    return TextFiles(tuple(found.files), kind, field, tuple(found.notices()))
 
 
 def open_text(cfg: DataConfig, tokenizer: Tokenizer, vocab: int, *, progress: bool = True) -> Source:
     """A text source, tokenized now if it never was. Raises UserError."""
     check_vocab(tokenizer.vocab - 1, vocab, "the tokenizer")
     text = text_files(cfg)
+    for line in text.notices if progress else ():
+        print(f"data.paths: {line}", file=sys.stderr, flush=True)
     folder = cache_folder(cfg.cache)
     reader = tokenize_cached(folder, tokenizer, text.files, text.kind, text.field, progress=progress)
     return Source(cfg.name, TokenStream([reader]))
@@ -92,7 +100,9 @@ def _open_prefixes(prefixes: Sequence[str], key: str, problems: list[Problem]) -
     readers: list[IndexedReader] = []
     for prefix in prefixes:
         try:
-            readers.append(IndexedReader(prefix))
+            reader = IndexedReader(prefix)
+            reader.verify()
+            readers.append(reader)
         except UserError as error:
             problems += [Problem(key, problem.message) for problem in error.problems]
         except OSError as error:

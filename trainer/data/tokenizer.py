@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from ...configs.errors import Problem, UserError
 from ...configs.schema import TokenizerConfig
+from ...configs.tokenized import Coding, tokenizer_file
 
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 _MISSING = "reading a tokenizer.json needs the tokenizers package: pip install 'pentad[tokenizers]'"
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer has. ``identity`` names its vocabulary exactly: equal identities give equal tokens."""
+    """What every tokenizer has. ``identity`` names its vocabulary exactly: equal identities give equal tokens. ``cfg``
+    is what made it, for other processes to make it again."""
 
+    cfg: TokenizerConfig
     identity: str
     vocab: int
     eod: int
@@ -44,6 +46,7 @@ def token_dtype(vocab: int) -> np.dtype:
 class ByteTokenizer:
     """One token per byte of UTF-8, and id 256 for the end of a document."""
 
+    cfg = TokenizerConfig()
     identity = "byte-1"
     vocab = 257
     eod = 256
@@ -74,6 +77,7 @@ class FileTokenizer:
             from tokenizers import Tokenizer as Backend
         except ImportError:
             raise UserError(Problem("data.tokenizer.path", _MISSING)) from None
+        self.cfg = TokenizerConfig(path=path, eod=eod)
         content = _read(path)
         try:
             self._backend: Any = Backend.from_str(content)
@@ -101,8 +105,9 @@ class FileTokenizer:
         raise UserError(Problem("data.tokenizer.eod", message))
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids [n], uint16 or int32."""
-        return self.encode_batch([text])[0]
+        """Token ids [n], uint16 or int32, encoded by the calling thread alone."""
+        clean = text.encode("utf-8", errors="replace").decode()
+        return np.array(self._backend.encode(clean, add_special_tokens=False).ids, dtype=self._dtype)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, encoded in parallel by the package's own threads."""
@@ -122,6 +127,12 @@ def make_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
     return FileTokenizer(cfg.path, cfg.eod)
 
 
+def coding(tokenizer: Tokenizer, append_eod: bool = True) -> Coding:
+    """How ``tokenizer`` makes tokens, for the record beside them."""
+    eod = tokenizer.eod if append_eod else None
+    return Coding(tokenizer.identity, tokenizer.cfg.path, tokenizer.vocab, eod)
+
+
 def check_vocab(max_id: int, vocab: int, where: str = "the data") -> None:
     """Raise UserError when the largest token id of ``where`` does not fit a model with ``vocab`` tokens."""
     if max_id >= vocab:
@@ -130,14 +141,11 @@ def check_vocab(max_id: int, vocab: int, where: str = "the data") -> None:
 
 
 def _read(path: str) -> str:
-    file = Path(path).expanduser()
+    file = tokenizer_file(path)
     try:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(Problem("data.tokenizer.path", f"no such file: {path}")) from None
-    except IsADirectoryError:
-        message = f"{path} is a folder; name the tokenizer.json in it"
-        raise UserError(Problem("data.tokenizer.path", message)) from None
+        raise UserError(Problem("data.tokenizer.path", f"no such file: {file}")) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(Problem("data.tokenizer.path", f"cannot read {path}: {_one_line(error)}")) from None
 

@@ -27,8 +27,8 @@ def make_documents(seed: int, count: int = 60) -> list[list[int]]:
     return [[*random.integers(0, EOD, n).tolist(), EOD] if n else [] for n in lengths.tolist()]
 
 
-def write(prefix: Path, documents: list[list[int]], **options: int) -> str:
-    with IndexedWriter(str(prefix), np.dtype("u2"), **options) as writer:
+def write(prefix: Path, documents: list[list[int]], max_sequence: int = 2**31 - 1) -> str:
+    with IndexedWriter(str(prefix), np.dtype("u2"), max_sequence) as writer:
         for document in documents:
             writer.add(np.array(document, np.uint16))
     return str(prefix)
@@ -146,7 +146,7 @@ def test_ids_missed_by_the_sample_of_a_large_file_are_found_in_the_batch(
     tokens = [1] * 4000
     tokens[1500] = VOCAB
     path = write(tmp_path / "x", [tokens])
-    monkeypatch.setattr(packing, "_SCAN_BYTES", 2000)
+    monkeypatch.setattr(packing, "SCAN_BYTES", 2000)
     monkeypatch.setattr(packing, "_SCAN_CHUNK", 500)
     data = open_bin(BinData(paths=(path,), holdout=0))
     with pytest.raises(UserError, match=r"sample .* has token id 100"):

@@ -13,8 +13,8 @@ from pentad.configs.errors import UserError
 from pentad.trainer.data.indexed import DTYPES, IndexedReader, IndexedWriter
 
 
-def write(prefix: Path, documents: list[list[int]], dtype: str = "u2", **options: int) -> str:
-    with IndexedWriter(str(prefix), np.dtype(dtype), **options) as writer:
+def write(prefix: Path, documents: list[list[int]], dtype: str = "u2", max_sequence: int = 2**31 - 1) -> str:
+    with IndexedWriter(str(prefix), np.dtype(dtype), max_sequence) as writer:
         for document in documents:
             writer.add(np.array(document, dtype=dtype))
     return str(prefix)

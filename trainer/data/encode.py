@@ -1,0 +1,137 @@
+"""Documents to tokens, in one process or several."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+
+import numpy as np
+
+from ...configs.errors import Problem, UserError
+from ...configs.schema import TokenizerConfig
+from .documents import Document
+from .indexed import IndexedWriter
+from .tokenizer import Tokenizer, make_tokenizer
+
+SAY_EVERY_S = 3.0
+_BATCH_CHARS = 1 << 20
+
+
+def write_documents(
+    writer: IndexedWriter,
+    tokenizer: Tokenizer,
+    documents: Iterable[Document],
+    progress: Progress,
+    *,
+    append_eod: bool = True,
+    workers: int = 1,
+) -> None:
+    """Tokenize ``documents`` in batches of about a million characters and add each, with its end token, to writer.
+
+    ``workers`` processes share the batches; what is written is the same for any number of them.
+    """
+    end = np.array([tokenizer.eod] if append_eod else [], writer.dtype)
+    for size, encoded in _encode_all(_batches(documents), tokenizer, workers):
+        for tokens in encoded:
+            writer.add(np.concatenate((tokens.astype(writer.dtype, copy=False), end)))
+        progress.advance(size)
+
+
+def _encode_all(
+    batches: Iterator[list[Document]], tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[float, list[np.ndarray]]]:
+    """Input bytes and tokens of each batch, in order."""
+    if workers <= 1:
+        for batch in batches:
+            yield _size(batch), tokenizer.encode_batch([document.text for document in batch])
+        return
+    # Forked, before this process has threads of its own: spawning runs the main module again, and the scripts that
+    # installers write for commands do not guard theirs against that.
+    pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=_start, initargs=(os.getpid(),))
+    waiting: deque[tuple[float, Future[list[np.ndarray]]]] = deque()
+    try:
+        for batch in batches:
+            texts = [document.text for document in batch]
+            waiting.append((_size(batch), pool.submit(_encode, tokenizer.cfg, texts)))
+            if len(waiting) >= 2 * workers:
+                size, result = waiting.popleft()
+                yield size, result.result()
+        for size, result in waiting:
+            yield size, result.result()
+    except BrokenProcessPool:
+        message = f"one of {workers} worker processes was ended (out of memory?); use fewer"
+        raise UserError(Problem("--workers", message)) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _encode(cfg: TokenizerConfig, texts: list[str]) -> list[np.ndarray]:
+    # One text at a time: the workers share the cores already.
+    tokenizer = _tokenizer(cfg)
+    return [tokenizer.encode(text) for text in texts]
+
+
+@functools.lru_cache(1)
+def _tokenizer(cfg: TokenizerConfig) -> Tokenizer:
+    return make_tokenizer(cfg)
+
+
+def _start(parent: int) -> None:
+    """In a worker: interrupts are the parent's business, and without the parent there is nothing to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    # Workers hold both ends of their queue, so that of a parent that was killed never ends for them.
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _size(batch: list[Document]) -> float:
+    return sum(document.size for document in batch)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    chars = 0
+    for document in documents:
+        batch.append(document)
+        chars += len(document.text)
+        if chars >= _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+class Progress:
+    """A line on stderr every few seconds while something long goes on; nothing at all when it is quick."""
+
+    def __init__(self, label: str, total: float, enabled: bool = True) -> None:
+        self._label, self._total, self._enabled = label, total, enabled
+        self._done = 0.0
+        self._started = self._said = time.monotonic()
+
+    def advance(self, size: float) -> None:
+        """Count ``size`` more bytes of input."""
+        self._done += size
+        now = time.monotonic()
+        if not self._enabled or now - self._said < SAY_EVERY_S:
+            return
+        self._said = now
+        rate = self._done / (now - self._started)
+        share = min(self._done / self._total, 1.0) if self._total else 1.0
+        left = max(self._total - self._done, 0.0) / rate
+        line = f"{self._label}: {share:.0%} of {self._total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, {left:.0f} s left"
+        print(line, file=sys.stderr, flush=True)
