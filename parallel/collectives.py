@@ -104,7 +104,7 @@ def _wait_cuda(work: dist.Work, axis: Axis, ticket: int) -> None:
 
 
 def _copied(kind: str, axis: Axis, x: Tensor, start: Callable[[], Flight], peer: int = -1) -> Handle:
-    """Starts a collective between the memories of one host, and records it."""
+    """Starts a collective between the memories of one host, and records it; x is its tensor in the record."""
     ticket = _enter(kind, axis, x, peer)
     flight = start()
 
@@ -187,13 +187,15 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Handle:
     """In place: x becomes the sum (or max, min) over the axis."""
     if axis.size == 1:
         return Handle(x)
-    large = x.numel() * x.element_size() >= _RING_FROM_BYTES and x.numel() % axis.size == 0
-    if _gloo(x) and op == "sum" and large and x.is_contiguous():
+    large = x.nbytes >= _RING_FROM_BYTES and x.numel() % axis.size == 0
+    in_two = op == "sum" and large and x.is_contiguous()
+    if axis.local is not None:
+        start = partial(local.all_reduce_in_two, axis.local, x) if in_two else None
+        return _copied("all_reduce", axis, x, start or partial(local.all_reduce, axis.local, x, op))
+    if _gloo(x) and in_two:
         flat = x.view(-1)
         scattered = reduce_scatter(flat, axis)
         return Handle(x, lambda: (all_gather(scattered.wait(), axis, out=flat).wait(), x)[1])
-    if axis.local is not None:
-        return _copied("all_reduce", axis, x, partial(local.all_reduce, axis.local, x, op))
     wait = _launch("all_reduce", axis, x, lambda: dist.all_reduce(x, _OPS[op], group=axis.group, async_op=True))
     return Handle(x, lambda: (wait(), x)[1])
 

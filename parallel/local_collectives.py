@@ -1,7 +1,7 @@
 """The collectives of `collectives.py` between processes that can read each other's memory (`local.py`).
 
-Nothing moves before `finish`: the waiting rank copies what it needs, so no thread competes with the compute. Sums run
-in rank order.
+The rank that needs something copies it, at the latest when it waits for it, so no thread competes with the compute.
+Sums run in rank order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .local import Exchange, LocalAxis, Read
+from .local import Exchange, LocalAxis, Part
 
 
 @dataclass(frozen=True)
@@ -39,30 +39,28 @@ def _flight(exchange: Exchange, result: Callable[[], Tensor]) -> Flight:
 
 def all_gather(local: LocalAxis, x: Tensor, out: Tensor) -> Flight:
     """x (n, …) → out (size · n, …); x may be this rank's part of out."""
-    parts = out.chunk(len(local.ranks))
-    peers = _others(local)
-    exchange = local.exchange("all_gather", x, [Read(p, 0, parts[p]) for p in peers], peers)
+    parts, peers = out.chunk(len(local.ranks)), _others(local)
     mine = parts[local.rank]
     if mine.data_ptr() != x.data_ptr():
         mine.copy_(x)
+    exchange = local.exchange("all_gather", [Part(p, x) for p in peers], [Part(p, parts[p]) for p in peers])
     return _flight(exchange, lambda: out)
 
 
 def reduce_scatter(local: LocalAxis, x: Tensor, out: Tensor) -> Flight:
     """x (size · n, …) → out (n, …), which may be this rank's part of x."""
-    mine, peers = x.chunk(len(local.ranks))[local.rank], _others(local)
-    parts = x.new_empty((len(local.ranks), *mine.shape))
-    offset = local.rank * mine.numel() * mine.element_size()
-    parts[local.rank].copy_(mine)
-    exchange = local.exchange("reduce_scatter", x, [Read(p, offset, parts[p]) for p in peers], peers)
+    given, peers = x.chunk(len(local.ranks)), _others(local)
+    parts = _parts(local, given[local.rank])
+    posts = [Part(p, given[p]) for p in peers]
+    exchange = local.exchange("reduce_scatter", posts, [Part(p, parts[p]) for p in peers])
     return _flight(exchange, lambda: sum_in_rank_order(parts, out))
 
 
 def all_reduce(local: LocalAxis, x: Tensor, op: str) -> Flight:
     """x (…) in place, for small x: every rank reads all the others'."""
-    parts, peers = x.new_empty((len(local.ranks), *x.shape)), _others(local)
-    parts[local.rank].copy_(x)
-    exchange = local.exchange("all_reduce", parts[local.rank], [Read(p, 0, parts[p]) for p in peers], peers)
+    parts, peers = _parts(local, x), _others(local)
+    own = parts[local.rank]
+    exchange = local.exchange("all_reduce", [Part(p, own) for p in peers], [Part(p, parts[p]) for p in peers])
 
     def result() -> Tensor:
         if op == "sum":
@@ -72,6 +70,32 @@ def all_reduce(local: LocalAxis, x: Tensor, op: str) -> Flight:
     return _flight(exchange, result)
 
 
+def all_reduce_in_two(local: LocalAxis, x: Tensor) -> Flight:
+    """x (…) in place, contiguous, in equal parts: every rank sums one part, then all read the sums. For large x.
+
+    Both steps take their places in the order of the axis's collectives now, and the second follows the first by itself,
+    so that neither depends on when which rank waits for it.
+    """
+    given, peers = x.view(-1).chunk(len(local.ranks)), _others(local)
+    mine, parts = given[local.rank], _parts(local, given[local.rank])
+
+    def summed() -> None:
+        sum_in_rank_order(parts, mine)
+        gather.release()
+
+    # A part is overwritten by its sum only after its owner, who made the sum, has read it.
+    others = [Part(p, given[p]) for p in peers]
+    gather = local.exchange("all_reduce", [Part(p, mine) for p in peers], others, held=True)
+    scatter = local.exchange("all_reduce", others, [Part(p, parts[p]) for p in peers], then=summed)
+
+    def finish() -> Tensor:
+        scatter.finish()
+        gather.finish()
+        return x
+
+    return Flight(finish, lambda: scatter.done() and gather.done())
+
+
 def all_to_all(
     local: LocalAxis, x: Tensor, out: Tensor, send: Sequence[int] | None, receive: Sequence[int] | None
 ) -> Flight:
@@ -79,18 +103,16 @@ def all_to_all(
     size = len(local.ranks)
     sent = x.split(send or [x.shape[0] // size] * size)
     parts, peers = out.split(receive or [out.shape[0] // size] * size), _others(local)
-    row = x[:1].numel() * x.element_size() if x.shape[0] else 0
-    offsets = [row * sum(len(part) for part in sent[:p]) for p in range(size)]
-    exchange = local.exchange("all_to_all", x, [Read(p, None, parts[p]) for p in peers], peers, offsets)
     parts[local.rank].copy_(sent[local.rank])
+    exchange = local.exchange("all_to_all", [Part(p, sent[p]) for p in peers], [Part(p, parts[p]) for p in peers])
     return _flight(exchange, lambda: out)
 
 
 def broadcast(local: LocalAxis, x: Tensor, source: int) -> Flight:
     """x in place: that of `source`."""
     if source == local.rank:
-        return _flight(local.exchange("broadcast", x, (), _others(local)), lambda: x)
-    return _flight(local.exchange("broadcast", None, [Read(source, 0, x)], ()), lambda: x)
+        return _flight(local.exchange("broadcast", [Part(p, x) for p in _others(local)], ()), lambda: x)
+    return _flight(local.exchange("broadcast", (), [Part(source, x)]), lambda: x)
 
 
 def reduce_blocks(local: LocalAxis, x: Tensor, to: Sequence[int]) -> Flight:
@@ -98,17 +120,22 @@ def reduce_blocks(local: LocalAxis, x: Tensor, to: Sequence[int]) -> Flight:
     blocks, reads = x.chunk(len(to)), []
     parts = x.new_empty((0, 0, *x.shape[1:]))
     if local.rank in to:
-        mine = blocks[to.index(local.rank)]
-        offset = to.index(local.rank) * mine.numel() * mine.element_size()
-        parts = x.new_empty((len(local.ranks), *mine.shape))
-        parts[local.rank].copy_(mine)
-        reads = [Read(p, offset, parts[p]) for p in _others(local)]
-    exchange = local.exchange("reduce", x, reads, [p for p in to if p != local.rank])
+        parts = _parts(local, blocks[to.index(local.rank)])
+        reads = [Part(p, parts[p]) for p in _others(local)]
+    posts = [Part(p, block) for p, block in zip(to, blocks, strict=True) if p != local.rank]
+    exchange = local.exchange("reduce", posts, reads)
 
     def result() -> Tensor:
         return sum_in_rank_order(parts, torch.empty_like(parts[0])) if reads else parts.view(0, *x.shape[1:])
 
     return _flight(exchange, result)
+
+
+def _parts(local: LocalAxis, mine: Tensor) -> Tensor:
+    """(size, …) a tensor for each rank's, with this rank's in it."""
+    parts = mine.new_empty((len(local.ranks), *mine.shape))
+    parts[local.rank].copy_(mine)
+    return parts
 
 
 def send(local: LocalAxis, x: Tensor, to: int) -> Flight:

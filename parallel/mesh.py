@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..configs.errors import UserError
 from .local import LocalAxis
-from .local import connect as connect_memories
+from .local_connect import connect as connect_memories
 from .record import Recorder
 from .waiting import Abort, Waiter
 
@@ -129,6 +129,8 @@ class Mesh:
         self.host_group: dist.ProcessGroup | None = None
         self.checkpoint_group: dist.ProcessGroup | None = None
         """Saving runs in a thread beside the step, so it has a communicator to itself. None for one rank."""
+        self.apart = ""
+        """Why CPU ranks cannot read each other's memory and communicate over gloo; empty: they can, or need not."""
         if degrees.world == 1:
             return
         if store is None:
@@ -227,7 +229,8 @@ class Mesh:
             for name, axis in self._axes.items()
             if axis.size > 1
         }
-        if connect_memories(local, self.rank, self.degrees.world, store):
+        self.apart = connect_memories(local, self.rank, self.degrees.world, store)
+        if not self.apart:
             self._axes = {name: replace(axis, local=local.get(name)) for name, axis in self._axes.items()}
 
     def _cut(
@@ -294,6 +297,8 @@ class Mesh:
     def close(self) -> None:
         """Gives the communicators up. A mesh of a later epoch can be made afterwards."""
         for axis in self._axes.values():
+            if axis.local is not None:
+                axis.local.close()
             for waiter in axis.waiters.values():
                 waiter.close()
         if dist.is_initialized():

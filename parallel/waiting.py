@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-_TEND_EVERY_S = 0.002
+_TEND_EVERY_S, _LOOK_EVERY_S = 0.002, 0.05
+"""How often a waiting thread polls what is tended, and how often it looks whether there is something to tend."""
 
 
 class Aborted(RuntimeError):
@@ -28,7 +29,6 @@ class Abort:
         self.reason: str | None = None
         self._pending: set[threading.Event] = set()
         self._lock = threading.Lock()
-        self._thread = threading.get_ident()
         self._tended: dict[int, Callable[[], object]] = {}
 
     def trigger(self, reason: str) -> None:
@@ -45,24 +45,24 @@ class Abort:
             Aborted: the flag was triggered.
             TimeoutError: `timeout_s` seconds have passed; `what` names the operation.
         """
-        if done.is_set():
-            return
         with self._lock:
+            # First: an abort sets the events as well.
             if self.reason is not None:
                 raise Aborted(f"{what}: {self.reason}")
+            if done.is_set():
+                return
             self._pending.add(done)
-        finished = done.wait(self.timeout_s) if not self._tends() else self._wait_tending(done)
-        with self._lock:
-            self._pending.discard(done)
+        try:
+            finished = self._wait_tending(done)
+        finally:
+            with self._lock:
+                self._pending.discard(done)
         self.check(what, 0.0 if finished else self.timeout_s)
 
     def tend(self, key: int, poll: Callable[[], object]) -> None:
-        """Calls `poll` again and again whenever the thread that made this object waits, until `leave(key)`.
-
-        From another thread it does nothing: that one polls what it waits for itself, and two would disturb each other.
-        """
-        if threading.get_ident() == self._thread:
-            self._tended[key] = poll
+        """Calls `poll` again and again whenever a thread waits, until `leave(key)`: what is under way elsewhere goes on
+        whatever this rank waits for."""
+        self._tended[key] = poll
 
     def leave(self, key: int) -> None:
         """Ends `tend`."""
@@ -70,20 +70,16 @@ class Abort:
 
     def poll(self) -> None:
         """For waits that poll: what `tend` asks for."""
-        if self._tends():
-            for poll in list(self._tended.values()):
-                poll()
-
-    def _tends(self) -> bool:
-        return bool(self._tended) and threading.get_ident() == self._thread
+        for poll in list(self._tended.values()):
+            poll()
 
     def _wait_tending(self, done: threading.Event) -> bool:
         begin = time.monotonic()
-        while not done.wait(_TEND_EVERY_S):
-            if time.monotonic() - begin > self.timeout_s:
-                return False
+        while (left := begin + self.timeout_s - time.monotonic()) > 0:
+            if done.wait(min(left, _TEND_EVERY_S if self._tended else _LOOK_EVERY_S)):
+                return True
             self.poll()
-        return True
+        return done.is_set()
 
     def check(self, what: str, waited_s: float) -> None:
         """For waits that poll: raises as `wait` does, after `waited_s` seconds of waiting for `what`."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pentad.parallel import collectives as c
-from pentad.parallel.local import PeerGone, _Memory
+from pentad.parallel.processes import Identity, PeerGone, Process, identity
 from tests.distributed import run_distributed
 from tests.training import job, open_mesh
 
@@ -36,7 +36,7 @@ def _allowed() -> bool:
         return False
     theirs, ours = ctypes.c_int64(7), ctypes.c_int64()
     try:
-        _Memory([os.getpid()]).read(0, ctypes.addressof(theirs), ctypes.addressof(ours), 8)
+        Process(0, identity(os.getpid())).read(ctypes.addressof(theirs), ctypes.addressof(ours), 8)
     except PeerGone:  # a container may forbid the call itself
         return False
     return True
@@ -47,12 +47,28 @@ def test_ranks_of_one_host_reach_each_other_where_they_may():
     assert run_distributed(_is_local, 4, group=False) == [_allowed()] * 4
 
 
+def _child() -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+
+
 def test_a_process_that_is_gone_is_named():
-    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child, word = _child(), ctypes.c_int64()
+    process = Process(3, identity(child.pid))
+    assert process.alive()
+    child.kill()
     child.wait()
-    word = ctypes.c_int64()
+    assert not process.alive()
+    with pytest.raises(PeerGone, match=rf"rank 3 \(process {child.pid}\) cannot be reached"):
+        process.read(ctypes.addressof(word), ctypes.addressof(word), 8)
+
+
+def test_another_process_of_the_same_id_is_not_taken_for_the_first():
+    child = _child()
+    now = identity(child.pid)
     with pytest.raises(PeerGone, match=rf"rank 0 \(process {child.pid}\) cannot be reached"):
-        _Memory([child.pid]).read(0, ctypes.addressof(word), ctypes.addressof(word), 8)
+        Process(0, Identity(now.pid, now.start - 1))
+    child.kill()
+    child.wait()
 
 
 def _burst(rank: int, world: int, count: int) -> list[float]:
