@@ -9,7 +9,7 @@ from .trainer import Trainer
 
 
 def introduction(cfg: Config, trainer: Trainer, peak: Peak) -> list[str]:
-    """Model, layout, pipeline, experts and data, a line for each that there is.
+    """Model, layout, pipeline, experts, links and data, a line for each that there is.
 
     Args:
         cfg: resolved.
@@ -25,6 +25,7 @@ def introduction(cfg: Config, trainer: Trainer, peak: Peak) -> list[str]:
         _layout(cfg, trainer),
         _pipeline(cfg, trainer) if cfg.parallel.pp > 1 else "",
         _experts(cfg, trainer) if cfg.model.moe.experts else "",
+        f"links: gloo, slower than out of each other's memory: {trainer.mesh.apart}" if trainer.mesh.apart else "",
         f"data: {cfg.data.name}, {trainer.data.tokens / 1e6:.1f} M tokens",
         *describe_data(plan),
         f"peak of a device: {rate} ({peak.source})",

@@ -15,7 +15,7 @@ from pentad.trainer.pipeline import Pipeline
 from tests.jobs import DENSE
 
 
-def _lines(job: str, *given: str) -> list[str]:
+def _lines(job: str, *given: str, apart: str = "") -> list[str]:
     cfg = resolve(load(job, list(given)))
     p = cfg.parallel
     train = Split((), Sampler((4000,), (40,), make_pattern([1.0]), 0), cfg.train.seq_len, 257, False)
@@ -24,7 +24,7 @@ def _lines(job: str, *given: str) -> list[str]:
     trainer = SimpleNamespace(
         parameters=9_600_000,
         device=torch.device("cpu"),
-        mesh=SimpleNamespace(degrees=Degrees(tp=p.tp, pp=p.pp, cp=p.cp, dp=p.dp or 1, ep=p.ep, etp=p.etp)),
+        mesh=SimpleNamespace(degrees=Degrees(tp=p.tp, pp=p.pp, cp=p.cp, dp=p.dp or 1, ep=p.ep, etp=p.etp), apart=apart),
         program=SimpleNamespace(microbatches=2),
         data=data,
         parts=SimpleNamespace(pipeline=Pipeline.of(cfg)),
@@ -51,3 +51,8 @@ def test_what_there_is_none_of_has_no_line() -> None:
         "peak of a device",
     ]
     assert "cp" not in _lines(DENSE)[1]
+
+
+def test_slow_links_are_named_with_the_reason() -> None:
+    links = [line for line in _lines(DENSE, apart="they stand on 2 hosts") if line.startswith("links")]
+    assert links == ["links: gloo, slower than out of each other's memory: they stand on 2 hosts"]
