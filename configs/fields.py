@@ -8,9 +8,11 @@ import operator
 import types
 from collections.abc import Iterable, Mapping
 from functools import cache, reduce
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .schema import DATASETS, OPTIMIZERS, SCHEDULES, Config
+
+_Node = TypeVar("_Node")
 
 SELECTORS: dict[str, tuple[dict[str, type], str]] = {
     "optim": (OPTIMIZERS, "adamw"),
@@ -54,6 +56,18 @@ def flatten_schema(
             values |= inner_values
             sections |= inner_sections
     return values, sections
+
+
+def value_of(config: Any, key: str) -> Any:
+    """The value of a dotted key in the dataclasses; None for a key that the chosen class does not have."""
+    return reduce(lambda node, name: getattr(node, name, None), key.split("."), config)
+
+
+def with_value(config: _Node, key: str, value: Any) -> _Node:
+    """The dataclass with another value of a dotted key."""
+    name, dot, rest = key.partition(".")
+    inner = with_value(getattr(config, name), rest, value) if dot else value
+    return dataclasses.replace(config, **{name: inner})  # type: ignore[type-var]
 
 
 @cache

@@ -6,12 +6,11 @@ import glob
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from .errors import Problem
-from .fields import nearest
+from .fields import nearest, value_of, with_value
 from .schema import BinData, BlendData, Config, TextData
 
 PATHS = (
@@ -32,9 +31,9 @@ _SUFFIXES = (".bin", ".idx")
 def resolve_paths(config: Config) -> Config:
     """The configuration with `~` written out in all paths, prefixes without suffix, and a tokenizer's file."""
     for key in PATHS:
-        value = _get(config, key)
+        value = value_of(config, key)
         if value is not None:
-            config = _set(config, key, _expand(value))
+            config = with_value(config, key, _expand(value))
     data = config.data
     if isinstance(data, BinData):
         data = replace(data, paths=tuple(map(_prefix, data.paths)))
@@ -89,7 +88,7 @@ def _missing(config: Config) -> Iterator[Problem]:
 def _spellings(config: Config) -> list[Problem]:
     """Texts that are no paths, and those that begin with the home folder of somebody who is not there."""
     problems: list[Problem] = []
-    for key, path in [(k, text) for k in PATHS for text in _texts(_get(config, k))]:
+    for key, path in [(k, text) for k in PATHS for text in _texts(value_of(config, k))]:
         if not path.strip() or "\0" in path:
             problems.append(Problem(key, f"{path!r} is no path; give one, or leave {key} out"))
         elif path.startswith("~"):
@@ -135,12 +134,3 @@ def _expand(value: Any) -> Any:
 
 def _texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
-
-
-def _get(config: Config, key: str) -> Any:
-    return reduce(lambda node, name: getattr(node, name, None), key.split("."), config)
-
-
-def _set(node: Any, key: str, value: Any) -> Any:
-    name, dot, rest = key.partition(".")
-    return replace(node, **{name: _set(getattr(node, name), rest, value) if dot else value})

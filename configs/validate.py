@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Any
 
 from .errors import Problem
+from .fields import value_of
 from .resolve import BYTE_TOKENS
 from .schema import BinData, BlendData, Config, TextData, WsdSchedule
 from .tokenized import META_SUFFIX
@@ -139,10 +139,6 @@ def validate(config: Config, world_size: int | None = None) -> list[Problem]:
     return ranges + [p for p in found if not any(key in f"{p.key} {p.message}" for key in broken)]
 
 
-def _value(config: Config, key: str) -> Any:
-    return reduce(lambda node, name: getattr(node, name, None), key.split("."), config)
-
-
 def _ranges(config: Config) -> list[Problem]:
     rules: list[tuple[list[str], Callable[[Any], bool], str]] = [
         (_POSITIVE, lambda v: v >= 1, "at least 1"),
@@ -154,7 +150,7 @@ def _ranges(config: Config) -> list[Problem]:
     problems = []
     for keys, holds, allowed in rules:
         for key in keys:
-            value = _value(config, key)
+            value = value_of(config, key)
             if value is not None and not holds(value):
                 problems.append(Problem(key, f"must be {allowed}, got {value}"))
     return problems

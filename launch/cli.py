@@ -201,7 +201,7 @@ def _flops(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result, indent=2))
         return 0
-    from .check import print_flops
+    from .tables import print_flops
 
     print_flops(result)
     return 0

@@ -24,8 +24,12 @@ _PACKAGES = {"log.wandb": ("wandb", "wandb"), "log.tensorboard": ("tensorboard",
 """Key: the package that it needs, and the extra of ours that installs it."""
 
 
-def preflight(cfg: Config) -> None:
+def preflight(cfg: Config, *, memory: bool = True) -> None:
     """Looks for everything that would stop the job soon after its start, and prints the warnings of one that starts.
+
+    Args:
+        cfg: resolved and valid.
+        memory: also compare its memory with the device's, where `hardware.memory_gib` is known.
 
     Raises:
         UserError: every problem found.
@@ -36,6 +40,20 @@ def preflight(cfg: Config) -> None:
         raise UserError(*(Problem(p.key, hide(cfg, p.message)) for p in problems))
     for warning in warnings(cfg):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if memory and (problems := memory_preflight(cfg)):
+        raise UserError(*problems)
+
+
+def memory_preflight(cfg: Config) -> list[Problem]:
+    """Why the job cannot fit into `hardware.memory_gib`; where it may not, that is printed as a warning."""
+    if cfg.hardware.memory_gib is None:
+        return []
+    from .memory_fit import memory_findings  # after everything that needs no torch
+
+    problems, doubts = memory_findings(cfg)
+    for doubt in doubts:
+        print(f"warning: {doubt}", file=sys.stderr, flush=True)
+    return problems
 
 
 def missing_packages(cfg: LogConfig) -> list[Problem]:

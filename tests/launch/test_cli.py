@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pentad.configs import load
+from pentad.launch.check import check
 from pentad.launch.cli import main
 from tests.jobs import DENSE
 
@@ -114,10 +115,27 @@ def test_check_prints_the_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_check_compares_with_the_memory_of_the_device(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = _run(capsys, "check", "demo", "hardware.memory_gib=0.01")
-    assert code == 0
-    assert "of 0.01 GiB" in out
-    assert len(err) == 1 and err[0].startswith("warning: ") and "hardware.memory_gib=0.01" in err[0]
-    assert _run(capsys, "check", "demo", "hardware.memory_gib=100")[2] == []
+    assert code == 2
+    assert "of 0.01 GiB" in out  # the tables show where the memory goes
+    assert len(err) == 1 and err[0].startswith("error: hardware.memory_gib: 0.01, but about 0.04")
+    assert _run(capsys, "check", "demo", "hardware.memory_gib=100")[::2] == (0, [])
+
+
+def test_train_refuses_what_check_refuses_for_its_memory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, err = _run(capsys, "train", "demo", "hardware.memory_gib=0.01", f"runs_dir={tmp_path}")
+    assert (code, out) == (2, "")
+    assert len(err) == 1 and err[0].startswith("error: hardware.memory_gib: 0.01, but about 0.04")
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_prints_the_expert_mesh(capsys: pytest.CaptureFixture[str]) -> None:
+    check(DENSE, ["model.moe.experts=8", "parallel.ep=2", "parallel.pp=2", "parallel.dp=4", "train.micro_batch=1"])
+    out = capsys.readouterr().out
+    for shown in ("etp 1 × ep 2 × edp 4 = 8 of each stage", "8, 2 per token, in 4 of 4 layers, 4 on a rank"):
+        assert shown in out
+    assert "in experts)" in out and "sharded over 4" in out
+    check(DENSE, [])
+    assert "experts" not in capsys.readouterr().out.partition("FLOPs:")[0]
 
 
 def test_tokenize_writes_bin_and_idx(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

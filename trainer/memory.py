@@ -46,7 +46,7 @@ from ..configs.schema import AdamWConfig, SgdConfig
 from ..models.counts import active_experts, matrices_of
 from ..models.transformer import Part
 from ..parallel.pipeline.memory import ActivationBytes, peak_bytes
-from ..trainer.pipeline import Pipeline, compute_program
+from .pipeline import Pipeline, compute_program
 
 GIB = 2**30
 HEAD_CHUNK = 1024

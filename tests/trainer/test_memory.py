@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from pentad.configs import Config, load
-from pentad.launch.check import check
-from pentad.launch.memory import GIB, activation_elements, estimate, layer_elements, local_parameters, per_rank
 from pentad.models.counts import parameter_count
 from pentad.models.flops import layer_flops
 from pentad.models.local_attention import PlainMaths
@@ -19,6 +17,7 @@ from pentad.models.transformer import Part, Transformer
 from pentad.parallel.context.gather import GatherLatent
 from pentad.parallel.mesh import Axis
 from pentad.parallel.pipeline.memory import peak_activations
+from pentad.trainer.memory import GIB, activation_elements, estimate, layer_elements, local_parameters, per_rank
 from pentad.trainer.pipeline import Pipeline, compute_program
 from tests.jobs import DENSE
 
@@ -276,13 +275,3 @@ def test_layers_are_split_by_their_own_cost() -> None:
     assert forward[0] / forward[2] == pytest.approx(costs[0] / sum(costs[2:5]))
     assert forward[3] / forward[2] == pytest.approx((sum(costs[5:]) + 3 * head) / sum(costs[2:5]))
     assert sum(forward) - 3 * head / costs[0] * forward[0] == pytest.approx(4)
-
-
-def test_check_prints_the_expert_mesh(capsys: pytest.CaptureFixture[str]) -> None:
-    check(DENSE, ["model.moe.experts=8", "parallel.ep=2", "parallel.pp=2", "parallel.dp=4", "train.micro_batch=1"])
-    out = capsys.readouterr().out
-    for shown in ("etp 1 × ep 2 × edp 4 = 8 of each stage", "8, 2 per token, in 4 of 4 layers, 4 on a rank"):
-        assert shown in out
-    assert "in experts)" in out and "sharded over 4" in out
-    check(DENSE, [])
-    assert "experts" not in capsys.readouterr().out.partition("FLOPs:")[0]
