@@ -19,7 +19,8 @@ from ..models.stages import run_stage
 from ..parallel.collectives import Handle, all_reduce
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline.execute import Handler, execute
-from ..parallel.pipeline.program import Kind, Op, Program
+from ..parallel.pipeline.needs import Kind, Kinds
+from ..parallel.pipeline.program import Op, Program
 from ..parallel.pipeline.runtime import Hidden, Runtime
 from .data.dataset import MicroBatch
 from .inputs import InputMaker
@@ -75,10 +76,10 @@ class Stepper:
             self._vocabulary = BalancedVocabulary(parts, mesh, barriers, self.dtype, lambda index: self._inputs[index])
         self._runtime = self._make_runtime(program)
         self._handlers: dict[Kind, Handler] = self._runtime.handlers | {
-            Kind.REDUCE: lambda op: self.replicas.reduce(op.index),
-            Kind.NORM: self._norm,
-            Kind.OPTIMIZE: self._optimize,
-            Kind.GATHER: lambda op: self.replicas.gather(op.index),
+            Kinds.REDUCE: lambda op: self.replicas.reduce(op.index),
+            Kinds.NORM: self._norm,
+            Kinds.OPTIMIZE: self._optimize,
+            Kinds.GATHER: lambda op: self.replicas.gather(op.index),
         }
         self._evaluation: tuple[Runtime, Program] | None = None
 

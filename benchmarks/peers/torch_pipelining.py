@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from pentad.models.stages import Inputs, run_stage
-from pentad.parallel.pipeline.program import Kind, Op, Program
+from pentad.parallel.pipeline.needs import Kinds
+from pentad.parallel.pipeline.program import Op, Program
 from pentad.parallel.pipeline.runtime import Runtime
 from pentad.trainer.setup import DTYPES, Parts
 from pentad.trainer.step import Stepper
@@ -50,7 +51,7 @@ class TorchStepper(Stepper):
         super().__init__(*args)
         self._losses: list[Tensor] = []
         self._runner = runner
-        self._handlers[Kind.FORWARD] = self._run_schedule
+        self._handlers[Kinds.FORWARD] = self._run_schedule
 
     def _run_schedule(self, op: Op) -> None:
         tokens, labels = (torch.cat([getattr(b, name) for b in self._inputs]) for name in ("tokens", "labels"))
@@ -102,7 +103,10 @@ def main() -> None:
     """Train and report."""
     setup = Setup.of(worker_arguments())
     tails = tuple(
-        (Op(Kind.FORWARD, 0, 0), *(op for op in ops if op.kind in (Kind.REDUCE, Kind.NORM, Kind.OPTIMIZE, Kind.GATHER)))
+        (
+            Op(Kinds.FORWARD, 0, 0),
+            *(op for op in ops if op.kind in (Kinds.REDUCE, Kinds.NORM, Kinds.OPTIMIZE, Kinds.GATHER)),
+        )
         for ops in setup.program.ranks
     )
     program = Program(1, setup.program.placement, tails)

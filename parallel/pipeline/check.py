@@ -13,8 +13,6 @@ from itertools import pairwise
 
 from ...configs.errors import UserError
 from .communication import (
-    COMMUNICATION,
-    LANES,
     Key,
     SlotCounter,
     channel,
@@ -24,12 +22,14 @@ from .communication import (
     is_lowered,
     is_training,
     key,
+    lanes,
     predecessors,
     releases,
 )
 from .deadlock import deadlock
 from .memory import peak_activations
-from .program import COMPUTE, RECEIVES, SENDS, STAGE_COMPUTE, UPDATE, VOCAB_COMPUTE, Kind, Op, Program
+from .needs import KINDS, Acts, Kind, Kinds, Role
+from .program import Op, Program
 
 
 class ProgramError(UserError):
@@ -77,27 +77,45 @@ def _frame(program: Program) -> Iterator[str]:
 
 def _compute(program: Program, training: bool) -> Iterator[str]:
     """Each stage computes each micro-batch once, on its rank; vocabulary passes once on every rank or not at all."""
-    vocab = (Kind.HEAD, Kind.EMBED) + ((Kind.HEAD_GRAD, Kind.EMBED_GRAD) if training else ())
+    due = [kind for kind in KINDS.values() if kind.computes and not kind.optional and (training or not kind.trains)]
+    due = [kind for kind in due if program.vocab_barriers or not kind.balanced]
     for rank, ops in enumerate(program.ranks):
-        count = Counter((op.kind, op.index, op.stage) for op in ops if op.kind in COMPUTE)
-        want: list[Key] = []
+        count = Counter((op.kind, op.index, op.stage) for op in ops if op.kind.computes)
+        want = _optional(program, rank, count)
         stages = program.stages_of(rank)
         for i in range(program.microbatches):
             for s in stages:
-                want.append((Kind.FORWARD, i, s))
-                split = [(Kind.INPUT_GRAD, i, s), (Kind.WEIGHT_GRAD, i, s)]
-                if training:
-                    fused = count[Kind.BACKWARD, i, s] and not any(count[half] for half in split)
-                    want += [(Kind.BACKWARD, i, s)] if fused else split
-            if program.vocab_barriers:
-                want += [(kind, i, -1) for kind in vocab]
+                want += _listed([kind for kind in due if kind.acts is Acts.STAGE], count, i, s)
+            want += _listed([kind for kind in due if kind.acts is Acts.RANK], count, i, -1)
         yield from _differences(program, rank, count, want)
+
+
+def _listed(due: list[Kind], count: Counter[Key], index: int, stage: int) -> list[Key]:
+    """What of these kinds a microbatch must have: a fused one where only it is listed, else its halves."""
+    halves = {kind: [KINDS[half] for half in kind.fuses] for kind in due if kind.fuses}
+    fused = {
+        kind
+        for kind, parts in halves.items()
+        if count[kind, index, stage] and not any(count[half, index, stage] for half in parts)
+    }
+    instead = {half for kind in fused for half in halves[kind]}
+    return [(kind, index, stage) for kind in due if kind in fused or not (kind.fuses or kind in instead)]
+
+
+def _optional(program: Program, rank: int, count: Counter[Key]) -> list[Key]:
+    """What a program may have and has, where it belongs."""
+    stages = program.stages_of(rank)
+    return [
+        (kind, i, s)
+        for kind, i, s in count
+        if kind.optional and 0 <= i < program.microbatches and (s in stages if kind.acts is Acts.STAGE else s == -1)
+    ]
 
 
 def _communication(program: Program, training: bool) -> Iterator[str]:
     """Each compute operation's communication, once and on its rank."""
     for rank, ops in enumerate(program.ranks):
-        count = Counter((op.kind, op.index, op.stage) for op in ops if op.kind in COMMUNICATION)
+        count = Counter((op.kind, op.index, op.stage) for op in ops if op.kind.communicates)
         yield from _differences(program, rank, count, [key(op) for op in expected(program, rank, training)])
 
 
@@ -114,52 +132,50 @@ def _differences(program: Program, rank: int, count: Counter[Key], want: list[Ke
 def _why(program: Program, rank: int, op: Op) -> str:
     if not 0 <= op.index < program.microbatches:
         return f"there are {program.microbatches} micro-batches"
-    if op.kind in STAGE_COMPUTE | SENDS | RECEIVES:
+    if op.kind.acts is Acts.STAGE:
         if not 0 <= op.stage < program.stages:
             return f"there are {program.stages} stages"
         if program.placement[op.stage] != rank:
             return f"stage {op.stage} is on rank {program.placement[op.stage]}"
-    if op.kind in VOCAB_COMPUTE and not program.vocab_barriers:
+    if op.kind.computes and op.kind.balanced and not program.vocab_barriers:
         return "the vocabulary is not balanced"
-    if op.kind in (Kind.BACKWARD, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD):
-        return "a backward pass is either BW or B and W"
+    for kind in KINDS.values():
+        if kind.fuses and (op.kind is kind or op.kind.token in kind.fuses):
+            return f"a backward pass is either {kind} or {' and '.join(kind.fuses)}"
     return "nothing needs it"
 
 
 def _update(program: Program, training: bool) -> Iterator[str]:
     """Either no update, or on every rank after all else: each bucket's RG, one NORM, each bucket's OPT and then AG."""
-    norms = [sum(op.kind is Kind.NORM for op in ops) for ops in program.ranks]
+    norms = [sum(op.kind is Kinds.NORM for op in ops) for ops in program.ranks]
     if len(set(norms)) > 1 or any(n > 1 for n in norms):
         yield f"NORM is listed {norms} times on the ranks: it must be once on all of them, or on none"
     for rank, ops in enumerate(program.ranks):
-        tail = [op for op in ops if op.kind in UPDATE]
+        tail = [op for op in ops if op.kind.updates]
         if not tail:
             continue
         if not training:
             yield f"rank {rank}: {tail[0]} updates, but the program has no backward pass"
-        first = next(k for k, op in enumerate(ops) if op.kind in UPDATE)
+        first = next(k for k, op in enumerate(ops) if op.kind.updates)
         for k, op in enumerate(ops[first:], first):
-            if op.kind not in UPDATE:
+            if not op.kind.updates:
                 yield f"rank {rank}: {op} (operation {k}) comes after {ops[first]}, which belongs to the update"
         buckets = 1 + max((op.index for op in tail), default=-1)
-        want = Counter(Op(kind, i) for kind in (Kind.REDUCE, Kind.OPTIMIZE, Kind.GATHER) for i in range(buckets))
-        have = Counter(op for op in tail if op.kind is not Kind.NORM)
+        per_bucket = [kind for kind in KINDS.values() if kind.updates and kind.acts is Acts.BUCKET]
+        want = Counter(Op(kind, i) for kind in per_bucket for i in range(buckets))
+        have = Counter(op for op in tail if op.kind is not Kinds.NORM)
         for op in sorted((want | have).keys(), key=str):
             if have[op] != want[op]:
                 yield f"rank {rank}: {op} is listed {have[op]} times, not {want[op]} times"
         for earlier, later in pairwise(tail):
-            if _phase(earlier) > _phase(later):
+            if earlier.kind.phase > later.kind.phase:
                 yield f"rank {rank}: {earlier} comes before {later}"
         place = {op: k for k, op in enumerate(tail)}
         for op, k in place.items():
-            if op.kind is Kind.GATHER and place.get(Op(Kind.OPTIMIZE, op.index), -1) > k:
-                yield f"rank {rank}: {op} comes before {Op(Kind.OPTIMIZE, op.index)}"
+            if op.kind is Kinds.GATHER and place.get(Op(Kinds.OPTIMIZE, op.index), -1) > k:
+                yield f"rank {rank}: {op} comes before {Op(Kinds.OPTIMIZE, op.index)}"
         if not norms[rank]:
             yield f"rank {rank}: the update has no NORM"
-
-
-def _phase(op: Op) -> int:
-    return {Kind.REDUCE: 0, Kind.NORM: 1}.get(op.kind, 2)
 
 
 def _local_order(program: Program, training: bool) -> Iterator[str]:
@@ -170,7 +186,7 @@ def _local_order(program: Program, training: bool) -> Iterator[str]:
             for need in predecessors(program, op, rank):
                 if place[need] > k:
                     yield f"rank {rank}: {op} (operation {k}) comes before {_at(program, rank, place[need])}"
-            for user in consumers(program, op, rank, training) if op.kind in COMMUNICATION else ():
+            for user in consumers(program, op, rank, training) if op.kind.communicates else ():
                 if place[user] < k:
                     yield f"rank {rank}: {op} (operation {k}) comes after {_at(program, rank, place[user])}"
 
@@ -185,8 +201,8 @@ def _channels(program: Program) -> Iterator[str]:
     receives: dict[tuple[int, int], list[int]] = {}
     for rank, ops in enumerate(program.ranks):
         for k, op in enumerate(ops):
-            if op.kind in SENDS | RECEIVES:
-                (sends if op.kind in SENDS else receives).setdefault(channel(op, rank, program), []).append(k)
+            if op.kind.transfers:
+                (sends if op.kind.role is Role.SEND else receives).setdefault(channel(op, rank, program), []).append(k)
     for where, given in sorted(sends.items()):
         source, destination = where
         for n, (a, b) in enumerate(zip(given, receives[where], strict=True)):
@@ -200,8 +216,8 @@ def _channels(program: Program) -> Iterator[str]:
 
 def _lanes(program: Program) -> Iterator[str]:
     """All ranks join the collectives of a lane in one order."""
-    for name, kinds in LANES.items():
-        orders = [tuple(k for k, op in enumerate(ops) if op.kind in kinds) for ops in program.ranks]
+    for name in lanes():
+        orders = [tuple(k for k, op in enumerate(ops) if op.kind.lane == name) for ops in program.ranks]
         tokens = [tuple(ops[k] for k in order) for ops, order in zip(program.ranks, orders, strict=True)]
         common = Counter(tokens).most_common(1)[0][0]
         reference = tokens.index(common)
@@ -223,7 +239,7 @@ def _slots(program: Program, training: bool) -> Iterator[str]:
         for k, op in enumerate(ops):
             counter.step(op)
             where = f"rank {rank}: {op} (operation {k})"
-            if op.kind not in RECEIVES:
+            if op.kind.role is not Role.RECEIVE:
                 if op.slot >= 0:
                     yield f"{where} has a slot, but only receives do"
                 continue

@@ -1,36 +1,38 @@
-"""Who talks to whom: what communication a program needs, and which operations it stands between.
+"""Who needs whom: what a program's operations wait for, and the communication that stands between them.
 
-A key is (kind, index, stage): an operation without its slot, which is unique on a rank. Where a backward pass may be
-fused or split, its key says B.
+Everything here is read off the rows of `needs.py`. A key is (kind, index, stage): an operation without its slot, which
+is unique on a rank. Where a backward pass may be fused or split, its key says B.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
-from .program import COLLECTIVES, EMBED_LANE, HEAD_LANE, RECEIVES, SENDS, Kind, Op, Ops, Program
-
-COMMUNICATION = SENDS | RECEIVES | COLLECTIVES
-TRAINING = frozenset({Kind.BACKWARD, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD, Kind.HEAD_GRAD, Kind.EMBED_GRAD})
-"""A program without any of these is an evaluation."""
-LANES = {"head": HEAD_LANE, "embed": EMBED_LANE}
+from .needs import KINDS, Acts, Kind, Need, Place, Role, flows, stands_for
+from .program import Op, Ops, Program
 
 Key = tuple[Kind, int, int]
 
 
 def key(op: Op) -> Key:
     """The operation without its slot, a fused backward as B."""
-    return (Kind.INPUT_GRAD if op.kind is Kind.BACKWARD else op.kind, op.index, op.stage)
+    return (stands_for(op.kind) if op.kind.fuses else op.kind, op.index, op.stage)
 
 
 def is_training(program: Program) -> bool:
     """Whether any operation belongs to a backward pass; a program without one is an evaluation."""
-    return any(op.kind in TRAINING for ops in program.ranks for op in ops)
+    return any(op.kind.computes and op.kind.trains for ops in program.ranks for op in ops)
 
 
 def is_lowered(program: Program) -> bool:
     """Whether any operation communicates; a program without one is compute-only, or has one rank."""
-    return any(op.kind in COMMUNICATION for ops in program.ranks for op in ops)
+    return any(op.kind.communicates for ops in program.ranks for op in ops)
+
+
+def lanes() -> tuple[str, ...]:
+    """The lanes of collectives. Each runs its collectives one after the other, in program order."""
+    return tuple(dict.fromkeys(kind.lane for kind in KINDS.values() if kind.lane))
 
 
 def channel(op: Op, rank: int, program: Program) -> tuple[int, int]:
@@ -39,11 +41,11 @@ def channel(op: Op, rank: int, program: Program) -> tuple[int, int]:
     Raises:
         ValueError: the operation is neither, or the stage has no neighbour on that side.
     """
-    step = {Kind.SEND_FORWARD: 1, Kind.RECV_BACKWARD: 1, Kind.SEND_BACKWARD: -1, Kind.RECV_FORWARD: -1}.get(op.kind)
-    if step is None or not 0 <= op.stage + step < program.stages:
+    kind = op.kind
+    if not (kind.transfers and 0 <= op.stage + kind.toward < program.stages):
         raise ValueError(f"{op} uses no channel")
-    other = program.placement[op.stage + step]
-    return (rank, other) if op.kind in SENDS else (other, rank)
+    other = program.placement[op.stage + kind.toward]
+    return (rank, other) if kind.role is Role.SEND else (other, rank)
 
 
 def counterpart(op: Op) -> Op:
@@ -52,105 +54,100 @@ def counterpart(op: Op) -> Op:
     Raises:
         ValueError: the operation is neither.
     """
-    match op.kind:
-        case Kind.SEND_FORWARD:
-            return Op(Kind.RECV_FORWARD, op.index, op.stage + 1)
-        case Kind.RECV_FORWARD:
-            return Op(Kind.SEND_FORWARD, op.index, op.stage - 1)
-        case Kind.SEND_BACKWARD:
-            return Op(Kind.RECV_BACKWARD, op.index, op.stage - 1)
-        case Kind.RECV_BACKWARD:
-            return Op(Kind.SEND_BACKWARD, op.index, op.stage + 1)
-    raise ValueError(f"{op} is neither sent nor received")
+    if not op.kind.transfers:
+        raise ValueError(f"{op} is neither sent nor received")
+    return Op(KINDS[op.kind.pair], op.index, op.stage + op.kind.toward)
+
+
+def applies(need: Need, program: Program, stage: int) -> bool:
+    """Whether a need holds for an operation at a stage (-1: of a rank)."""
+    last = program.stages - 1
+    if program.vocab_barriers not in need.barriers:
+        return False
+    if need.only is not None and stage != (0 if need.only is Place.FIRST else last):
+        return False
+    return not ((need.place is Place.PREVIOUS and stage <= 0) or (need.place is Place.NEXT and stage >= last))
+
+
+def stage_of(place: Place, program: Program, stage: int) -> int:
+    """The stage at which a needed operation stands, seen from one at `stage`; -1 where it is of every rank."""
+    match place:
+        case Place.PREVIOUS:
+            return stage - 1
+        case Place.NEXT:
+            return stage + 1
+        case Place.FIRST:
+            return 0
+        case Place.LAST:
+            return program.stages - 1
+        case Place.EVERYWHERE:
+            return -1
+        case Place.SAME:
+            return stage
+
+
+def data_needs(program: Program, op: Op) -> tuple[tuple[int, Op], ...]:
+    """What must be finished before a compute operation can start: (rank, compute operation), on whatever rank.
+
+    A need for a backward pass is stated as B; a program that does not split backward answers it with BW.
+    """
+    found: list[tuple[int, Op]] = []
+    for need in op.kind.needs:
+        if applies(need, program, op.stage):
+            stage = stage_of(need.place, program, op.stage)
+            ranks = (program.placement[stage],) if stage >= 0 else range(len(program.ranks))
+            found += [(rank, Op(KINDS[need.kind], op.index, stage)) for rank in ranks]
+    return tuple(found)
 
 
 def producer(program: Program, op: Op, rank: int) -> Key | None:
     """The compute operation in the rank's own list that a send or collective must come after; None where none is."""
-    i, last = op.index, program.stages - 1
-    match op.kind:
-        case Kind.SEND_FORWARD:
-            return (Kind.FORWARD, i, op.stage)
-        case Kind.SEND_BACKWARD:
-            return (Kind.INPUT_GRAD, i, op.stage)
-        case Kind.HIDDEN if program.placement[last] == rank:
-            return (Kind.FORWARD, i, last)
-        case Kind.STATISTICS:
-            return (Kind.HEAD, i, -1)
-        case Kind.HIDDEN_GRAD:
-            return (Kind.HEAD_GRAD, i, -1)
-        case Kind.EMBEDDED:
-            return (Kind.EMBED, i, -1)
-        case Kind.EMBEDDED_GRAD if program.placement[0] == rank:
-            return (Kind.INPUT_GRAD, i, 0)
-    return None
+    if op.kind.role not in (Role.SEND, Role.COLLECTIVE):
+        return None
+    flow = flows(op.kind.token)[0]
+    if op.kind.role is Role.SEND:
+        return (flow.source, op.index, op.stage)
+    if flow.source.acts is Acts.RANK:
+        return (flow.source, op.index, -1)
+    stage = stage_of(flow.need.place, program, -1)
+    return (flow.source, op.index, stage) if program.placement[stage] == rank else None
 
 
 def predecessors(program: Program, op: Op, rank: int) -> tuple[Key, ...]:
     """What an operation must come after in its rank's own list, where another rank's part in it does not imply it."""
-    i, s, last, where = op.index, op.stage, program.stages - 1, program.placement
-    match op.kind:
-        case Kind.FORWARD if s > 0:
-            return ((Kind.FORWARD, i, s - 1),) if where[s - 1] == rank else ()
-        case Kind.FORWARD if program.vocab_barriers:
-            return ((Kind.EMBED, i, -1),)
-        case Kind.BACKWARD | Kind.INPUT_GRAD:
-            own = (Kind.FORWARD, i, s)
-            if s < last:
-                return (own, (Kind.INPUT_GRAD, i, s + 1)) if where[s + 1] == rank else (own,)
-            head = (None, Kind.HEAD, Kind.HEAD_GRAD)[program.vocab_barriers]
-            return (own, (head, i, -1)) if head is not None else (own,)
-        case Kind.WEIGHT_GRAD:
-            return ((Kind.INPUT_GRAD, i, s),)
-        case Kind.HEAD:
-            return ((Kind.FORWARD, i, last),) if where[last] == rank else ()
-        case Kind.HEAD_GRAD:
-            return ((Kind.HEAD, i, -1),)
-        case Kind.EMBED_GRAD:
-            return ((Kind.INPUT_GRAD, i, 0),) if where[0] == rank else ()
+    if op.kind.computes:
+        return tuple(key(need) for where, need in data_needs(program, op) if where == rank)
     made = producer(program, op, rank)
     return () if made is None else (made,)
 
 
 def consumers(program: Program, op: Op, rank: int, training: bool = True) -> tuple[Key, ...]:
     """The compute operations in the rank's own list that wait for a receive or collective."""
-    i, last = op.index, program.stages - 1
-    final = ((Kind.INPUT_GRAD, i, last),) if training and program.placement[last] == rank else ()
-    match op.kind:
-        case Kind.RECV_FORWARD:
-            return ((Kind.FORWARD, i, op.stage),)
-        case Kind.RECV_BACKWARD:
-            return ((Kind.INPUT_GRAD, i, op.stage),)
-        case Kind.HIDDEN:
-            return ((Kind.HEAD, i, -1),)
-        case Kind.STATISTICS if training:
-            return ((Kind.HEAD_GRAD, i, -1), *(final if program.vocab_barriers == 1 else ()))
-        case Kind.HIDDEN_GRAD:
-            return final
-        case Kind.EMBEDDED if program.placement[0] == rank:
-            return ((Kind.FORWARD, i, 0),)
-        case Kind.EMBEDDED_GRAD:
-            return ((Kind.EMBED_GRAD, i, -1),)
-    return ()
+    kind = op.kind
+    if kind.role is Role.RECEIVE:
+        return tuple((flow.target, op.index, op.stage) for flow in flows(kind.pair))
+    found: list[Key] = []
+    for flow in flows(kind.token) if kind.role is Role.COLLECTIVE else ():
+        if program.vocab_barriers not in flow.need.barriers or (flow.target.trains and not training):
+            continue
+        if flow.target.acts is Acts.RANK:
+            found.append((flow.target, op.index, -1))
+        elif flow.need.only is not None:
+            stage = stage_of(flow.need.only, program, -1)
+            if program.placement[stage] == rank:
+                found.append((flow.target, op.index, stage))
+    return tuple(found)
 
 
 def awaited(program: Program, op: Op) -> Key | None:
     """The send or collective of other ranks that a compute operation waits for; None where its own list suffices."""
-    i, s, last, where = op.index, op.stage, program.stages - 1, program.placement
-    match op.kind:
-        case Kind.FORWARD if s > 0:
-            return (Kind.SEND_FORWARD, i, s - 1) if where[s - 1] != where[s] else None
-        case Kind.FORWARD if program.vocab_barriers:
-            return (Kind.EMBEDDED, i, -1)
-        case Kind.BACKWARD | Kind.INPUT_GRAD if s < last:
-            return (Kind.SEND_BACKWARD, i, s + 1) if where[s + 1] != where[s] else None
-        case Kind.BACKWARD | Kind.INPUT_GRAD if program.vocab_barriers:
-            return (Kind.STATISTICS if program.vocab_barriers == 1 else Kind.HIDDEN_GRAD, i, -1)
-        case Kind.HEAD:
-            return (Kind.HIDDEN, i, -1)
-        case Kind.HEAD_GRAD:
-            return (Kind.STATISTICS, i, -1)
-        case Kind.EMBED_GRAD:
-            return (Kind.EMBEDDED_GRAD, i, -1)
+    for need in op.kind.needs:
+        if not need.by or not applies(need, program, op.stage):
+            continue
+        if KINDS[need.by].role is Role.COLLECTIVE:
+            return (KINDS[need.by], op.index, -1)
+        stage = stage_of(need.place, program, op.stage)
+        return (KINDS[need.by], op.index, stage) if program.placement[stage] != program.placement[op.stage] else None
     return None
 
 
@@ -158,35 +155,33 @@ def expected(program: Program, rank: int, training: bool) -> Iterator[Op]:
     """The communication that the compute of a rank needs, in no particular order, without slots."""
     if len(program.ranks) == 1:
         return
-    where, last, stages = program.placement, program.stages - 1, program.stages_of(rank)
-    lanes = [Kind.HIDDEN, Kind.STATISTICS, Kind.EMBEDDED] if program.vocab_barriers else []
-    if program.vocab_barriers and training:
-        lanes += [Kind.EMBEDDED_GRAD] + [Kind.HIDDEN_GRAD] * (program.vocab_barriers == 2)
+    where, stages = program.placement, program.stages_of(rank)
+    carriers = [kind for kind in KINDS.values() if kind.communicates and (training or not kind.trains)]
+    transfers = [kind for kind in carriers if kind.transfers]
+    collectives = [
+        kind
+        for kind in carriers
+        if kind.lane and any(program.vocab_barriers in flow.need.barriers for flow in flows(kind.token))
+    ]
     for i in range(program.microbatches):
         for s in stages:
-            if s > 0 and where[s - 1] != rank:
-                yield Op(Kind.RECV_FORWARD, i, s)
-                if training:
-                    yield Op(Kind.SEND_BACKWARD, i, s)
-            if s < last and where[s + 1] != rank:
-                yield Op(Kind.SEND_FORWARD, i, s)
-                if training:
-                    yield Op(Kind.RECV_BACKWARD, i, s)
-        for kind in lanes:
+            for kind in transfers:
+                other = s + kind.toward
+                if 0 <= other < program.stages and where[other] != rank:
+                    yield Op(kind, i, s)
+        for kind in collectives:
             yield Op(kind, i)
 
 
 def releases(op: Op, training: bool) -> tuple[Key, ...]:
-    """The receives whose slots are free once a compute operation is done.
+    """The receives whose slots are free once a compute operation is done."""
+    return tuple((kind, op.index, op.stage) for kind in _released_by(op.kind, training))
 
-    Autograd and deferred weight gradients read a received tensor until the W (or fused backward) of its stage and
-    micro-batch. An evaluation has none: there the forward that consumes it is the end.
-    """
-    if training and op.kind in (Kind.WEIGHT_GRAD, Kind.BACKWARD):
-        return ((Kind.RECV_FORWARD, op.index, op.stage), (Kind.RECV_BACKWARD, op.index, op.stage))
-    if not training and op.kind is Kind.FORWARD:
-        return ((Kind.RECV_FORWARD, op.index, op.stage),)
-    return ()
+
+@cache
+def _released_by(kind: Kind, training: bool) -> tuple[Kind, ...]:
+    done = (kind.token, *kind.fuses)
+    return tuple(each for each in KINDS.values() if each.transfers and each.slot_until[not training] in done)
 
 
 class SlotCounter:
@@ -227,7 +222,7 @@ def number_slots(ops: Ops, training: bool) -> Ops:
     result = []
     for op in ops:
         counter.step(op)
-        if op.kind in RECEIVES:
+        if op.kind.role is Role.RECEIVE:
             op = Op(op.kind, op.index, op.stage, counter.smallest(op))
             counter.take(op)
         result.append(op)
@@ -239,7 +234,7 @@ def slots(program: Program) -> dict[tuple[int, int, Kind], int]:
     count: dict[tuple[int, int, Kind], int] = {}
     for rank, ops in enumerate(program.ranks):
         for op in ops:
-            if op.kind in RECEIVES:
+            if op.kind.role is Role.RECEIVE:
                 where = (rank, op.stage, op.kind)
                 count[where] = max(count.get(where, 0), op.slot + 1)
     return count

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .communication import Key, awaited, channel, is_lowered, key, producer
-from .program import COLLECTIVES, COMPUTE, OUTSTANDING_SENDS, RECEIVES, SENDS, Kind, Op, Program
+from .needs import Role
+from .program import OUTSTANDING_SENDS, Op, Program
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def waits(program: Program, rendezvous: bool = True) -> Waits:
     lowered = is_lowered(program)
     for rank, ops in enumerate(program.ranks):
         for k, op in enumerate(ops):
-            target = awaited(program, op) if op.kind in COMPUTE else None
+            target = awaited(program, op) if op.kind.computes else None
             if target is None or len(program.ranks) == 1:
                 continue
             if target not in known:
@@ -80,7 +81,7 @@ def _members(program: Program, numbers: list[dict[Key, int]], target: Key, lower
     """The operations that stand for a send or collective: its tokens, or their producers in a compute-only program."""
     kind, _, stage = target
     op = Op(*target)
-    ranks = range(len(program.ranks)) if kind in COLLECTIVES else (program.placement[stage],)
+    ranks = range(len(program.ranks)) if kind.lane else (program.placement[stage],)
     found = [(rank, target if lowered else producer(program, op, rank)) for rank in ranks]
     return [numbers[rank][member] for rank, member in found if member is not None]
 
@@ -91,9 +92,9 @@ def _add_rendezvous(program: Program, starts: list[int], on: dict[int, list[int]
     receives: dict[tuple[int, int], list[int]] = {}
     for rank, ops in enumerate(program.ranks):
         for k, op in enumerate(ops):
-            if op.kind in SENDS:
+            if op.kind.role is Role.SEND:
                 sends.setdefault(channel(op, rank, program), []).append(starts[rank] + k)
-            elif op.kind in RECEIVES:
+            elif op.kind.role is Role.RECEIVE:
                 receives.setdefault(channel(op, rank, program), []).append(starts[rank] + k)
     for where, numbers in sends.items():
         for later, receive in zip(numbers[OUTSTANDING_SENDS:], receives.get(where, ()), strict=False):
@@ -196,15 +197,5 @@ def _shortest(edges: dict[int, dict[int, tuple[int, int]]], start: int) -> list[
 
 def _words(program: Program, rank: int, at: int, position: int, other: int) -> str:
     waiter, op = program.ranks[rank][at], program.ranks[other][position]
-    place = f"{op} (operation {position})"
-    if op.kind is Kind.SEND_FORWARD:
-        what = f"the activations that rank {other} sends in {place}"
-    elif op.kind is Kind.SEND_BACKWARD:
-        what = f"the gradient that rank {other} sends in {place}"
-    elif op.kind in RECEIVES:
-        what = f"rank {other} to post {place}, with {OUTSTANDING_SENDS} sends outstanding"
-    elif op.kind in COLLECTIVES:
-        what = f"rank {other} to join {place}"
-    else:
-        what = f"rank {other} to finish {place}"
+    what = op.kind.awaited.format(rank=other, place=f"{op} (operation {position})", sends=OUTSTANDING_SENDS)
     return f"rank {rank} at {waiter} (operation {at}) waits for {what}"

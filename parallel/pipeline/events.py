@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from .program import COLLECTIVES, EMBED_LANE, OUTSTANDING_SENDS, RECEIVES, SENDS, Kind, Op, Ops, Program
-from .times import Times, spread
+from .communication import applies, lanes, stage_of
+from .needs import KINDS, Acts, Kind, Kinds, Place, Role, flows, stands_for
+from .program import OUTSTANDING_SENDS, Op, Ops, Program
+from .times import Times
 
 ALWAYS, NEVER = 0, 1
 """The event that is there from the start, and the one that never comes: a misplaced operation waits for it."""
@@ -87,65 +89,94 @@ class _Line:
         return next(i for i in range(common) if self.events[i] != other.events[i])
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A kind of compute operation at one stage of a rank (or on the rank): events without the microbatch's number.
+
+    Args:
+        need: what it waits for.
+        feed: what it contributes to.
+        after: marks of what must come before it in its own list.
+        mark: of itself.
+        duration: how long it occupies its rank.
+    """
+
+    need: int
+    feed: int
+    after: tuple[int, ...]
+    mark: int
+    duration: float
+
+
+_FOREIGN = (NEVER, ALWAYS, 0.0)
+"""An operation that does not belong to its rank waits for what never comes."""
+
+
 class _Builder:
-    """Numbers the events in blocks of m: one block per stage for inputs and gradients, one for each collective."""
+    """Numbers the events in blocks of m: for each transfer one per stage, for each collective one.
+
+    Marks of what a rank has computed are numbered in the same way, for each kind one block per stage.
+    """
 
     def __init__(self, program: Program, times: Times) -> None:
-        self.where, self.m = program.placement, program.microbatches
-        self.last, self.p, self.barriers = program.stages - 1, len(program.ranks), program.vocab_barriers
+        self.program, self.times = program, times
+        self.where, self.m, self.p = program.placement, program.microbatches, len(program.ranks)
+        self.last = program.stages - 1
         kinds = {op.kind for ops in program.ranks for op in ops}
-        self.lowered = not kinds.isdisjoint(SENDS | RECEIVES)
-        self.explicit = not kinds.isdisjoint(COLLECTIVES)
+        self.lowered = any(kind.transfers for kind in kinds)
+        self.explicit = any(kind.role is Role.COLLECTIVE for kind in kinds)
         self.sends: dict[tuple[int, int], _Line] = {}
         self.receives: dict[tuple[int, int], _Line] = {}
-        self.lanes: tuple[list[_Line], list[_Line]] = ([], [])
+        self.lanes: dict[str, list[_Line]] = {lane: [] for lane in lanes()}
         self.needs: list[list[int]] = []
         self.feeds: list[list[int]] = []
         self.durations: list[list[float]] = []
-        self._set_durations(times)
-        self._set_events(times)
+        times.expect(program.stages, self.p)
+        self.marks = {kind: n * program.stages * self.m for n, kind in enumerate(KINDS.values()) if kind.computes}
+        self.carriers: dict[Kind, list[Kind]] = {}
+        """What can bring the result of a kind to other ranks."""
+        for kind in KINDS.values():
+            if kind.role in (Role.SEND, Role.COLLECTIVE):
+                self.carriers.setdefault(flows(kind.token)[0].source, []).append(kind)
+        self._set_events()
 
-    def _set_durations(self, times: Times) -> None:
-        stages = self.last + 1
-        of_stage = [spread(name, getattr(times, name), stages, "stages") for name in ("forward", "backward", "weight")]
-        self.forward, self.backward, self.weight = of_stage
-        self.fused = [b + w for b, w in zip(self.backward, self.weight, strict=True)]
-        names = ("head", "head_grad", "embed", "embed_grad", "reduce", "optimize", "gather")
-        of_rank = [spread(name, getattr(times, name), self.p, "ranks") for name in names]
-        self.head, self.head_grad, self.embed, self.embed_grad, self.reduce, self.optimize, self.gather = of_rank
-
-    def _set_events(self, times: Times) -> None:
-        m, stages = self.m, self.last + 1
+    def _set_events(self) -> None:
+        m, stages, times = self.m, self.program.stages, self.times
         self.contributors, self.latency, self.before = [0, 1], [0.0, 0.0], {}
-        for step in (-1, 1):
-            for stage, rank in enumerate(self.where):
-                remote = 0 <= stage + step < stages and self.where[stage + step] != rank
-                self.contributors += [2 if remote and self.lowered else 1] * m
-                self.latency += [times.hop + times.link if remote else 0.0] * m
         self.hop, self.queues = times.hop, times.link > 0
-        self.input, self.gradient = 2, 2 + stages * m
-        hidden = 2 + 2 * stages * m
-        self.hidden, self.statistics, self.hidden_grad = hidden, hidden + m, hidden + 2 * m
-        self.embedded, self.embedded_grad, self.norm = hidden + 3 * m, hidden + 4 * m, hidden + 5 * m
-        one = self.p if self.explicit else 1
-        for count in (one, self.p, self.p, self.p, one):
-            self.contributors += [count] * m
-        self.latency += [times.collective] * (5 * m)
+        self.blocks: dict[Kind, int] = {}
+        """The first event of what a transfer (by its receive) or a collective brings."""
+        for kind in KINDS.values():
+            if kind.role is Role.RECEIVE:
+                self.blocks[kind] = len(self.contributors)
+                for stage, rank in enumerate(self.where):
+                    other = stage + kind.toward
+                    remote = 0 <= other < stages and self.where[other] != rank
+                    self.contributors += [2 if remote and self.lowered else 1] * m
+                    self.latency += [times.hop + times.link if remote else 0.0] * m
+        self.collectives = len(self.contributors)
+        for kind in KINDS.values():
+            if kind.role is Role.COLLECTIVE:
+                self.blocks[kind] = len(self.contributors)
+                of_one = flows(kind.token)[0].source.acts is Acts.STAGE and not self.explicit
+                self.contributors += [1 if of_one else self.p] * m
+                self.latency += [times.collective] * m
+        self.norm = len(self.contributors)
         self.contributors.append(0)
         self.latency.append(times.norm)
 
     def add(self, rank: int, ops: Ops) -> None:
         """The operations of the next rank."""
         self.rank = rank
-        self.stages = frozenset(stage for stage, where in enumerate(self.where) if where == rank)
+        self.stages = frozenset(self.program.stages_of(rank))
         self.done: set[int] = set()
         self.gathered = ALWAYS
-        for lanes in self.lanes:
-            lanes.append(_Line())
+        self.passes: dict[tuple[Kind, int], _Pass] = {}
+        for lane in self.lanes.values():
+            lane.append(_Line())
         needs, feeds, durations = [], [], []
-        find = _HANDLERS
         for op in ops:
-            need, feed, duration = find[op.kind](self, op)
+            need, feed, duration = _ADD[op.kind.role](self, op)
             needs.append(need)
             feeds.append(feed)
             durations.append(duration)
@@ -153,74 +184,85 @@ class _Builder:
         self.feeds.append(feeds)
         self.durations.append(durations)
 
-    def _foreign(self, op: Op) -> bool:
-        return op.stage not in self.stages or not 0 <= op.index < self.m
+    # Each of the following gives what the operation needs and feeds, and how long it occupies its rank.
 
-    # Each of the following gives what the operation needs and feeds, and how long it occupies its rank. `done` holds
-    # what this rank has computed: a forward pass under the event of its input, a backward pass under its gradient's.
+    def compute(self, op: Op) -> tuple[int, int, float]:
+        i = op.index
+        found = self.passes.get((op.kind, op.stage))
+        if found is None:
+            if self._is_foreign(op):
+                return _FOREIGN
+            found = self.passes[op.kind, op.stage] = self._pass(op)
+        if not 0 <= i < self.m:
+            return _FOREIGN
+        for mark in found.after:
+            if mark + i not in self.done:
+                return _FOREIGN
+        self.done.add(found.mark + i)
+        return found.need + i if found.need else ALWAYS, found.feed + i if found.feed else ALWAYS, found.duration
 
-    def forward_pass(self, op: Op) -> tuple[int, int, float]:
-        if self._foreign(op):
-            return NEVER, ALWAYS, 0.0
-        i, s = op.index, op.stage
-        mine = self.input + s * self.m + i
-        self.done.add(mine)
-        need = mine if s else (self.embedded + i if self.barriers else ALWAYS)
-        feed = ALWAYS
-        if s < self.last:
-            if not self.lowered or self.where[s + 1] == self.rank:
-                feed = mine + self.m
-        elif self.barriers and not self.explicit:
-            feed = self.hidden + i
-        return need, feed, self.forward[s]
+    def _is_foreign(self, op: Op) -> bool:
+        if op.kind.acts is Acts.STAGE:
+            return op.stage not in self.stages
+        return op.stage != -1 or (op.kind.balanced and not self.program.vocab_barriers)
 
-    def backward_pass(self, op: Op) -> tuple[int, int, float]:
-        i, s, m = op.index, op.stage, self.m
-        if self._foreign(op) or self.input + s * m + i not in self.done:
-            return NEVER, ALWAYS, 0.0
-        need = mine = self.gradient + s * m + i
-        self.done.add(mine)
-        if s == self.last:
-            need = (ALWAYS, self.statistics + i, self.hidden_grad + i)[self.barriers]
-        feed = ALWAYS
-        if s:
-            if not self.lowered or self.where[s - 1] == self.rank:
-                feed = mine - m
-        elif self.barriers and not self.explicit:
-            feed = self.embedded_grad + i
-        return need, feed, self.fused[s] if op.kind is Kind.BACKWARD else self.backward[s]
+    def _mark(self, kind: Kind, stage: int) -> int:
+        return self.marks[stands_for(kind)] + max(stage, 0) * self.m
 
-    def weight_grad(self, op: Op) -> tuple[int, int, float]:
-        if self._foreign(op) or self.gradient + op.stage * self.m + op.index not in self.done:
-            return NEVER, ALWAYS, 0.0
-        return ALWAYS, ALWAYS, self.weight[op.stage]
+    def _pass(self, op: Op) -> _Pass:
+        kind, s, program = op.kind, op.stage, self.program
+        need, after = ALWAYS, []
+        for each in kind.needs:
+            if not applies(each, program, s):
+                continue
+            stage = stage_of(each.place, program, s)
+            if each.place is Place.SAME or (each.place is Place.EVERYWHERE and kind.acts is Acts.RANK):
+                after.append(self._mark(KINDS[each.kind], stage))
+            if each.by:
+                need = self._event(each.by, s)
+        return _Pass(
+            need, self._feed(stands_for(kind), s), tuple(after), self._mark(kind, s), self.times.of(op, self.rank)
+        )
 
-    def vocabulary(self, op: Op) -> tuple[int, int, float]:
-        kind, i, rank = op.kind, op.index, self.rank
-        if not (self.barriers and 0 <= i < self.m):
-            return NEVER, ALWAYS, 0.0
-        if kind is Kind.HEAD:
-            need, feed, duration = self.hidden + i, self.statistics + i, self.head[rank]
-        elif kind is Kind.HEAD_GRAD:
-            feed = self.hidden_grad + i if self.barriers == 2 else ALWAYS
-            need, duration = self.statistics + i, self.head_grad[rank]
-            if self.statistics + i not in self.done:
-                need = NEVER
-        elif kind is Kind.EMBED:
-            need, feed, duration = ALWAYS, self.embedded + i, self.embed[rank]
-        else:
-            return self.embedded_grad + i, ALWAYS, self.embed_grad[rank]
-        self.done.add(self.hidden_grad + i if kind is Kind.HEAD_GRAD else feed)
-        return need, ALWAYS if self.explicit else feed, duration
+    def _event(self, carrier: str, stage: int) -> int:
+        """What a transfer brings to a stage, or a collective."""
+        kind = KINDS[carrier]
+        return self.blocks[kind] if kind.lane else self.blocks[KINDS[kind.pair]] + stage * self.m
 
-    def send(self, op: Op) -> tuple[int, int, float]:
-        s, forward = op.stage, op.kind is Kind.SEND_FORWARD
-        to = s + 1 if forward else s - 1
-        made = (self.input if forward else self.gradient) + s * self.m + op.index
-        if self._foreign(op) or not 0 <= to <= self.last or self.where[to] == self.rank or made not in self.done:
-            return NEVER, ALWAYS, 0.0
-        event = made + (self.m if forward else -self.m)
-        channel = (self.rank, self.where[to])
+    def _feed(self, kind: Kind, stage: int) -> int:
+        """What the end of an operation brings about by itself: nothing where a send or a collective does it."""
+        for carrier in self.carriers.get(kind, ()):
+            if carrier.lane:
+                flow = flows(carrier.token)[0]
+                of_one = flow.source.acts is Acts.STAGE
+                if of_one and stage != stage_of(flow.need.place, self.program, stage):
+                    continue
+                if self.program.vocab_barriers and not self.explicit and self._carries(carrier):
+                    return self.blocks[carrier]
+            elif 0 <= (to := stage + carrier.toward) <= self.last and (not self.lowered or self.where[to] == self.rank):
+                return self._event(carrier.token, to)
+        return ALWAYS
+
+    def _carries(self, collective: Kind) -> bool:
+        return any(self.program.vocab_barriers in flow.need.barriers for flow in flows(collective.token))
+
+    def transfer(self, op: Op) -> tuple[int, int, float]:
+        kind, s = op.kind, op.stage
+        other = s + kind.toward
+        if self._is_foreign(op) or not 0 <= op.index < self.m:
+            return _FOREIGN
+        if not 0 <= other <= self.last or self.where[other] == self.rank:
+            return _FOREIGN
+        if kind.role is Role.RECEIVE:
+            event = self.blocks[kind] + s * self.m + op.index
+            channel = (self.where[other], self.rank)
+            line = self.receives.get(channel) or self.receives.setdefault(channel, _Line())
+            line.put(event, op)
+            return ALWAYS, event, 0.0
+        if self._mark(flows(kind.token)[0].source, s) + op.index not in self.done:
+            return _FOREIGN
+        event = self._event(kind.token, other) + op.index
+        channel = (self.rank, self.where[other])
         line = self.sends.get(channel) or self.sends.setdefault(channel, _Line())
         need = line.events[-OUTSTANDING_SENDS] if len(line.events) >= OUTSTANDING_SENDS else ALWAYS
         if self.queues and line.events:
@@ -228,55 +270,34 @@ class _Builder:
         line.put(event, op)
         return need, event, 0.0
 
-    def receive(self, op: Op) -> tuple[int, int, float]:
-        s, forward = op.stage, op.kind is Kind.RECV_FORWARD
-        source = s - 1 if forward else s + 1
-        if self._foreign(op) or not 0 <= source <= self.last or self.where[source] == self.rank:
-            return NEVER, ALWAYS, 0.0
-        event = (self.input if forward else self.gradient) + s * self.m + op.index
-        channel = (self.where[source], self.rank)
-        line = self.receives.get(channel) or self.receives.setdefault(channel, _Line())
-        line.put(event, op)
-        return ALWAYS, event, 0.0
-
     def collective(self, op: Op) -> tuple[int, int, float]:
-        kind, i, m = op.kind, op.index, self.m
-        if not (self.barriers and 0 <= i < m):
-            return NEVER, ALWAYS, 0.0
-        if kind is Kind.HIDDEN:
-            event, source = self.hidden + i, self.input + self.last * m + i
-            missing = self.where[self.last] == self.rank and source not in self.done
-        elif kind is Kind.EMBEDDED_GRAD:
-            event = self.embedded_grad + i
-            missing = self.where[0] == self.rank and self.gradient + i not in self.done
-        else:
-            starts = {
-                Kind.STATISTICS: self.statistics,
-                Kind.HIDDEN_GRAD: self.hidden_grad,
-                Kind.EMBEDDED: self.embedded,
-            }
-            event = starts[kind] + i
-            missing = event not in self.done
-        if missing:
-            return NEVER, ALWAYS, 0.0
-        lane = self.lanes[kind in EMBED_LANE][self.rank]
+        if not (self.program.vocab_barriers and 0 <= op.index < self.m):
+            return _FOREIGN
+        flow = flows(op.kind.token)[0]
+        stage = -1 if flow.source.acts is Acts.RANK else stage_of(flow.need.place, self.program, -1)
+        mine = stage < 0 or self.where[stage] == self.rank
+        if mine and self._mark(flow.source, stage) + op.index not in self.done:
+            return _FOREIGN
+        event = self.blocks[op.kind] + op.index
+        lane = self.lanes[op.kind.lane][self.rank]
         if lane.events:
             self.before[event] = lane.events[-1]
         lane.put(event, op)
         return ALWAYS, event, 0.0
 
     def update(self, op: Op) -> tuple[int, int, float]:
-        if op.kind is Kind.REDUCE:
-            return ALWAYS, ALWAYS, self.reduce[self.rank]
-        if op.kind is Kind.NORM:
+        kind = op.kind
+        if kind is Kinds.NORM:
             self.contributors[self.norm] += 1
-            self.done.add(self.norm)
+            self.done.add(-1)
             return ALWAYS, self.norm, 0.0
-        if op.kind is Kind.OPTIMIZE:
-            return self.norm if self.norm in self.done else ALWAYS, ALWAYS, self.optimize[self.rank]
+        if not kind.started:
+            waits = kind.phase > Kinds.NORM.phase and -1 in self.done
+            return self.norm if waits else ALWAYS, ALWAYS, self.times.of(op, self.rank)
+        # It runs beside the compute, after the one before it of its rank.
         event = len(self.contributors)
         self.contributors.append(1)
-        self.latency.append(self.gather[self.rank])
+        self.latency.append(self.times.latency(op, self.rank))
         if self.gathered:
             self.before[event] = self.gathered
         self.gathered = event
@@ -292,7 +313,7 @@ class _Builder:
             latency=self.latency,
             before=self.before,
             unoccupied=self.hop,
-            collectives=self.hidden,
+            collectives=self.collectives,
             updates=self.norm,
             disorder=next(self._disorders(), None),
         )
@@ -306,7 +327,7 @@ class _Builder:
                     f"rank {source} sends {sent.ops[at]} to rank {to} as number {at} of their channel, where rank {to} "
                     f"receives {received.ops[at]}"
                 )
-        for lane in self.lanes:
+        for lane in self.lanes.values():
             for rank, line in enumerate(lane):
                 at = line.differs(lane[0])
                 if at is not None:
@@ -314,14 +335,10 @@ class _Builder:
                     yield f"collective number {at} of a lane is {first} on rank 0 and {other} on rank {rank}"
 
 
-_HANDLERS = {
-    Kind.FORWARD: _Builder.forward_pass,
-    Kind.BACKWARD: _Builder.backward_pass,
-    Kind.INPUT_GRAD: _Builder.backward_pass,
-    Kind.WEIGHT_GRAD: _Builder.weight_grad,
-    **dict.fromkeys((Kind.HEAD, Kind.HEAD_GRAD, Kind.EMBED, Kind.EMBED_GRAD), _Builder.vocabulary),
-    **dict.fromkeys(SENDS, _Builder.send),
-    **dict.fromkeys(RECEIVES, _Builder.receive),
-    **dict.fromkeys(COLLECTIVES, _Builder.collective),
-    **dict.fromkeys((Kind.REDUCE, Kind.NORM, Kind.OPTIMIZE, Kind.GATHER), _Builder.update),
+_ADD = {
+    Role.COMPUTE: _Builder.compute,
+    Role.SEND: _Builder.transfer,
+    Role.RECEIVE: _Builder.transfer,
+    Role.COLLECTIVE: _Builder.collective,
+    Role.UPDATE: _Builder.update,
 }

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ..record import Recorder
-from .program import Kind, Op
+from .needs import Kind
+from .program import Op
 
 Handler = Callable[[Op], None]
 
 
 def execute(ops: tuple[Op, ...], handlers: Mapping[Kind, Handler], recorder: Recorder) -> None:
     """Runs `ops`. Whatever a handler communicates is recorded inside the span of its operation."""
-    codes = {kind: recorder.intern(kind.value) for kind in handlers}
+    codes = {kind: recorder.intern(kind.token) for kind in handlers}
     for position, op in enumerate(ops):
         recorder.op, recorder.micro_batch = position, op.index
         ticket = recorder.enter(codes[op.kind])

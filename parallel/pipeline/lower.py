@@ -13,7 +13,6 @@ from itertools import pairwise
 
 from .check import check
 from .communication import (
-    LANES,
     Key,
     channel,
     consumers,
@@ -22,11 +21,13 @@ from .communication import (
     is_lowered,
     is_training,
     key,
+    lanes,
     number_slots,
     producer,
 )
 from .deadlock import run, waits
-from .program import COLLECTIVES, COMPUTE, OUTSTANDING_SENDS, SENDS, Kind, Op, Ops, Program
+from .needs import Kinds, Role
+from .program import OUTSTANDING_SENDS, Op, Ops, Program
 from .simulate import simulate
 from .times import Times
 
@@ -52,8 +53,8 @@ def lower(program: Program, *, ahead: int = 1, times: Times = Times()) -> Progra
     if len(program.ranks) == 1:
         return program
     training = is_training(program)
-    compute = [tuple(op for op in ops if op.kind in COMPUTE) for ops in program.ranks]
-    tails = [tuple(op for op in ops if op.kind not in COMPUTE) for ops in program.ranks]
+    compute = [tuple(op for op in ops if op.kind.computes) for ops in program.ranks]
+    tails = [tuple(op for op in ops if not op.kind.computes) for ops in program.ranks]
     if not training:
         # Nothing but waiting senders bounds how far fast first stages run ahead; at equal times they hardly do.
         times = Times()
@@ -90,13 +91,13 @@ def forward_only(placement: tuple[int, ...], microbatches: int, vocab_barriers: 
         wanted = min(microbatches, before[0] + 2) if vocab_barriers else 0
         scored, arrived = arrived, before[last] if vocab_barriers else 0
         for rank in range(ranks):
-            ops[rank] += [Op(Kind.EMBED, i) for i in range(embedded, wanted)]
-            ops[rank] += [Op(Kind.HEAD, i) for i in range(headed, scored)]
+            ops[rank] += [Op(Kinds.EMBED, i) for i in range(embedded, wanted)]
+            ops[rank] += [Op(Kinds.HEAD, i) for i in range(headed, scored)]
         embedded, headed = wanted, scored
         busy: set[int] = set()
         for stage in range(last, -1, -1):
             if placement[stage] not in busy and before[stage] < (before[stage - 1] if stage else microbatches):
-                ops[placement[stage]].append(Op(Kind.FORWARD, before[stage], stage))
+                ops[placement[stage]].append(Op(Kinds.FORWARD, before[stage], stage))
                 done[stage] += 1
                 busy.add(placement[stage])
     return Program(microbatches, placement, tuple(tuple(mine) for mine in ops), vocab_barriers)
@@ -142,10 +143,10 @@ def _lane_orders(program: Program, plan: _Plan, training: bool) -> list[Ops]:
     ready: dict[Op, int] = {}
     for rank, place in enumerate(plan.places):
         for op in expected(program, rank, training):
-            if op.kind in COLLECTIVES:
+            if op.kind.role is Role.COLLECTIVE:
                 made = producer(program, op, rank)
                 ready[op] = max(ready.get(op, -1), -1 if made is None else plan.turns[rank][place[made]])
-    return [tuple(sorted((op for op in ready if op.kind in kinds), key=ready.__getitem__)) for kinds in LANES.values()]
+    return [tuple(sorted((op for op in ready if op.kind.lane == lane), key=ready.__getitem__)) for lane in lanes()]
 
 
 def _joins(program: Program, rank: int, place: dict[Key, int], orders: list[Ops]) -> dict[int, list[Op]]:
@@ -165,7 +166,7 @@ def _sends(program: Program, rank: int, place: dict[Key, int], training: bool) -
     sends = {}
     for op in expected(program, rank, training):
         made = producer(program, op, rank)
-        if op.kind in SENDS and made is not None:
+        if op.kind.role is Role.SEND and made is not None:
             sends[place[made]] = op
     return dict(sorted(sends.items()))
 

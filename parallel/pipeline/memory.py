@@ -7,16 +7,16 @@ backward pass needs it until the weight gradient is done. In a program of forwar
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
-from .program import Kind, Ops, Program
+from .needs import Acts, Hold, Kind
+from .program import Ops, Program
 from .simulate import Timeline
 from .times import spread
 
 Curve = tuple[tuple[float, float], ...]
 """(time, amount from then on), in the order of time."""
-
-_ENDS = frozenset({Kind.WEIGHT_GRAD, Kind.BACKWARD})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,38 +102,47 @@ def byte_curve(timeline: Timeline, sizes: ActivationBytes) -> tuple[Curve, ...]:
 
 def _counted(ops: Ops) -> Iterator[tuple[int, int, int]]:
     """(position, 0 at its start or 1 at its end, +1 or -1) of each activation that comes or goes."""
-    trains = any(op.kind in _ENDS for op in ops)
-    for position, op in enumerate(ops):
-        if op.kind is Kind.FORWARD:
-            yield position, 0, 1
-            if not trains:
-                yield position, 1, -1
-        elif op.kind in _ENDS:
-            yield position, 1, -1
+    for position, hold in _held(ops):
+        if hold.counts:
+            yield position, int(hold.at_end), hold.sign
 
 
 def _weighed(program: Program, rank: int, ops: Ops, sizes: ActivationBytes) -> Iterator[tuple[int, int, float]]:
     """As `_counted`, in bytes."""
-    full = spread("activation", sizes.activation, program.stages, "stages")
-    rest = full if sizes.deferred is None else spread("deferred", sizes.deferred, program.stages, "stages")
-    head = spread("head", sizes.head, len(program.ranks), "ranks")[rank]
-    kinds = {op.kind for op in ops}
-    trains, keeps_head = not _ENDS.isdisjoint(kinds), Kind.HEAD_GRAD in kinds
+    given = {
+        "activation": sizes.activation,
+        "deferred": sizes.activation if sizes.deferred is None else sizes.deferred,
+        "head": sizes.head,
+    }
+    places = {"stages": program.stages, "ranks": len(program.ranks)}
+    per = {"activation": "stages", "deferred": "stages", "head": "ranks"}
+    each = {name: spread(name, values, places[per[name]], per[name]) for name, values in given.items()}
+    for position, at_end, changes in _grouped(ops):
+        op = ops[position]
+        place = op.stage if op.kind.acts is Acts.STAGE else rank
+        yield position, at_end, sum(hold.sign * each[hold.what][place] for hold in changes)
+
+
+def _grouped(ops: Ops) -> Iterator[tuple[int, int, list[Hold]]]:
+    """What changes at the start or the end of an operation, all at once."""
+    for (position, at_end), holds in groupby(_held(ops), lambda each: (each[0], each[1].at_end)):
+        yield position, int(at_end), [hold for _, hold in holds]
+
+
+def _held(ops: Ops) -> Iterator[tuple[int, Hold]]:
+    """What each operation takes and gives back; what nothing in the list gives back goes at the end of its taker."""
+    plans = _plans({op.kind for op in ops})
     for position, op in enumerate(ops):
-        match op.kind:
-            case Kind.FORWARD:
-                yield position, 0, full[op.stage]
-                if not trains:
-                    yield position, 1, -full[op.stage]
-            case Kind.INPUT_GRAD:
-                yield position, 1, rest[op.stage] - full[op.stage]
-            case Kind.WEIGHT_GRAD:
-                yield position, 1, -rest[op.stage]
-            case Kind.BACKWARD:
-                yield position, 1, -full[op.stage]
-            case Kind.HEAD:
-                yield position, 0, head
-                if not keeps_head:
-                    yield position, 1, -head
-            case Kind.HEAD_GRAD:
-                yield position, 1, -head
+        for hold in plans[op.kind]:
+            yield position, hold
+
+
+def _plans(kinds: set[Kind]) -> dict[Kind, tuple[Hold, ...]]:
+    given_back = {hold.what for kind in kinds for hold in kind.holds if hold.sign < 0}
+    return {
+        kind: kind.holds
+        + tuple(
+            replace(hold, sign=-1, at_end=True) for hold in kind.holds if hold.sign > 0 and hold.what not in given_back
+        )
+        for kind in kinds
+    }

@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
 from .events import ALWAYS, Graph, build
-from .program import COMPUTE, SENDS, Op
-from .simulate import STARTED, Timeline
+from .needs import Role
+from .program import Op
+from .simulate import Timeline
 
 _EQUAL = 1e-12
 
@@ -40,7 +41,7 @@ def utilization(timeline: Timeline) -> Utilization:
     """Spans, work and bubble rates."""
     span, work = [], []
     for ops, spans in zip(timeline.program.ranks, timeline.spans, strict=True):
-        busy = [times for op, times in zip(ops, spans, strict=True) if op.kind in COMPUTE]
+        busy = [times for op, times in zip(ops, spans, strict=True) if op.kind.computes]
         span.append(busy[-1][1] - busy[0][0] if busy else 0.0)
         work.append(sum(end - start for start, end in busy))
     makespan, most = timeline.makespan, max(span)
@@ -105,7 +106,7 @@ def bubbles(timeline: Timeline) -> tuple[Bubble, ...]:
 def _bubble(replayed: _Replay, rank: int) -> Bubble:
     timeline = replayed.timeline
     ops, spans = timeline.program.ranks[rank], timeline.spans[rank]
-    computes = [position for position, op in enumerate(ops) if op.kind in COMPUTE]
+    computes = [position for position, op in enumerate(ops) if op.kind.computes]
     if not computes:
         return Bubble(warm_up=timeline.makespan)
     first, last = computes[0], computes[-1]
@@ -117,10 +118,10 @@ def _bubble(replayed: _Replay, rank: int) -> Bubble:
         if start > clock:
             for cause, amount in replayed.causes(rank, position, clock):
                 parts[cause] += amount
-        if ops[position].kind in STARTED:
+        if ops[position].kind.started:
             clock = max(clock, start)
             continue
-        if ops[position].kind not in COMPUTE:
+        if not ops[position].kind.computes:
             parts["update"] += end - start
         clock = end
     return Bubble(warm_up=spans[first][0], tail=timeline.makespan - spans[last][1], **parts)
@@ -181,7 +182,7 @@ class _Replay:
             ops = timeline.program.ranks[rank]
             for position, event in enumerate(feeds):
                 if event:
-                    when = spans[position][ops[position].kind not in STARTED]
+                    when = spans[position][not ops[position].kind.started]
                     if when >= latest[event]:
                         latest[event] = when
                         last[event] = (rank, position)
@@ -198,7 +199,7 @@ class _Replay:
         if event >= self.graph.collectives:
             cause = "barrier" if event < self.graph.updates else "update"
             return [(cause, come - since), ("overhead", start - come)]
-        if self.timeline.program.ranks[rank][position].kind in SENDS:
+        if self.timeline.program.ranks[rank][position].kind.role is Role.SEND:
             return [("queue", come - since), ("overhead", start - come)]
         sent = min(max(self.latest[event], since), come)
         return [("dependency", sent - since), ("communication", come - sent), ("overhead", start - come)]
@@ -211,7 +212,7 @@ class _Replay:
             return ()
         end, rank, position = max(ends, key=lambda each: each[0])
         steps: list[Step] = []
-        if self._op(rank, position).kind in STARTED:
+        if self._op(rank, position).kind.started:
             rank, position, end = self._source(self.graph.feeds[rank][position], steps)
         while True:
             op, start = self._op(rank, position), spans[rank][position][0]
@@ -220,7 +221,7 @@ class _Replay:
                 steps.append(Step(rank, position, op, start, end, self._edge(event, op)))
                 rank, position, end = self._source(event, steps)
                 continue
-            if op.kind not in STARTED or end > start:
+            if not op.kind.started or end > start:
                 steps.append(Step(rank, position, op, start, end, Edge.ORDER))
             if position == 0:
                 break
@@ -238,20 +239,20 @@ class _Replay:
                 break
             steps.append(Step(rank, position, self._op(rank, position), free, end, Edge.LANE))
             event, end = self.graph.before[event], free
-        started = self._op(rank, position).kind in STARTED
+        started = self._op(rank, position).kind.started
         return rank, position, end if started else self.timeline.spans[rank][position][1]
 
     def _edge(self, event: int, op: Op) -> Edge:
         if event >= self.graph.collectives:
             return Edge.COLLECTIVE
-        return Edge.QUEUE if op.kind in SENDS else Edge.TRANSFER
+        return Edge.QUEUE if op.kind.role is Role.SEND else Edge.TRANSFER
 
     def _clock(self, rank: int, position: int) -> float:
         """When the rank was through with all that comes before an operation."""
         if position == 0:
             return 0.0
         start, end = self.timeline.spans[rank][position - 1]
-        return start if self._op(rank, position - 1).kind in STARTED else end
+        return start if self._op(rank, position - 1).kind.started else end
 
     def _op(self, rank: int, position: int) -> Op:
         return self.timeline.program.ranks[rank][position]

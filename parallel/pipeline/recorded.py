@@ -114,7 +114,7 @@ def _spans(ring: Ring, ops: Ops, step: int, clock: int) -> list[tuple[int, int]]
         has = f"it holds steps {held[0]} to {held[-1]}" if held else "it holds no step of a program"
         raise UserError(Problem("step", f"step {step} is not in the record of rank {rank}; {has}"))
     codes = {name: code for code, name in enumerate(ring.names)}
-    expected = np.array([codes.get(op.kind.value, -1) for op in ops], np.int64)
+    expected = np.array([codes.get(op.kind.token, -1) for op in ops], np.int64)
     entries = entries[entries["op"] < len(ops)]
     own = entries[entries["kind"] == expected[entries["op"]]]
     run = _complete(own, len(ops))

@@ -25,7 +25,8 @@ from ..gradients import WeightGradients
 from ..mesh import Axis
 from ..record import Recorder
 from .execute import Handler
-from .program import OUTSTANDING_SENDS, Kind, Op, Program
+from .needs import Kind, Kinds
+from .program import OUTSTANDING_SENDS, Op, Program
 
 Forward = Callable[[int, int, Tensor | None], Tensor]
 """(stage, micro-batch, input or None for the first stage) → output, or the loss where the last stage has the head."""
@@ -118,14 +119,14 @@ class Runtime:
     def handlers(self) -> dict[Kind, Handler]:
         """One per kind of operation, for `execute`."""
         handlers: dict[Kind, Handler] = {
-            Kind.FORWARD: self._run_forward,
-            Kind.BACKWARD: self._run_backward,
-            Kind.INPUT_GRAD: self._run_input_grad,
-            Kind.WEIGHT_GRAD: lambda op: self._stores[op.stage].compute(op.index),
-            Kind.SEND_FORWARD: lambda op: self._send(op.stage + 1, self._outputs.pop((op.stage, op.index))),
-            Kind.SEND_BACKWARD: lambda op: self._send(op.stage - 1, self._grads.pop((op.stage, op.index))),
-            Kind.RECV_FORWARD: lambda op: self._receive(op, op.stage - 1),
-            Kind.RECV_BACKWARD: lambda op: self._receive(op, op.stage + 1),
+            Kinds.FORWARD: self._run_forward,
+            Kinds.BACKWARD: self._run_backward,
+            Kinds.INPUT_GRAD: self._run_input_grad,
+            Kinds.WEIGHT_GRAD: lambda op: self._stores[op.stage].compute(op.index),
+            Kinds.SEND_FORWARD: lambda op: self._send(op.stage + 1, self._outputs.pop((op.stage, op.index))),
+            Kinds.SEND_BACKWARD: lambda op: self._send(op.stage - 1, self._grads.pop((op.stage, op.index))),
+            Kinds.RECV_FORWARD: lambda op: self._receive(op, op.stage - 1),
+            Kinds.RECV_BACKWARD: lambda op: self._receive(op, op.stage + 1),
         }
         if self._vocab is not None:
             handlers |= self._vocab_handlers(self._vocab)
@@ -133,15 +134,15 @@ class Runtime:
 
     def _vocab_handlers(self, vocab: Vocabulary) -> dict[Kind, Handler]:
         return {
-            Kind.HIDDEN: lambda op: vocab.post_hidden(op.index, self._outputs.pop((self._last, op.index), None)),
-            Kind.HEAD: lambda op: vocab.score(op.index),
-            Kind.STATISTICS: lambda op: vocab.post_statistics(op.index),
-            Kind.HEAD_GRAD: lambda op: vocab.head_grad(op.index),
-            Kind.HIDDEN_GRAD: lambda op: vocab.post_hidden_grad(op.index),
-            Kind.EMBED: lambda op: vocab.look_up(op.index),
-            Kind.EMBEDDED: lambda op: vocab.post_rows(op.index),
-            Kind.EMBEDDED_GRAD: lambda op: vocab.post_rows_grad(op.index, self._grads.pop((0, op.index), None)),
-            Kind.EMBED_GRAD: lambda op: vocab.embed_grad(op.index),
+            Kinds.HIDDEN: lambda op: vocab.post_hidden(op.index, self._outputs.pop((self._last, op.index), None)),
+            Kinds.HEAD: lambda op: vocab.score(op.index),
+            Kinds.STATISTICS: lambda op: vocab.post_statistics(op.index),
+            Kinds.HEAD_GRAD: lambda op: vocab.head_grad(op.index),
+            Kinds.HIDDEN_GRAD: lambda op: vocab.post_hidden_grad(op.index),
+            Kinds.EMBED: lambda op: vocab.look_up(op.index),
+            Kinds.EMBEDDED: lambda op: vocab.post_rows(op.index),
+            Kinds.EMBEDDED_GRAD: lambda op: vocab.post_rows_grad(op.index, self._grads.pop((0, op.index), None)),
+            Kinds.EMBED_GRAD: lambda op: vocab.embed_grad(op.index),
         }
 
     def losses(self) -> list[Tensor]:
@@ -180,7 +181,7 @@ class Runtime:
                 return None
             x = self._vocab.rows(op.index)
         else:
-            x = self._arrived(Kind.RECV_FORWARD, op, self._outputs, op.stage - 1)
+            x = self._arrived(Kinds.RECV_FORWARD, op, self._outputs, op.stage - 1)
         return x.detach().requires_grad_(torch.is_grad_enabled())
 
     def _run_backward(self, op: Op) -> None:
@@ -201,7 +202,7 @@ class Runtime:
 
     def _output_grad(self, op: Op) -> Tensor | None:
         if op.stage < self._last:
-            return self._arrived(Kind.RECV_BACKWARD, op, self._grads, op.stage + 1)
+            return self._arrived(Kinds.RECV_BACKWARD, op, self._grads, op.stage + 1)
         if self._vocab is None:
             return None  # the loss itself: its factor is already in it
         return self._vocab.hidden_grad(op.index)

@@ -12,11 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .events import ALWAYS, NEVER, Graph, build
-from .program import COLLECTIVES, RECEIVES, SENDS, Kind, Op, Program
+from .program import Op, Program
 from .times import Times
-
-STARTED = SENDS | RECEIVES | COLLECTIVES | {Kind.NORM, Kind.GATHER}
-"""Operations that are only started by their token, and complete beside the compute."""
 
 Spans = tuple[tuple[tuple[float, float], ...], ...]
 
@@ -98,7 +95,7 @@ def simulate(program: Program, times: Times) -> Timeline:
     for begun, durations, feeds, ops in zip(starts, graph.durations, graph.feeds, program.ranks, strict=True):
         ends = [start + duration for start, duration in zip(begun, durations, strict=True)]
         for position, op in enumerate(ops):
-            if op.kind in STARTED and feeds[position]:
+            if op.kind.started and feeds[position]:
                 ends[position] = known[feeds[position]]
         spans.append(tuple(zip(begun, ends, strict=True)))
     return Timeline(program, tuple(spans), times)
@@ -170,7 +167,7 @@ def _incomplete(program: Program, graph: Graph, known: list[float]) -> tuple[lis
     places, events = [], []
     for rank, (feeds, ops) in enumerate(zip(graph.feeds, program.ranks, strict=True)):
         for position, event in enumerate(feeds):
-            if known[event] < 0 and ops[position].kind in STARTED:
+            if known[event] < 0 and ops[position].kind.started:
                 places.append((rank, position))
                 events.append(event)
                 break

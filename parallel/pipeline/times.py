@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from math import isfinite
 from statistics import median
 from typing import Any
 
 from ...configs.errors import Problem, UserError
-from .program import Kind, Op
+from .needs import KINDS, Acts, Kind, Kinds
+from .program import Op
 
 _ZERO = (0.0,)
-_FIELDS = {
-    Kind.FORWARD: "forward",
-    Kind.INPUT_GRAD: "backward",
-    Kind.WEIGHT_GRAD: "weight",
-    Kind.HEAD: "head",
-    Kind.HEAD_GRAD: "head_grad",
-    Kind.EMBED: "embed",
-    Kind.EMBED_GRAD: "embed_grad",
-    Kind.REDUCE: "reduce",
-    Kind.OPTIMIZE: "optimize",
-    Kind.GATHER: "gather",
-}
-_PER_STAGE = frozenset({Kind.FORWARD, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +29,7 @@ class Times:
             one from the same rank to the same rank has to wait. A program of compute only has no order of messages, so
             there they are added and nobody waits.
         collective: of each collective of the vocabulary, from the last rank's start to its end; occupies no compute.
+        other: of kinds that have no field of their own, by token: per stage or rank, as the kind acts.
 
     Raises:
         UserError: a duration is negative or not a number, or a tuple is empty.
@@ -60,17 +49,20 @@ class Times:
     hop: float = 0.0
     link: float = 0.0
     collective: float = 0.0
+    other: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         problems = []
-        for each in fields(self):
-            value = getattr(self, each.name)
+        given = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "other"} | dict(
+            self.other
+        )
+        for name, value in given.items():
             values = value if isinstance(value, tuple) else (value,)
             bad = [v for v in values if not (isfinite(v) and v >= 0)]
             if bad:
-                problems.append(Problem(each.name, f"a duration is at least 0, got {bad[0]}"))
+                problems.append(Problem(name, f"a duration is at least 0, got {bad[0]}"))
             if not values:
-                problems.append(Problem(each.name, "no durations: give one for all, or one per stage (or rank)"))
+                problems.append(Problem(name, "no durations: give one for all, or one per stage (or rank)"))
         if problems:
             raise UserError(*problems)
 
@@ -95,29 +87,54 @@ class Times:
         """
         measured: dict[tuple[Kind, int], list[float]] = {}
         for rank, op, start, end in spans:
-            place = op.stage if op.kind in _PER_STAGE or op.kind is Kind.BACKWARD else rank
+            place = op.stage if op.kind.acts is Acts.STAGE else rank
             measured.setdefault((op.kind, place), []).append(end - start)
         stages, ranks = len(placement), max(placement) + 1
         medians = {key: median(values) for key, values in measured.items()}
         for stage in range(stages):
-            if (Kind.FORWARD, stage) not in medians:
+            if (Kinds.FORWARD, stage) not in medians:
                 raise UserError(f"the record has no forward pass of stage {stage} (of {stages}): give its times")
-            fused = medians.get((Kind.BACKWARD, stage), 0.0)
-            medians.setdefault((Kind.INPUT_GRAD, stage), fused * (1 - weight_share))
-            medians.setdefault((Kind.WEIGHT_GRAD, stage), fused * weight_share)
-        found: dict[str, Any] = {
-            name: tuple(medians.get((kind, i), 0.0) for i in range(stages if kind in _PER_STAGE else ranks))
-            for kind, name in _FIELDS.items()
-        }
+            fused = medians.get((Kinds.BACKWARD, stage), 0.0)
+            medians.setdefault((Kinds.INPUT_GRAD, stage), fused * (1 - weight_share))
+            medians.setdefault((Kinds.WEIGHT_GRAD, stage), fused * weight_share)
+        found: dict[str, Any] = {"other": {}}
+        for kind in KINDS.values():
+            if kind.fuses or kind.communicates or kind.acts is Acts.STEP:
+                continue
+            count = stages if kind.acts is Acts.STAGE else ranks
+            values = tuple(medians.get((kind, i), 0.0) for i in range(count))
+            if kind.duration:
+                found[kind.duration[0]] = values
+            elif any(values):
+                found["other"][kind.token] = values
         return Times(**found, hop=hop, collective=collective)
 
     def of(self, op: Op, rank: int) -> float:
         """How long an operation occupies its rank; 0 for everything that is only started."""
-        if op.kind is Kind.BACKWARD:
-            return _at(self.backward, op.stage) + _at(self.weight, op.stage)
-        if op.kind not in _FIELDS or op.kind is Kind.GATHER:
-            return 0.0
-        return _at(getattr(self, _FIELDS[op.kind]), op.stage if op.kind in _PER_STAGE else rank)
+        return 0.0 if op.kind.started else self.latency(op, rank)
+
+    def latency(self, op: Op, rank: int) -> float:
+        """How long an operation takes, whether or not it occupies its rank; transfers and collectives apart."""
+        place = op.stage if op.kind.acts is Acts.STAGE else rank
+        return sum(_at(values, place) for values in self._durations(op.kind))
+
+    def _durations(self, kind: Kind) -> list[tuple[float, ...]]:
+        if kind.duration:
+            return [getattr(self, name) for name in kind.duration]
+        return [self.other.get(kind.token, _ZERO)]
+
+    def expect(self, stages: int, ranks: int) -> None:
+        """Checks that every duration is for one or for so many stages or ranks.
+
+        Raises:
+            UserError: one is not.
+        """
+        for kind in KINDS.values():
+            if kind.acts is Acts.STEP or kind.communicates:
+                continue
+            per_stage = kind.acts is Acts.STAGE
+            for name, values in zip(kind.duration or (kind.token,), self._durations(kind), strict=True):
+                spread(name, values, stages if per_stage else ranks, "stages" if per_stage else "ranks")
 
 
 def _at(values: tuple[float, ...], index: int) -> float:

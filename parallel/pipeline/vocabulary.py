@@ -22,7 +22,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ...configs.errors import Problem, UserError
-from .program import VOCAB_COMPUTE, Kind, Op, Program
+from .needs import KINDS, Kind, Kinds
+from .program import Op, Program
 from .schedules import SCHEDULES, generate
 from .schedules.base import Shape
 from .simulate import Timeline, simulate
@@ -37,7 +38,7 @@ _SEARCHED = 4
 _SLIGHT = 1e-3
 """A step shorter by less of it is not worth the activations of one more delay."""
 
-_ORDER = {Kind.EMBED: 0, Kind.HEAD: 1, Kind.HEAD_GRAD: 2, Kind.EMBED_GRAD: 3}
+_ORDER = {Kinds.EMBED: 0, Kinds.HEAD: 1, Kinds.HEAD_GRAD: 2, Kinds.EMBED_GRAD: 3}
 """Of one micro-batch's passes at the same instant; of several micro-batches the oldest goes first and frees memory."""
 
 
@@ -93,7 +94,10 @@ def balanced(
 
 def _reach(plain: Program, times: Times) -> float:
     """The step with the schedule's own bubble, and the collectives before its first and after its last stage pass."""
-    vocabulary = max(sum(times.of(Op(kind, 0), rank) for kind in VOCAB_COMPUTE) for rank in range(len(plain.ranks)))
+    vocabulary = max(
+        sum(times.of(Op(kind, 0), rank) for kind in KINDS.values() if kind.computes and kind.balanced)
+        for rank in range(len(plain.ranks))
+    )
     step = simulate(plain, times).makespan + plain.microbatches * vocabulary + 2 * times.collective
     return step * (1 + 1e-9)
 
@@ -132,7 +136,7 @@ class _Clock:
         of = {}
         for ops, spans in zip(timeline.program.ranks, timeline.spans, strict=True):
             for op, span in zip(ops, spans, strict=True):
-                kind = Kind.INPUT_GRAD if op.kind is Kind.BACKWARD else op.kind
+                kind = Kinds.INPUT_GRAD if op.kind is Kinds.BACKWARD else op.kind
                 of[kind, op.index, op.stage] = span
         starts = tuple([start for start, _ in spans] for spans in timeline.spans)
         ends = tuple([end for _, end in spans] for spans in timeline.spans)
@@ -173,16 +177,16 @@ def _passes(program: Program, barriers: int, times: Times, clock: _Clock) -> Ite
     last = program.stages - 1
     longest = max(end - start for start, end in clock.of.values())
     for i in range(program.microbatches):
-        forward, backward = clock.of[Kind.FORWARD, i, last], clock.of[Kind.INPUT_GRAD, i, last]
+        forward, backward = clock.of[Kinds.FORWARD, i, last], clock.of[Kinds.INPUT_GRAD, i, last]
         head = min(forward[1] + times.collective, backward[0])
         grad = max(clock.stopped(head), head) + times.collective
         if barriers == 2:
             grad = min(grad, backward[0])
-        yield head, Op(Kind.HEAD, i)
-        yield grad, Op(Kind.HEAD_GRAD, i)
+        yield head, Op(Kinds.HEAD, i)
+        yield grad, Op(Kinds.HEAD_GRAD, i)
         # Early enough for every rank to end what it runs and for the sum to arrive, no earlier: rank 0 holds three.
-        yield max(0.0, clock.of[Kind.FORWARD, i, 0][0] - longest - times.collective), Op(Kind.EMBED, i)
-        yield clock.of[Kind.INPUT_GRAD, i, 0][1] + times.collective, Op(Kind.EMBED_GRAD, i)
+        yield max(0.0, clock.of[Kinds.FORWARD, i, 0][0] - longest - times.collective), Op(Kinds.EMBED, i)
+        yield clock.of[Kinds.INPUT_GRAD, i, 0][1] + times.collective, Op(Kinds.EMBED_GRAD, i)
 
 
 def _positive(times: Times) -> tuple[Times, float]:

@@ -43,13 +43,13 @@ def test_closed_form_of_1f1b(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["peak_activations"] == [4, 3, 2, 1]
     assert found["extra_activations_for_vocab"] == 0
     ops = [[Op.parse(token) for token in rank] for rank in found["ops"]]
-    assert [sum(op.kind.value == "F" for op in rank) for rank in ops] == [m] * p
+    assert [sum(op.kind.token == "F" for op in rank) for rank in ops] == [m] * p
     # Without latency nothing but computation is on the way from the first start to the last end.
     lengths = {"F": f, "BW": b + w}
-    path = [Op.parse(token).kind.value for _, token, _ in found["critical_path"]]
+    path = [Op.parse(token).kind.token for _, token, _ in found["critical_path"]]
     assert sum(lengths.get(kind, 0.0) for kind in path) == found["makespan"]
     # Rank 0 neither receives forward nor sends backward.
-    assert {op.kind.value for op in ops[0]} == {"F", "BW", "SF", "RB"}
+    assert {op.kind.token for op in ops[0]} == {"F", "BW", "SF", "RB"}
 
 
 def test_published_bubble_rate(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pentad.parallel import record_view
-from pentad.parallel.pipeline.program import Kind, Op, Program, update
+from pentad.parallel.pipeline.needs import KINDS, Kinds
+from pentad.parallel.pipeline.program import Op, Program, update
 from pentad.parallel.record import Recorder
 from pentad.trainer.pipeline import Pipeline, training_program
 from tests.distributed import run_distributed
@@ -27,8 +28,8 @@ def test_the_program_in_text_and_json():
     assert program.ranks[0][4:] == update(1)
     assert Program.from_json(program.to_json()) == program
     assert program.hash == _one_stage(2, 1).hash != _one_stage(2, 2).hash
-    assert Op.parse("BW13@2") == Op(Kind.BACKWARD, 13, 2)
-    assert Op.parse("RF3@1#4") == Op(Kind.RECV_FORWARD, 3, 1, 4)
+    assert Op.parse("BW13@2") == Op(Kinds.BACKWARD, 13, 2)
+    assert Op.parse("RF3@1#4") == Op(Kinds.RECV_FORWARD, 3, 1, 4)
     for wrong in ("Q1", "", "F-1", "F1@", "F1#"):
         with pytest.raises(ValueError):
             Op.parse(wrong)
@@ -64,8 +65,8 @@ def test_the_record_of_a_step(tmp_path):
     for header, *rows in run_distributed(_recorded, 4, str(tmp_path), group=False):
         program = header["program"]
         second = [r for r in rows if r["step"] == 1]
-        spans = [r["kind"] for r in second if r["kind"] in set(Kind)]
-        kinds = [Op.parse(token).kind for token in program]
+        spans = [r["kind"] for r in second if r["kind"] in KINDS]
+        kinds = [Op.parse(token).kind.token for token in program]
         assert spans == kinds  # the program, in order
         assert all(r["closed"] for r in rows)
         # Four projections and norms a layer: each gathers or scatters the tokens of tp, never fewer, never more.

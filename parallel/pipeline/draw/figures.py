@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..communication import data_needs
 from ..memory import peak_activations
-from ..program import COMPUTE, STAGE_COMPUTE, UPDATE, Kind, Op, data_needs
+from ..needs import Kinds
+from ..program import Op
 from ..readings import utilization
 from ..simulate import Timeline
-
-DRAWN = COMPUTE | UPDATE - {Kind.NORM, Kind.GATHER}
-"""What stands in a lane. The others run beside, from their token to their completion."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ def boxes(timeline: Timeline) -> list[Box]:
         Box(rank, op, start, end)
         for rank, (ops, spans) in enumerate(zip(timeline.program.ranks, timeline.spans, strict=True))
         for op, (start, end) in zip(ops, spans, strict=True)
-        if op.kind in DRAWN and end > start
+        if op.kind.drawn and end > start
     ]
 
 
@@ -63,7 +62,7 @@ def figures(timeline: Timeline) -> Figures:
     """Totals of a timeline; operations of the update do not count."""
     used = utilization(timeline)
     idle = tuple(idle / span if span else 0.0 for idle, span in zip(used.idle, used.span, strict=True))
-    end = max((box.end for box in boxes(timeline) if box.op.kind in COMPUTE), default=0.0)
+    end = max((box.end for box in boxes(timeline) if box.op.kind.computes), default=0.0)
     return Figures(end, used.longest, used.bubble_rate, idle, peak_activations(timeline.program))
 
 
@@ -74,7 +73,7 @@ def causes(timeline: Timeline, least: float) -> Iterator[tuple[Box, Box]]:
     for box in boxes(timeline):
         idle = box.start - before.get(box.rank, 0.0)
         before[box.rank] = box.end
-        if idle <= least or box.op.kind not in COMPUTE:
+        if idle <= least or not box.op.kind.computes:
             continue
         needs = [found[need] for need in data_needs(timeline.program, box.op) if need in found]
         latest = max(needs, key=lambda need: need.end, default=None)
@@ -86,14 +85,14 @@ def stage_flows(timeline: Timeline) -> Iterator[tuple[Box, Box]]:
     """(sender, receiver) of every hand-over between stages on different ranks."""
     found = {(box.rank, _as_need(box.op)): box for box in boxes(timeline)}
     for box in boxes(timeline):
-        if box.op.kind not in STAGE_COMPUTE:
+        if not box.op.kind.of_stage:
             continue
         for rank, need in data_needs(timeline.program, box.op):
             source = found.get((rank, need))
-            if source is not None and rank != box.rank and need.kind in STAGE_COMPUTE:
+            if source is not None and rank != box.rank and need.kind.of_stage:
                 yield source, box
 
 
 def _as_need(op: Op) -> Op:
     """`data_needs` names every backward pass B."""
-    return Op(Kind.INPUT_GRAD, op.index, op.stage) if op.kind is Kind.BACKWARD else op
+    return Op(Kinds.INPUT_GRAD, op.index, op.stage) if op.kind is Kinds.BACKWARD else op

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..memory import Curve, activation_curve
-from ..program import STAGE_COMPUTE, UPDATE, Kind
+from ..needs import KINDS, Kinds
 from ..simulate import Timeline
 from .figures import Box, Figures, boxes, causes, chunk_of, figures
 from .style import (
@@ -16,14 +16,12 @@ from .style import (
     FAINT,
     FRAME,
     GRID,
-    HUES,
     INK,
     LANE,
     MUTED,
     PAPER,
     REAL_EDGE,
     UPDATE_HUE,
-    WORDS,
     Label,
     Line,
     Picture,
@@ -100,7 +98,7 @@ def picture(timeline: Timeline, actual: Timeline | None = None, *, unit: str = "
 
 def _frame(timelines: list[Timeline], drawn: list[list[Box]]) -> _Frame:
     end = max(max(one.makespan for one in timelines), 1e-12)
-    widths = sorted(box.end - box.start for box in drawn[0] if box.op.kind in STAGE_COMPUTE) or [end]
+    widths = sorted(box.end - box.start for box in drawn[0] if box.op.kind.of_stage) or [end]
     width = min(max(_SHORT_BOX * end / widths[len(widths) // 4], _PLOT[0]), _PLOT[1])
     ranks, lanes = len(timelines[0].program.ranks), len(timelines)
     lane = 24.0 if ranks <= 8 else 22.0 if ranks <= 16 else 16.0 if ranks <= 32 else 11.0
@@ -139,8 +137,8 @@ def _legend(timeline: Timeline, drawn: list[list[Box]], width: float) -> list[Re
     kinds = {box.op.kind for found in drawn for box in found}
     shapes: list[Rect | Label] = []
     x, y, chunks = 16.0, 64.0, timeline.program.chunks
-    entries = [(kind.value, WORDS[kind], kind) for kind in HUES if kind in kinds]
-    entries += [("", "update", Kind.OPTIMIZE)] if kinds & UPDATE else []
+    entries = [(kind.token, kind.words, kind) for kind in KINDS.values() if kind.hue and kind in kinds]
+    entries += [("", "update", Kinds.OPTIMIZE)] if any(kind.updates for kind in kinds) else []
     for short, words, kind in entries:
         shades = list(dict.fromkeys(shade(kind, chunk, chunks) for chunk in range(chunks)))
         part = max(14.0 / len(shades), 5.0)
@@ -201,14 +199,14 @@ def _operations(frame: _Frame, timeline: Timeline, found: list[Box], lane: int, 
     rects, labels = [], []
     for box in found:
         op = box.op
-        fill = UPDATE_HUE if op.kind in UPDATE else shade(op.kind, chunk[op.stage] if op.stage >= 0 else 0, chunks)
+        fill = UPDATE_HUE if op.kind.updates else shade(op.kind, chunk[op.stage] if op.stage >= 0 else 0, chunks)
         x, y = frame.x(box.start), frame.y(box.rank, lane)
         w = frame.x(box.end) - x
         # A hair of background between neighbours; none where boxes are too thin to spare it.
         seam = 0.8 if w > 5 else 0.4 if w > 2 else 0.0
         tip = f"{op}  {number(box.start)} – {number(box.end)}" if tips else ""
         rects.append(Rect(x + seam / 2, y, w - seam, frame.lane, fill, tip))
-        if op.kind in UPDATE:
+        if op.kind.updates:
             continue
         text = str(op.index)
         size = min(frame.lane * 0.52, 11.5, (w - 1.5) / (_DIGIT * len(text)))

@@ -4,33 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..program import UPDATE, Kind
+from ..needs import Kind
 
 INK, MUTED, FAINT = "#1f2430", "#667085", "#98a1b0"
 PAPER, LANE, GRID, FRAME = "#ffffff", "#dfe4ec", "#cbd2dc", "#d0d5dd"
 CAUSE, CURVE, CURVE_EDGE, REAL_EDGE = "#475467", "#c9d3e6", "#5b76a8", "#c2410c"
 
-# Hues after Okabe and Ito's palette, which stays distinct under the common kinds of colour blindness.
-HUES = {
-    Kind.FORWARD: "#2f72b4",
-    Kind.INPUT_GRAD: "#eb9c2d",
-    Kind.BACKWARD: "#d65f33",
-    Kind.WEIGHT_GRAD: "#1f9a78",
-    Kind.HEAD: "#8552ad",
-    Kind.HEAD_GRAD: "#d985b6",
-    Kind.EMBED: "#e6d44c",
-    Kind.EMBED_GRAD: "#8f7f2a",
-}
-WORDS = {
-    Kind.FORWARD: "forward",
-    Kind.INPUT_GRAD: "backward, inputs",
-    Kind.BACKWARD: "backward",
-    Kind.WEIGHT_GRAD: "backward, weights",
-    Kind.HEAD: "head",
-    Kind.HEAD_GRAD: "head, weights",
-    Kind.EMBED: "embedding",
-    Kind.EMBED_GRAD: "embedding, weights",
-}
 UPDATE_HUE = "#8d95a3"
 _LIGHTEST = 0.54
 
@@ -84,13 +63,10 @@ class Picture:
 
 def shade(kind: Kind, chunk: int = 0, chunks: int = 1) -> str:
     """Colour of a kind, lighter for later chunks."""
-    if kind in UPDATE:
+    if not kind.hue:
         return UPDATE_HUE
-    share = _LIGHTEST * chunk / max(chunks - 1, 2) if kind not in _UNCHUNKED else 0.0
-    return "#" + "".join(f"{round(v + (255 - v) * share):02x}" for v in _channels(HUES[kind]))
-
-
-_UNCHUNKED = frozenset({Kind.HEAD, Kind.HEAD_GRAD, Kind.EMBED, Kind.EMBED_GRAD})
+    share = _LIGHTEST * chunk / max(chunks - 1, 2) if kind.of_stage else 0.0
+    return "#" + "".join(f"{round(v + (255 - v) * share):02x}" for v in _channels(kind.hue))
 
 
 def on(fill: str) -> str:

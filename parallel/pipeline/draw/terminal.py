@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from ..program import COMPUTE, STAGE_COMPUTE, Kind
+from ..needs import KINDS, Kind
 from ..simulate import Timeline
 from .figures import Box, boxes, chunk_of, figures
 from .layout import ticks
-from .style import HUES, WORDS, number, on, rgb, shade
+from .style import number, on, rgb, shade
 
 _Cell = tuple[str, tuple[Kind, int] | None]
 """A character, and the kind and chunk of the operation under it."""
 
 _RESET = "\x1b[0m"
-_SHORT = {Kind.BACKWARD: "B", Kind.EMBED: "E", Kind.EMBED_GRAD: "G"}
 
 
 def terminal(timeline: Timeline, width: int = 120, *, colour: bool = False, unit: str = "") -> str:
@@ -21,7 +20,7 @@ def terminal(timeline: Timeline, width: int = 120, *, colour: bool = False, unit
     An operation is a letter and its micro-batch ("F3"; lower case on later chunks) as far as its columns go, idle time
     a dot. With `colour` (24-bit ANSI) the letter is left out and the kind is the background.
     """
-    found = [box for box in boxes(timeline) if box.op.kind in COMPUTE]
+    found = [box for box in boxes(timeline) if box.op.kind.computes]
     ranks = len(timeline.program.ranks)
     margin = len(f"rank {ranks - 1}") + 2
     end = figures(timeline).end
@@ -47,14 +46,14 @@ def terminal(timeline: Timeline, width: int = 120, *, colour: bool = False, unit
 def _scale(found: list[Box], end: float, columns: int) -> float:
     """Columns per unit of time: whole columns for the shortest operation where there is room for them."""
     scale = columns / end
-    shortest = min((b.end - b.start for b in found if b.op.kind in STAGE_COMPUTE), default=end)
+    shortest = min((b.end - b.start for b in found if b.op.kind.of_stage), default=end)
     cells = shortest * scale
     return int(cells + 1e-9) / shortest if 1 <= cells + 1e-9 < 12 else scale if cells < 1 else 12 / shortest
 
 
 def _text(box: Box, columns: int, chunk: int, colour: bool) -> str:
     digits = str(box.op.index)
-    letter = _SHORT.get(box.op.kind, box.op.kind.value)
+    letter = box.op.kind.letter or box.op.kind.token
     letter = letter.lower() if chunk else letter
     if colour:
         text = digits if len(digits) <= columns else digits[-1]
@@ -101,10 +100,10 @@ def _axis(end: float, scale: float) -> tuple[str, str]:
 
 def _legend(kinds: set[Kind], chunks: int, colour: bool) -> str:
     parts = []
-    for kind in HUES:
+    for kind in KINDS.values():
         if kind in kinds:
-            letter = _SHORT.get(kind, kind.value)
+            letter = kind.letter or kind.token
             mark = f"{_ansi(kind, 0, chunks)} {letter} {_RESET}" if colour else letter
-            parts.append(f"{mark} {WORDS[kind]}")
+            parts.append(f"{mark} {kind.words}")
     later = "lighter: later chunk" if colour else "lower case: later chunk"
     return "   ".join([*parts, "· idle", *([later] if chunks > 1 else [])])

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..memory import activation_curve
-from ..program import COMPUTE
 from ..simulate import Timeline
-from .figures import DRAWN, chunk_of, stage_flows
+from .figures import chunk_of, stage_flows
 
 _MICROSECONDS = {"s": 1e6, "ms": 1e3, "us": 1.0, "µs": 1.0}
 _COMPUTE_ROW = 0
@@ -26,13 +25,13 @@ def chrome_trace(timeline: Timeline, unit: str = "ms") -> dict[str, Any]:
     for rank, (ops, spans) in enumerate(zip(timeline.program.ranks, timeline.spans, strict=True)):
         beside = _Rows()
         for position, (op, (start, end)) in enumerate(zip(ops, spans, strict=True)):
-            event = {"name": str(op), "cat": op.kind.value, "pid": rank, "ts": start * factor, "args": {"op": position}}
+            event = {"name": str(op), "cat": op.kind.token, "pid": rank, "ts": start * factor, "args": {"op": position}}
             if op.index >= 0:
-                event["args"]["micro_batch" if op.stage >= 0 or op.kind in COMPUTE else "index"] = op.index
+                event["args"]["micro_batch" if op.stage >= 0 or op.kind.computes else "index"] = op.index
             if op.stage >= 0:
                 event["args"] |= {"stage": op.stage, "chunk": chunk[op.stage]}
-            event["tid"] = _COMPUTE_ROW if op.kind in DRAWN else beside.row(start, end)
-            timed = end > start or op.kind in DRAWN
+            event["tid"] = _COMPUTE_ROW if op.kind.drawn else beside.row(start, end)
+            timed = end > start or op.kind.drawn
             events.append(event | ({"ph": "X", "dur": (end - start) * factor} if timed else {"ph": "i", "s": "t"}))
         events += _names(rank, len(beside.ends))
         for time, level in curves[rank]:

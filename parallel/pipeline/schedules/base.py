@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..program import Kind, Op, Ops
+from ..needs import Kinds
+from ..program import Op, Ops
 
 Orders = tuple[Ops, ...]
 """The compute operations of each rank, in order."""
@@ -56,19 +57,19 @@ class Schedule:
 
 
 def forward(microbatch: int, stage: int) -> Op:
-    return Op(Kind.FORWARD, microbatch, stage)
+    return Op(Kinds.FORWARD, microbatch, stage)
 
 
 def backward(microbatch: int, stage: int) -> Op:
-    return Op(Kind.BACKWARD, microbatch, stage)
+    return Op(Kinds.BACKWARD, microbatch, stage)
 
 
 def input_grad(microbatch: int, stage: int) -> Op:
-    return Op(Kind.INPUT_GRAD, microbatch, stage)
+    return Op(Kinds.INPUT_GRAD, microbatch, stage)
 
 
 def weight_grad(microbatch: int, stage: int) -> Op:
-    return Op(Kind.WEIGHT_GRAD, microbatch, stage)
+    return Op(Kinds.WEIGHT_GRAD, microbatch, stage)
 
 
 def first(orders: Orders, microbatches: int) -> Orders:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
-from ..program import Kind, Op, Ops
+from ..needs import Kind, Kinds
+from ..program import Op, Ops
 from .base import Orders, Shape, first, forward, input_grad, weight_grad
 
 Offsets = tuple[int, int, int, int]
@@ -45,7 +46,7 @@ def zb_v(shape: Shape) -> Orders:
 
 def _zb_v(p: int, r: int, m: int) -> Ops:
     down, up = r, 2 * p - 1 - r
-    f, b, w = Kind.FORWARD, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD
+    f, b, w = Kinds.FORWARD, Kinds.INPUT_GRAD, Kinds.WEIGHT_GRAD
     rank = _Counted()
     rank.add(down, f, times=2 * (p - r) - 1)
     for _ in range(r):
@@ -106,7 +107,7 @@ def _by_slot(p: int, m: int, r: int, offsets: Offsets) -> Ops:
     for slot in range(max(slots) + 1):
         if op := slots.get(slot):
             ops.append(op)
-            if op.kind is Kind.INPUT_GRAD:
+            if op.kind is Kinds.INPUT_GRAD:
                 pending.append(weight_grad(op.index, op.stage))
         elif pending:
             ops.append(pending.popleft())

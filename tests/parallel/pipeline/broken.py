@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pentad.parallel.pipeline.lower import lower
-from pentad.parallel.pipeline.program import RECEIVES, Op, Program
+from pentad.parallel.pipeline.needs import Role
+from pentad.parallel.pipeline.program import Op, Program
 from pentad.parallel.pipeline.schedules import SCHEDULES, generate
 from pentad.parallel.pipeline.vocabulary import balanced
 
@@ -51,7 +52,7 @@ def broken_programs(seed: int, count: int) -> Iterator[tuple[str, Program]]:
 
 def _retarget(rng: random.Random, program: Program, lists: list[list[Op]], rank: int, at: int) -> None:
     op = lists[rank][at]
-    targets = ["index", "rank"] + ["stage"] * (op.stage >= 0) + ["slot"] * (op.kind in RECEIVES)
+    targets = ["index", "rank"] + ["stage"] * (op.stage >= 0) + ["slot"] * (op.kind.role is Role.RECEIVE)
     target = rng.choice(targets)
     if target == "rank":
         del lists[rank][at]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from pentad.parallel.pipeline.program import COMPUTE, EMBED_LANE, HEAD_LANE, Kind, Op, Program, data_needs
+from pentad.parallel.pipeline.communication import data_needs
+from pentad.parallel.pipeline.needs import Kind, Kinds, Role
+from pentad.parallel.pipeline.program import Op, Program
 from pentad.parallel.pipeline.times import Times
 
 Spans = list[list[tuple[float, float]]]
@@ -31,14 +33,14 @@ def compute_only(program: Program, times: Times) -> Spans | None:
             else:
                 start = max(arrivals)
                 spans[rank].append((start, start + times.of(op, rank)))
-                kind = Kind.INPUT_GRAD if op.kind is Kind.BACKWARD else op.kind
+                kind = Kinds.INPUT_GRAD if op.kind is Kinds.BACKWARD else op.kind
                 ended[rank, kind, op.index, op.stage] = spans[rank][-1][1]
                 moved = True
     return None if any(len(mine) < len(ops) for mine, ops in zip(spans, program.ranks, strict=True)) else spans
 
 
 def _delay(times: Times, op: Op, need: Op, remote: bool) -> float:
-    vocabulary = {Kind.HEAD, Kind.HEAD_GRAD, Kind.EMBED, Kind.EMBED_GRAD}
+    vocabulary = {Kinds.HEAD, Kinds.HEAD_GRAD, Kinds.EMBED, Kinds.EMBED_GRAD}
     if vocabulary & {op.kind, need.kind}:
         return times.collective
     return times.hop + times.link if remote else 0.0
@@ -103,8 +105,8 @@ class Lowered:
         for key, channel in self.channels.items():
             while channel.sends and channel.receives and channel.free <= self.now:
                 sent, received = channel.sends.popleft(), channel.receives.popleft()
-                forward = sent.kind is Kind.SEND_FORWARD
-                if (received.kind is Kind.RECV_FORWARD) != forward or received.index != sent.index:
+                forward = sent.kind is Kinds.SEND_FORWARD
+                if (received.kind is Kinds.RECV_FORWARD) != forward or received.index != sent.index:
                     raise ValueError
                 if received.stage != sent.stage + (1 if forward else -1):
                     raise ValueError
@@ -136,23 +138,23 @@ class Lowered:
 
     def _start(self, rank: int, op: Op) -> bool:
         where, s = self.program.placement, op.stage
-        if op.kind in COMPUTE:
+        if op.kind.computes:
             if not self._ready(rank, op):
                 return False
             self.busy[rank] = self.now + self.times.of(op, rank)
-        elif op.kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD):
-            to = where[s + 1 if op.kind is Kind.SEND_FORWARD else s - 1]
+        elif op.kind in (Kinds.SEND_FORWARD, Kinds.SEND_BACKWARD):
+            to = where[s + 1 if op.kind is Kinds.SEND_FORWARD else s - 1]
             channel = self.channels.setdefault((rank, to), _Channel())
             if channel.under_way == 2:
                 return False
             channel.under_way += 1
             channel.sends.append(op)
-        elif op.kind in (Kind.RECV_FORWARD, Kind.RECV_BACKWARD):
-            source = where[s - 1 if op.kind is Kind.RECV_FORWARD else s + 1]
+        elif op.kind in (Kinds.RECV_FORWARD, Kinds.RECV_BACKWARD):
+            source = where[s - 1 if op.kind is Kinds.RECV_FORWARD else s + 1]
             plain = Op(op.kind, op.index, op.stage)
             self.channels.setdefault((source, rank), _Channel()).receives.append(plain)
-        elif op.kind in HEAD_LANE | EMBED_LANE:
-            self.lanes[op.kind in EMBED_LANE][rank].append(op)
+        elif op.kind.role is Role.COLLECTIVE:
+            self.lanes[op.kind.lane == "embed"][rank].append(op)
         return True
 
     def _ready(self, rank: int, op: Op) -> bool:
@@ -160,18 +162,18 @@ class Lowered:
         last, barriers = self.program.stages - 1, self.program.vocab_barriers
         waits: tuple[Kind, int, int] | None = None
         match op.kind:
-            case Kind.FORWARD if s > 0 and where[s - 1] != rank:
-                waits = (Kind.RECV_FORWARD, i, s)
-            case Kind.FORWARD if s == 0 and barriers:
-                waits = (Kind.EMBEDDED, i, -1)
-            case Kind.BACKWARD | Kind.INPUT_GRAD if s < last and where[s + 1] != rank:
-                waits = (Kind.RECV_BACKWARD, i, s)
-            case Kind.BACKWARD | Kind.INPUT_GRAD if s == last and barriers:
-                waits = (Kind.STATISTICS if barriers == 1 else Kind.HIDDEN_GRAD, i, -1)
-            case Kind.HEAD:
-                waits = (Kind.HIDDEN, i, -1)
-            case Kind.HEAD_GRAD:
-                waits = (Kind.STATISTICS, i, -1)
-            case Kind.EMBED_GRAD:
-                waits = (Kind.EMBEDDED_GRAD, i, -1)
+            case Kinds.FORWARD if s > 0 and where[s - 1] != rank:
+                waits = (Kinds.RECV_FORWARD, i, s)
+            case Kinds.FORWARD if s == 0 and barriers:
+                waits = (Kinds.EMBEDDED, i, -1)
+            case Kinds.BACKWARD | Kinds.INPUT_GRAD if s < last and where[s + 1] != rank:
+                waits = (Kinds.RECV_BACKWARD, i, s)
+            case Kinds.BACKWARD | Kinds.INPUT_GRAD if s == last and barriers:
+                waits = (Kinds.STATISTICS if barriers == 1 else Kinds.HIDDEN_GRAD, i, -1)
+            case Kinds.HEAD:
+                waits = (Kinds.HIDDEN, i, -1)
+            case Kinds.HEAD_GRAD:
+                waits = (Kinds.STATISTICS, i, -1)
+            case Kinds.EMBED_GRAD:
+                waits = (Kinds.EMBEDDED_GRAD, i, -1)
         return waits is None or waits in self.arrived

@@ -9,7 +9,8 @@ import pytest
 
 from pentad.parallel.pipeline.check import ProgramError, check
 from pentad.parallel.pipeline.lower import forward_only, lower
-from pentad.parallel.pipeline.program import Kind, Op, Ops, Program, update
+from pentad.parallel.pipeline.needs import Kinds
+from pentad.parallel.pipeline.program import Op, Ops, Program, update
 from pentad.parallel.pipeline.schedules import generate
 from pentad.parallel.pipeline.simulate import simulate
 from pentad.parallel.pipeline.times import Times
@@ -126,8 +127,8 @@ def test_receives_are_in_the_order_of_sends() -> None:
 
 def test_collectives_are_in_one_order() -> None:
     program = lower(balanced("1f1b", ranks=3, microbatches=3))
-    first = [op for op in program.ranks[0] if op.kind is Kind.EMBEDDED][:2]
-    assert first == [Op(Kind.EMBEDDED, 0), Op(Kind.EMBEDDED, 1)]
+    first = [op for op in program.ranks[0] if op.kind is Kinds.EMBEDDED][:2]
+    assert first == [Op(Kinds.EMBEDDED, 0), Op(Kinds.EMBEDDED, 1)]
     at = next(k for k, op in enumerate(program.ranks[1]) if op == first[1])
     ops = list(program.ranks[1])
     ops.remove(first[0])

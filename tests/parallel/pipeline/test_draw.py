@@ -14,9 +14,10 @@ from pentad.configs.errors import UserError
 from pentad.parallel.pipeline.draw import chrome_trace, png, svg, terminal
 from pentad.parallel.pipeline.draw.figures import causes, figures
 from pentad.parallel.pipeline.draw.layout import picture, ticks
-from pentad.parallel.pipeline.draw.style import HUES, INK, Line, Rect, on, shade
+from pentad.parallel.pipeline.draw.style import INK, Line, Rect, on, shade
 from pentad.parallel.pipeline.lower import lower
-from pentad.parallel.pipeline.program import COMPUTE, Kind, Op, Program, update
+from pentad.parallel.pipeline.needs import KINDS, Kinds
+from pentad.parallel.pipeline.program import Op, Program, update
 from pentad.parallel.pipeline.recorded import WAIT, actual
 from pentad.parallel.pipeline.schedules import generate
 from pentad.parallel.pipeline.simulate import Timeline, simulate
@@ -89,7 +90,7 @@ def test_the_curves_of_activations_step_where_the_timeline_does() -> None:
 
 
 def test_an_evaluation_can_be_drawn() -> None:
-    program = Program(2, (0,), ((Op(Kind.FORWARD, 0, 0), Op(Kind.FORWARD, 1, 0)),))
+    program = Program(2, (0,), ((Op(Kinds.FORWARD, 0, 0), Op(Kinds.FORWARD, 1, 0)),))
     timeline = simulate(program, Times())
     assert figures(timeline).peak == (1,)
     assert set(_boxes(svg(timeline))) == {"F0@0", "F1@0"}
@@ -121,7 +122,7 @@ def test_every_operation_stands_at_its_time_in_its_lane(timeline: Timeline) -> N
     expected: dict[str, list[tuple[int, float, float]]] = {}
     for rank, (ops, spans) in enumerate(zip(timeline.program.ranks, timeline.spans, strict=True)):
         for op, (start, end) in zip(ops, spans, strict=True):
-            if op.kind in COMPUTE:
+            if op.kind.computes:
                 expected.setdefault(str(op), []).append((rank, start, end))
     assert found.keys() == expected.keys()
     # One scale for all boxes, from the last box to end.
@@ -171,7 +172,7 @@ def test_the_stated_bubbles_of_plan_and_step_are_of_one_rank() -> None:
 
 
 def test_the_update_is_drawn_and_not_counted() -> None:
-    program = Program(1, (0,), ((Op(Kind.FORWARD, 0, 0), Op(Kind.BACKWARD, 0, 0), *update(1)),))
+    program = Program(1, (0,), ((Op(Kinds.FORWARD, 0, 0), Op(Kinds.BACKWARD, 0, 0), *update(1)),))
     spans = ((0.0, 1.0), (1.0, 3.0), (3.0, 3.5), (3.5, 3.6), (3.6, 4.0), (4.0, 4.0))
     timeline = Timeline(program, (spans,))
     assert figures(timeline).end == 3.0 and figures(timeline).bubble == 0
@@ -179,11 +180,12 @@ def test_the_update_is_drawn_and_not_counted() -> None:
 
 
 def test_colours() -> None:
-    assert len(set(HUES.values())) == len(HUES)
-    shades = [shade(Kind.FORWARD, chunk, 8) for chunk in range(8)]
+    hues = [kind.hue for kind in KINDS.values() if kind.hue]
+    assert len(set(hues)) == len(hues) == 8
+    shades = [shade(Kinds.FORWARD, chunk, 8) for chunk in range(8)]
     assert len(set(shades)) == 8
-    assert shade(Kind.HEAD, 0, 8) == HUES[Kind.HEAD]
-    for fill in [*HUES.values(), *shades]:
+    assert shade(Kinds.HEAD, 0, 8) == Kinds.HEAD.hue
+    for fill in [*hues, *shades]:
         assert _contrast(fill, on(fill)) >= 3.4, fill
     assert on("#ffffff") == INK and on("#000000") == "#ffffff"
 
@@ -295,8 +297,8 @@ def test_what_runs_beside_never_overlaps_in_a_row() -> None:
 
 
 def test_chrome_trace_shows_tokens() -> None:
-    receiver = (Op(Kind.RECV_FORWARD, 0, 1, 0), Op(Kind.FORWARD, 0, 1))
-    program = Program(1, (0, 1), ((Op(Kind.FORWARD, 0, 0), Op(Kind.SEND_FORWARD, 0, 0)), receiver))
+    receiver = (Op(Kinds.RECV_FORWARD, 0, 1, 0), Op(Kinds.FORWARD, 0, 1))
+    program = Program(1, (0, 1), ((Op(Kinds.FORWARD, 0, 0), Op(Kinds.SEND_FORWARD, 0, 0)), receiver))
     events = chrome_trace(simulate(program, Times()))["traceEvents"]
     token = next(e for e in events if e["name"] == "SF0@0")
     assert (token["ph"], token["ts"], token["tid"]) == ("i", 1e3, 1)
@@ -329,7 +331,7 @@ def _play(recorder: Recorder, timeline: Timeline, rank: int, origin: int, waits:
     for position, (op, (start, end)) in enumerate(zip(timeline.program.ranks[rank], timeline.spans[rank], strict=True)):
         recorder.op, recorder.micro_batch = position, op.index
         first, last = origin + round(start * 1e6), origin + round(end * 1e6)
-        ticket = recorder.enter(recorder.intern(op.kind.value))
+        ticket = recorder.enter(recorder.intern(op.kind.token))
         if waits:
             recorder.stamp(recorder.enter(recorder.intern(WAIT)), first - waits, first - waits // 2)
             recorder.stamp(recorder.enter(recorder.intern(WAIT)), first - waits // 2, first)
@@ -354,7 +356,7 @@ def test_a_recorded_step_is_the_timeline_that_ran(tmp_path: Path) -> None:
 def test_a_run_folder_with_replicas_and_an_evaluation(tmp_path: Path) -> None:
     timeline = _timeline("1f1b", 2, 3)
     slow = Timeline(timeline.program, tuple(tuple((2 * s, 2 * e) for s, e in rank) for rank in timeline.spans))
-    forwards = Program(3, (0, 1), tuple(tuple(Op(Kind.FORWARD, i, r) for i in range(3)) for r in range(2)))
+    forwards = Program(3, (0, 1), tuple(tuple(Op(Kinds.FORWARD, i, r) for i in range(3)) for r in range(2)))
     files = []
     for rank in range(2):
         for replica, one in enumerate((timeline, slow)):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pentad.parallel.pipeline.check import ProgramError, check
 from pentad.parallel.pipeline.communication import channel, counterpart, slots
 from pentad.parallel.pipeline.lower import forward_only, lower
-from pentad.parallel.pipeline.program import COMPUTE, EMBED_LANE, HEAD_LANE, RECEIVES, SENDS, Kind, Op, Program, update
+from pentad.parallel.pipeline.needs import Kinds, Role
+from pentad.parallel.pipeline.program import Op, Program, update
 from pentad.parallel.pipeline.schedules import SCHEDULES, generate
 from pentad.parallel.pipeline.simulate import simulate
 from pentad.parallel.pipeline.times import Times
@@ -40,7 +41,7 @@ def _lists(program: Program) -> list[str]:
 
 
 def _kept(program: Program) -> tuple[tuple[Op, ...], ...]:
-    return tuple(tuple(op for op in ops if op.kind in COMPUTE) for ops in program.ranks)
+    return tuple(tuple(op for op in ops if op.kind.computes) for ops in program.ranks)
 
 
 def test_a_lowered_program() -> None:
@@ -89,18 +90,18 @@ def test_collectives_with_latency_are_joined_in_time(name: str, barriers: int) -
     program = balanced(name, ranks=4, microbatches=12, chunks=chunks, barriers=barriers, times=times)
     lowered = lower(program, times=times)
     assert simulate(lowered, times).makespan <= 1.005 * simulate(program, times).makespan
-    for lane in (HEAD_LANE, EMBED_LANE):
-        orders = {tuple(op for op in ops if op.kind in lane) for ops in lowered.ranks}
+    for lane in ("head", "embed"):
+        orders = {tuple(op for op in ops if op.kind.lane == lane) for ops in lowered.ranks}
         assert len(orders) == 1
     count = Counter(op.kind for op in lowered.ranks[0])
-    assert [count[kind] for kind in (Kind.HIDDEN, Kind.STATISTICS, Kind.EMBEDDED, Kind.EMBEDDED_GRAD)] == [12] * 4
-    assert count[Kind.HIDDEN_GRAD] == 12 * (barriers == 2)
+    assert [count[kind] for kind in (Kinds.HIDDEN, Kinds.STATISTICS, Kinds.EMBEDDED, Kinds.EMBEDDED_GRAD)] == [12] * 4
+    assert count[Kinds.HIDDEN_GRAD] == 12 * (barriers == 2)
 
 
 def test_lanes_find_one_order_where_ranks_pass_in_different_ones() -> None:
     program = balanced("1f1b", ranks=3, microbatches=4)
     ops = list(program.ranks[1])
-    a, b = ops.index(Op(Kind.EMBED, 0)), ops.index(Op(Kind.EMBED, 1))
+    a, b = ops.index(Op(Kinds.EMBED, 0)), ops.index(Op(Kinds.EMBED, 1))
     ops[a], ops[b] = ops[b], ops[a]
     program = replace(program, ranks=(program.ranks[0], tuple(ops), program.ranks[2]))
     check(lower(program))
@@ -111,8 +112,8 @@ def test_buffers_of_1f1b_do_not_grow_with_micro_batches(microbatches: int) -> No
     """As many inputs as activations and one that is on its way; of gradients one in use and one on its way."""
     p = 4
     count = slots(lower(generate("1f1b", ranks=p, microbatches=microbatches, chunks=1)))
-    expected = {(r, r, Kind.RECV_FORWARD): p - r + 1 for r in range(1, p)}
-    expected |= {(r, r, Kind.RECV_BACKWARD): 2 for r in range(p - 1)}
+    expected = {(r, r, Kinds.RECV_FORWARD): p - r + 1 for r in range(1, p)}
+    expected |= {(r, r, Kinds.RECV_BACKWARD): 2 for r in range(p - 1)}
     assert count == expected
 
 
@@ -143,14 +144,16 @@ def test_a_fast_sender_never_waits_for_its_receiver() -> None:
     program = generate("gpipe", ranks=2, microbatches=8, chunks=1)
     times = Times(forward=(1.0, 5.0))
     timeline = simulate(lower(program, times=times), times)
-    starts = [s for (s, _), op in zip(timeline.spans[0], timeline.program.ranks[0], strict=True) if op.kind in SENDS]
+    starts = [
+        s for (s, _), op in zip(timeline.spans[0], timeline.program.ranks[0], strict=True) if op.kind.role is Role.SEND
+    ]
     assert starts == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_receives_are_in_time_for_senders_that_would_wait_for_ever() -> None:
     """Rank 0 runs all forward passes first, rank 1 answers each at once; times that are all 0 give no hint."""
-    first = [Op(Kind.FORWARD, i, 0) for i in range(6)] + [Op(Kind.BACKWARD, i, 0) for i in range(6)]
-    second = [op for i in range(6) for op in (Op(Kind.FORWARD, i, 1), Op(Kind.BACKWARD, i, 1))]
+    first = [Op(Kinds.FORWARD, i, 0) for i in range(6)] + [Op(Kinds.BACKWARD, i, 0) for i in range(6)]
+    second = [op for i in range(6) for op in (Op(Kinds.FORWARD, i, 1), Op(Kinds.BACKWARD, i, 1))]
     program = Program(6, (0, 1), (tuple(first), tuple(second)))
     zero = Times(forward=(0.0,), backward=(0.0,), weight=(0.0,))
     check(lower(program, ahead=0, times=zero))
@@ -161,7 +164,7 @@ def test_nothing_to_add() -> None:
         assert lower(program) is program
         check(program)
     local = lower(generate("zb-v", ranks=3, microbatches=5, chunks=2))
-    assert not any(op.stage == 3 and op.kind is Kind.RECV_FORWARD for op in local.ranks[2])  # stages 2 and 3 share it
+    assert not any(op.stage == 3 and op.kind is Kinds.RECV_FORWARD for op in local.ranks[2])  # stages 2 and 3 share it
 
 
 def test_the_update_stays_at_the_end() -> None:
@@ -187,19 +190,19 @@ def test_refuses_what_it_cannot_lower() -> None:
 
 def test_channels() -> None:
     program = generate("interleaved", ranks=2, microbatches=2, chunks=2)  # stages 0 to 3 on ranks 0, 1, 0, 1
-    assert channel(Op(Kind.SEND_FORWARD, 0, 1), 1, program) == (1, 0)
-    assert channel(Op(Kind.RECV_FORWARD, 0, 2), 0, program) == (1, 0)
-    assert channel(Op(Kind.SEND_BACKWARD, 0, 1), 1, program) == (1, 0)
-    assert channel(Op(Kind.RECV_BACKWARD, 0, 0), 0, program) == (1, 0)
-    for bad in (Op(Kind.SEND_FORWARD, 0, 3), Op(Kind.RECV_FORWARD, 0, 0), Op(Kind.FORWARD, 0, 1)):
+    assert channel(Op(Kinds.SEND_FORWARD, 0, 1), 1, program) == (1, 0)
+    assert channel(Op(Kinds.RECV_FORWARD, 0, 2), 0, program) == (1, 0)
+    assert channel(Op(Kinds.SEND_BACKWARD, 0, 1), 1, program) == (1, 0)
+    assert channel(Op(Kinds.RECV_BACKWARD, 0, 0), 0, program) == (1, 0)
+    for bad in (Op(Kinds.SEND_FORWARD, 0, 3), Op(Kinds.RECV_FORWARD, 0, 0), Op(Kinds.FORWARD, 0, 1)):
         with pytest.raises(ValueError, match="uses no channel"):
             channel(bad, 1, program)
     for ops in lower(program).ranks:
         for op in ops:
-            if op.kind in SENDS | RECEIVES:
+            if op.kind.transfers:
                 assert counterpart(counterpart(op)) == replace(op, slot=-1)
     with pytest.raises(ValueError, match="neither"):
-        counterpart(Op(Kind.HEAD, 0))
+        counterpart(Op(Kinds.HEAD, 0))
 
 
 PLACEMENTS = {"straight": (0, 1, 2, 3), "chunks": (0, 1, 2, 3) * 2, "vee": (0, 1, 2, 3, 3, 2, 1, 0), "one": (0, 0)}
@@ -237,6 +240,6 @@ def test_evaluations_fill_the_ranks_and_few_buffers(placement: tuple[int, ...], 
         for ops in program.ranks:
             ahead = peak = 0
             for op in ops:
-                ahead += (op.kind is Kind.HIDDEN) - (op.kind is Kind.HEAD)
+                ahead += (op.kind is Kinds.HIDDEN) - (op.kind is Kinds.HEAD)
                 peak = max(peak, ahead)
             assert peak <= 3

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from pentad.parallel.pipeline.program import Kind, Op, Program
+from pentad.parallel.pipeline.needs import Kinds
+from pentad.parallel.pipeline.program import Op, Program
 from pentad.parallel.pipeline.schedules import generate
 from pentad.parallel.pipeline.simulate import simulate
 from pentad.parallel.pipeline.times import Times
@@ -55,7 +56,7 @@ def test_bubble_rates_of_interleaved_in_zero_bubble(p, m):
 
 # torch.distributed.pipelining ----------------------------------------------------------------------------------------
 
-_KINDS = {"F": Kind.FORWARD, "I": Kind.INPUT_GRAD, "W": Kind.WEIGHT_GRAD, "B": Kind.BACKWARD}
+_KINDS = {"F": Kinds.FORWARD, "I": Kinds.INPUT_GRAD, "W": Kinds.WEIGHT_GRAD, "B": Kinds.BACKWARD}
 
 
 def torch_orders(name: str, p: int, m: int, v: int) -> list[list[Op]]:
@@ -71,7 +72,7 @@ def torch_orders(name: str, p: int, m: int, v: int) -> list[list[Op]]:
         ]
         if name == "1F1B" and ops[0].stage == p - 1:
             # What PyTorch prints for the last rank counts its forward passes from 1; what it executes does not.
-            ops = [replace(op, index=op.index - 1) if op.kind is Kind.FORWARD else op for op in ops]
+            ops = [replace(op, index=op.index - 1) if op.kind is Kinds.FORWARD else op for op in ops]
         orders.append(ops)
     return orders
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from pentad.configs.errors import UserError
 from pentad.parallel.pipeline.lower import forward_only, lower
 from pentad.parallel.pipeline.memory import ActivationBytes, activation_curve, byte_curve, peak_activations, peak_bytes
-from pentad.parallel.pipeline.program import COMPUTE, Kind, Op, update
+from pentad.parallel.pipeline.needs import Kinds
+from pentad.parallel.pipeline.program import Op, update
 from pentad.parallel.pipeline.readings import Bubble, Edge, bubbles, critical_path, utilization
 from pentad.parallel.pipeline.schedules import generate
-from pentad.parallel.pipeline.simulate import STARTED, Timeline, simulate
+from pentad.parallel.pipeline.simulate import Timeline, simulate
 from pentad.parallel.pipeline.times import Times
 
 from .test_simulate import program, programs, times_of
@@ -108,10 +109,10 @@ def check_path(timeline: Timeline) -> None:
             case Edge.ORDER:
                 assert not remote and lag == 0 and before.position < step.position
             case Edge.TRANSFER:
-                lowered = before.op.kind in STARTED
+                lowered = before.op.kind.started
                 assert lag == (0.0 if lowered or not remote else times.hop + times.link)
             case Edge.COLLECTIVE:
-                assert lag == (0.0 if before.op.kind in STARTED else times.collective)
+                assert lag == (0.0 if before.op.kind.started else times.collective)
             case Edge.QUEUE | Edge.LANE:
                 assert lag == 0.0
             case Edge.START:
@@ -221,9 +222,9 @@ def test_curves_peak_at_the_peak_and_end_empty(data: st.DataObject) -> None:
 def _lives(ops: tuple[Op, ...], spans: tuple[tuple[float, float], ...]) -> list[tuple[float, float]]:
     begun, lives = {}, []
     for op, (start, end) in zip(ops, spans, strict=True):
-        if op.kind is Kind.FORWARD:
+        if op.kind is Kinds.FORWARD:
             begun[op.index, op.stage] = start
-        elif op.kind in (Kind.BACKWARD, Kind.WEIGHT_GRAD):
+        elif op.kind in (Kinds.BACKWARD, Kinds.WEIGHT_GRAD):
             lives.append((begun[op.index, op.stage], end))
-        assert op.kind in COMPUTE
+        assert op.kind.computes
     return lives

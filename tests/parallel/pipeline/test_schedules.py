@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pentad.configs.errors import UserError
 from pentad.configs.schema_parallel import BALANCED, GROUPED, ONE_CHUNK, VEE
-from pentad.parallel.pipeline.program import Kind, Program
+from pentad.parallel.pipeline.needs import KINDS, Kind, Kinds
+from pentad.parallel.pipeline.program import Program
 from pentad.parallel.pipeline.schedules import SCHEDULES, generate, placement
 from pentad.parallel.pipeline.simulate import simulate
 from pentad.parallel.pipeline.times import Times
@@ -53,7 +54,7 @@ def peaks(program: Program) -> list[int]:
     for ops in program.ranks:
         held, peak = 0, 0
         for op in ops:
-            held += (op.kind is Kind.FORWARD) - (op.kind in (Kind.BACKWARD, Kind.WEIGHT_GRAD))
+            held += (op.kind is Kinds.FORWARD) - (op.kind in (Kinds.BACKWARD, Kinds.WEIGHT_GRAD))
             peak = max(peak, held)
         assert held == 0
         most.append(peak)
@@ -82,15 +83,15 @@ def test_every_stage_and_microbatch_is_computed_once_where_it_belongs(name, data
     count: Counter[tuple[Kind, int, int]] = Counter()
     for rank, ops in enumerate(program.ranks):
         for op in ops:
-            assert op.kind in (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD)
+            assert op.kind in (Kinds.FORWARD, Kinds.BACKWARD, Kinds.INPUT_GRAD, Kinds.WEIGHT_GRAD)
             assert op.slot == -1 and want[op.index, op.stage] == rank
-            assert SCHEDULES[name].splits or op.kind not in (Kind.INPUT_GRAD, Kind.WEIGHT_GRAD)
+            assert SCHEDULES[name].splits or op.kind not in (Kinds.INPUT_GRAD, Kinds.WEIGHT_GRAD)
             count[op.kind, op.index, op.stage] += 1
     assert set(count.values()) == {1}
     for i, s in want:
-        fused = count[Kind.BACKWARD, i, s]
-        assert count[Kind.FORWARD, i, s] == 1
-        assert count[Kind.INPUT_GRAD, i, s] == count[Kind.WEIGHT_GRAD, i, s] == 1 - fused
+        fused = count[Kinds.BACKWARD, i, s]
+        assert count[Kinds.FORWARD, i, s] == 1
+        assert count[Kinds.INPUT_GRAD, i, s] == count[Kinds.WEIGHT_GRAD, i, s] == 1 - fused
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,8 +106,8 @@ def test_every_program_runs_to_its_end_and_in_the_order_of_its_data(name, data, 
         place = {(op.kind, op.index, op.stage): k for k, op in enumerate(ops)}
         assert len(spans) == len(ops)
         for op in ops:
-            if op.kind is Kind.WEIGHT_GRAD:
-                assert place[Kind.INPUT_GRAD, op.index, op.stage] < place[op.kind, op.index, op.stage]
+            if op.kind is Kinds.WEIGHT_GRAD:
+                assert place[Kinds.INPUT_GRAD, op.index, op.stage] < place[op.kind, op.index, op.stage]
     path = program.stages * (f + b) + w
     assert timeline.makespan >= max(path, program.microbatches * program.chunks * (f + b + w))
 
@@ -231,8 +232,8 @@ def test_controllable_memory_at_equal_times(p, more):
     assert bubbles(half, 1, 1, 1)[0] == (3.5 * (p - 1) if p % 2 else 3.5 * p - 2)
     least = generate("v-min", ranks=p, microbatches=m)
     for ops in (*half.ranks, *least.ranks):
-        by_kind = {kind: [(op.index, op.stage) for op in ops if op.kind is kind] for kind in Kind}
-        assert by_kind[Kind.WEIGHT_GRAD] == by_kind[Kind.INPUT_GRAD]
+        by_kind = {kind: [(op.index, op.stage) for op in ops if op.kind is kind] for kind in KINDS.values()}
+        assert by_kind[Kinds.WEIGHT_GRAD] == by_kind[Kinds.INPUT_GRAD]
     assert max(peaks(least)) == 2 * ((p + 4) // 3)
     assert bubbles(least, 1, 1, 1)[0] == (max(0, 4 * p - 5) if p % 3 else 4 * p - 3)
 
@@ -281,7 +282,7 @@ def test_one_chunk_is_1f1b(name, p, m):
         [str(op).replace("BW", "B") for op in ops] for ops in generate("1f1b", ranks=p, microbatches=m, chunks=1).ranks
     ]
     kept = [
-        [str(op).replace("BW", "B") for op in ops if op.kind is not Kind.WEIGHT_GRAD]
+        [str(op).replace("BW", "B") for op in ops if op.kind is not Kinds.WEIGHT_GRAD]
         for ops in generate(name, ranks=p, microbatches=m, chunks=1).ranks
     ]
     assert kept == whole

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pentad.configs.errors import UserError
+from pentad.parallel.pipeline.communication import data_needs
 from pentad.parallel.pipeline.lower import lower
-from pentad.parallel.pipeline.program import COMPUTE, RECEIVES, Kind, Op, Program, data_needs, update
+from pentad.parallel.pipeline.needs import Kinds, Role
+from pentad.parallel.pipeline.program import Op, Program, update
 from pentad.parallel.pipeline.schedules import SCHEDULES, generate
 from pentad.parallel.pipeline.simulate import StuckError, Timeline, simulate
 from pentad.parallel.pipeline.times import Times, by_rank
@@ -176,10 +178,10 @@ def _random_order(draw: st.DrawFn, m: int, placement: tuple[int, ...], barriers:
     p, split = max(placement) + 1, draw(st.booleans())
     left: list[tuple[int, Op]] = []
     for stage, rank in enumerate(placement):
-        kinds = (Kind.FORWARD, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD) if split else (Kind.FORWARD, Kind.BACKWARD)
+        kinds = (Kinds.FORWARD, Kinds.INPUT_GRAD, Kinds.WEIGHT_GRAD) if split else (Kinds.FORWARD, Kinds.BACKWARD)
         left += [(rank, Op(kind, i, stage)) for kind in kinds for i in range(m)]
     if barriers:
-        kinds = (Kind.HEAD, Kind.HEAD_GRAD, Kind.EMBED, Kind.EMBED_GRAD)
+        kinds = (Kinds.HEAD, Kinds.HEAD_GRAD, Kinds.EMBED, Kinds.EMBED_GRAD)
         left += [(rank, Op(kind, i)) for kind in kinds for i in range(m) for rank in range(p)]
     random = draw(st.randoms(use_true_random=False))
     blank = Program(m, placement, ((),) * p, barriers)
@@ -189,7 +191,7 @@ def _random_order(draw: st.DrawFn, m: int, placement: tuple[int, ...], barriers:
         random.shuffle(left)
         rank, op = next(each for each in left if set(data_needs(blank, each[1])) <= done)
         left.remove((rank, op))
-        done.add((rank, replace(op, kind=Kind.INPUT_GRAD) if op.kind is Kind.BACKWARD else op))
+        done.add((rank, replace(op, kind=Kinds.INPUT_GRAD) if op.kind is Kinds.BACKWARD else op))
         ranks[rank].append(op)
     return replace(blank, ranks=tuple(tuple(ops) for ops in ranks))
 
@@ -250,7 +252,7 @@ def _postponed(line: Program, random: Random) -> Program:
         result: list[Op] = []
         held: list[Op] = []
         for op in ops:
-            if op.kind in RECEIVES:
+            if op.kind.role is Role.RECEIVE:
                 held.append(op)
                 continue
             while held and (random.random() < 0.5 or any(_consumes(op, each) for each in held)):
@@ -261,8 +263,8 @@ def _postponed(line: Program, random: Random) -> Program:
 
 
 def _consumes(op: Op, receive: Op) -> bool:
-    forward = receive.kind is Kind.RECV_FORWARD
-    kinds = (Kind.FORWARD,) if forward else (Kind.BACKWARD, Kind.INPUT_GRAD)
+    forward = receive.kind is Kinds.RECV_FORWARD
+    kinds = (Kinds.FORWARD,) if forward else (Kinds.BACKWARD, Kinds.INPUT_GRAD)
     return op.kind in kinds and (op.index, op.stage) == (receive.index, receive.stage)
 
 
@@ -279,7 +281,7 @@ def test_lowered_takes_as_long_as_compute_only(data: st.DataObject) -> None:
 
 def _compute_spans(timeline: Timeline) -> list[list[tuple[float, float]]]:
     pairs = zip(timeline.program.ranks, timeline.spans, strict=True)
-    return [[span for op, span in zip(ops, spans, strict=True) if op.kind in COMPUTE] for ops, spans in pairs]
+    return [[span for op, span in zip(ops, spans, strict=True) if op.kind.computes] for ops, spans in pairs]
 
 
 # What cannot run
@@ -368,13 +370,13 @@ def test_a_rank_shares_its_time_among_its_chunks() -> None:
 def test_times_of_a_recorded_run_are_medians() -> None:
     spans = []
     for i, slow in enumerate((0.0, 0.0, 5.0)):
-        spans += [(0, Op(Kind.FORWARD, i, 0), 10.0 * i, 10.0 * i + 1 + slow)]
-        spans += [(1, Op(Kind.FORWARD, i, 1), 10.0 * i, 10.0 * i + 2 + slow)]
-        spans += [(1, Op(Kind.INPUT_GRAD, i, 1), 0.0, 3 + slow), (1, Op(Kind.WEIGHT_GRAD, i, 1), 0.0, 1.5 + slow)]
+        spans += [(0, Op(Kinds.FORWARD, i, 0), 10.0 * i, 10.0 * i + 1 + slow)]
+        spans += [(1, Op(Kinds.FORWARD, i, 1), 10.0 * i, 10.0 * i + 2 + slow)]
+        spans += [(1, Op(Kinds.INPUT_GRAD, i, 1), 0.0, 3 + slow), (1, Op(Kinds.WEIGHT_GRAD, i, 1), 0.0, 1.5 + slow)]
         spans += [
-            (0, Op(Kind.BACKWARD, i, 0), 0.0, 4 + slow),
-            (0, Op(Kind.HEAD, i), 0.0, 0.5),
-            (0, Op(Kind.NORM), 0, 9),
+            (0, Op(Kinds.BACKWARD, i, 0), 0.0, 4 + slow),
+            (0, Op(Kinds.HEAD, i), 0.0, 0.5),
+            (0, Op(Kinds.NORM), 0, 9),
         ]
     times = Times.from_spans(spans, (0, 1), hop=0.1, weight_share=0.25)
     assert (times.forward, times.backward, times.weight) == ((1.0, 2.0), (3.0, 3.0), (1.0, 1.5))

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pentad.configs.errors import UserError
-from pentad.parallel.pipeline.program import STAGE_COMPUTE, VOCAB_COMPUTE, Kind, Op, Program
+from pentad.parallel.pipeline.needs import KINDS, Kinds
+from pentad.parallel.pipeline.program import Op, Program
 from pentad.parallel.pipeline.schedules import generate
 from pentad.parallel.pipeline.simulate import Timeline, simulate
 from pentad.parallel.pipeline.times import Times
@@ -51,7 +52,7 @@ def peaks(program: Program) -> list[int]:
     for ops in program.ranks:
         held, peak = 0, 0
         for op in ops:
-            held += {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.WEIGHT_GRAD: -1}.get(op.kind, 0)
+            held += {Kinds.FORWARD: 1, Kinds.BACKWARD: -1, Kinds.WEIGHT_GRAD: -1}.get(op.kind, 0)
             peak = max(peak, held)
         most.append(peak)
     return most
@@ -87,12 +88,14 @@ def test_complete_and_never_stuck(schedule: tuple[str, int], ranks: int, data: s
     )
     program = balanced(name, ranks=ranks, microbatches=microbatches, chunks=chunks, barriers=barriers, times=times)
     plain = generate(name, ranks=ranks, microbatches=microbatches, chunks=chunks)
-    vocabulary = sorted((kind.value, i) for kind in VOCAB_COMPUTE for i in range(microbatches))
+    vocabulary = sorted(
+        (kind.token, i) for kind in KINDS.values() if kind.computes and kind.balanced for i in range(microbatches)
+    )
     sequences = set()
     for ops, before in zip(program.ranks, plain.ranks, strict=True):
-        assert sorted(map(str, (op for op in ops if op.kind in STAGE_COMPUTE))) == sorted(map(str, before))
-        sequences.add(tuple(op for op in ops if op.kind in VOCAB_COMPUTE))
-        assert sorted((op.kind.value, op.index) for op in ops if op.kind in VOCAB_COMPUTE) == vocabulary
+        assert sorted(map(str, (op for op in ops if op.kind.of_stage))) == sorted(map(str, before))
+        sequences.add(tuple(op for op in ops if op.kind.computes and op.kind.balanced))
+        assert sorted((op.kind.token, op.index) for op in ops if op.kind.computes and op.kind.balanced) == vocabulary
     assert len(sequences) == 1, "collectives would run in another order on another rank"
     assert program.vocab_barriers == barriers
     assert program.placement == plain.placement
@@ -198,15 +201,15 @@ def test_embedding_passes_run_ahead_and_hold_little(name: str, chunks: int, barr
     program = balanced(name, ranks=p, microbatches=m, chunks=chunks, barriers=barriers, times=times)
     timeline = simulate(program, times)
     when = [dict(zip(ops, spans, strict=True)) for ops, spans in zip(program.ranks, timeline.spans, strict=True)]
-    backward = Kind.BACKWARD if Op(Kind.BACKWARD, 0, 0) in when[0] else Kind.INPUT_GRAD
-    used = [when[0][Op(Kind.FORWARD, i, 0)][0] for i in range(m)]
-    made = [when[0][Op(Kind.EMBED, i)][0] for i in range(m)]
+    backward = Kinds.BACKWARD if Op(Kinds.BACKWARD, 0, 0) in when[0] else Kinds.INPUT_GRAD
+    used = [when[0][Op(Kinds.FORWARD, i, 0)][0] for i in range(m)]
+    made = [when[0][Op(Kinds.EMBED, i)][0] for i in range(m)]
     grads = [when[0][Op(backward, i, 0)][1] for i in range(m)]
     for i in range(m):
-        assert all(spans[Op(Kind.EMBED, i)][1] <= used[i] + 1e-9 for spans in when), "the first stage waited"
+        assert all(spans[Op(Kinds.EMBED, i)][1] <= used[i] + 1e-9 for spans in when), "the first stage waited"
         assert sum(made[j] <= made[i] <= used[j] for j in range(m)) <= 3
         for spans in when:
-            added = spans[Op(Kind.EMBED_GRAD, i)][0]
+            added = spans[Op(Kinds.EMBED_GRAD, i)][0]
             assert sum(grads[j] <= added + 1e-9 for j in range(i, m)) <= 2
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pentad.parallel.pipeline.program import Kind, Program
+from pentad.parallel.pipeline.needs import Kinds
+from pentad.parallel.pipeline.program import Program
 from pentad.parallel.pipeline.schedules import generate
 from pentad.parallel.pipeline.simulate import simulate
 from pentad.parallel.pipeline.times import Times
@@ -104,6 +105,6 @@ def in_flight(program: Program, rank: int) -> int:
     """Micro-batches between F and BW on a rank, at most."""
     held = peak = 0
     for op in program.ranks[rank]:
-        held += {Kind.FORWARD: 1, Kind.BACKWARD: -1}.get(op.kind, 0)
+        held += {Kinds.FORWARD: 1, Kinds.BACKWARD: -1}.get(op.kind, 0)
         peak = max(peak, held)
     return peak

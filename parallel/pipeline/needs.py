@@ -1,0 +1,453 @@
+"""What every kind of operation needs and brings about: one row a kind, and all that the room knows of it.
+
+The check, the search for deadlocks, the simulator, the memory, the pictures and lowering read these rows and name kinds
+only where they make operations. To add a kind: a row here, and a handler for `execute`.
+
+Where a backward pass may be fused (BW) or split (B and W), needs name the halves; a fused pass stands for both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cache
+
+
+class Acts(Enum):
+    """What an operation acts on, and so what its index and stage mean. There is one of each per step."""
+
+    STAGE = "stage"
+    """A microbatch at a stage, on the stage's rank."""
+    RANK = "rank"
+    """A microbatch, on every rank of the pipeline."""
+    BUCKET = "bucket"
+    """A bucket of parameters, on the rank that has it."""
+    STEP = "step"
+    """The whole step, on every rank."""
+
+
+class Role(Enum):
+    """What an operation occupies while it runs."""
+
+    COMPUTE = "compute"
+    """The rank's device."""
+    SEND = "send"
+    """A link, with the receive that it is paired with; the token only starts it."""
+    RECEIVE = "receive"
+    """As `SEND`, seen from the other end."""
+    COLLECTIVE = "collective"
+    """A lane of all ranks of the pipeline (times tp); the token only starts it."""
+    UPDATE = "update"
+    """It belongs to the end of the step, after every microbatch."""
+
+
+class Place(Enum):
+    """Where a needed operation stands, seen from the one that needs it; it is always of the same microbatch."""
+
+    SAME = "same"
+    """At the same stage, or on the same rank."""
+    PREVIOUS = "previous"
+    """At the stage before; the first one has none."""
+    NEXT = "next"
+    """At the stage after; the last one has none."""
+    FIRST = "first"
+    """At the first stage."""
+    LAST = "last"
+    """At the last stage."""
+    EVERYWHERE = "everywhere"
+    """On every rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What must be finished before an operation can start.
+
+    Args:
+        kind: the token of what is needed.
+        place: where that stands.
+        by: the token of what brings it to other ranks: the send of a transfer, or a collective.
+        only: FIRST or LAST where the need is of an operation at that stage alone.
+        barriers: the numbers of vocabulary barriers with which it holds (0: not balanced).
+    """
+
+    kind: str
+    place: Place
+    by: str = ""
+    only: Place | None = None
+    barriers: tuple[int, ...] = (0, 1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Memory that an operation takes or gives back.
+
+    Args:
+        what: the size, by its name in `ActivationBytes`: of the operation's stage, or of its rank.
+        sign: +1 where it is taken, -1 where it is given back.
+        at_end: at the operation's end, not at its start.
+        counts: it is the activation that is counted where bytes are not known.
+    """
+
+    what: str
+    sign: int
+    at_end: bool
+    counts: bool = False
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Kind:
+    """One kind of operation. Kinds are compared by identity.
+
+    Args:
+        token: what operations of it are written with.
+        acts: on what.
+        role: what it occupies.
+        words: what it is, in legends.
+        needs: what must be finished before it starts.
+        duration: the fields of `Times` that add up to how long it takes; by its token where it has no field.
+        started: its token only starts it, and it completes beside the compute.
+        trains: it belongs to a backward pass; a program without computation of that sort is an evaluation.
+        optional: a program may leave it out.
+        balanced: it is only in programs whose vocabulary is balanced.
+        fuses: the kinds whose work it does in one, and which it is then listed instead of.
+        toward: of a transfer, the stage at its other end, counted from the operation's.
+        pair: of a transfer, the token at its other end.
+        slot_until: of a receive, the kinds after which its slot is free: in training, and in an evaluation.
+        lane: of a collective.
+        phase: of an update, its place in the order of phases.
+        holds: the memory that it takes and gives back.
+        hue: its colour in pictures; none: the update's.
+        letter: its sign in a timeline of characters; the token where empty.
+        awaited: what another rank waits for in it, with {rank} and {place}.
+    """
+
+    token: str
+    acts: Acts
+    role: Role
+    words: str = ""
+    needs: tuple[Need, ...] = ()
+    duration: tuple[str, ...] = ()
+    started: bool = False
+    trains: bool = False
+    optional: bool = False
+    balanced: bool = False
+    fuses: tuple[str, ...] = ()
+    toward: int = 0
+    pair: str = ""
+    slot_until: tuple[str, str] = ("", "")
+    lane: str = ""
+    phase: int = 0
+    holds: tuple[Hold, ...] = ()
+    hue: str = ""
+    letter: str = ""
+    awaited: str = "rank {rank} to finish {place}"
+
+    # Read for every operation of a program, thus not computed each time.
+    computes: bool = field(init=False)
+    of_stage: bool = field(init=False)
+    transfers: bool = field(init=False)
+    communicates: bool = field(init=False)
+    updates: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "computes", self.role is Role.COMPUTE)
+        object.__setattr__(self, "of_stage", self.computes and self.acts is Acts.STAGE)
+        object.__setattr__(self, "transfers", self.role in (Role.SEND, Role.RECEIVE))
+        object.__setattr__(self, "communicates", self.transfers or self.role is Role.COLLECTIVE)
+        object.__setattr__(self, "updates", self.role is Role.UPDATE)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether it stands in its rank's lane of a picture. The others run beside, from their token on."""
+        return self.computes or (self.updates and not self.started)
+
+    def __str__(self) -> str:
+        return self.token
+
+    def __repr__(self) -> str:
+        return self.token
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return kind_of, (self.token,)  # identity survives the way to another process
+
+
+def _activation(sign: int, *, what: str = "activation", at_end: bool = True, counts: bool = True) -> Hold:
+    return Hold(what, sign, at_end, counts)
+
+
+_BACKWARD_NEEDS = (
+    Need("F", Place.SAME),
+    Need("B", Place.NEXT, by="SB"),
+    Need("S", Place.EVERYWHERE, by="CS", only=Place.LAST, barriers=(1,)),
+    Need("T", Place.EVERYWHERE, by="CD", only=Place.LAST, barriers=(2,)),
+)
+
+
+class Kinds:
+    """All kinds of operations."""
+
+    FORWARD = Kind(
+        token="F",
+        acts=Acts.STAGE,
+        role=Role.COMPUTE,
+        words="forward",
+        needs=(
+            Need("F", Place.PREVIOUS, by="SF"),
+            Need("IF", Place.EVERYWHERE, by="CE", only=Place.FIRST, barriers=(1, 2)),
+        ),
+        duration=("forward",),
+        holds=(_activation(+1, at_end=False),),
+        # Hues after Okabe and Ito's palette, which stays distinct under the common kinds of colour blindness.
+        hue="#2f72b4",
+    )
+    """Forward pass of a stage."""
+    INPUT_GRAD = Kind(
+        token="B",
+        acts=Acts.STAGE,
+        role=Role.COMPUTE,
+        words="backward, inputs",
+        needs=_BACKWARD_NEEDS,
+        duration=("backward",),
+        trains=True,
+        holds=(_activation(-1, counts=False), _activation(+1, what="deferred", counts=False)),
+        hue="#eb9c2d",
+    )
+    """The part of a backward pass that other stages wait for: the gradient of the stage's input."""
+    BACKWARD = Kind(
+        token="BW",
+        acts=Acts.STAGE,
+        role=Role.COMPUTE,
+        words="backward",
+        needs=_BACKWARD_NEEDS,
+        duration=("backward", "weight"),
+        trains=True,
+        fuses=("B", "W"),
+        holds=(_activation(-1),),
+        hue="#d65f33",
+        letter="B",
+    )
+    """Backward pass of a stage: input and weight gradients."""
+    WEIGHT_GRAD = Kind(
+        token="W",
+        acts=Acts.STAGE,
+        role=Role.COMPUTE,
+        words="backward, weights",
+        needs=(Need("B", Place.SAME),),
+        duration=("weight",),
+        trains=True,
+        holds=(_activation(-1, what="deferred"),),
+        hue="#1f9a78",
+    )
+    """The rest of a backward pass: the gradients of the stage's weights."""
+
+    HEAD = Kind(
+        token="S",
+        acts=Acts.RANK,
+        balanced=True,
+        role=Role.COMPUTE,
+        words="head",
+        needs=(Need("F", Place.LAST, by="CX", barriers=(1, 2)),),
+        duration=("head",),
+        holds=(Hold("head", +1, at_end=False),),
+        hue="#8552ad",
+    )
+    """Balanced vocabulary: this rank's logits, softmax statistics and, with one barrier, its part of the gradient."""
+    HEAD_GRAD = Kind(
+        token="T",
+        acts=Acts.RANK,
+        balanced=True,
+        role=Role.COMPUTE,
+        words="head, weights",
+        needs=(Need("S", Place.EVERYWHERE, by="CS", barriers=(1, 2)),),
+        duration=("head_grad",),
+        trains=True,
+        holds=(Hold("head", -1, at_end=True),),
+        hue="#d985b6",
+    )
+    """Balanced vocabulary: the head's weight gradient and, with two barriers, this rank's part of the gradient."""
+    EMBED = Kind(
+        token="IF",
+        acts=Acts.RANK,
+        balanced=True,
+        role=Role.COMPUTE,
+        words="embedding",
+        duration=("embed",),
+        hue="#e6d44c",
+        letter="E",
+    )
+    """Balanced vocabulary: look up the rows that this rank holds."""
+    EMBED_GRAD = Kind(
+        token="IB",
+        acts=Acts.RANK,
+        balanced=True,
+        role=Role.COMPUTE,
+        words="embedding, weights",
+        needs=(Need("B", Place.FIRST, by="CG", barriers=(1, 2)),),
+        duration=("embed_grad",),
+        trains=True,
+        hue="#8f7f2a",
+        letter="G",
+    )
+    """Balanced vocabulary: add to the gradient of the rows that this rank holds."""
+
+    SEND_FORWARD = Kind(
+        token="SF",
+        acts=Acts.STAGE,
+        role=Role.SEND,
+        started=True,
+        toward=+1,
+        pair="RF",
+        awaited="the activations that rank {rank} sends in {place}",
+    )
+    """Start sending the output of a stage to the next one."""
+    RECV_FORWARD = Kind(
+        token="RF",
+        acts=Acts.STAGE,
+        role=Role.RECEIVE,
+        started=True,
+        toward=-1,
+        pair="SF",
+        # Autograd and deferred weight gradients read a received tensor to the end of its backward pass.
+        slot_until=("W", "F"),
+        awaited="rank {rank} to post {place}, with {sends} sends outstanding",
+    )
+    """Start receiving the input of a stage into a slot; the stage's forward waits for it."""
+    SEND_BACKWARD = Kind(
+        token="SB",
+        acts=Acts.STAGE,
+        role=Role.SEND,
+        started=True,
+        trains=True,
+        toward=-1,
+        pair="RB",
+        awaited="the gradient that rank {rank} sends in {place}",
+    )
+    """Start sending the gradient of a stage's input to the stage before it."""
+    RECV_BACKWARD = Kind(
+        token="RB",
+        acts=Acts.STAGE,
+        role=Role.RECEIVE,
+        started=True,
+        trains=True,
+        toward=+1,
+        pair="SB",
+        slot_until=("W", ""),
+        awaited="rank {rank} to post {place}, with {sends} sends outstanding",
+    )
+    """Start receiving the gradient of a stage's output into a slot; the stage's backward waits for it."""
+
+    HIDDEN = Kind(
+        token="CX",
+        acts=Acts.RANK,
+        balanced=True,
+        role=Role.COLLECTIVE,
+        started=True,
+        lane="head",
+        awaited="rank {rank} to join {place}",
+    )
+    """Start the broadcast of the last stage's output; S waits for it."""
+    STATISTICS = Kind(
+        token="CS",
+        acts=Acts.RANK,
+        balanced=True,
+        role=Role.COLLECTIVE,
+        started=True,
+        lane="head",
+        awaited="rank {rank} to join {place}",
+    )
+    """Start agreeing on the softmax and, with one barrier, summing the gradient to the last stage; T waits for it."""
+    HIDDEN_GRAD = Kind(
+        token="CD",
+        acts=Acts.RANK,
+        balanced=True,
+        role=Role.COLLECTIVE,
+        started=True,
+        trains=True,
+        lane="head",
+        awaited="rank {rank} to join {place}",
+    )
+    """Two barriers: start summing the gradient to the last stage, whose backward waits for it."""
+    EMBEDDED = Kind(
+        token="CE",
+        acts=Acts.RANK,
+        balanced=True,
+        role=Role.COLLECTIVE,
+        started=True,
+        lane="embed",
+        awaited="rank {rank} to join {place}",
+    )
+    """Start summing the looked-up rows to the first stage, whose forward waits for it."""
+    EMBEDDED_GRAD = Kind(
+        token="CG",
+        acts=Acts.RANK,
+        balanced=True,
+        role=Role.COLLECTIVE,
+        started=True,
+        trains=True,
+        lane="embed",
+        awaited="rank {rank} to join {place}",
+    )
+    """Start the broadcast of the gradient of the first stage's input; IB waits for it."""
+
+    REDUCE = Kind(token="RG", acts=Acts.BUCKET, role=Role.UPDATE, words="update", duration=("reduce",), phase=0)
+    """The gradients of a bucket are final: sum them over the replicas. Waits for the sum, which may run since."""
+    NORM = Kind(token="NORM", acts=Acts.STEP, role=Role.UPDATE, duration=("norm",), started=True, phase=1)
+    """Global gradient norm, loss, and whether the step is skipped."""
+    OPTIMIZE = Kind(token="OPT", acts=Acts.BUCKET, role=Role.UPDATE, words="update", duration=("optimize",), phase=2)
+    """Update this rank's share of a bucket."""
+    GATHER = Kind(token="AG", acts=Acts.BUCKET, role=Role.UPDATE, duration=("gather",), started=True, phase=2)
+    """Start handing the updated shares of a bucket to all replicas."""
+
+
+KINDS: dict[str, Kind] = {kind.token: kind for kind in vars(Kinds).values() if isinstance(kind, Kind)}
+"""By token, in the order of the rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """What a transfer or collective brings from one kind to another: a need, seen from its way."""
+
+    source: Kind
+    target: Kind
+    need: Need
+
+
+@cache
+def flows(carrier: str) -> tuple[Flow, ...]:
+    """All that a send or a collective brings, by its token, without the fused kinds: their halves stand for them."""
+    return tuple(
+        Flow(KINDS[need.kind], kind, need)
+        for kind in KINDS.values()
+        for need in kind.needs
+        if need.by == carrier and not kind.fuses
+    )
+
+
+@cache
+def stands_for(kind: Kind) -> Kind:
+    """The kind that needs name it by: the first of those that it fuses, else itself."""
+    return KINDS[kind.fuses[0]] if kind.fuses else kind
+
+
+def register(kind: Kind) -> Kind:
+    """Adds a row from outside: from then on it is checked, simulated and drawn like the others.
+
+    Raises:
+        ValueError: the token is taken.
+    """
+    if KINDS.setdefault(kind.token, kind) is not kind:
+        raise ValueError(f"there is a kind {kind.token} already")
+    flows.cache_clear()
+    return kind
+
+
+def kind_of(token: str) -> Kind:
+    """The kind with a token.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return KINDS[token]
+    except KeyError:
+        raise ValueError(f"{token!r} is no kind of operation") from None
