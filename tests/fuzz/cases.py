@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from pentad.configs import UserError, load
 from pentad.configs.schema import Config, ModelConfig
 from pentad.models.hf_families import hf_family
+from pentad.trainer.preflight import preflight
 
 from .corpora import TOKENS, WIDE
 from .draws import Draws, Keys
@@ -53,7 +54,7 @@ class Case:
         second: goes on from there.
         start: where the first weights come from, one of `STARTS`.
         origin: the job that makes them; none: they are random.
-        refused: how often `load` refused a draw because of a key.
+        refused: how often `load` or `preflight` refused a draw because of a key.
     """
 
     seed: int
@@ -144,7 +145,9 @@ def _draw_layout(draws: Draws, path: Path, keys: Keys, refused: Counter[str]) ->
 def _accepted(path: Path, world: int, keys: Keys, refused: Counter[str]) -> Layout | None:
     overrides = [f"{key}={_written(value)}" for key, value in keys.items()]
     try:
-        return Layout(world, keys, load(path, overrides, world_size=world))
+        config = load(path, overrides, world_size=world)
+        preflight(config)
+        return Layout(world, keys, config)
     except UserError as error:
         refused.update({problem.key for problem in error.problems})
         return None

@@ -44,7 +44,7 @@ def _experts(draws: Draws, degrees: Mapping[str, int], experts: int, ffn: int) -
     keys: Keys = {"parallel.ep": ep, "parallel.etp": etp}
     keys["model.moe.dispatcher"] = draws.pick({"all_to_all": 3, "all_gather": 1})
     keys["model.moe.overlap_chunks"] = draws.pick({1: 4, 2: 1, 3: 0.5, "auto": 0.5})
-    keys["model.moe.compute"] = draws.pick({"auto": 5, "loop": 1})
+    keys["model.moe.compute"] = draws.pick({"auto": 5, "loop": 1, "bmm": 0.5, "grouped_mm": 0.5})
     return keys
 
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pentad.configs import load
+from pentad.launch.memory import estimate
 from pentad.trainer.hf_io import export_hf
+from pentad.trainer.preflight import preflight
 from tests.distributed import run_distributed
 
 from .cases import Case, Layout, as_yaml
@@ -139,6 +141,8 @@ def _run_one(yaml: str, world: int, folder: Path, name: str, overrides: list[str
     run_id = f"fuzz-{uuid.uuid4().hex[:12]}"
     try:
         cfg = load(file, [f"runs_dir={runs}", *overrides], world_size=world)
+        preflight(cfg)
+        estimate(cfg)  # the rest of what `pentad check` does
         args = (cfg, yaml, _free_port(), run_id, runs, nudge)
         run_distributed(train, world, *args, timeout_s=LIMIT_S, group=False)
     except Exception as error:
