@@ -24,7 +24,7 @@ TRIES = 60
 """Layouts that are drawn for a job before another job is."""
 
 
-STARTS = {"random": 6, "checkpoint": 1, "hf": 1.5, "upcycled": 1.5}
+STARTS = {"random": 6, "checkpoint": 1, "hf": 2, "upcycled": 0.8}
 """Random weights, those of a checkpoint or a Hugging Face folder, or experts made of a dense checkpoint."""
 
 
@@ -198,6 +198,8 @@ def _data(draws: Draws, corpora: Path) -> Keys:
         keys |= {"data.paths": [str(corpora / "lines.jsonl")], "data.cache": str(corpora / "cache")}
         keys["model.vocab"] = draws.choice([288, 320, 384])
         assert WIDE <= 288
+    if draws.maybe(0.2):
+        keys["model.vocab_used"] = (TOKENS if name != "jsonl" else WIDE) + draws.randint(0, 3)
     if name != "jsonl" and draws.maybe(0.3):
         keys["data.eod"] = 7
     return keys

@@ -15,7 +15,7 @@ WORLDS = {1: 0.4, 2: 2, 3: 0.5, 4: 3, 5: 0.2, 6: 0.8, 7: 0.1, 8: 3}
 def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
     """(world size, keys) of a layout that may be one, for a job with these keys: `load` decides."""
     world = draws.pick(WORLDS)
-    degrees = draws.factors(world, {"tp": 1, "pp": 1.3, "cp": 1, "dp": 1})
+    degrees = draws.factors(world, {"tp": 1, "pp": 1.1, "cp": 1, "dp": 1})
     keys: Keys = {f"parallel.{axis}": size for axis, size in degrees.items()}
     experts = int(str(model.get("model.moe.experts", 0)))
     if experts:
@@ -25,7 +25,7 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
     if degrees["cp"] > 1:
         keys |= _context(draws, hybrid=model.get("model.attention_every", 1) != 1)
     whole = degrees["pp"] == 1 and not experts
-    keys["parallel.data.sharding"] = draws.pick({"ddp": 1, "zero1": 1, "fsdp": 1.5 if whole else 0})
+    keys["parallel.data.sharding"] = draws.pick({"ddp": 1, "zero1": 1, "fsdp": 2 if whole else 0})
     keys["parallel.data.bucket_mib"] = draws.pick({0.0001: 1, 0.001: 1, 0.01: 1, 0.1: 0.5, 32: 1})
     if draws.maybe(0.3):
         del keys["parallel.dp"]  # derived

@@ -5,11 +5,11 @@ from __future__ import annotations
 from .draws import Draws, Keys, common_divisors
 
 FAMILIES = {
-    "llama": 1.5,
-    "mistral": 1,
-    "qwen2": 1,
-    "qwen3": 1,
-    "gpt2": 1.5,
+    "llama": 2.5,
+    "mistral": 1.5,
+    "qwen2": 1.5,
+    "qwen3": 1.5,
+    "gpt2": 2.5,
     "mixtral": 1.5,
     "qwen2_moe": 1.5,
     "qwen3_moe": 1.5,
@@ -17,7 +17,7 @@ FAMILIES = {
     "deepseek_v2": 1.5,
     "deepseek_v3": 2,
     "gpt_oss": 1.5,
-    "hybrid": 2,
+    "hybrid": 2.5,
     "mixed": 3,
 }
 """`hybrid` has linear attention in most layers; `mixed` has anything."""
