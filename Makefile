@@ -17,7 +17,7 @@ test: $(VENV)/dev.stamp
 test-all: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q
 
-# Random jobs under random layouts, held against one process; goes on where it stopped. Needs the time, not the GPU.
+# Random jobs under random layouts, held against one process, for so many minutes; goes on where it stopped.
 fuzz: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.fuzz_layouts --minutes $(FUZZ_MINUTES)
 

@@ -73,7 +73,8 @@ def _shown(case: Case) -> str:
     lines = [case.yaml()]
     for name, layout in (("first", case.first), ("second", case.second)):
         lines.append(f"{name}: {layout.world} ranks, {' '.join(layout.overrides())}")
-    return "\n".join([*lines, f"the second goes on after step {case.resume}; weights: {case.start}"])
+    how = "a checkpoint" if case.stopped_rank is None else f"a signal to rank {case.stopped_rank}"
+    return "\n".join([*lines, f"the second goes on after {how} in step {case.resume}; first weights: {case.start}"])
 
 
 def _go_on(args: argparse.Namespace, work: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,12 @@ class Case:
         family: of the tally.
         keys: the job's, without any of layout.
         alone: one process.
-        first: trains from the start and saves at step `resume`.
+        first: trains from the start, and is stopped after step `resume` or saves there and goes on.
         second: goes on from there.
         start: where the first weights come from, one of `STARTS`.
         origin: the job that makes them; none: they are random.
+        resume: the step.
+        stopped_rank: the rank of the first layout that gets a signal; none: it is not stopped.
         refused: how often `load` or `preflight` refused a draw because of a key.
     """
 
@@ -66,6 +68,7 @@ class Case:
     start: str
     origin: Keys | None
     resume: int
+    stopped_rank: int | None
     refused: Mapping[str, int]
 
     def yaml(self) -> str:
@@ -106,7 +109,10 @@ def draw_case(seed: int, folder: Path, changes: Keys | None = None) -> Case:
         first, second = (_draw_layout(draws, path, keys, refused) for _ in range(2))
         if first is not None and second is not None:
             origin, resume = _origin(keys, start), keys["checkpoint.every"]
-            return Case(seed, family, keys, alone, first, second, start, origin, resume, refused)
+            stopped_rank = draws.randrange(first.world) if draws.maybe(0.4) else None
+            if stopped_rank is not None and draws.maybe(0.5):  # it saves nothing but what it has when it is stopped
+                first = replace(first, keys=first.keys | {"checkpoint.every": 0})
+            return Case(seed, family, keys, alone, first, second, start, origin, resume, stopped_rank, refused)
 
 
 def _can_start(start: str, model: ModelConfig) -> bool:

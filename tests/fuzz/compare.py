@@ -50,21 +50,22 @@ class Difference:
     allowed: float
 
 
-def read_run(folder: Path, steps: int, since: int) -> Trained:
-    """A finished run's numbers of the steps after `since`."""
+def read_run(folder: Path, since: int, until: int) -> Trained:
+    """A run's numbers of the steps after `since` up to `until`, and its checkpoint of that one."""
     curve, experts = dict[str, float](), dict[str, list[float | None]]()
     for row in _lines(folder / "metrics.jsonl"):
-        if row["step"] <= since:
+        step = row["step"]
+        if not since < step <= until:
             continue
         for key in ("loss", "grad_norm"):
-            curve[f"{key} of step {row['step']}"] = _number(row[key])
+            curve[f"{key} of step {step}"] = _number(row[key])
         for key, values in (row["moe"] or {}).items():
             if isinstance(values, list) and key not in _OF_A_LAYOUT:
-                experts[f"{key} of step {row['step']}"] = values
+                experts[f"{key} of step {step}"] = values
     for row in _lines(folder / "events.jsonl"):
-        if row["event"] == "evaluation" and row["step"] > since:
+        if row["event"] == "evaluation" and since < row["step"] <= until:
             curve[f"held-out loss of step {row['step']}"] = _number(row["loss"])
-    tensors, _ = read_full(folder / "checkpoints" / f"step-{steps:08d}")
+    tensors, _ = read_full(folder / "checkpoints" / f"step-{until:08d}")
     return Trained(curve, experts, tensors)
 
 

@@ -20,7 +20,7 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
     experts = int(str(model.get("model.moe.experts", 0)))
     if experts:
         keys |= _experts(draws, degrees, experts, int(str(model["model.moe.ffn"])))
-    if degrees["pp"] > 1:
+    if degrees["pp"] > 1 or draws.maybe(0.1):  # without a pipeline the section has no effect
         keys |= _pipeline(draws, degrees["pp"], int(str(model["model.layers"])))
     if degrees["cp"] > 1:
         keys |= _context(draws, hybrid=model.get("model.attention_every", 1) != 1)
@@ -31,7 +31,7 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
         del keys["parallel.dp"]  # derived
     keys["memory.recompute"] = draws.pick({"none": 2, "full": 1})
     keys["checkpoint.asynchronous"] = draws.maybe(0.5)
-    keys["data.prefetch"] = draws.choice([1, 2, 4])
+    keys["data.prefetch"] = draws.choice([0, 1, 2, 4])
     return world, keys
 
 
@@ -66,7 +66,7 @@ def _pipeline(draws: Draws, pp: int, layers: int) -> Keys:
 
 
 def _context(draws: Draws, *, hybrid: bool) -> Keys:
-    keys: Keys = {"method": draws.choice(["auto", "allgather", "ulysses"] if hybrid else METHODS)}
+    keys: Keys = {"method": draws.choice(METHODS)}
     if not hybrid and draws.maybe(0.6):
         keys["placement"] = draws.choice(["zigzag", "contiguous", "by_length"])
     if keys["method"] == "ring" and draws.maybe(0.3):

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import math
 import shutil
-import socket
 import time
 import traceback
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from pentad.configs import load
-from pentad.launch.memory import estimate
 from pentad.trainer.hf_io import export_hf
-from pentad.trainer.preflight import preflight
-from tests.distributed import run_distributed
 
 from .cases import Case, Layout, as_yaml
-from .compare import Difference, Trained, differences, read_run, undetermined, unexplained
-from .ranks import train
+from .compare import Difference, differences, read_run, undetermined, unexplained
+from .jobs import RunFailed, run_job
+from .ranks import UNDISTURBED, Disturbance
 
-LIMIT_S = 150.0
-"""Seconds that a run may take."""
 NUDGES = 3
 """Runs of one process from first parameters that differ in the last place, where a difference has to be explained."""
 
@@ -42,11 +35,16 @@ class Outcome:
     rounding: float
 
 
+class _Differs(Exception):
+    """A layout trains something else than one process."""
+
+
 def run_case(case: Case, folder: Path) -> Outcome:
-    """Trains the case on one process and under both layouts, and compares; files go to `folder`."""
+    """Trains the case on one process and under both layouts, and compares; the runs' files go to `folder`."""
     started, rounding, reason = time.monotonic(), 0.0, None
+    shutil.rmtree(folder, ignore_errors=True)
     try:
-        rounding = _run(case, folder)
+        rounding = _Runs(case, folder).check()
     except (RunFailed, _Differs) as error:
         reason = str(error)
     except Exception as error:
@@ -54,110 +52,81 @@ def run_case(case: Case, folder: Path) -> Outcome:
     return Outcome(reason, time.monotonic() - started, rounding)
 
 
-class RunFailed(Exception):
-    """A run that `load` accepted ended with an error."""
+class _Runs:
+    """The runs of one case."""
 
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.case, self.folder = case, folder
+        self.cfg = case.alone.config
+        self.free = undetermined(self.cfg.model)
 
-class _Differs(Exception):
-    """A layout trains something else than one process."""
+    def check(self) -> float:
+        """The largest difference that rounding explains.
 
+        Raises:
+            RunFailed: a run did not go to its end.
+            _Differs: a difference that rounding does not explain.
+        """
+        start = self._start()
+        alone = self._run(self.case.alone, "alone", start)
+        whole = read_run(alone, 0, self.cfg.train.steps)
+        if not all(math.isfinite(value) for value in whole.curve.values()):
+            raise _Differs(f"one process diverges: {whole.curve}")
+        found = self._stopped(alone, start) if self.case.stopped_rank is not None else self._overtaken(alone, start)
+        if not any(found.values()):
+            return 0.0
+        noise = [self._nudged(n, alone, start) for n in range(NUDGES)]
+        for name, beyond in found.items():
+            left = unexplained(beyond, noise)
+            if left:
+                alike = _listed(noise[0]) or "nothing"
+                raise _Differs(f"the {name} run differs: {_listed(left)}; rounding alone moves {alike}")
+        return max(d.size for beyond in found.values() for d in beyond)
 
-def _run(case: Case, folder: Path) -> float:
-    start = _start(case, folder)
-    expected = _trained(case, case.alone, folder, "alone", start)
-    if not all(math.isfinite(value) for value in expected.curve.values()):
-        raise _Differs(f"one process diverges: {expected.curve}")
-    checkpoint = folder / "first" / "run" / "checkpoints" / f"step-{case.resume:08d}"
-    first = _trained(case, case.first, folder, "first", start)
-    second = _trained(case, case.second, folder, "second", [f"checkpoint.resume={checkpoint}"], since=case.resume)
-    dtype = case.alone.config.train.dtype
-    free = undetermined(case.alone.config.model)
-    found = {
-        "first": differences(first, expected, dtype, free),
-        "second": differences(second, _since(expected, case.resume), dtype, free),
-    }
-    if not any(found.values()):
-        return 0.0
-    nudged = [_trained(case, case.alone, folder, f"nudged-{n}", start, nudge=n) for n in range(NUDGES)]
-    noise = [differences(other, expected, dtype, free) for other in nudged]
-    for name, beyond in found.items():
-        left = unexplained(beyond, noise)
-        if left:
-            raise _Differs(f"the {name} run differs: {_listed(left)}; rounding alone: {_listed(noise[0]) or 'nothing'}")
-    return max(d.size for beyond in found.values() for d in beyond)
+    def _overtaken(self, alone: Path, start: list[str]) -> dict[str, list[Difference]]:
+        """The first layout trains to the end; the second one from a checkpoint on, in a folder of its own."""
+        resume, steps = self.case.resume, self.cfg.train.steps
+        first = self._run(self.case.first, "first", start)
+        checkpoint = first / "checkpoints" / f"step-{resume:08d}"
+        second = self._run(self.case.second, "second", [f"checkpoint.resume={checkpoint}"])
+        return {"first": self._compared(first, alone, 0, steps), "second": self._compared(second, alone, resume, steps)}
+
+    def _stopped(self, alone: Path, start: list[str]) -> dict[str, list[Difference]]:
+        """A signal stops the first layout; the second one goes on in its folder, whose files then tell all steps."""
+        resume, steps, rank = self.case.resume, self.cfg.train.steps, self.case.stopped_rank
+        assert rank is not None
+        first = self._run(self.case.first, "first", start, Disturbance(stop=(rank, resume)))
+        found = {"first": self._compared(first, alone, 0, resume)}
+        second = self._run(self.case.second, "second", ["checkpoint.resume=latest", *start], runs="first")
+        return found | {"second": self._compared(second, alone, 0, steps)}
+
+    def _nudged(self, seed: int, alone: Path, start: list[str]) -> list[Difference]:
+        nudged = self._run(self.case.alone, "nudged", start, Disturbance(nudge=seed), runs=f"nudged-{seed}")
+        return self._compared(nudged, alone, 0, self.cfg.train.steps)
+
+    def _compared(self, run: Path, alone: Path, since: int, until: int) -> list[Difference]:
+        mine, expected = read_run(run, since, until), read_run(alone, since, until)
+        return differences(mine, expected, self.cfg.train.dtype, self.free)
+
+    def _run(
+        self, layout: Layout, name: str, more: list[str], meets: Disturbance = UNDISTURBED, *, runs: str | None = None
+    ) -> Path:
+        return run_job(
+            self.case.yaml(), layout.world, self.folder / (runs or name), name, [*layout.overrides(), *more], meets
+        )
+
+    def _start(self) -> list[str]:
+        """Makes the weights that the case starts from; the overrides that name them."""
+        case = self.case
+        if case.origin is None:
+            return []
+        made = run_job(as_yaml(case.origin), 1, self.folder / "origin", "origin", []) / "checkpoints" / "step-00000001"
+        if case.start == "hf":
+            export_hf(made, self.folder / "hf")
+            made = self.folder / "hf"
+        return [f"checkpoint.init={made}", *(["checkpoint.upcycle=true"] if case.start == "upcycled" else [])]
 
 
 def _listed(found: list[Difference]) -> str:
     more = f" and {len(found) - 6} more" if len(found) > 6 else ""
     return ", ".join(f"{d.what} by {d.size:.1e} (allowed {d.allowed:.0e})" for d in found[:6]) + more
-
-
-def _since(trained: Trained, step: int) -> Trained:
-    """The part of the curves after a step."""
-
-    def later(what: str) -> bool:
-        return int(what.rpartition(" ")[2]) > step
-
-    return Trained(
-        {what: value for what, value in trained.curve.items() if later(what)},
-        {what: value for what, value in trained.experts.items() if later(what)},
-        trained.tensors,
-    )
-
-
-def _start(case: Case, folder: Path) -> list[str]:
-    """Makes the weights that the case starts from; the overrides that name them."""
-    if case.origin is None:
-        return []
-    _run_one(as_yaml(case.origin), 1, folder, "origin", [])
-    made = folder / "origin" / "run" / "checkpoints" / "step-00000001"
-    if case.start == "hf":
-        export_hf(made, folder / "origin" / "hf")
-        made = folder / "origin" / "hf"
-    return [f"checkpoint.init={made}", *(["checkpoint.upcycle=true"] if case.start == "upcycled" else [])]
-
-
-def _trained(
-    case: Case,
-    layout: Layout,
-    folder: Path,
-    name: str,
-    more: list[str],
-    *,
-    since: int = 0,
-    nudge: int | None = None,
-) -> Trained:
-    run = _run_one(case.yaml(), layout.world, folder, name, [*layout.overrides(), *more], nudge)
-    return read_run(run, case.alone.config.train.steps, since)
-
-
-def _run_one(yaml: str, world: int, folder: Path, name: str, overrides: list[str], nudge: int | None = None) -> Path:
-    """Runs a job to its end; its run folder."""
-    runs = folder / name
-    shutil.rmtree(runs, ignore_errors=True)
-    runs.mkdir(parents=True)
-    file = runs / "job.yaml"
-    file.write_text(yaml)
-    run_id = f"fuzz-{uuid.uuid4().hex[:12]}"
-    try:
-        cfg = load(file, [f"runs_dir={runs}", *overrides], world_size=world)
-        preflight(cfg)
-        estimate(cfg)  # the rest of what `pentad check` does
-        args = (cfg, yaml, _free_port(), run_id, runs, nudge)
-        run_distributed(train, world, *args, timeout_s=LIMIT_S, group=False)
-    except Exception as error:
-        for ring in Path("/dev/shm").glob(f"*{run_id}*"):
-            ring.unlink(missing_ok=True)
-        raise RunFailed(f"the {name} run: {_told(error)}") from error
-    return runs / "run"
-
-
-def _told(error: Exception) -> str:
-    notes = "".join(getattr(error, "__notes__", []))
-    return f"{type(error).__name__}: {error}\n{notes}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -45,6 +45,7 @@ def _columns(case: Case) -> dict[str, list[str]]:
     columns: dict[str, list[str]] = {
         "family": [case.family],
         "start": [case.start],
+        "goes on": ["after a checkpoint" if case.stopped_rank is None else "after a signal"],
         "dtype": [cfg.train.dtype],
         "optimizer": [cfg.optim.name],
         "data": [cfg.data.name + (" masked" if cfg.data.document_mask else "")],

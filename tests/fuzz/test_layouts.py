@@ -124,16 +124,16 @@ def test_a_layout_that_trains_something_else_fails_its_case(work: Path) -> None:
     case = draw_case(FAST[0], work / "corpora" / "case")
     whole = compare.read_run
 
-    def other(folder: Path, steps: int, since: int) -> Trained:
-        trained = whole(folder, steps, since)
-        if folder.parent.name != "second":
+    def other(folder: Path, since: int, until: int) -> Trained:
+        trained = whole(folder, since, until)
+        if folder.parent.name != "first":
             return trained
         curve = {what: value * (1 + 1e-6 * ("norm" in what)) for what, value in trained.curve.items()}
         return Trained(curve, trained.experts, trained.tensors)
 
     with mock.patch("tests.fuzz.run.read_run", other):
         outcome = run_case(case, work / "case")
-    assert outcome.reason is not None and outcome.reason.startswith("the second run differs: grad_norm of step")
+    assert outcome.reason is not None and outcome.reason.startswith("the first run differs: grad_norm of step")
 
 
 def _axes(cases: list[Case]) -> set[str]:
