@@ -2,7 +2,7 @@
 
 Every case trains a random model on one process and under two random layouts: the first from the start, the second from
 a checkpoint of the first. Everything is compared: losses, gradient norms, held-out losses, what the routers did,
-parameters, optimizer states. What `load` accepts has to run, and to train the same.
+parameters, optimizer states. What `check` accepts has to run, and to train the same.
 """
 
 from __future__ import annotations

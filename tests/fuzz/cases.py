@@ -10,13 +10,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pentad.configs import UserError, load
+from pentad.configs import UserError
 from pentad.configs.schema import Config, ModelConfig
 from pentad.models.hf_families import hf_family
-from pentad.trainer.preflight import preflight
 
 from .corpora import TOKENS, WIDE
 from .draws import Draws, Keys
+from .jobs import checked
 from .layouts import draw_layout
 from .models import draw_model
 
@@ -56,7 +56,7 @@ class Case:
         origin: the job that makes them; none: they are random.
         resume: the step.
         stopped_rank: the rank of the first layout that gets a signal; none: it is not stopped.
-        refused: how often `load` or `preflight` refused a draw because of a key.
+        refused: how often `check` refused a draw because of a key.
     """
 
     seed: int
@@ -151,9 +151,7 @@ def _draw_layout(draws: Draws, path: Path, keys: Keys, refused: Counter[str]) ->
 def _accepted(path: Path, world: int, keys: Keys, refused: Counter[str]) -> Layout | None:
     overrides = [f"{key}={_written(value)}" for key, value in keys.items()]
     try:
-        config = load(path, overrides, world_size=world)
-        preflight(config)
-        return Layout(world, keys, config)
+        return Layout(world, keys, checked(path, overrides, world))
     except UserError as error:
         refused.update({problem.key for problem in error.problems})
         return None

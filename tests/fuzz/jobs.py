@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import socket
 import uuid
 from pathlib import Path
 
 from pentad.configs import load
+from pentad.configs.schema import Config
 from pentad.launch.memory import estimate
 from pentad.trainer.preflight import preflight
 from tests.distributed import run_distributed
 
-from .ranks import Disturbance, train
+from .ranks import UNDISTURBED, Disturbance, train
 
 LIMIT_S = 150.0
 """Seconds that a run may take."""
 
 
 class RunFailed(Exception):
-    """A run that `load` accepted ended with an error."""
+    """A run that `check` accepts ended with an error."""
 
 
 def run_job(
-    yaml: str, world: int, runs: Path, name: str, overrides: list[str], meets: Disturbance | None = None
+    yaml: str, world: int, runs: Path, name: str, overrides: list[str], meets: Disturbance = UNDISTURBED
 ) -> Path:
     """Runs the job on so many ranks; its run folder.
 
@@ -40,9 +43,7 @@ def run_job(
     file, run_id = runs / "job.yaml", f"fuzz-{uuid.uuid4().hex[:12]}"
     file.write_text(yaml)
     try:
-        cfg = load(file, [f"runs_dir={runs}", *overrides], world_size=world)
-        preflight(cfg)
-        estimate(cfg)  # the rest of what `pentad check` does
+        cfg = checked(file, [f"runs_dir={runs}", *overrides], world)
         args = (cfg, yaml, _free_port(), run_id, runs, meets)
         run_distributed(train, world, *args, timeout_s=LIMIT_S, group=False)
     except Exception as error:
@@ -50,6 +51,19 @@ def run_job(
             ring.unlink(missing_ok=True)
         raise RunFailed(f"the {name} run: {_told(error)}") from error
     return runs / cfg.name
+
+
+def checked(file: Path, overrides: list[str], world: int) -> Config:
+    """The job's configuration, after all that `pentad check` does, without a word.
+
+    Raises:
+        UserError: it refuses the job.
+    """
+    cfg = load(file, overrides, world_size=world)
+    with contextlib.redirect_stderr(io.StringIO()):
+        preflight(cfg)
+    estimate(cfg)
+    return cfg
 
 
 def _told(error: Exception) -> str:

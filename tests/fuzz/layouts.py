@@ -13,7 +13,7 @@ WORLDS = {1: 0.4, 2: 2, 3: 0.5, 4: 3, 5: 0.2, 6: 0.8, 7: 0.1, 8: 3}
 
 
 def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
-    """(world size, keys) of a layout that may be one, for a job with these keys: `load` decides."""
+    """(world size, keys) of a layout that may be one, for a job with these keys: `check` decides."""
     world = draws.pick(WORLDS)
     degrees = draws.factors(world, {"tp": 1, "pp": 1.1, "cp": 1, "dp": 1})
     keys: Keys = {f"parallel.{axis}": size for axis, size in degrees.items()}

@@ -32,6 +32,9 @@ class Disturbance:
     stop: tuple[int, int] | None = None
 
 
+UNDISTURBED = Disturbance()
+
+
 def train(
     rank: int, world: int, cfg: Config, given: str, port: int, run_id: str, logs: Path, meets: Disturbance
 ) -> None:

@@ -22,7 +22,7 @@ class Line:
         seconds: it took.
         rounding: as of `Outcome`.
         of: what the case was, by column.
-        refused: draws that `load` refused, by key.
+        refused: draws that `check` refused, by key.
     """
 
     seed: int
