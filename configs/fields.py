@@ -71,6 +71,16 @@ def with_value(config: _Node, key: str, value: Any) -> _Node:
 
 
 @cache
+def all_keys() -> frozenset[str]:
+    """The dotted keys of all values, whichever classes are chosen."""
+    names: set[str] = set()
+    for section, (registry, _) in SELECTORS.items():
+        for cls in registry.values():
+            names |= set(flatten_schema({section: cls})[0])
+    return frozenset(names)
+
+
+@cache
 def section_keys() -> frozenset[str]:
     """The dotted keys of all sections, whichever classes are chosen."""
     names: set[str] = set()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import Problem, UserError
-from .fields import nearest, section_keys, short
+from .fields import all_keys, nearest, section_keys, short
 from .reading.convert import display, raw
 from .reading.interpolation import is_interpolated, lookup
 from .reading.written import Argument, Node, Unreadable, flow, is_mapping_text, unquote
@@ -47,13 +48,35 @@ def find_config(path: str | Path) -> Path | Problem:
         return file
     if given in preset_names("jobs"):
         return PRESETS / "jobs" / f"{given}.yaml"
+    return Problem(given, _no_config(given, file))
+
+
+def _no_config(given: str, file: Path) -> str:
+    """Why there is no job by this name, and what to give instead."""
+    jobs = preset_names("jobs")
     if os.path.isdir(file):
-        return Problem(given, "is a folder; give a YAML file in it")
+        for name, what in (
+            ("config.yaml", "a run's folder"),
+            ("state.json", "a checkpoint"),
+            ("config.json", "a model"),
+        ):
+            if os.path.isfile(file / name):
+                instead = f"give {file / name}" if name == "config.yaml" else f"give a job, and checkpoint.init={given}"
+                return f"is {what}, not a job's YAML file; {instead}"
+        inside = sorted(p.name for p in file.glob("*.y*ml"))[:5]
+        return f"is a folder; give a YAML file in it{', ' if inside else ''}{' or '.join(inside)}"
+    if given in preset_names("models"):
+        return f"is a model, not a job; make one: echo 'model: {{preset: {given}}}' > job.yaml && pentad train job.yaml"
+    if given in preset_names("hardware"):
+        return f"is a device, not a job; give a job, and hardware.preset={given}"
+    if "=" in given:
+        return f"is an override, and CONFIG comes before it: a YAML file, or {', '.join(jobs)}"
     folder = file.parent
     around = {str(folder / p.name) if folder != Path() else p.name for p in folder.glob("*.y*ml")}
-    hint = nearest(given, [*around, *preset_names("jobs")])
-    tail = f"; did you mean {hint}?" if hint else f"; jobs that come with Pentad: {', '.join(preset_names('jobs'))}"
-    return Problem(given, f"no such file{tail}")
+    hint = nearest(given, [*around, *jobs])
+    if hint is None and (model := nearest(given, preset_names("models"))):
+        return f"no such file; {model} is a model: echo 'model: {{preset: {model}}}' > job.yaml makes a job of it"
+    return "no such file" + (f"; did you mean {hint}?" if hint else f"; jobs that come with Pentad: {', '.join(jobs)}")
 
 
 def read_yaml(file: Path, label: str, prefix: str = "") -> Layer:
@@ -78,12 +101,35 @@ def read_overrides(overrides: Sequence[str]) -> tuple[Layer, list[Problem]]:
     """The `key=value` arguments of a command line; the key's type will say what the value is."""
     layer: Layer = []
     problems: list[Problem] = []
-    for argument in overrides:
+    for argument in _pieces(overrides, problems):
         try:
             layer += _override(argument)
         except UserError as error:
             problems += error.problems
     return layer, problems
+
+
+def _pieces(overrides: Sequence[str], problems: list[Problem]) -> Iterator[str]:
+    """The overrides without those that came in several pieces (`key value`, `key= value`), which are reported."""
+    rest = list(overrides)
+    leaves = {key.rpartition(".")[2]: key for key in sorted(all_keys(), key=lambda k: k.startswith("train."))}
+    while rest:
+        first = rest.pop(0)
+        key = first.rstrip("=")
+        broken = "=" not in key and key.rpartition(".")[2].isidentifier()
+        if broken and rest and rest[0].startswith("=") and len(rest[0]) > 1:  # key =value
+            value = rest.pop(0)[1:]
+        elif broken and rest and (rest[0] == "=" or first.endswith("=")) and len(rest) > (rest[0] == "="):
+            rest = rest[rest[0] == "=" :]  # key = value, key= value
+            value = rest.pop(0)
+        elif broken and ("." in key or key in leaves) and "=" not in first and rest and "=" not in rest[0]:  # key value
+            value = rest.pop(0)
+        else:
+            yield first
+            continue
+        whole = leaves.get(key, key)
+        message = f"an override is key=value in one piece; write {whole}={shlex.quote(value)} (command line)"
+        problems.append(Problem(key, message))
 
 
 def _override(argument: str) -> Iterator[Given]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..configs import UserError
-from ..configs.fields import nearest
+from .mistakes import unknown_arguments, unknown_verb
 
 _OVERRIDES = "config keys to change, e.g. train.steps=100 parallel.tp=2"
 _UPCYCLE = {"experts": True, "top_k": True, "granularity": False}
@@ -55,16 +55,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if not argv:
         raise UserError(f"which command? one of {', '.join(verbs)}; see pentad --help")
     if not argv[0].startswith("-") and argv[0] not in verbs:
-        hint = nearest(argv[0], verbs)
-        raise UserError(f"no command {argv[0]}; " + (f"did you mean {hint}?" if hint else f"one of {', '.join(verbs)}"))
+        raise UserError(unknown_verb(argv[0], verbs))
     args, rest = parser.parse_known_args(argv)
     if rest and hasattr(args, "overrides"):
         # argparse does not look for overrides behind an option.
         args.overrides += [a for a in rest if not a.startswith("-")]
         rest = [a for a in rest if a.startswith("-")]
     if rest:
-        keys = "; config keys are given as key=value, without dashes" if hasattr(args, "overrides") else ""
-        raise UserError(f"unknown argument {' '.join(rest)}{keys}; see pentad {args.verb} --help")
+        raise UserError(unknown_arguments(args.verb, rest, takes_keys=hasattr(args, "overrides")))
     return args
 
 
