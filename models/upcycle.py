@@ -30,7 +30,7 @@ from .initialise import initial
 Read = Callable[[str, Placement], Tensor]
 """A slice of one of the dense model's parameters."""
 
-_MOE = re.compile(r"layers\.(\d+)\.moe\.(router|experts|shared|shared_gate)\.(.+)")
+_MOE = re.compile(r"(layers\.\d+|mtp\.\d+\.layer)\.moe\.(router|experts|shared|shared_gate)\.(.+)")
 
 
 def upcycled_config(dense: ModelConfig, *, experts: int, top_k: int, granularity: int = 1) -> ModelConfig:
@@ -121,7 +121,7 @@ def upcycled(name: str, placement: Placement, cfg: ModelConfig, granularity: int
     if match is None:
         return read(name, placement)
     layer, part, leaf = match.groups()
-    dense = f"layers.{layer}.ffn.{leaf}"
+    dense = f"{layer}.ffn.{leaf}"
     if part == "router":
         return placement.of(_router(name, placement, cfg, granularity, seed))
     if part == "shared_gate":

@@ -11,6 +11,7 @@ import torch
 from pentad.configs.errors import UserError
 from pentad.configs.schema import ModelConfig, MoeConfig, RouterConfig
 from pentad.models.initialise import initialise
+from pentad.models.mtp import Prediction
 from pentad.models.transformer import Transformer
 from pentad.models.upcycle import check_upcycling, upcycled, upcycled_config
 from pentad.parallel.global_tensor import Placement
@@ -86,6 +87,22 @@ FORMS: dict[str, dict[str, Any]] = {
 def test_the_same_function_in_every_form(dense: ModelConfig, form: str) -> None:
     cfg = replace(dense, moe=MoeConfig(**FORMS[form], bias=dense.ffn_bias))
     assert difference(dense, cfg) < 1e-12
+
+
+@torch.no_grad()
+def test_the_layers_of_prediction_modules_start_as_the_dense_ones() -> None:
+    dense_cfg = replace(DENSE, mtp=2)
+    cfg = upcycled_config(dense_cfg, experts=8, top_k=4, granularity=2)
+    dense, made = random_model(dense_cfg), Transformer(cfg).double().eval()
+    for name, value in weights(dense, cfg, 2).items():
+        made.get_parameter(name).copy_(value)
+    x = torch.randn(TOKENS.numel(), DENSE.hidden, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    seq = dense.sequences(TOKENS, None, None, torch.float64)
+    for one, other in zip(dense.mtp, made.mtp, strict=True):
+        assert isinstance(one, Prediction) and isinstance(other, Prediction)
+        assert any(".experts." in name for name, _ in other.layer.named_parameters())
+        expected = one.layer(x, seq, None)
+        assert (other.layer(x, seq, None) - expected).abs().max() / expected.abs().max() < 1e-12
 
 
 def test_the_factor_belongs_to_the_last_matrix_alone() -> None:
