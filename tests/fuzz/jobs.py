@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pentad.configs import load
 from pentad.configs.schema import Config
-from pentad.launch.memory import estimate
+from pentad.trainer.memory import estimate
 from pentad.trainer.preflight import preflight
 from tests.distributed import run_distributed
 
