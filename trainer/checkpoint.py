@@ -7,7 +7,6 @@ only when it is complete, and a census of names and shapes precedes every load. 
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,11 +23,12 @@ from . import checkpoint_files as files
 from .checkpoint_check import all_damaged, missing
 from .checkpoint_index import Stored
 from .checkpoint_io import Save, read_full, read_together, write_full, write_together
-from .checkpoint_manifest import Damaged, differences, read_manifest, read_state, verify
-from .checkpoint_names import checkpoints, step_folder
+from .checkpoint_manifest import Damaged, differences, is_finite, read_manifest, read_state, resume_order, verify
+from .checkpoint_names import step_folder
 from .checkpoint_plan import Holding, HostBuffers, Write, assign
 from .checkpoint_team import CheckpointError, Team
 from .checkpoint_tensors import PlannedFile, index_of, plan_files
+from .notices import warn
 
 T = TypeVar("T")
 
@@ -98,8 +98,8 @@ class Checkpointer:
         """Saves the tensors' values of now as the checkpoint of `step`.
 
         Waits for the previous save first. A rank passes what it holds: names differ between ranks where nothing is
-        held, replicas are written once. A save that fails (a full disk, no memory, NaN in the parameters) is told at
-        once, costs only this checkpoint, and is raised by `wait` if no later one succeeds.
+        held, replicas are written once. A save that fails (a full disk, no memory) is told at once, costs only this
+        checkpoint, and is raised by `wait` if no later one succeeds.
 
         Args:
             tensors: by global name.
@@ -157,7 +157,7 @@ class Checkpointer:
     def _run(self, save: Save, step: int, blocked: float) -> None:
         started = time.monotonic()
         try:
-            size = write_together(self._team, save)
+            done = write_together(self._team, save)
         except BaseException as error:
             self._failed(
                 step, save.folder, error if isinstance(error, CheckpointError) else CheckpointError(repr(error))
@@ -165,7 +165,14 @@ class Checkpointer:
             return
         seconds = round(time.monotonic() - started, 3)
         about = {"step": step, "path": str(save.folder)}
-        self._tell("checkpoint_saved", **about, bytes=size, seconds=seconds, blocked_s=round(blocked, 3))
+        bad = {"not_finite": list(done.not_finite)} if done.not_finite else {}
+        self._tell("checkpoint_saved", **about, bytes=done.size, seconds=seconds, blocked_s=round(blocked, 3), **bad)
+        if bad:
+            first, more = done.not_finite[0], len(done.not_finite) - 1
+            self._say(
+                f"step {step} is saved with NaN or infinite values in {first}{f' and {more} more' if more else ''}; "
+                "it removes no older checkpoint, and checkpoint.resume=latest prefers the last one without"
+            )
         if self._team.rank == 0:
             try:
                 files.clean(self.directory)
@@ -188,7 +195,7 @@ class Checkpointer:
 
     def _say(self, text: str) -> None:
         if self._team.rank == 0:
-            print(f"pentad: {text}", file=sys.stderr, flush=True)
+            warn(text)
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -268,9 +275,10 @@ class Checkpointer:
         if str(resume) != "latest":
             return self.verified(Path(resume), "checkpoint.resume")
         found = self._team.first("resuming", self._clean_and_list)
-        for _, path in found:
+        for path in found:
             problems = self._verify(path)
             if not problems:
+                self._say_passed_over(found, path)
                 return path
             reason = "; ".join(problems)
             self._tell("checkpoint_damaged", path=str(path), reason=reason)
@@ -296,9 +304,17 @@ class Checkpointer:
             raise UserError(Problem(key, f"{path} is damaged: {'; '.join(problems)}"))
         return path
 
-    def _clean_and_list(self) -> list[tuple[int, Path]]:
+    def _say_passed_over(self, found: list[Path], chosen: Path) -> None:
+        newer = [path for path in found if path.name > chosen.name] if self._team.rank == 0 else []
+        bad = [path for path in newer if is_finite(path) is False]
+        if bad:
+            self._say(
+                f"{bad[0]} holds NaN or infinite values; going on from {chosen}, unless checkpoint.resume names it"
+            )
+
+    def _clean_and_list(self) -> list[Path]:
         files.clean(self.directory)
-        return checkpoints(self.directory)
+        return resume_order(self.directory)
 
     def _verify(self, path: Path) -> list[str]:
         known = self._team.first("verifying", lambda: _or_reason(read_manifest, path))

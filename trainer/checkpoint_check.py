@@ -12,7 +12,7 @@ from typing import Any
 
 from ..configs.errors import Problem, UserError
 from ..configs.schema import Config, ModelConfig, MoeConfig
-from .checkpoint_manifest import MANIFEST, STATE, Damaged, Manifest, read_manifest, read_state
+from .checkpoint_manifest import MANIFEST, STATE, Damaged, Manifest, read_manifest, read_state, resume_order
 from .checkpoint_names import checkpoints
 from .same_run import run_problems
 from .saved_model import check_same_model, model_config_from_state
@@ -27,7 +27,7 @@ def checkpoint_problems(cfg: Config) -> list[Problem]:
     resume, init = cfg.checkpoint.resume, cfg.checkpoint.init
     if resume == "latest":
         directory = Path(cfg.checkpoint.dir or Path(cfg.runs_dir) / cfg.name / "checkpoints")
-        found = [path for _, path in checkpoints(directory)]
+        found = resume_order(directory)
         usable = next((path for path in found if _state(path) is not None), None)
         if usable is not None:
             return run_problems(_state(usable) or {}, cfg, usable)

@@ -17,7 +17,7 @@ import os
 import shutil
 from pathlib import Path
 
-from .checkpoint_manifest import Damaged, read_manifest, sync_folder
+from .checkpoint_manifest import is_finite, sync_folder
 from .checkpoint_names import checkpoints
 
 
@@ -60,28 +60,28 @@ def clean(directory: Path) -> None:
 def retain(directory: Path, newest: Path, keep: int) -> list[Path]:
     """Removes what is older than the `keep` newest up to `newest`, which was just verified; 0 keeps everything.
 
-    Checkpoints of later steps (of a run that was taken back to an earlier step) are not touched and do not count.
+    Checkpoints with NaN in them are counted for themselves. Those of later steps (of a run that was taken back to an
+    earlier step) are not touched and do not count.
 
     Returns:
         What was removed.
     """
     if keep <= 0:
         return []
-    # What cannot be used is neither counted in the place of what can, nor removed.
-    steps = [(step, path) for step, path in checkpoints(directory) if path == newest or _is_usable(path)]
-    last = next(step for step, path in steps if path == newest)
-    removed = [path for step, path in steps if step <= last][keep:]
+    kept: dict[bool | None, int] = {}
+    removed: list[Path] = []
+    last = next(step for step, path in checkpoints(directory) if path == newest)
+    for step, path in checkpoints(directory):
+        if step > last:
+            continue
+        # Those with NaN never count in the place of good ones; what is damaged counts for nothing and stays.
+        finite = is_finite(path)
+        kept[finite] = kept.get(finite, 0) + 1
+        if finite is not None and kept[finite] > keep:
+            removed.append(path)
     for path in removed:
         # Under another name first: a half-removed checkpoint is never taken for a damaged one.
         trash = path.with_name(f".{path.name}.trash")
         os.rename(path, trash)
         remove(trash)
     return removed
-
-
-def _is_usable(folder: Path) -> bool:
-    try:
-        read_manifest(folder)
-    except Damaged:
-        return False
-    return True

@@ -42,12 +42,23 @@ class Save:
     """Of all ranks; only rank 0 needs it."""
     state: Mapping[str, Any]
     problem: Exception | None = None
-    finite: bool = True
-    """Whether values with which no run can go on are refused."""
 
 
-def write_together(team: Team, save: Save) -> int:
-    """Writes and publishes a checkpoint together; returns its bytes.
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint that was written.
+
+    Args:
+        size: in bytes.
+        not_finite: tensors with values with which no run can go on.
+    """
+
+    size: int
+    not_finite: tuple[str, ...]
+
+
+def write_together(team: Team, save: Save) -> Published:
+    """Writes and publishes a checkpoint together.
 
     Raises:
         CheckpointError: on every rank; what was there before is untouched.
@@ -57,27 +68,26 @@ def write_together(team: Team, save: Save) -> int:
     def prepare() -> None:
         if save.problem is not None:
             raise save.problem
-        if save.finite:
-            check_finite(save.writes, save.data)
         if team.rank == 0:
             save.folder.parent.mkdir(parents=True, exist_ok=True)
             files.remove(tmp)
             tmp.mkdir()
 
-    def write() -> dict[str, FileSum]:
+    def write() -> tuple[dict[str, FileSum], list[str]]:
         sums = write_files(tmp, save.files, save.data)
         if team.rank == 0:
             sums[INDEX] = write_file(tmp / INDEX, write_index(save.index))
         wrong = differences(tmp, sums)
         if wrong:
             raise Damaged(f"read back after writing: {'; '.join(wrong)}")
-        return sums
+        return sums, not_finite(save.writes, save.data)
 
-    def complete() -> int:
-        total = {name: one for part in parts for name, one in part.items()}
-        write_manifest(tmp, total, save.state)
+    def complete() -> Published:
+        total = {name: one for sums, _ in parts for name, one in sums.items()}
+        bad = tuple(sorted({name for _, names in parts for name in names}))
+        write_manifest(tmp, total, save.state, not_finite=bad[:_SHOWN])
         files.publish(tmp, save.folder)
-        return sum(one.size for one in total.values())
+        return Published(sum(one.size for one in total.values()), bad)
 
     what = f"saving {save.folder}"
     try:
@@ -90,24 +100,23 @@ def write_together(team: Team, save: Save) -> int:
         raise
 
 
-def check_finite(writes: Sequence[Write], data: Sequence[Tensor]) -> None:
-    """Refuses values with which no run can go on: a NaN anywhere, or an infinite parameter.
+def not_finite(writes: Sequence[Write], data: Sequence[Tensor]) -> list[str]:
+    """The tensors with values with which no run can go on: a NaN anywhere, or an infinite parameter.
 
-    A checkpoint of them would be verified, be the newest, and let retention remove the last good one.
-
-    Raises:
-        NotFinite: there are such values; it names a tensor.
+    An infinite state only lets its parameter stand still.
     """
+    found: list[str] = []
     for write, tensor in zip(writes, data, strict=True):
-        if not write.dtype.is_floating_point:
+        if not write.dtype.is_floating_point or write.dtype.itemsize == 1:
             continue
-        good = torch.isfinite if write.name.startswith("model/") else lambda part: ~torch.isnan(part)
-        if not all(bool(good(part).all()) for part in tensor.reshape(-1).split(_FINITE_AT_ONCE)):
-            raise NotFinite(f"{write.name} has NaN or infinite values, so nothing is saved")
-
-
-class NotFinite(Exception):
-    """Values with which no run can go on."""
+        parts = tensor.reshape(-1).split(_FINITE_AT_ONCE)
+        if write.name.startswith("model/"):
+            good = all(bool(torch.isfinite(part).all()) for part in parts)
+        else:
+            good = not any(bool(torch.isnan(part).any()) for part in parts)
+        if not good:
+            found.append(write.name)
+    return found
 
 
 def read_together(
@@ -265,5 +274,5 @@ def write_full(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, An
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     writes = [Write(name, tuple(t.shape), t.dtype, (0,) * t.dim(), tuple(t.shape)) for name, t in whole.items()]
     kept = json.loads(json.dumps(dict(state), allow_nan=False))
-    save = Save(path, writes, list(whole.values()), plan_files(0, writes), index_of([writes]), kept, finite=False)
+    save = Save(path, writes, list(whole.values()), plan_files(0, writes), index_of([writes]), kept)
     write_together(_ALONE, save)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +20,14 @@ from ..configs.strict_json import (
     JsonError,
     expect_file_name,
     expect_int,
+    expect_list,
     expect_object,
+    expect_text,
     open_regular,
     parse_json,
     read_bytes,
 )
-from .checkpoint_names import step_of
+from .checkpoint_names import checkpoints, step_of
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -52,6 +54,8 @@ class Manifest:
 
     format: int
     files: dict[str, FileSum]
+    not_finite: tuple[str, ...] = ()
+    """Some of the tensors that hold NaN or infinite values."""
 
     @property
     def index(self) -> str:
@@ -111,8 +115,16 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def write_manifest(folder: Path, sums: Mapping[str, FileSum], state: Mapping[str, Any]) -> None:
+def write_manifest(
+    folder: Path, sums: Mapping[str, FileSum], state: Mapping[str, Any], not_finite: Sequence[str] = ()
+) -> None:
     """Completes a folder that has its tensors and their index: `state.json`, then the manifest over everything.
+
+    Args:
+        folder: of the checkpoint.
+        sums: of its files.
+        state: of the run.
+        not_finite: some of the tensors that hold NaN or infinite values.
 
     Raises:
         Damaged: a file does not have the size that was written.
@@ -123,7 +135,7 @@ def write_manifest(folder: Path, sums: Mapping[str, FileSum], state: Mapping[str
         if size != known.size:
             raise Damaged(f"{folder / name} has {size} bytes, {known.size} were written")
     listed = {name: asdict(files[name]) for name in sorted(files)}
-    manifest = {"format": FORMAT, "step": int(state.get("step", 0)), "files": listed}
+    manifest = {"format": FORMAT, "step": int(state.get("step", 0)), "not_finite": list(not_finite), "files": listed}
     write_file(folder / MANIFEST, _text({**manifest, "crc32": _own_sum(manifest)}))
     sync_folder(folder)
 
@@ -159,19 +171,34 @@ def read_manifest(folder: Path) -> Manifest:
             if known != own:
                 raise JsonError(f"its own checksum is {own:08x} instead of {known:08x}")
         files = {expect_file_name(name, "a file"): _sum(name, f) for name, f in _files(found).items()}
+        bad = [expect_text(name, "a name") for name in expect_list(found.get("not_finite", []), "not_finite")]
     except FileNotFoundError:
         raise Damaged(f"{MANIFEST} is missing") from None
     except OSError as error:
         raise Damaged(f"{MANIFEST} is not readable ({error.strerror})") from None
     except JsonError as error:
         raise Damaged(f"{MANIFEST} is not readable ({error})") from None
-    manifest = Manifest(version, files)
+    manifest = Manifest(version, files, tuple(bad))
     for name in (manifest.index, STATE):
         if name not in files:
             raise Damaged(f"{MANIFEST} does not list {name}")
     if version == FORMAT:
         _check_step(folder, expect_int(found["step"], "step"))
     return manifest
+
+
+def is_finite(folder: Path) -> bool | None:
+    """Whether a checkpoint was saved without NaN and infinite values; none: its manifest cannot be used."""
+    try:
+        return not read_manifest(folder).not_finite
+    except Damaged:
+        return None
+
+
+def resume_order(directory: Path) -> list[Path]:
+    """The published checkpoints in the order in which `latest` tries them: the newest first, those with NaN last."""
+    found = [path for _, path in checkpoints(directory)]
+    return sorted(found, key=lambda path: is_finite(path) is False)
 
 
 def _files(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 from urllib.parse import urlparse
@@ -20,8 +21,10 @@ from urllib.parse import urlparse
 from ..configs.errors import UserError
 from ..configs.schema import LogConfig
 from . import moe_metrics
-from .metrics import Pace, StepMetrics, console_header, console_line, finite, use_color
+from .line_file import LineFile
+from .metrics import Pace, StepMetrics, console_header, console_line, use_color
 from .moe_metrics import HeatMap
+from .notices import warn
 from .preflight import missing_packages
 
 
@@ -53,7 +56,7 @@ class JsonlSink:
             _keep_until(path, resume_step)
         elif path.exists():
             os.replace(path, path.with_suffix(".previous.jsonl"))
-        self._file = _LineFile(path)
+        self._file = LineFile(path)
 
     def log(self, m: StepMetrics, extra: Mapping[str, Any]) -> None:
         self._file.write(m.to_dict())
@@ -70,7 +73,7 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         """Appends; several processes of a node may hold the same file."""
-        self._file = _LineFile(path)
+        self._file = LineFile(path)
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one event."""
@@ -192,6 +195,8 @@ class SinkSet:
         self.sinks = sinks
         self._total = total_steps
         self._pace = Pace(total_steps)
+        self._silent: list[Sink] = []
+        """Those whose trouble has been told."""
 
     def log(self, m: StepMetrics, extra: Mapping[str, Any] | None = None) -> None:
         """Give one step to every sink; called once for each step."""
@@ -200,12 +205,28 @@ class SinkSet:
         if eta_s is not None:
             progress["progress/eta_s"] = eta_s
         for sink in self.sinks:
-            sink.log(m, {**progress, **(extra or {})})
+            with self._spared(sink):
+                sink.log(m, {**progress, **(extra or {})})
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Give every sink further values of the step that was logged last."""
         for sink in self.sinks:
-            sink.add(step, values)
+            with self._spared(sink):
+                sink.add(step, values)
+
+    @contextmanager
+    def _spared(self, sink: Sink) -> Generator[None, None, None]:
+        """A report that a full disk or a lost network does not take is no reason to end a training run."""
+        try:
+            yield
+        except BrokenPipeError:  # whoever read the run's output has left
+            raise
+        except OSError as error:
+            if sink not in self._silent:
+                self._silent.append(sink)
+                warn(
+                    f"{type(sink).__name__} cannot be written ({error.strerror or error}); training goes on without it"
+                )
 
     def close(self) -> None:
         """Close every sink, also where one of them fails; then that one's error is raised."""
@@ -264,22 +285,6 @@ def tracker_values(m: StepMetrics, extra: Mapping[str, Any]) -> dict[str, Any]:
     if not any(key.startswith("optim/lr/") for key in values):
         values["optim/lr/all"] = m.lr
     return {key: value for key, value in values.items() if value is not None}
-
-
-class _LineFile:
-    """Appends JSON lines, each by one unbuffered write."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (lives as long as the sink)
-        if self._file.seek(0, os.SEEK_END) and (self._file.seek(-1, os.SEEK_END), self._file.read(1))[1] != b"\n":
-            self._file.write(b"\n")  # a killed writer's half line stays a line of its own
-
-    def write(self, value: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(finite(value), default=str).encode() + b"\n")
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -218,7 +218,7 @@ def test_a_failed_save_costs_only_that_checkpoint_and_is_an_error_if_it_was_the_
     events: list[dict[str, Any]] = []
     saver = checkpointer(tmp_path, asynchronous=True, on_event=events.append)
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "disk full")
 
     with monkeypatch.context() as patch:
@@ -261,7 +261,9 @@ def test_an_event_that_cannot_be_noted_does_not_cost_the_checkpoint(
     assert "checkpoint_saved could not be noted" in capsys.readouterr().err
 
 
-def test_values_with_which_no_run_can_go_on_are_not_saved_and_cost_no_older_checkpoint(tmp_path: Path) -> None:
+def test_a_checkpoint_with_nan_costs_no_good_one_and_is_not_preferred(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     events: list[dict[str, Any]] = []
     saver = checkpointer(tmp_path, keep=1, on_event=events.append)
     saver.save(2, _tensors(1), {"value": 1.0})
@@ -269,14 +271,20 @@ def test_values_with_which_no_run_can_go_on_are_not_saved_and_cost_no_older_chec
         tensors = _tensors(2)
         tensors[name].local[5] = bad
         saver.save(step, tensors, {"value": 2.0})
-        with pytest.raises(CheckpointError, match=f"{name} has NaN or infinite values, so nothing is saved"):
-            saver.wait()
-    assert _names(tmp_path) == ["step-00000002"]
-    assert [e["event"] for e in events] == ["checkpoint_saved"] + ["checkpoint_failed"] * 3
+        assert events[-1]["event"] == "checkpoint_saved" and events[-1]["not_finite"] == [name]
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and f"step {step} is saved with NaN or infinite values in {name};" in line
+        assert _names(tmp_path) == ["step-00000002", f"step-{step:08d}"]
+        assert saver.find_resume("latest") == tmp_path / "step-00000002"
+        assert f"step-{step:08d} holds NaN or infinite values" in capsys.readouterr().err
+        assert saver.find_resume(tmp_path / f"step-{step:08d}") is not None
     tensors = _tensors(3)
     tensors["optim/exp_avg/a"].local[5] = math.inf  # a square that is too large: its parameter stands still
     saver.save(10, tensors, {"value": 3.0})
-    assert _names(tmp_path) == ["step-00000010"]
+    assert "not_finite" not in events[-1] and saver.find_resume("latest") == tmp_path / "step-00000010"
+    assert _names(tmp_path) == ["step-00000008", "step-00000010"]
+    shutil.rmtree(tmp_path / "step-00000010")
+    assert saver.find_resume("latest") == tmp_path / "step-00000008", "better than none"
 
 
 def test_a_changed_layout_is_planned_anew(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ from pentad.parallel.global_tensor import GlobalTensor, Placement
 from pentad.trainer import checkpoint_tensors
 from pentad.trainer.checkpoint import CheckpointError, read_full, verify, write_full
 from pentad.trainer.checkpoint_index import read_contents
+from pentad.trainer.checkpoint_manifest import Damaged, read_manifest
 from pentad.trainer.checkpoint_slices import CheckpointSlices
 from tests.trainer.checkpoint_layouts import checkpointer
 
@@ -176,15 +178,14 @@ def _damaged(path: Path, reason: str) -> None:
 def test_every_single_bit_of_a_manifest_counts_or_changes_nothing(tmp_path: Path) -> None:
     """A flip is found, or what the manifest says is as it was (another kind of space, another spelling of a letter)."""
     path = _saved(tmp_path)
-    data, whole = (path / "manifest.json").read_bytes(), json.loads((path / "manifest.json").read_bytes())
-    unnoticed = 0
+    data, whole, unnoticed = (path / "manifest.json").read_bytes(), read_manifest(path), 0
     for bit in range(8 * len(data)):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         (path / "manifest.json").write_bytes(flipped)
-        if verify(path) == []:
+        with contextlib.suppress(Damaged):
+            assert read_manifest(path) == whole
             unnoticed += 1
-            assert json.loads(flipped) == whole
     assert unnoticed < 2 * data.count(b"\n") + 2
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from pentad.configs.errors import UserError
 from pentad.configs.schema import LogConfig
 from pentad.trainer.metrics import StepMetrics
-from pentad.trainer.sinks import ConsoleSink, EventLog, JsonlSink, WandbSink, make_sinks, tracker_values
+from pentad.trainer.sinks import ConsoleSink, EventLog, JsonlSink, SinkSet, WandbSink, make_sinks, tracker_values
 
 from .test_metrics import KEYS, metrics
 
@@ -213,3 +215,50 @@ def test_close_reaches_every_sink(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="full"):
         sinks.close()
     assert closed == ["good"]
+
+
+def _room(size: int) -> None:
+    """What may be written into one file from now on: like a disk that is full, it takes the part that fits."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_full_disk_costs_no_line_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    log.log("a", n=0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    _room(path.stat().st_size + 10)
+    try:
+        for n in (1, 2):
+            log.log("a", n=n)
+    finally:
+        _room(before)
+    assert len(capsys.readouterr().err.splitlines()) == 1, "told once"
+    log.log("a", n=3)
+    log.close()
+    lines = path.read_text().splitlines()
+    found = [json.loads(line)["n"] for line in lines if line.endswith("}")]
+    assert found == [0, 1, 2, 3] and len(lines) == 5, "the part that fitted is a line of its own"
+    again = EventLog(path)
+    _room(path.stat().st_size)
+    try:
+        again.log("a", n=4)
+        again.close()
+    finally:
+        _room(before)
+    assert "lacks its last 1 lines" in capsys.readouterr().err
+
+
+def test_a_console_that_cannot_be_written_is_told_once_and_the_other_sinks_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        sinks = SinkSet([ConsoleSink(3, stream=full), JsonlSink(tmp_path / "metrics.jsonl")], 3)
+        for step in (1, 2, 3):
+            sinks.log(metrics(step=step))
+            sinks.add(step, {"loss/val": 1.0})
+        assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "ConsoleSink cannot be written (No space left on device)" in error
+        with contextlib.suppress(OSError):
+            full.close()
