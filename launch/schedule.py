@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -105,9 +106,15 @@ def make(args: argparse.Namespace) -> Plan:
     """The program that the arguments ask for, checked and simulated."""
     if (Path(args.name) / PROGRAM_FILE).is_file():
         return of_run(Path(args.name), args.step)
+    if args.name not in SCHEDULES and (os.sep in args.name or os.path.isdir(args.name)):
+        raise UserError(
+            Problem(args.name, f"no run has its {PROGRAM_FILE} there; give a run's folder or a schedule's name")
+        )
     missing = [option for option in ("ranks", "microbatches") if getattr(args, option) is None]
     if missing:
-        raise UserError(*(Problem(f"--{option}", f"is missing: how many {option}?") for option in missing))
+        raise UserError(
+            *(Problem(f"--{option}", f"is missing: how many {option}? for example --{option} 4") for option in missing)
+        )
     problems = [
         Problem(option, f"must be at least 1, got {value}")
         for option, value in (("--ranks", args.ranks), ("--microbatches", args.microbatches), ("--width", args.width))
