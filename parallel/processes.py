@@ -6,6 +6,7 @@ A process is named by its id and the time of its start, for ids are given out ag
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -104,14 +105,9 @@ class Process:
         vector = (ctypes.c_void_p, ctypes.c_ulong)
         self._readv.argtypes = [ctypes.c_int, *vector, *vector, ctypes.c_ulong]
         self._fd: int | None = None
-        self._poll: select.poll | None = None
-        try:
+        with contextlib.suppress(AttributeError, OSError):
+            # Not before Linux 5.3. Where the process is gone, the start time says so.
             self._fd = os.pidfd_open(who.pid)
-        except (AttributeError, OSError):
-            pass  # before Linux 5.3, or gone: the start time says which
-        else:
-            self._poll = select.poll()
-            self._poll.register(self._fd, select.POLLIN)
         # After the descriptor: what it stands for is then known to be the process that was meant.
         if not self._same():
             self.close()
@@ -119,7 +115,11 @@ class Process:
 
     def alive(self) -> bool:
         """Whether the process has not ended."""
-        return not self._poll.poll(0) if self._poll is not None else self._same()
+        if self._fd is None:
+            return self._same()
+        poll = select.poll()  # one for each call: threads must not share it
+        poll.register(self._fd, select.POLLIN)
+        return not poll.poll(0)
 
     def read(self, place: int, into: int, nbytes: int, between: Callable[[], object] | None = None) -> None:
         """Copies `nbytes` from an address there to one here; calls `between` after every piece of a long copy.
@@ -142,10 +142,9 @@ class Process:
 
     def close(self) -> None:
         """Gives the descriptor up."""
-        self._poll = None
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
 
     def _same(self) -> bool:
         try:

@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -266,3 +267,21 @@ def test_only_the_launcher_and_what_it_started_may_read_a_rank():
     assert _allowed_to(launched, 2, ours=False) == ([], ""), "none may: nothing to ask for"
     nobody, problem = _allowed_to([[20, 1], [21, 1]], 1, ours=False)
     assert nobody == [] and "kernel.yama.ptrace_scope is 1" in problem
+
+
+def test_several_threads_may_ask_whether_a_process_lives():
+    child = _child()
+    process, found, together = Process(0, identity(child.pid)), [], threading.Barrier(4)
+
+    def ask() -> None:
+        together.wait()
+        found.append(all(process.alive() for _ in range(20_000)))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 4
+    child.kill()
+    child.wait()
