@@ -9,7 +9,7 @@ ROOMS := configs parallel models trainer launch
 .PHONY: demo test test-all fuzz lint format clean
 
 demo: $(VENV)/run.stamp
-	$(BIN)/pentad train demo
+	$(BIN)/pentad train --fresh demo
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -m "not slow"

@@ -31,9 +31,10 @@ from pentad.parallel.pipeline.lower import lower
 from pentad.parallel.pipeline.program import Program
 from pentad.parallel.record import Recorder
 from pentad.trainer.data.dataset import MicroBatch
+from pentad.trainer.meeting import Meeting
 from pentad.trainer.optimizer import make_optimizer
 from pentad.trainer.pipeline import training_program
-from pentad.trainer.setup import Parts, Ranks, buckets_per_rank, make_model, mesh_of, open_store
+from pentad.trainer.setup import Parts, Ranks, buckets_per_rank, make_model, mesh_of
 from pentad.trainer.state import units_by_key
 from pentad.trainer.step import Stepper
 
@@ -192,7 +193,8 @@ class Setup:
 
 def _open_mesh(cfg: Config, ranks: Ranks, out: Path) -> Mesh:
     recorder = Recorder(out / f"rank-{ranks.rank}.ring", rank=ranks.rank, world=ranks.world)
-    return mesh_of(cfg, store=open_store(cfg, ranks), rank=ranks.rank, device="cpu", recorder=recorder)
+    store = Meeting(ranks.rank, ranks.world).open(cfg.faults.timeout_s)
+    return mesh_of(cfg, store=store, rank=ranks.rank, device="cpu", recorder=recorder)
 
 
 def _finish(mesh: Mesh, program: Program, report: Report, out: Path) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from .orphans import signal_self_when_orphaned
+from ..trainer.orphans import signal_self_when_orphaned
 from .worker import publish
 
 
@@ -34,6 +34,10 @@ def launch(folder: Path, ranks: int, command: list[str]) -> int:
     Returns:
         0, 1 if a rank failed, or 128 plus the signal that ended the agent.
     """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        # A batch system signals every process; the launcher decides. Not SIG_IGN, which the ranks would inherit.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
     signal_self_when_orphaned(signal.SIGKILL)  # the ranks, orphaned in turn, save and end
     logging.disable(logging.ERROR)
     config = LaunchConfig(
@@ -47,6 +51,7 @@ def launch(folder: Path, ranks: int, command: list[str]) -> int:
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.1,
+        signals_to_handle="SIGQUIT",
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
     )
     try:

@@ -68,6 +68,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     parser = _Parser(prog="pentad", description="Distributed training of transformers.")
+    parser.add_argument("--version", action="version", version=f"pentad {_version()}")
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=_Parser)
 
     def job(verb: str, text: str, *, optional: bool = False) -> argparse.ArgumentParser:
@@ -76,7 +77,9 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         made.add_argument("overrides", metavar="key=value", nargs="*", help=_OVERRIDES)
         return made
 
-    job("train", "Run a job, on this machine or as a rank of torchrun.").set_defaults(run=_train)
+    train = job("train", "Run a job, on this machine or as a rank of torchrun, srun or mpirun.")
+    train.add_argument("--fresh", action="store_true", help="move an earlier run in its folder aside, to NAME.1 …")
+    train.set_defaults(run=_train)
     job("check", "Validate a job and print its layout, parameters, FLOPs and memory.").set_defaults(run=_check)
     show = job("show", "Print the resolved config, or what its keys mean.", optional=True)
     show.add_argument("--keys", metavar="SECTION", nargs="?", const="", help="document every key of a section, or all")
@@ -133,6 +136,15 @@ def _tokenize_parser(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_tokenize)
 
 
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("pentad")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
 def _schedule_parser(parser: argparse.ArgumentParser) -> None:
     names = "gpipe, 1f1b, interleaved, gis, zb-h1, zb-h2, zb-v, v-half, v-min, dualpipev"
     parser.description = (
@@ -170,7 +182,7 @@ def _schedule_parser(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> int:
     from .train import train
 
-    return train(args.config, args.overrides)
+    return train(args.config, args.overrides, fresh=args.fresh)
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
-from ..trainer.__main__ import Failure, main
-from .orphans import signal_self_when_orphaned
+from ..parallel.process_ids import ProcessId
+from ..trainer.__main__ import main
+from ..trainer.failure import Failure
 
 
 def publish(file: Path, text: str) -> None:
@@ -25,8 +26,7 @@ def publish(file: Path, text: str) -> None:
 def work(folder: Path, argv: list[str]) -> int:
     """Runs the rank that the environment names; its exit code."""
     rank = os.environ["RANK"]
-    signal_self_when_orphaned(signal.SIGTERM)
-    publish(folder / f"pid.{rank}", str(os.getpid()))
+    publish(folder / f"pid.{rank}", json.dumps(asdict(ProcessId.current())))
 
     def failed(failure: Failure) -> None:
         publish(folder / f"failure.{rank}", json.dumps(failure.as_dict()))

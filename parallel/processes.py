@@ -59,6 +59,15 @@ def identity(pid: int) -> Identity:
     return Identity(pid, int(_stat(pid)[_START]))
 
 
+def runs(who: Identity) -> bool:
+    """Whether the process is there and has not ended, reaped or not."""
+    try:
+        fields = _stat(who.pid)
+    except PeerGone:
+        return False
+    return int(fields[_START]) == who.start and fields[0] not in ("Z", "X")
+
+
 def ancestors(pid: int) -> list[Identity]:
     """The process itself, its parent, and so on to the first process."""
     found = []
@@ -147,11 +156,7 @@ class Process:
             os.close(fd)
 
     def _same(self) -> bool:
-        try:
-            fields = _stat(self.who.pid)
-        except PeerGone:
-            return False
-        return int(fields[_START]) == self.who.start and fields[0] not in ("Z", "X")
+        return runs(self.who)
 
     def _gone(self, reason: str) -> PeerGone:
         return PeerGone(f"rank {self.rank} (process {self.who.pid}) cannot be reached: {reason}")

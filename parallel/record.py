@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import fcntl
 import itertools
 import mmap
 import os
@@ -16,6 +17,7 @@ import struct
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 MAGIC = b"PENTADRC"
@@ -226,7 +228,12 @@ class Span:
 
 def ring_name(run_id: str, rank: int) -> str:
     """File name of a rank's ring; run_id must differ between runs and attempts that live on one host at a time."""
-    return f"pentad-{run_id}-{rank}.ring"
+    return f"pentad-{run_id.replace('/', '_')}-{rank}.ring"
+
+
+def ring_folders() -> tuple[Path, ...]:
+    """Where rings are, the preferred folder first."""
+    return Path("/dev/shm"), Path(tempfile.gettempdir())
 
 
 def create(run_id: str, *, rank: int, world: int, entries: int = 65536, epoch: int = 0) -> Recorder:
@@ -234,13 +241,13 @@ def create(run_id: str, *, rank: int, world: int, entries: int = 65536, epoch: i
 
     Raises OSError where neither can hold the ring.
     """
-    folders = [Path("/dev/shm"), Path(tempfile.gettempdir())]
-    for folder in folders[:-1]:
+    *folders, last = ring_folders()
+    for folder in folders:
         try:
             return Recorder(folder / ring_name(run_id, rank), rank=rank, world=world, entries=entries, epoch=epoch)
         except OSError:
             continue
-    return Recorder(folders[-1] / ring_name(run_id, rank), rank=rank, world=world, entries=entries, epoch=epoch)
+    return Recorder(last / ring_name(run_id, rank), rank=rank, world=world, entries=entries, epoch=epoch)
 
 
 def _allocate(path: Path | None, size: int) -> mmap.mmap:
@@ -252,6 +259,9 @@ def _allocate(path: Path | None, size: int) -> mmap.mmap:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
     try:
         _reserve(fd, size)
+        with suppress(OSError):
+            # Held by the mapping until the process ends: whoever can lock the file knows that its writer is dead.
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return mmap.mmap(fd, size)
     except OSError:
         path.unlink(missing_ok=True)

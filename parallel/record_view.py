@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import socket
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..configs.strict_json import JsonError, open_regular
 from .record import (
     CLOSED_WORD,
     ENTRY_BYTES,
     EPOCH_WORD,
     FORMAT,
     HEADER,
+    HEADER_BYTES,
     MAGIC,
+    NAMES_BYTES,
     NAMES_USED_WORD,
     NEXT_WORD,
 )
@@ -83,35 +83,60 @@ class Ring:
 
 def read(path: Path) -> Ring:
     """Copy a ring. Raises OSError for a missing file, RecordError for one that is not a ring of this format."""
-    with open(path, "rb", buffering=0) as file:
-        first = file.read(HEADER.size)
-        if len(first) < HEADER.size or not first.startswith(MAGIC):
-            raise RecordError(f"{path}: not a record ring")
-        fields = HEADER.unpack(first)
-        _, version, header_bytes, names_bytes, entry_bytes, capacity, rank, world, pid, wall_ns, mono_ns = fields
-        if version != FORMAT or entry_bytes != ENTRY_BYTES:
-            raise RecordError(f"{path}: record format {version}, this version of Pentad reads {FORMAT}")
-        fd = file.fileno()
-        base = header_bytes + names_bytes
-        entries, torn = _stable_entries(fd, base, capacity, path)
-        # Names and counters last: every code and ticket seen above is then in them.
-        words = np.frombuffer(os.pread(fd, header_bytes, 0), "<i8")
-        names = _parse_names(os.pread(fd, int(words[NAMES_USED_WORD]), header_bytes))
-    header = Header(
+    try:
+        fd = open_regular(path)
+    except JsonError as error:
+        raise RecordError(f"{path}: {error}") from None
+    try:
+        return read_open(fd, path)
+    finally:
+        os.close(fd)
+
+
+def read_open(fd: int, path: Path) -> Ring:
+    """Copy the ring of an open file; `path` for the errors, which are those of `read`."""
+    header = read_header(fd, path)
+    base = HEADER_BYTES + NAMES_BYTES
+    # A copy ends with its last used slot; a ring that is being written always has them all.
+    there = (os.fstat(fd).st_size - base) // ENTRY_BYTES
+    if there < min(header.next_ticket, header.capacity):
+        raise RecordError(f"{path}: cut short")
+    entries, torn = _stable_entries(fd, base, min(there, header.capacity), header.capacity, path)
+    # Names and counters last: every code and ticket seen above is then in them.
+    header = read_header(fd, path)
+    used = np.frombuffer(os.pread(fd, 8, 8 * NAMES_USED_WORD), "<i8")[0]
+    if not 0 <= used <= NAMES_BYTES:
+        raise RecordError(f"{path}: its table of names has {used} bytes")
+    return Ring(header, _parse_names(os.pread(fd, int(used), HEADER_BYTES)), entries, torn)
+
+
+def read_header(fd: int, path: Path) -> Header:
+    """Who wrote the ring of an open file; errors as of `read`."""
+    data = os.pread(fd, HEADER_BYTES, 0)
+    if len(data) < HEADER_BYTES or not data.startswith(MAGIC):
+        raise RecordError(f"{path}: not a record ring")
+    fields = HEADER.unpack_from(data)
+    _, version, header_bytes, names_bytes, entry_bytes, capacity, rank, world, pid, wall_ns, mono_ns = fields
+    if version != FORMAT or (header_bytes, names_bytes, entry_bytes) != (HEADER_BYTES, NAMES_BYTES, ENTRY_BYTES):
+        raise RecordError(f"{path}: record format {version}, this version of Pentad reads {FORMAT}")
+    words = np.frombuffer(data, "<i8")
+    next_ticket = int(words[NEXT_WORD])
+    if not 0 <= rank < world or not 0 < capacity < 1 << 48 or next_ticket < 0:
+        raise RecordError(f"{path}: a header of rank {rank} of {world}, {capacity} entries, {next_ticket} written")
+    return Header(
         rank=rank,
         world=world,
         pid=pid,
         epoch=int(words[EPOCH_WORD]),
         capacity=capacity,
-        next_ticket=int(words[NEXT_WORD]),
+        next_ticket=next_ticket,
         closed=bool(words[CLOSED_WORD]),
         wall_ns=wall_ns,
         mono_ns=mono_ns,
     )
-    return Ring(header, names, entries, torn)
 
 
-def _stable_entries(fd: int, base: int, capacity: int, path: Path) -> tuple[np.ndarray, int]:
+def _stable_entries(fd: int, base: int, slots_there: int, capacity: int, path: Path) -> tuple[np.ndarray, int]:
     """Copy all slots; those that were being written, or differ between two copies, are read again, then given up.
 
     The second copy makes the check hold on processors that reorder stores, where the version alone would not.
@@ -130,8 +155,8 @@ def _stable_entries(fd: int, base: int, capacity: int, path: Path) -> tuple[np.n
     def good(once: np.ndarray, twice: np.ndarray) -> np.ndarray:
         return (once == twice) & (once.view(_ON_FILE)["version"] % 2 == 0)
 
-    first = copy(0, capacity).copy()
-    kept = good(first, copy(0, capacity))
+    first = copy(0, slots_there).copy()
+    kept = good(first, copy(0, slots_there))
     for slot in np.flatnonzero(~kept):
         for _ in range(_RETRIES):
             once, twice = copy(int(slot), 1), copy(int(slot), 1)
@@ -159,69 +184,6 @@ def _parse_names(data: bytes) -> tuple[str, ...]:
         names.append(data[at + 2 : at + 2 + length].decode(errors="replace"))
         at += 2 + length
     return tuple(names)
-
-
-@dataclass(frozen=True)
-class RingFile:
-    """Where a rank's ring is: `file` on `host`; after `collect` also a copy in the run's record/."""
-
-    rank: int
-    host: str
-    file: str
-    pid: int
-    epoch: int = 0
-
-    def collected(self, run_dir: Path) -> Path:
-        """Path of the copy that `collect` makes."""
-        return run_dir / "record" / f"rank-{self.rank:05d}.epoch-{self.epoch}.ring"
-
-
-def write_index(run_dir: Path, rings: Iterable[RingFile]) -> Path:
-    """Write record/index.json, whole or not at all; one process calls it. Other epochs' rings stay listed."""
-    folder = run_dir / "record"
-    folder.mkdir(parents=True, exist_ok=True)
-    listed = {(ring.epoch, ring.rank): ring for ring in (*_indexed(run_dir), *rings)}
-    path = folder / "index.json"
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    rows = [asdict(listed[key]) for key in sorted(listed)]
-    partial.write_text(json.dumps({"format": FORMAT, "rings": rows}, indent=1) + "\n")
-    os.replace(partial, path)
-    return path
-
-
-def read_index(run_dir: Path) -> list[RingFile]:
-    """Rings of a run by (epoch, rank). Raises OSError without an index, RecordError for an unreadable one."""
-    path = run_dir / "record" / "index.json"
-    try:
-        return [RingFile(**row) for row in json.loads(path.read_text())["rings"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"{path}: {error}") from error
-
-
-def _indexed(run_dir: Path) -> list[RingFile]:
-    try:
-        return read_index(run_dir)
-    except (OSError, RecordError):
-        return []
-
-
-def collect(run_dir: Path, *, host: str | None = None, remove: bool = False) -> list[Path]:
-    """Copy the rings of `host` (default: this one) into record/; rings that are gone are passed over.
-
-    Called at exit or after a death, once per host; remove also deletes the originals. Returns the copies.
-    """
-    copies = []
-    for ring in read_index(run_dir):
-        source, target = Path(ring.file), ring.collected(run_dir)
-        if ring.host != (host or socket.gethostname()) or not source.exists():
-            continue
-        partial = target.with_suffix(f".{os.getpid()}.partial")
-        shutil.copyfile(source, partial)
-        os.replace(partial, target)
-        copies.append(target)
-        if remove:
-            source.unlink(missing_ok=True)
-    return copies
 
 
 def summary(ring: Ring, step: int) -> dict[str, float]:

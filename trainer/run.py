@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import socket
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,50 +17,93 @@ from ..configs import Problem, UserError, as_dict, to_yaml
 from ..configs.schema import Config
 from ..models.flops import layer_windows
 from ..models.hf import to_stderr
-from ..parallel import record_view
+from ..parallel import record_files
 from ..parallel.collectives import all_reduce
 from ..parallel.mesh import Mesh
+from ..parallel.process_ids import ProcessId
+from ..parallel.record_files import RingFile
 from .checkpoint import Checkpointer
 from .curves import draw_curves
 from .data.dataset import open_data
 from .hf_io import load_initial
 from .introduction import introduction
+from .meeting import Stopped
 from .peak import MeasuredPeaks, Peak, peak_tflops
-from .setup import DTYPES, Ranks, make_mesh, make_model, prepare_device
+from .run_folder import checkpoint_folder, claim, run_folder
+from .setup import DTYPES, Ranks, make_model, make_recorder, mesh_of, prepare_device
 from .signals import StopRequest
 from .sinks import EventLog, make_sinks
+from .start import Start
 from .summary import summarize
 from .trainer import Outputs, Trainer
 
 
-def run(cfg: Config, given: str) -> int:
+def run(cfg: Config, start: Start) -> int:
     """Runs the job on this rank.
 
     Args:
         cfg: resolved and validated for the number of ranks.
-        given: the configuration as the user gave it, kept beside the resolved one.
+        start: how the rank was started.
 
     Returns:
         0 when training went to its end or stopped cleanly.
+
+    Raises:
+        Exception: what ended the job on this rank; it was told to `start` before anything was closed.
     """
-    ranks = Ranks.from_environment()
-    stop = StopRequest().listen()
-    device = prepare_device(cfg, ranks)
-    run_dir = Path(cfg.runs_dir) / cfg.name
-    mesh = make_mesh(cfg, ranks, device)
-    try:
-        if mesh.is_first:
-            _write_configs(run_dir, cfg, given)
-        _index_record(run_dir, mesh)
-        _train(cfg, mesh, device, run_dir, stop)
-        _barrier(mesh)  # every ring is complete
-        if ranks.local_rank == 0:
-            record_view.collect(run_dir, remove=True)
-    finally:
-        mesh.recorder.close()
-        mesh.close()
-        stop.close()
+    ranks = Ranks.from_environment(start.env)
+    with ExitStack() as open_things:
+        try:
+            mesh, device = _meet(cfg, start, ranks, open_things)
+            _in_mesh(cfg, start, ranks, mesh, device)
+        except Exception as error:
+            if not isinstance(error, Stopped):
+                start.report(error, cfg)  # closing takes seconds, and makes other ranks fail
+            raise
     return 0
+
+
+def _meet(cfg: Config, start: Start, ranks: Ranks, open_things: ExitStack) -> tuple[Mesh, torch.device]:
+    """Everything that can fail on one rank alone, then the mesh, in which the others would wait for it."""
+    store = start.meeting.open(cfg.faults.timeout_s)
+    if ranks.rank == 0:
+        open_things.push(claim(cfg, fresh=start.fresh, config=start.config, env=start.env))
+    device = prepare_device(cfg, ranks)
+    if ranks.local_rank == 0:
+        record_files.sweep()
+    recorder = make_recorder(cfg, ranks)
+    open_things.callback(recorder.close)
+    start.meeting.come(_about(cfg), cfg.faults.timeout_s)
+    if start.stop.requested:
+        raise Stopped
+    start.stop.listen()
+    open_things.callback(start.stop.close)
+    mesh = mesh_of(cfg, store=store, rank=ranks.rank, device=device.type, recorder=recorder)
+    open_things.callback(mesh.close)
+    return mesh, device
+
+
+def _about(cfg: Config) -> str:
+    """What all ranks must have in common, as JSON."""
+    parts = {"name": cfg.name, "model": cfg.model, "parallel": cfg.parallel, "train": cfg.train, "optim": cfg.optim}
+    return json.dumps({key: hashlib.sha256(repr(part).encode()).hexdigest()[:8] for key, part in parts.items()})
+
+
+def _in_mesh(cfg: Config, start: Start, ranks: Ranks, mesh: Mesh, device: torch.device) -> None:
+    run_dir = run_folder(cfg)
+    if mesh.is_first:
+        _write_configs(run_dir, cfg, start.given)
+    rings = _index_record(run_dir, mesh, ranks.run_id)
+    try:
+        _train(cfg, mesh, device, run_dir, start.stop)
+        _barrier(mesh)  # every ring is complete
+    except Exception as error:
+        start.report(error, cfg)
+        mesh.recorder.close()
+        _keep_record(run_dir, ranks, rings)
+        raise
+    if ranks.local_rank == 0:
+        record_files.collect(run_dir, rings, remove=True)
 
 
 def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: StopRequest) -> None:
@@ -77,7 +123,7 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
             events.log(**event)
 
     checkpointer = Checkpointer(
-        Path(cfg.checkpoint.dir or run_dir / "checkpoints"),
+        checkpoint_folder(cfg),
         group=mesh.checkpoint_group,
         rank=mesh.rank,
         world=mesh.degrees.world,
@@ -176,11 +222,20 @@ def _write_configs(run_dir: Path, cfg: Config, given: str) -> None:
         raise UserError(Problem("runs_dir", f"{run_dir} cannot be written ({error.strerror}); set runs_dir")) from error
 
 
-def _index_record(run_dir: Path, mesh: Mesh) -> None:
+def _index_record(run_dir: Path, mesh: Mesh, run_id: str) -> list[RingFile]:
     """Tells everybody who may look, while the job runs or after it died, where each rank's ring is."""
-    mine = record_view.RingFile(mesh.rank, socket.gethostname(), str(mesh.recorder.path), os.getpid(), mesh.epoch)
+    mine = RingFile(mesh.rank, socket.gethostname(), str(mesh.recorder.path), os.getpid(), mesh.epoch)
     rings = [mine] * mesh.degrees.world
     if mesh.degrees.world > 1:
         dist.all_gather_object(rings, mine, group=mesh.host_group)
     if mesh.is_first:
-        record_view.write_index(run_dir, rings)
+        record_files.write_index(run_dir, rings, run_id)
+    return rings
+
+
+def _keep_record(run_dir: Path, ranks: Ranks, rings: list[RingFile]) -> None:
+    """After a failure every rank keeps its own ring, and those of its host's ranks that died without a word."""
+    host = socket.gethostname()
+    mine = [r for r in rings if r.rank == ranks.rank or (r.host == host and not ProcessId(r.pid).alive)]
+    with suppress(OSError):  # a full disk is no reason to hide the failure
+        record_files.collect(run_dir, mine, remove=True)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -39,9 +38,8 @@ class Ranks:
     run_id: str
 
     @staticmethod
-    def from_environment() -> Ranks:
+    def from_environment(env: Mapping[str, str] = os.environ) -> Ranks:
         """One process alone where no launcher has set anything."""
-        env = os.environ
         rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         local = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
         run_id = f"{env.get('TORCHELASTIC_RUN_ID', 'alone')}-{env.get('MASTER_PORT', os.getpid())}"
@@ -81,21 +79,11 @@ def degrees_of(cfg: Config) -> Degrees:
     return Degrees(tp=p.tp, pp=p.pp, cp=p.cp, dp=p.dp, ep=p.ep, etp=p.etp, tp_replica=max(1, p.tp // kv))
 
 
-def open_store(cfg: Config, ranks: Ranks) -> dist.Store | None:
-    """Where the ranks meet: the launcher's."""
-    if ranks.world == 1:
-        return None
-    timeout = timedelta(seconds=cfg.faults.timeout_s)
-    store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=timeout))
-    return store
-
-
-def make_mesh(cfg: Config, ranks: Ranks, device: torch.device) -> Mesh:
-    """The mesh of the job's first epoch, with this rank's record."""
-    recorder = record.create(
+def make_recorder(cfg: Config, ranks: Ranks) -> record.Recorder:
+    """This rank's record."""
+    return record.create(
         f"{cfg.name}-{ranks.run_id}", rank=ranks.rank, world=ranks.world, entries=cfg.faults.record_entries
     )
-    return mesh_of(cfg, store=open_store(cfg, ranks), rank=ranks.rank, device=device.type, recorder=recorder)
 
 
 def mesh_of(cfg: Config, *, store: dist.Store | None, rank: int, device: str, recorder: record.Recorder) -> Mesh:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ...configs.errors import Problem, UserError
-from ..record_view import RecordError, Ring, RingFile, read, read_index
+from ..record_files import read_index, read_ring
+from ..record_view import RecordError, Ring
 from .program import Ops, Program
 from .simulate import Timeline
 from .times import Times
@@ -76,17 +76,10 @@ def _with_clocks(record: Path | str | Sequence[Ring]) -> list[tuple[Ring, int]]:
     found = []
     for file in indexed:
         if file.epoch == newest:
-            ring = read(_where(folder, file))
+            ring = read_ring(folder, file)
             header = ring.header
             found.append((ring, offsets.setdefault(file.host, header.wall_ns - header.mono_ns)))
     return found
-
-
-def _where(folder: Path, file: RingFile) -> Path:
-    original = Path(file.file)
-    if file.host == socket.gethostname() and original.exists():
-        return original
-    return file.collected(folder)
 
 
 def _pipeline(found: list[tuple[Ring, int]], ranks: int, replica: int) -> list[tuple[Ring, int]]:

@@ -15,6 +15,7 @@ import torch
 from pentad.configs.schema import Config
 from pentad.trainer.run import run
 from pentad.trainer.signals import StopRequest
+from pentad.trainer.start import Start
 from pentad.trainer.state import units_by_key
 from pentad.trainer.trainer import Outputs, Trainer
 
@@ -65,7 +66,7 @@ def train(
         contextlib.redirect_stderr(file),
         _disturbed(rank, meets),
     ):
-        run(cfg, given)
+        run(cfg, Start.of(os.environ, StopRequest(), given=given))
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import pytest
 from pentad.configs import UserError, load
 from pentad.launch import train as launch
 from pentad.launch.cli import main
+from pentad.launch.supervise import supervise
 from pentad.trainer import devices
 from pentad.trainer.__main__ import main as run_rank
 from tests.jobs import DENSE
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def _supervise(folder: Path, how: str) -> int:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return launch.supervise(folder, 2, ["-m", "tests.launch.workers", str(folder), how], environment)
+    return supervise(folder, 2, ["-m", "tests.launch.workers", str(folder), how], environment)
 
 
 @pytest.mark.distributed

@@ -7,16 +7,18 @@ import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from pentad.launch.worker import publish
-from pentad.trainer.__main__ import describe
+from pentad.parallel.process_ids import ProcessId
+from pentad.trainer.failure import describe
 
 
 def _train_until_stopped(folder: Path, rank: str) -> int:
     stop: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
-    publish(folder / f"pid.{rank}", str(os.getpid()))
+    publish(folder / f"pid.{rank}", json.dumps(asdict(ProcessId.current())))
     for _ in range(600):
         if stop:
             time.sleep(0.3)  # the rest of the step, and saving
@@ -32,7 +34,7 @@ def _fail(folder: Path, rank: str) -> int:
     try:
         raise ArithmeticError(f"cause on {rank}")
     except ArithmeticError as error:
-        publish(folder / f"failure.{rank}", json.dumps(describe(error).as_dict()))
+        publish(folder / f"failure.{rank}", json.dumps(describe(error, rank=int(rank), world=2).as_dict()))
     return 1
 
 

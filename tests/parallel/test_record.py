@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pentad.parallel import record_view
+from pentad.parallel import record, record_files, record_view
 from pentad.parallel.record import ABORTED, ENTRY, ENTRY_BYTES, FAILED, Recorder, create
 
 _WRITER = """
@@ -191,21 +191,148 @@ def test_threads_share_a_recorder(tmp_path: Path) -> None:
     assert all(ring.name(e["kind"]) == f"k{e['seq'] % 10}" for e in ring.entries)
 
 
-def test_index_and_collect(tmp_path: Path) -> None:
-    run, other = tmp_path / "run", tmp_path / "shm"
-    files = []
-    for rank in range(2):
-        recorder = Recorder(other / f"{rank}.ring", rank=rank, world=2, entries=8)
-        recorder.enter(recorder.intern("forward"))
-        files.append(record_view.RingFile(rank, f"host{rank}", str(recorder.path), os.getpid()))
-    record_view.write_index(run, files)
-    record_view.write_index(run, [record_view.RingFile(0, "host0", "/absent", 1, epoch=1)])
-    assert [(f.epoch, f.rank) for f in record_view.read_index(run)] == [(0, 0), (0, 1), (1, 0)]
-    copies = record_view.collect(run, host="host1", remove=True)
-    assert copies == [run / "record" / "rank-00001.epoch-0.ring"] and not (other / "1.ring").exists()
-    assert record_view.read(copies[0]).header.rank == 1 and (other / "0.ring").exists()
+@pytest.fixture
+def rings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where rings lie, of this test alone."""
+    folder = tmp_path / "shm"
+    folder.mkdir()
+    monkeypatch.setattr(record, "ring_folders", lambda: (folder, folder))
+    return folder
+
+
+def _ring(rank: int, entries: int = 8) -> Recorder:
+    recorder = create("run", rank=rank, world=2, entries=entries)
+    recorder.enter(recorder.intern("forward"))
+    return recorder
+
+
+def test_index_and_collect(tmp_path: Path, rings: Path) -> None:
+    run = tmp_path / "run"
+    files = [record_files.RingFile(rank, f"host{rank}", str(_ring(rank).path), os.getpid()) for rank in range(2)]
+    record_files.write_index(run, files)
+    record_files.write_index(run, [record_files.RingFile(0, "host0", "/absent", 1, epoch=1)])
+    assert [(f.epoch, f.rank) for f in record_files.read_index(run)] == [(0, 0), (0, 1), (1, 0)]
+    copies = record_files.collect(run, record_files.read_index(run), host="host1", remove=True)
+    assert copies == [run / "record" / "rank-00001.epoch-0.ring"] and not (rings / "pentad-run-1.ring").exists()
+    assert record_view.read(copies[0]).header.rank == 1 and (rings / "pentad-run-0.ring").exists()
     trace = record_view.to_chrome([record_view.read(copies[0])])
     assert [e["name"] for e in trace["traceEvents"] if e["ph"] == "X"] == ["forward"]
+    # Another run in the folder does not know the rings of the one before.
+    record_files.write_index(run, files[:1], run="another")
+    assert record_files.read_index(run) == files[:1]
+
+
+def test_only_the_written_part_of_a_ring_is_copied_and_reads_the_same(tmp_path: Path, rings: Path) -> None:
+    recorder = _ring(0, entries=4096)
+    file = record_files.RingFile(0, "here", str(recorder.path), os.getpid())
+    original = record_view.read(rings / "pentad-run-0.ring")
+    (copy,) = record_files.collect(tmp_path, [file], host="here")
+    assert copy.stat().st_size == 65536 + 128 < (rings / "pentad-run-0.ring").stat().st_size
+    read = record_view.read(copy)
+    assert read.header == original.header and (read.entries == original.entries).all()
+    copy.write_bytes(copy.read_bytes()[:-1])
+    with pytest.raises(record_view.RecordError, match="cut short"):
+        record_view.read(copy)
+
+
+def test_an_index_makes_nobody_copy_or_delete_other_files(tmp_path: Path, rings: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    recorder = _ring(0)
+    assert recorder.path is not None
+    named = rings / "pentad-run-1.ring"
+    named.write_text("not a ring")
+    (rings / "pentad-link-0.ring").symlink_to(secret)
+    (rings / "pentad-twin-0.ring").symlink_to(recorder.path)
+    os.mkfifo(rings / "pentad-pipe-0.ring")
+    elsewhere = tmp_path / "pentad-run-0.ring"
+    elsewhere.write_bytes(recorder.path.read_bytes())
+    other_name = rings / "notes-0.ring"
+    other_name.write_bytes(recorder.path.read_bytes())
+    pid = os.getpid()
+    wrong = [
+        (0, secret, pid),
+        (1, named, pid),
+        (0, rings / "pentad-link-0.ring", pid),
+        (0, rings / "pentad-twin-0.ring", pid),
+        (0, rings / "pentad-pipe-0.ring", pid),
+        (0, elsewhere, pid),
+        (0, other_name, pid),
+        (0, rings / "x" / ".." / "pentad-run-0.ring", pid),
+        (0, recorder.path, pid + 1),  # another run's
+        (1, recorder.path, pid),
+    ]
+    before = sorted(rings.iterdir())
+    files = [record_files.RingFile(rank, "here", str(path), pid) for rank, path, pid in wrong]
+    assert record_files.collect(tmp_path / "run", files, host="here", remove=True) == []
+    assert sorted(rings.iterdir()) == before and secret.read_text() == "mine" and elsewhere.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"rings": 3}',
+        '{"rings": [{"rank": -1, "host": "h", "file": "f", "pid": 1}]}',
+        '{"rings": [{"rank": 0, "host": "h", "file": "f", "pid": 1, "epoch": "../../x"}]}',
+        '{"rings": [{"rank": 1e999, "host": "h", "file": "f", "pid": 1}]}',
+        '{"rings": [[[]]], "rings": []}',
+        "[" * 100000,
+    ],
+)
+def test_a_damaged_index_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "record").mkdir()
+    (tmp_path / "record" / "index.json").write_text(text)
+    with pytest.raises(record_view.RecordError, match=r"index.json"):
+        record_files.read_index(tmp_path)
+    record_files.write_index(tmp_path, [])
+    assert record_files.read_index(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("offset", "width", "value"),
+    [
+        (8, 4, 2),  # format
+        (12, 4, 1 << 30),  # bytes of the header
+        (16, 4, 8),  # bytes of the names
+        (24, 8, 0),  # capacity
+        (24, 8, -1),
+        (32, 4, 7),  # rank
+        (36, 4, 0),  # world
+        (512, 8, 1 << 62),  # next ticket
+        (520, 8, 1 << 40),  # bytes of the names in use
+    ],
+)
+def test_a_ring_with_a_damaged_header_is_refused(
+    tmp_path: Path, rings: Path, offset: int, width: int, value: int
+) -> None:
+    recorder = _ring(0)
+    assert recorder.path is not None
+    data = bytearray(recorder.path.read_bytes()[: 65536 + 128])  # as in a run's folder
+    data[offset : offset + width] = value.to_bytes(width, "little", signed=True)
+    (tmp_path / "ring").write_bytes(data)
+    with pytest.raises(record_view.RecordError):
+        record_view.read(tmp_path / "ring")
+
+
+def test_rings_of_dead_processes_are_swept_and_no_others(rings: Path) -> None:
+    alive = _ring(0)
+    assert alive.path is not None
+    process = _start(rings / "pentad-dead-3.ring", "hang", 8)
+    other = rings / "pentad-other-0.ring"
+    other.write_text("not a ring")
+    assert record_files.sweep() == []
+    _kill(process)
+    assert record_files.sweep() == [rings / "pentad-dead-3.ring"]
+    assert alive.path.exists() and other.exists()
+
+
+def test_a_ring_whose_writer_lives_in_another_container_is_kept(rings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = _ring(0)
+    assert recorder.path is not None
+    monkeypatch.setattr(record_files.ProcessId, "alive", False)  # its process is not seen here; its lock is
+    assert record_files.sweep() == [] and recorder.path.exists()
 
 
 def test_create_replaces_a_previous_ring_without_touching_its_readers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 import xml.etree.ElementTree as ET
@@ -24,7 +25,8 @@ from pentad.parallel.pipeline.simulate import Timeline, simulate
 from pentad.parallel.pipeline.times import Times
 from pentad.parallel.pipeline.vocabulary import balanced
 from pentad.parallel.record import Recorder
-from pentad.parallel.record_view import RingFile, collect, read, write_index
+from pentad.parallel.record_files import RingFile, collect, write_index
+from pentad.parallel.record_view import read
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -353,6 +355,12 @@ def test_a_recorded_step_is_the_timeline_that_ran(tmp_path: Path) -> None:
     assert figures(read_back).bubble == pytest.approx(figures(timeline).bubble, abs=1e-5)
 
 
+@pytest.fixture
+def _rings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pentad.parallel.record.ring_folders", lambda: (tmp_path,))
+
+
+@pytest.mark.usefixtures("_rings")
 def test_a_run_folder_with_replicas_and_an_evaluation(tmp_path: Path) -> None:
     timeline = _timeline("1f1b", 2, 3)
     slow = Timeline(timeline.program, tuple(tuple((2 * s, 2 * e) for s, e in rank) for rank in timeline.spans))
@@ -361,11 +369,11 @@ def test_a_run_folder_with_replicas_and_an_evaluation(tmp_path: Path) -> None:
     for rank in range(2):
         for replica, one in enumerate((timeline, slow)):
             world_rank = 2 * rank + replica
-            recorder = _record(tmp_path / f"{world_rank}.ring", one, rank, world_rank, 4, 10**12)
+            recorder = _record(tmp_path / f"pentad-run-{world_rank}.ring", one, rank, world_rank, 4, 10**12)
             _play(recorder, simulate(forwards, Times()), rank, 2 * 10**12)
-            files.append(RingFile(world_rank, "elsewhere", str(recorder.path), 1))
+            files.append(RingFile(world_rank, "elsewhere", str(recorder.path), os.getpid()))
     write_index(tmp_path, files)
-    collect(tmp_path, host="elsewhere", remove=True)
+    collect(tmp_path, files, host="elsewhere", remove=True)
     first, second = (actual(timeline.program, tmp_path, 7, replica=replica) for replica in range(2))
     assert first.makespan == pytest.approx(timeline.makespan / 1e3)
     assert second.makespan == pytest.approx(2 * timeline.makespan / 1e3)
@@ -374,17 +382,18 @@ def test_a_run_folder_with_replicas_and_an_evaluation(tmp_path: Path) -> None:
         actual(timeline.program, tmp_path, 7, replica=2)
 
 
+@pytest.mark.usefixtures("_rings")
 def test_hosts_are_brought_together_by_their_wall_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timeline = _timeline("1f1b", 2, 2)
     files = []
     for rank, boot in enumerate((0, 5 * 10**9)):
         monkeypatch.setattr("pentad.parallel.record._now", lambda boot=boot: 10**9 + boot)
         monkeypatch.setattr("pentad.parallel.record.time.time_ns", lambda: 10**18)
-        recorder = _record(tmp_path / f"{rank}.ring", timeline, rank, rank, 2, 10**9 + boot)
-        files.append(RingFile(rank, f"host{rank}", str(recorder.path), 1))
+        recorder = _record(tmp_path / f"pentad-run-{rank}.ring", timeline, rank, rank, 2, 10**9 + boot)
+        files.append(RingFile(rank, f"host{rank}", str(recorder.path), os.getpid()))
     write_index(tmp_path, files)
     for rank in range(2):
-        collect(tmp_path, host=f"host{rank}")
+        collect(tmp_path, files, host=f"host{rank}")
     assert actual(timeline.program, tmp_path, 7).makespan == pytest.approx(timeline.makespan / 1e3)
 
 
