@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -24,6 +25,9 @@ from .record import Recorder
 from .waiting import Abort
 
 T = TypeVar("T")
+
+_LOOK_EVERY_S = 0.02
+"""How often a lane that is being closed looks for an abort."""
 
 
 class LaneFailed(RuntimeError):
@@ -116,10 +120,13 @@ class Lane:
         return pending
 
     def close(self) -> None:
-        """Ends the lane after the jobs submitted so far; does not wait for a job that is stuck."""
+        """Ends the lane after the jobs submitted so far; does not wait for a job that is stuck, or after an abort."""
         self._queue.put(None)
-        if self._thread is not None and self._abort.reason is None:
-            self._thread.join(self._abort.timeout_s)
+        until = time.monotonic() + self._abort.timeout_s
+        while self._thread is not None and self._thread.is_alive():
+            if self._abort.reason is not None or time.monotonic() > until:
+                break
+            self._thread.join(_LOOK_EVERY_S)
 
     def _serve(self) -> None:
         torch.set_flush_denormal(self._flush_denormal)

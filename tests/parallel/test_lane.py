@@ -61,6 +61,28 @@ def test_wait_can_be_aborted_and_closing_does_not_hang():
     gate.set()
 
 
+def test_closing_ends_with_an_abort_that_comes_meanwhile():
+    abort, gate = Abort(60), threading.Event()
+    lane = Lane("test", "cpu", Axis("vocab_head", 0, 1, (0,), abort=abort))
+    lane.submit(lambda: gate.wait(20))
+    threading.Timer(0.1, abort.trigger, ["a peer is gone"]).start()
+    lane.close()
+    assert lane._thread is not None and lane._thread.is_alive(), "the job was not waited for"
+    gate.set()
+
+
+def test_a_result_that_an_abort_cut_off_is_never_taken_for_one():
+    abort, gate = Abort(60), threading.Event()
+    lane = Lane("test", "cpu", Axis("vocab_head", 0, 1, (0,), abort=abort))
+    stuck = lane.submit(lambda: gate.wait(60))
+    threading.Timer(0.1, abort.trigger, ["a peer is gone"]).start()
+    for _ in range(2):  # the abort has set what the first wait waited for
+        with pytest.raises(Aborted, match="lane test: a peer is gone"):
+            stuck.wait()
+    gate.set()
+    lane.close()
+
+
 def test_wait_times_out():
     lane, gate = Lane("test", "cpu", Axis("vocab_head", 0, 1, (0,), abort=Abort(0.01))), threading.Event()
     with pytest.raises(TimeoutError, match="lane test"):
