@@ -81,6 +81,19 @@ def all_keys() -> frozenset[str]:
 
 
 @cache
+def free_text_keys() -> frozenset[str]:
+    """The dotted keys whose values are any text, lists of such or mappings of it."""
+    names: set[str] = set()
+    for section, (registry, _) in SELECTORS.items():
+        for cls in registry.values():
+            for key, annotation in flatten_schema({section: cls})[0].items():
+                inner, _ = optional(annotation)
+                if inner is str or str in get_args(inner):
+                    names.add(key)
+    return frozenset(names)
+
+
+@cache
 def section_keys() -> frozenset[str]:
     """The dotted keys of all sections, whichever classes are chosen."""
     names: set[str] = set()

@@ -8,16 +8,24 @@ from typing import Any
 
 import yaml
 
+from .fields import free_text_keys
 from .reading.interpolation import escape
 from .schema import Config
 
 
-def as_dict(config: Config) -> dict[str, Any]:
-    """All keys as nested dicts, for trackers and files: values from outside as they were written."""
+def as_dict(config: Config, *, sizes: bool = False) -> dict[str, Any]:
+    """All keys as nested dicts, for trackers and files: values from outside as they were written.
+
+    Args:
+        config: the configuration.
+        sizes: numbers, truth values and choices from outside as their values, so that a checkpoint can be read
+            without the environment; free texts remain as they were written.
+    """
     tree = dataclasses.asdict(dataclasses.replace(config, origin=type(config.origin)()))
     del tree["origin"]
     for key, value in config.origin.written.items():
-        _set(tree, key, value)
+        if not sizes or key in free_text_keys():
+            _set(tree, key, value)
     derived = str(Path(config.runs_dir) / config.name / "checkpoints")
     if {"runs_dir", "name"} & set(config.origin.written) and config.checkpoint.dir == derived:
         # Derived from what must not be shown; loading derives it again.

@@ -176,7 +176,10 @@ def _layout(config: Config, world_size: int | None) -> list[Problem]:
     inner = p.tp * p.pp * p.cp
     degrees = f"parallel.tp={p.tp} x parallel.pp={p.pp} x parallel.cp={p.cp}"
     if inner > 0 and world_size % inner:
-        message = f"{degrees} = {inner} does not divide the world size {world_size}; set parallel.tp to a divisor of it"
+        message = (
+            f"{degrees} = {inner} does not divide the world size {world_size}; start {inner} ranks or a multiple of "
+            f"{inner}, or set smaller degrees"
+        )
         problems.append(Problem("parallel.tp", message))
     elif p.dp is not None and inner * p.dp != world_size:
         message = (

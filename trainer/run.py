@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..configs import Problem, UserError, as_dict, to_yaml
+from ..configs import Problem, UserError, as_dict, hide, to_yaml
 from ..configs.schema import Config
 from ..models.flops import layer_windows
 from ..models.hf import to_stderr
@@ -144,7 +144,7 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
         load_initial(init, parts, checkpointer, upcycle=upcycle, seed=seed, notice=notice)
     outputs = None
     if mesh.is_first and events is not None:
-        print("\n".join([*introduction(cfg, trainer, peak), _beginning(cfg, trainer, found)]), flush=True)
+        print(hide(cfg, "\n".join([*introduction(cfg, trainer, peak), _beginning(cfg, trainer, found)])), flush=True)
         sinks = make_sinks(cfg.log, run_dir, as_dict(cfg), cfg.train.steps, trainer.step)
         outputs = Outputs(sinks, events)
         (run_dir / "program.json").write_text(trainer.program.to_json() + "\n")

@@ -64,6 +64,7 @@ def facts(cfg: Config, fingerprint: str) -> dict[str, Any]:
         cfg: the job.
         fingerprint: of its data.
     """
+    written = as_dict(cfg, sizes=True)
     return {
         "same": {
             "train.seed": cfg.train.seed,
@@ -74,8 +75,8 @@ def facts(cfg: Config, fingerprint: str) -> dict[str, Any]:
             "optim.momentum": _momentum(cfg),
             "data": fingerprint,
         },
-        "model": as_dict(cfg)["model"],
-        "data": as_dict(cfg)["data"],
+        "model": written["model"],
+        "data": written["data"],
     }
 
 

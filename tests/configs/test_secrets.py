@@ -51,6 +51,15 @@ def test_numbers_from_outside_stay_as_written() -> None:
     assert as_dict(config)["train"]["steps"] == "${oc.env:PENTAD_TEST_STEPS}"
 
 
+def test_sizes_from_outside_are_values_where_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENTAD_TEST_FAMILY", "qwen2")
+    outside = ["model.layers=${oc.env:PENTAD_TEST_STEPS}", "model.family=${oc.env:PENTAD_TEST_FAMILY}"]
+    config = load(None, [*TINY, *outside, "data.cache=${oc.env:PENTAD_TEST_SECRET}"])
+    tree = as_dict(config, sizes=True)
+    assert (tree["model"]["layers"], tree["model"]["family"]) == (7, "qwen2")
+    assert tree["data"]["cache"] == "${oc.env:PENTAD_TEST_SECRET}"
+
+
 def test_values_that_only_refer_to_others_are_shown_as_values() -> None:
     config = load(None, [*TINY, "train.global_batch=4", "train.micro_batch=${train.global_batch}"])
     assert as_dict(config)["train"]["micro_batch"] == 4 and "micro_batch: 4" in to_yaml(config)
