@@ -22,21 +22,28 @@ _ABOUT = frozenset({"readme", "license", "licence", "copying", "notice", "change
 # Distributions differ in whether they ship the library's tests, so leaving them out keeps machines alike.
 _STDLIB_SKIP = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 _NAMED = 4
+_LOOKED_INTO = 16
 
 
 @dataclass
 class Found:
     """Files to read, in order and each real file once, and what was seen beside them in folders: ``left_out`` is of
-    another kind or hidden, ``empty`` has no bytes. ``problems`` are those of the paths."""
+    another kind or hidden, ``empty`` has no bytes. ``other`` are taken as text although they hold JSON lines.
+    ``problems`` are those of the paths."""
 
     files: list[Path] = field(default_factory=list)
     left_out: list[Path] = field(default_factory=list)
     empty: list[Path] = field(default_factory=list)
+    other: list[Path] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
     def notices(self) -> list[str]:
-        """What was left out, a line for each reason."""
-        lines = [("left out, hidden or of another kind", self.left_out), ("empty", self.empty)]
+        """What was left out or may not be meant, a line for each reason."""
+        lines = [
+            ("left out, hidden or of another kind", self.left_out),
+            ("empty", self.empty),
+            ("read as text although holding JSON lines (see the kind jsonl)", self.other),
+        ]
         return [f"{len(paths)} {'file' if len(paths) == 1 else 'files'} {what}: {_names(paths)}"
                 for what, paths in lines if paths]  # fmt: skip
 
@@ -45,12 +52,16 @@ def stdlib_files() -> list[Path]:
     """The .py files of the running Python's standard library without its tests, sorted by relative path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=_cannot_read):
         folders[:] = [name for name in folders if name not in _STDLIB_SKIP]
         found += [Path(folder, name) for name in names if name.endswith(".py")]
     if not found:
         raise UserError(Problem("data.name", f"no .py files in {root}; use data.name=text with data.paths"))
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _cannot_read(error: OSError) -> None:
+    raise UserError(Problem("data.name", f"cannot read folder {error.filename}: {error.strerror}"))
 
 
 def find_files(paths: Sequence[str], kind: str | None = None) -> list[Path]:
@@ -88,7 +99,16 @@ def survey(paths: Sequence[str], kind: str | None = None) -> Found:
         walk.problem("no paths; give files, folders or glob patterns")
     if walk.found.problems:
         raise UserError(*walk.found.problems)
+    if kind == "text":
+        walk.found.other = _json_lines(walk.found.files)
     return walk.found
+
+
+def _json_lines(files: Sequence[Path]) -> list[Path]:
+    """Files with JSON lines, by suffix; where none has one, by the content of the first few."""
+    named = [file for file in files if kind_of_suffix(file) == "jsonl"]
+    unnamed = (file for file in files[:_LOOKED_INTO] if kind_of_suffix(file) is None)
+    return named or [file for file in unnamed if kind_of_content(file) == "jsonl"]
 
 
 class _Walk:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from ...configs.errors import Problem, UserError
 from ...configs.schema import BinData, BlendData, DataConfig, JsonlData, ParquetData, StdlibData, TextData
+from ...configs.tokenized import META_SUFFIX
 from .cache import cache_folder, tokenize_cached
 from .files import stdlib_files, survey
 from .indexed import IndexedReader
 from .packing import TokenStream
-from .tokenizer import Tokenizer, check_vocab
+from .tokenizer import Tokenizer, check_vocab, file_identity
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def open_text(cfg: DataConfig, tokenizer: Tokenizer, vocab: int, *, progress: bo
         print(f"data.paths: {line}", file=sys.stderr, flush=True)
     folder = cache_folder(cfg.cache)
     reader = tokenize_cached(folder, tokenizer, text.files, text.kind, text.field, progress=progress)
+    if progress and reader.meta is not None and reader.meta.left_out:
+        print(f"data: documents left out, empty or null: {reader.meta.left_out:,}", file=sys.stderr, flush=True)
     return Source(cfg.name, TokenStream([reader]))
 
 
@@ -91,9 +94,31 @@ def open_indexed(cfg: DataConfig, vocab: int) -> list[Source]:
             sources.append(Source(" ".join(prefixes), stream, weight))
         except UserError as error:
             problems += error.problems
+    problems += _different_tokenizers(cfg, key, sources)
     if problems:
         raise UserError(*problems)
     return sources
+
+
+def _different_tokenizers(cfg: DataConfig, key: str, sources: Sequence[Source]) -> list[Problem]:
+    """Equal ids mean different texts where files come from several tokenizers, or from another than the job's."""
+    made = [(part.prefix, part.meta.coding) for source in sources for part in source.stream.parts if part.meta]
+    if cfg.tokenizer.path is not None:
+        theirs = file_identity(cfg.tokenizer.path)
+        given, where = [(cfg.tokenizer.path, theirs), *((p, c.identity) for p, c in made)], "data.tokenizer.path"
+    else:
+        given, where = [(prefix, how.identity) for prefix, how in made], key
+    # Behind the last dash is the end-of-document token, which may differ.
+    vocabularies: dict[str, str] = {}
+    for name, identity in given:
+        vocabularies.setdefault(identity.rpartition("-")[0], name)
+    if len(vocabularies) < 2:
+        return []
+    names = " and ".join(list(vocabularies.values())[:2])
+    message = (
+        f"{names} have different tokenizers; tokenize them with one (if they are alike, delete PREFIX{META_SUFFIX})"
+    )
+    return [Problem(where, message)]
 
 
 def _open_prefixes(prefixes: Sequence[str], key: str, problems: list[Problem]) -> list[IndexedReader]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -86,6 +87,10 @@ def _tokenize(
 ) -> Tokenized:
     if workers < 1:
         raise UserError(Problem("--workers", f"at least 1 process is needed, got {workers}"))
+    if not os.path.basename(out_prefix):
+        raise UserError(
+            Problem("--out", f"{out_prefix or 'an empty name'} is a folder; add a name for the files in it")
+        )
     coder = make_tokenizer(cfg)
     found = survey(inputs, kind)
     mixed = kind_notice(found.files) if kind is None else None

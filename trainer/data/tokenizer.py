@@ -11,6 +11,7 @@ import numpy as np
 from ...configs.errors import Problem, UserError
 from ...configs.schema import TokenizerConfig
 from ...configs.tokenized import Coding, tokenizer_file
+from .tokenizer_files import special_tokens
 
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 _MISSING = "reading a tokenizer.json needs the tokenizers package: pip install 'pentad[tokenizers]'"
@@ -91,8 +92,7 @@ class FileTokenizer:
         if self.vocab == 0:
             raise UserError(Problem("data.tokenizer.path", f"{path} has an empty vocabulary"))
         self.eod: int = self._find_eod(path, eod)
-        digest = hashlib.sha256(content.encode()).hexdigest()
-        self.identity: str = f"file-{digest}-{self.eod}"
+        self.identity: str = f"{_digest(content)}-{self.eod}"
         self._dtype = token_dtype(self.vocab)
 
     def _find_eod(self, path: str, name: str | None) -> int:
@@ -100,6 +100,10 @@ class FileTokenizer:
             token = self._backend.token_to_id(candidate)
             if token is not None:
                 return token
+        # A tokenizer of other names may say in tokenizer_config.json which token ends a text.
+        named = special_tokens(path).eos if name is None else ()
+        if named:
+            return named[0]
         wanted = f"{name!r} is not a token of" if name is not None else f"none of {', '.join(EOD_NAMES)} is a token of"
         message = f"{wanted} {path}; set data.tokenizer.eod to its end-of-document token"
         raise UserError(Problem("data.tokenizer.eod", message))
@@ -127,6 +131,11 @@ def make_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
     return FileTokenizer(cfg.path, cfg.eod)
 
 
+def file_identity(path: str) -> str:
+    """What the identity of the tokenizer at ``path`` begins with, and a dash; needs no package. Raises UserError."""
+    return f"{_digest(_read(path))}-"
+
+
 def coding(tokenizer: Tokenizer, append_eod: bool = True) -> Coding:
     """How ``tokenizer`` makes tokens, for the record beside them."""
     eod = tokenizer.eod if append_eod else None
@@ -148,6 +157,10 @@ def _read(path: str) -> str:
         raise UserError(Problem("data.tokenizer.path", f"no such file: {file}")) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(Problem("data.tokenizer.path", f"cannot read {path}: {_one_line(error)}")) from None
+
+
+def _digest(content: str) -> str:
+    return f"file-{hashlib.sha256(content.encode()).hexdigest()}"
 
 
 def _one_line(error: Exception) -> str:

@@ -13,10 +13,11 @@ import pytest
 
 from pentad.configs import load
 from pentad.configs.errors import UserError
-from pentad.configs.schema import TokenizerConfig
+from pentad.configs.schema import BinData, BlendData, JsonlData, TextData, TokenizerConfig
 from pentad.configs.tokenized import read_meta
 from pentad.launch.cli import main
 from pentad.trainer.data import encode
+from pentad.trainer.data.dataset import open_data
 from pentad.trainer.data.indexed import IndexedReader
 from pentad.trainer.data.tokenize import tokenize
 from pentad.trainer.data.tokenizer import make_tokenizer
@@ -64,6 +65,7 @@ def test_a_mistake_in_the_input_ends_the_workers(tmp_path: Path, monkeypatch: py
 SLOW = """
 import sys, time
 from pentad.trainer.data import encode
+from pentad.trainer.data.dataset import open_data
 from pentad.trainer.data.tokenize import tokenize
 encode._BATCH_CHARS = 1
 make = encode.make_tokenizer
@@ -97,6 +99,7 @@ def test_errors_name_the_options_and_nothing_is_left(tmp_path: Path, capsys: pyt
         ([str(tmp_path / "no"), "--tokenizer", "byte", "--out", out], "error: INPUT: no such file or folder"),
         ([x, "--tokenizer", "byte"], "error: the following arguments are required: --out"),
         ([x, "--tokenizer", "byte", "--out", f"{x}/out"], "error: --out: cannot write"),
+        ([x, "--tokenizer", "byte", "--out", f"{tmp_path}/"], "error: --out: "),
         (["--verify", out], f"error: no such file: {out}.bin"),
     ]
     for arguments, message in cases:
@@ -182,3 +185,44 @@ def test_special_tokens_and_the_files_that_belong_together(tokenizer: Path) -> N
     other = tokenizer / "other.json"
     os.replace(tokenizer / "tokenizer.json", other)
     assert (special_tokens(other), tokenizer_files(other)) == (SpecialTokens(), [other])
+
+
+def test_files_of_different_tokenizers_are_not_mixed(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "x.txt").write_text("hello world " * 100)
+    text, by_file, by_bytes = str(tmp_path / "x.txt"), str(tmp_path / "f"), str(tmp_path / "b")
+    tokenize([text], str(tokenizer), by_file, progress=False)
+    tokenize([text], str(tokenizer), f"{by_file}2", eod="world", progress=False)
+    tokenize([text], "byte", by_bytes, progress=False)
+    open_data(BlendData(weights={by_file: 1.0, f"{by_file}2": 1.0}), seq_len=8, vocab=70001, seed=0)
+    refused = rf"data.weights: {by_file} and {by_bytes} have different tokenizers"
+    with pytest.raises(UserError, match=refused):
+        open_data(BlendData(weights={by_file: 1.0, by_bytes: 1.0}), seq_len=8, vocab=70001, seed=0)
+    mine = TokenizerConfig(path=str(tokenizer))
+    open_data(BinData(paths=(by_file,), tokenizer=mine), seq_len=8, vocab=70001, seed=0)
+    with pytest.raises(UserError, match=r"data.tokenizer.path: .*hf and .*b have different tokenizers"):
+        open_data(BinData(paths=(by_bytes,), tokenizer=mine), seq_len=8, vocab=70001, seed=0)
+    Path(f"{by_bytes}.meta.json").unlink()
+    open_data(BlendData(weights={by_file: 1.0, by_bytes: 1.0}), seq_len=8, vocab=70001, seed=0)
+
+
+def test_the_end_of_a_document_is_what_the_tokenizer_calls_the_end(tokenizer: Path) -> None:
+    path = tokenizer / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|endoftext|>", "[END]"))
+    with pytest.raises(UserError, match=r"data.tokenizer.eod: none of"):
+        make_tokenizer(TokenizerConfig(path=str(tokenizer)))
+    (tokenizer / "tokenizer_config.json").write_text('{"eos_token": "[END]"}')
+    assert make_tokenizer(TokenizerConfig(path=str(tokenizer))).eod == 70000
+    assert make_tokenizer(TokenizerConfig(path=str(tokenizer), eod="world")).eod == 1
+
+
+def test_json_lines_read_as_text_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": ""}\n{"text": "' + "a" * 100 + '"}\n')
+    (tmp_path / "part-0").write_text('{"text": "a"}\n')
+    for name in ("x.jsonl", "part-0"):
+        data = TextData(paths=(str(tmp_path / name),), cache=str(tmp_path / "cache"))
+        open_data(data, seq_len=4, vocab=257, seed=0)
+        said = capsys.readouterr().err
+        assert said == f"data.paths: 1 file read as text although holding JSON lines (see the kind jsonl): {name}\n"
+    data = JsonlData(paths=(str(tmp_path / "x.jsonl"),), cache=str(tmp_path / "cache"))
+    open_data(data, seq_len=4, vocab=257, seed=0)
+    assert capsys.readouterr().err == "data: documents left out, empty or null: 1\n"
