@@ -195,11 +195,22 @@ def _merge(layers: list[Layer], chosen: Mapping[str, type], reading: Reading) ->
                 last[name] = given
             elif name in sections:
                 if plain(given.node) is not None:
-                    inner = ", ".join(field_types(sections[name]))
-                    reading.reject(name, f"is a section with {inner}; got {display(given.node)}", given.where)
+                    reading.reject(name, _no_section(name, given, sections[name]), given.where)
             elif not _superseded(name, layers[depth + 1 :], chosen, reading):
                 reading.reject(name, _unknown(name, keys, sections, chosen), given.where)
     return last
+
+
+def _no_section(section: str, given: Given, cls: type) -> str:
+    """The message for a value where a section belongs: often that of its `name` or `preset`."""
+    shown, word = display(given.node), str(plain(given.node))
+    if section in SELECTORS and word in SELECTORS[section][0]:
+        return f"is a section, got {shown}; did you mean {section}.name={word}?"
+    if "preset" in field_types(cls):
+        file = find_preset("models" if section == "model" else section, word)
+        if isinstance(file, Path) or file.startswith("did you mean"):
+            return f"is a section, got {shown}; set {section}.preset={word if isinstance(file, Path) else file[13:-1]}"
+    return f"is a section with {', '.join(field_types(cls))}; got {shown}"
 
 
 def _merged(before: Given | None, given: Given, owner: str) -> Node:

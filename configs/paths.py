@@ -26,6 +26,8 @@ PATHS = (
 """Every key whose text, list of texts or names of a mapping are paths. `resolve` expands them; nobody does later."""
 TOKENIZER_FILE = "tokenizer.json"
 _SUFFIXES = (".bin", ".idx")
+_NEWEST = ("auto", "true", "yes", "last", "newest", "latest", "must", "allow")
+"""How other tools say `latest`."""
 
 
 def resolve_paths(config: Config) -> Config:
@@ -81,8 +83,12 @@ def _missing(config: Config) -> Iterator[Problem]:
     if tokenizer is not None and not isinstance(data, (BinData, BlendData)) and not os.path.isfile(tokenizer):
         yield _no_tokenizer(tokenizer)
     for key, path in (("checkpoint.init", c.init), ("checkpoint.resume", c.resume)):
-        if path not in (None, "latest") and not os.path.exists(str(path)):
-            yield _no_file(key, str(path))
+        if path is None or path == "latest" or os.path.exists(path):
+            continue
+        if key == "checkpoint.resume" and path.lower() in _NEWEST:
+            yield Problem(key, f"no such file: {path}; write checkpoint.resume=latest for the newest checkpoint")
+        else:
+            yield _no_file(key, path)
 
 
 def _spellings(config: Config) -> list[Problem]:

@@ -145,7 +145,7 @@ def _override(argument: str) -> Iterator[Given]:
     if not all(key.split(".")) and not key.startswith("data.weights."):
         raise UserError(Problem(argument, "an override is section.key=value (command line)"))
     if not text:
-        message = f"has no value; write {key}=null for none, or {key}='\"\"' for an empty text (command line)"
+        message = f"has no value (an empty variable of your shell?); write {key}=VALUE, or null for none (command line)"
         raise UserError(Problem(key, message))
     if key in section_keys() and is_mapping_text(text):
         try:

@@ -16,6 +16,8 @@ from .validate_moe import validate_moe
 from .validate_pipeline import validate_pipeline
 from .vocabulary import indivisible_vocab, padded
 
+LONGEST_NAME = 200
+"""Bytes; file systems take 255, and files beside the folder add to its name."""
 _POSITIVE = [
     "model.layers",
     "model.hidden",
@@ -327,8 +329,12 @@ def _data(config: Config) -> list[Problem]:
 
 def _run(config: Config) -> list[Problem]:
     problems: list[Problem] = []
-    if not config.name.strip() or config.name in {".", ".."} or set(config.name) & {"/", "\\", "\n", "\0"}:
-        problems.append(Problem("name", f"names a folder of runs_dir, so it has no slashes; got {config.name!r}"))
+    name = config.name
+    if not name.strip() or name in {".", ".."} or set(name) & {"/", "\\"} or not name.isprintable():
+        problems.append(Problem("name", f"names a folder of runs_dir, so it has no slashes; got {name!r}"))
+    elif len(name.encode()) > LONGEST_NAME:
+        message = f"names a folder of runs_dir; {len(name.encode())} bytes are more than {LONGEST_NAME}, shorten it"
+        problems.append(Problem("name", message))
     outside = [s for s in config.log.profile if not 1 <= s <= config.train.steps]
     if outside:
         message = f"steps {outside} are not among the run's 1 to train.steps={config.train.steps}"
