@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..configs import UserError
+from .generate import generate_parser
 from .mistakes import unknown_arguments, unknown_verb
 
 _OVERRIDES = "config keys to change, e.g. train.steps=100 parallel.tp=2"
@@ -105,11 +106,12 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     )
     import_hf.set_defaults(run=_import_hf)
 
-    export_hf = verbs.add_parser("export-hf", help="Turn a checkpoint into a Hugging Face folder.")
-    export_hf.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of one checkpoint")
+    export_hf = verbs.add_parser("export-hf", help="Turn a run or a checkpoint into a Hugging Face folder.")
+    export_hf.add_argument("source", metavar="RUN|CHECKPOINT", help="a run (its newest checkpoint) or a checkpoint")
     export_hf.add_argument("out", metavar="OUT", help="a new folder")
     export_hf.add_argument("--dtype", choices=_DTYPES, help="type of the written tensors (as in the checkpoint)")
     export_hf.set_defaults(run=_export_hf)
+    generate_parser(verbs.add_parser("generate", help="Text from a run, a checkpoint or a Hugging Face folder."))
     return parser, list(verbs.choices)
 
 
@@ -267,7 +269,7 @@ def _export_hf(args: argparse.Namespace) -> int:
     from ..trainer.hf_io import export_hf
 
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-    model = export_hf(args.checkpoint, args.out, types[args.dtype] if args.dtype else None)
+    model = export_hf(args.source, args.out, types[args.dtype] if args.dtype else None)
     print(f"{args.out}: {model.family}, {model.layers} layers; transformers loads it with AutoModelForCausalLM")
     return 0
 

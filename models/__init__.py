@@ -4,12 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..trainer.model_source import load_checkpoint
     from .hf import load_hf
     from .transformer import Transformer
 
-__all__ = ["Transformer", "load_hf"]
+__all__ = ["Transformer", "load_checkpoint", "load_hf"]
 
-_WHERE = {"Transformer": ".transformer", "load_hf": ".hf"}
+# Checkpoints belong to the trainer's room, which this one does not know otherwise: for users the name stands here,
+# beside `load_hf`.
+_WHERE = {"Transformer": ".transformer", "load_hf": ".hf", "load_checkpoint": "..trainer.model_source"}
 
 
 def __getattr__(name: str) -> Any:

@@ -155,6 +155,7 @@ def write_hf(
     tensors: Mapping[str, Tensor],
     *,
     extra: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write config.json and safetensors that `AutoModelForCausalLM` loads; the folder appears whole or not at all.
@@ -164,6 +165,7 @@ def write_hf(
         config: resolved model configuration.
         tensors: our parameter names to tensors, on any device, written in their own dtype.
         extra: further keys of config.json that do not describe the network, e.g. ``eos_token_id``.
+        files: further files of the folder, by name, e.g. the tokenizer's.
         shard_bytes: largest file in bytes; above it there are several and an index.
 
     Raises:
@@ -181,6 +183,8 @@ def write_hf(
     _write_tensors(partial, table, tensors, shard_bytes)
     dtype = str(tensors["embed.weight"].dtype).removeprefix("torch.")
     _write_json(partial / "config.json", {**(extra or {}), **hf_config(config, dtype)})
+    for name, content in (files or {}).items():
+        (partial / name).write_bytes(content)
     partial.replace(target)
 
 

@@ -77,6 +77,8 @@ class Checkpointer:
         self.directory = Path(directory)
         self._team = Team(group, rank, world, abort)
         self._keep, self._asynchronous, self._on_event = keep, asynchronous, on_event
+        self.beside: Mapping[str, bytes] = {}
+        """Small files that every checkpoint has beside its tensors, by name; rank 0's are written."""
         self._newest: int | None = None
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
@@ -120,7 +122,9 @@ class Checkpointer:
             layout.buffers.fill(layout.writes, tensors)
         except Exception as error:  # told to the other ranks, which are on their way into the write
             problem = error
-        save = Save(folder, layout.writes, layout.buffers.tensors, layout.files, layout.index, kept, problem)
+        save = Save(
+            folder, layout.writes, layout.buffers.tensors, layout.files, layout.index, kept, problem, beside=self.beside
+        )
         blocked = time.monotonic() - started
         self._newest = step
         if self._asynchronous:

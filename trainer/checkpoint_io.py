@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Save:
     """Of all ranks; only rank 0 needs it."""
     state: Mapping[str, Any]
     problem: Exception | None = None
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+    """Small files that belong to the checkpoint, by name; rank 0's are written."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def write_together(team: Team, save: Save) -> Published:
         sums = write_files(tmp, save.files, save.data)
         if team.rank == 0:
             sums[INDEX] = write_file(tmp / INDEX, write_index(save.index))
+            sums |= {name: write_file(tmp / name, content) for name, content in save.beside.items()}
         wrong = differences(tmp, sums)
         if wrong:
             raise Damaged(f"read back after writing: {'; '.join(wrong)}")
@@ -259,8 +262,16 @@ def read_full(path: Path, names: Sequence[str] | None = None) -> tuple[dict[str,
     return tensors, contents.state
 
 
-def write_full(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+def write_full(
+    path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], beside: Mapping[str, bytes] | None = None
+) -> None:
     """Writes whole tensors as a checkpoint that any layout loads. For one process.
+
+    Args:
+        path: a new folder.
+        tensors: by global name.
+        state: JSON values.
+        beside: small files that belong to it, by name.
 
     Raises:
         UserError: `path` exists already, or is named as the checkpoint of another step.
@@ -274,5 +285,6 @@ def write_full(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, An
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     writes = [Write(name, tuple(t.shape), t.dtype, (0,) * t.dim(), tuple(t.shape)) for name, t in whole.items()]
     kept = json.loads(json.dumps(dict(state), allow_nan=False))
-    save = Save(path, writes, list(whole.values()), plan_files(0, writes), index_of([writes]), kept)
+    planned, index = plan_files(0, writes), index_of([writes])
+    save = Save(path, writes, list(whole.values()), planned, index, kept, beside=beside or {})
     write_together(_ALONE, save)

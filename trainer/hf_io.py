@@ -21,20 +21,18 @@ from ..models.hf import (
     to_stderr,
     write_hf,
 )
-from ..models.hf_names import links
 from ..models.transformer import Transformer
 from ..models.upcycle import Read, check_upcycling, upcycled, upcycled_config
 from ..models.vocab_padding import padded_read, without_padding
 from ..parallel.global_tensor import Placement
-from .checkpoint import Checkpointer, read_full, write_full
+from .checkpoint import Checkpointer, write_full
 from .checkpoint_manifest import read_state
 from .checkpoint_slices import CheckpointSlices
+from .model_source import find_checkpoint, read_model
 from .saved_model import check_same_model, model_config_from_state
 from .setup import Parts
 from .state import model_tensors
-
-# Keys of config.json that tokenizers and generation need and that say nothing about the network.
-_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
+from .tokenizer_files import of_checkpoint, of_folder
 
 _REMEMBERED = ".router.load"
 
@@ -68,13 +66,9 @@ def import_hf(
         config, tensors = read_hf_weights(directory)
     else:
         config, tensors = _upcycled_weights(directory, upcycle)
-    given = read_hf_config(directory)
-    state = {
-        "step": 0,
-        "model": dataclasses.asdict(config),
-        "hf": {key: given[key] for key in _KEPT if key in given},
-    }
-    write_full(Path(out), {f"model/{name}": tensor for name, tensor in tensors.items()}, state)
+    tokenizer = of_folder(directory, read_hf_config(directory))
+    state = {"step": 0, "model": dataclasses.asdict(config), "tokenizer": tokenizer.state}
+    write_full(Path(out), {f"model/{name}": tensor for name, tensor in tensors.items()}, state, tokenizer.files)
     return config
 
 
@@ -97,14 +91,19 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def export_hf(
-    checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], dtype: torch.dtype | None = None
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    notice: Notice = to_stderr,
 ) -> ModelConfig:
-    """Write a checkpoint's model as a Hugging Face folder that `AutoModelForCausalLM` loads.
+    """Write a model as a Hugging Face folder that `AutoModelForCausalLM` and, where the tokenizer is known,
+    `AutoTokenizer` load.
 
     Args:
-        checkpoint: folder of one checkpoint.
+        source: folder of one checkpoint, or of a run, whose newest good checkpoint is taken.
         out: a new or empty folder.
         dtype: type of the written tensors; none: as in the checkpoint, which holds masters in full precision.
+        notice: told if the tokenizer is not known.
 
     Returns:
         The model configuration of the checkpoint.
@@ -112,14 +111,14 @@ def export_hf(
     Raises:
         UserError: for a damaged checkpoint, a model that no supported architecture expresses, or a folder in the way.
     """
-    _, state = read_full(Path(checkpoint), [])
-    config = model_config_from_state(state.get("model"))
-    names = [name for link in links(config) for name in link.ours]
-    tensors, _ = read_full(Path(checkpoint), [f"model/{name}" for name in names])
-    weights = {name: tensors[f"model/{name}"] for name in names}
+    checkpoint = find_checkpoint(Path(source).expanduser(), notice)
+    config, weights = read_model(checkpoint)
     if dtype is not None:
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    write_hf(out, *without_padding(config, weights), extra=state.get("hf"))
+    tokenizer = of_checkpoint(checkpoint)
+    write_hf(out, *without_padding(config, weights), extra=tokenizer.ids, files=tokenizer.exported())
+    if tokenizer.kind == "none":
+        notice(f"{checkpoint} knows no tokenizer; copy its files into {out}")
     return config
 
 

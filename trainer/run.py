@@ -35,6 +35,7 @@ from .signals import StopRequest
 from .sinks import EventLog, make_sinks
 from .start import Start
 from .summary import summarize
+from .tokenizer_files import TokenizerFiles, of_checkpoint, of_job
 from .trainer import Outputs, Trainer
 
 
@@ -142,6 +143,8 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
         notice = to_stderr if mesh.is_first else (lambda _: None)
         upcycle, seed = cfg.checkpoint.upcycle, cfg.train.seed
         load_initial(init, parts, checkpointer, upcycle=upcycle, seed=seed, notice=notice)
+    trainer.tokenizer = _tokenizer(cfg, found)
+    checkpointer.beside = trainer.tokenizer.files
     outputs = None
     if mesh.is_first and events is not None:
         print(hide(cfg, "\n".join([*introduction(cfg, trainer, peak), _beginning(cfg, trainer, found)])), flush=True)
@@ -161,6 +164,12 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
             outputs.events.close()
     if outputs is not None:
         _close(cfg, run_dir, trainer.step, began_at, finished)
+
+
+def _tokenizer(cfg: Config, found: Path | None) -> TokenizerFiles:
+    """Of the checkpoint that the run goes on from, else of the job."""
+    kept = TokenizerFiles() if found is None else of_checkpoint(found)
+    return of_job(cfg) if kept.kind == "none" else kept
 
 
 def _beginning(cfg: Config, trainer: Trainer, found: Path | None) -> str:

@@ -33,6 +33,7 @@ from .signals import StopRequest
 from .sinks import EventLog, SinkSet
 from .state import all_tensors, units_by_key
 from .step import Stepper, StepResult
+from .tokenizer_files import TokenizerFiles
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class Trainer:
         self._evaluation = evaluation_program(cfg, parts.pipeline, microbatches) if cfg.eval.every else None
         self.meter = Meter(devices=mesh.degrees.world, peak=peak)
         self.profiler = Profiler(cfg.log.profile, run_dir / "profile", mesh.rank)
+        self.tokenizer = TokenizerFiles()
+        """What the run's checkpoints say about text."""
         self.step = 0
         self._bad_steps = 0
         self._stopping = False
@@ -122,7 +125,7 @@ class Trainer:
             return
         updates = int(self.stepper.updates.item())
         done = Progress(self.step, updates, self.meter.tokens, self.meter.skipped)
-        state = done.as_dict() | facts(self.cfg, self.data.fingerprint)
+        state = done.as_dict() | facts(self.cfg, self.data.fingerprint) | {"tokenizer": self.tokenizer.state}
         self.checkpointer.save(self.step, all_tensors(self.parts, self.optimizer), state)
 
     def train(self, outputs: Outputs | None, stop: StopRequest) -> bool:

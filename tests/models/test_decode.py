@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +51,14 @@ CASES = {
     "padding": replace(DENSE, vocab_used=50),
 }
 TOKENS = torch.randint(0, 50, (1, 14), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are too small for more
+    yield
+    torch.set_num_threads(threads)
 
 
 def made(cfg: ModelConfig) -> Transformer:
