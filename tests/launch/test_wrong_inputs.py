@@ -45,5 +45,5 @@ def test_one_line_with_the_way_out(number: int, results: Results) -> None:
 
 def test_nothing_was_written(results: Results) -> None:
     folder, _ = results
-    assert sorted(p.name for p in (folder / "runs").iterdir()) == ["old"]
+    assert sorted(p.name for p in (folder / "runs").iterdir()) == ["old", "used"]
     assert not list(folder.glob("x*"))

@@ -129,6 +129,11 @@ FILES = [
     train("checkpoint.resume=auto", says=("write checkpoint.resume=latest",)),
     train("checkpoint.resume={tmp}/bad", says=("bad",)),
     train("checkpoint.init={tmp}/bad", says=("bad",)),
+    train("checkpoint.init={tmp}/hf", says=("BertModel", "LlamaForCausalLM"), torch=True),
+    train("checkpoint.init={tmp}/broken-hf", says=("config.json",), torch=True),
+    train("name=used", says=("holds an earlier run", "checkpoint.resume=latest", "--fresh")),
+    train("name=used", "checkpoint.resume=latest", says=("damaged", "name a good one")),
+    train("log.wandb=1", "log.wandb_project=", says=("has no value",)),
     train("checkpoint.init={tmp}/bad", "checkpoint.resume={tmp}/bad", says=("exclude each other",)),
     train("checkpoint.upcycle=true", says=("set checkpoint.init", "experts"), lines=2),
     train("checkpoint.resume=", says=("has no value", "null for none")),
@@ -175,6 +180,9 @@ COMMANDS = [
     Case(("tokenize", "{tmp}/corpus.txt", "--tokenizer", "gpt2", "--out", "{tmp}/x"), ("gpt2",)),
     Case(("import-hf", "{tmp}/nowhere", "{tmp}/x"), ("nowhere",), torch=True),
     Case(("import-hf", "{tmp}/bad", "{tmp}/x"), ("config.json",), torch=True),
+    Case(("import-hf", "{tmp}/hf", "{tmp}/x"), ("BertModel", "LlamaForCausalLM"), torch=True),
+    Case(("import-hf", "{tmp}/broken-hf", "{tmp}/x"), ("config.json",), torch=True),
+    Case(("export-hf", "{tmp}/runs/used", "{tmp}/x"), ("runs/used",), torch=True),
     Case(("import-hf", "{tmp}/bad", "{tmp}/x", "--upcycle", "experts=8"), ("--upcycle", "top_k"), torch=True),
     Case(("export-hf", "{tmp}/nowhere", "{tmp}/x"), ("nowhere",), torch=True),
     Case(("export-hf", "{tmp}/bad", "{tmp}/x"), ("bad",), torch=True),
@@ -198,6 +206,10 @@ def prepare(folder: Path) -> None:
         "magic.idx": "NOTANIDX" * 8,
         "bad/tokenizer.json": "{}",
         "runs/old/config.yaml": JOB,
+        "runs/used/checkpoints/step-00000002/manifest.json": "{}",
+        "runs/used/metrics.jsonl": "",
+        "hf/config.json": '{"architectures": ["BertModel"]}',
+        "broken-hf/config.json": '{"architectures": ["LlamaForCausalLM"',
     }
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
