@@ -16,7 +16,7 @@ from ...configs.errors import Problem, UserError
 from .documents import Tally, read_documents
 from .encode import SAY_EVERY_S, Progress, write_documents
 from .files import no_text
-from .indexed import IndexedReader, IndexedWriter
+from .indexed import SCAN_BYTES, IndexedReader, IndexedWriter
 from .tokenizer import Tokenizer, coding, token_dtype
 
 _FORMAT = 2
@@ -75,7 +75,7 @@ def _cache_name(tokenizer: Tokenizer, files: Sequence[Path], kind: str, field: s
 def _open_ready(prefix: str) -> IndexedReader | None:
     try:
         reader = IndexedReader(prefix)
-        reader.verify()
+        reader.verify(min(1.0, SCAN_BYTES / max(reader.bytes, 1)))
     except (UserError, OSError):
         return None
     return reader if reader.meta is not None else None

@@ -13,6 +13,7 @@ Pairs that Pentad tokenized have a PREFIX.meta.json beside them (`configs.tokeni
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import struct
 import uuid
@@ -43,10 +44,10 @@ _INDEX_IN_MEMORY = 64 << 20
 class IndexedReader:
     """Read-only view of PREFIX.bin and PREFIX.idx: opening costs no memory per token.
 
-    ``size`` is the number of tokens, ``meta`` what PREFIX.meta.json says (None without one). Raises UserError when a
-    file is missing, is damaged, or its sequences do not lie end to end in PREFIX.bin (as every known writer lays them
-    out). Tokens are read, not memory-mapped: a file that is cut short while it is in use, or a disk that fails, is an
-    error that names it instead of a SIGBUS that ends the process.
+    ``size`` is the number of tokens, ``bytes`` that of PREFIX.bin, ``meta`` what PREFIX.meta.json says (None without
+    one). Raises UserError when a file is missing, is damaged, or its sequences do not lie end to end in PREFIX.bin (as
+    every known writer lays them out). Tokens are read, not memory-mapped: a file that is cut short while it is in use,
+    or a disk that fails, is an error that names it instead of a SIGBUS that ends the process.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -57,7 +58,7 @@ class IndexedReader:
             raise UserError(*missing)
         self.meta = read_meta(self.prefix)
         self._index, self._tokens = self._idx.open("rb", buffering=0), self._bin.open("rb", buffering=0)
-        self._index_bytes, self._bytes = (os.fstat(file.fileno()).st_size for file in (self._index, self._tokens))
+        self._index_bytes, self.bytes = (os.fstat(file.fileno()).st_size for file in (self._index, self._tokens))
         if self.meta is not None:
             self._check_meta(self.meta)
         self.dtype, self.sequences, entries = self._read_header()
@@ -67,7 +68,7 @@ class IndexedReader:
         self.entries = self._map("<i8", start + 12 * self.sequences, entries)
         self.documents = entries - 1
         self._check()
-        self.size = self._bytes // self.dtype.itemsize
+        self.size = self.bytes // self.dtype.itemsize
 
     @property
     def tokens(self) -> np.ndarray:
@@ -84,7 +85,7 @@ class IndexedReader:
             got = os.preadv(self._tokens.fileno(), [view[done : done + (1 << 30)]], offset + done)
             if got == 0:
                 now = os.fstat(self._tokens.fileno()).st_size
-                raise UserError(f"{self._bin} was cut short while in use: {now} bytes, {self._bytes} when opened")
+                raise UserError(f"{self._bin} was cut short while in use: {now} bytes, {self.bytes} when opened")
             done += got
         return out
 
@@ -102,14 +103,14 @@ class IndexedReader:
         start = self.pointers[np.minimum(sequence, self.sequences - 1)] // self.dtype.itemsize
         return np.where(sequence < self.sequences, start, self.size)
 
-    def verify(self, limit: int | None = SCAN_BYTES) -> None:
-        """Compare PREFIX.bin with its checksums, where it has any: whole, or an even sample of ``limit`` bytes.
+    def verify(self, share: float = 1.0) -> None:
+        """Compare PREFIX.bin with its checksums, where it has any: whole, or an even sample of about that share.
 
         Raises UserError naming the first block that differs.
         """
         if self.meta is None:
             return
-        every = 1 if limit is None else max(1, -(-self._bytes // limit))
+        every = math.ceil(1 / share)
         for block, wanted in list(enumerate(self.meta.bin_crc32))[::every]:
             at = block * BLOCK_BYTES
             data = os.pread(self._tokens.fileno(), BLOCK_BYTES, at)
@@ -134,7 +135,7 @@ class IndexedReader:
         """Sizes, and the checksum of the index, which is small beside the tokens."""
         way = f"copy them again, tokenize again, or delete {self._idx.stem}{META_SUFFIX} if it is of other files"
         for file, actual, wanted in (
-            (self._bin, self._bytes, meta.bin_bytes),
+            (self._bin, self.bytes, meta.bin_bytes),
             (self._idx, self._index_bytes, meta.idx_bytes),
         ):
             if actual != wanted:
@@ -185,7 +186,7 @@ class IndexedReader:
                     f"not at {int((ends - sizes * item)[at - first])} where the one before it ends"
                 )
             offset = int(ends[-1])
-        actual = self._bytes
+        actual = self.bytes
         if actual != offset:
             fault = "too short" if actual < offset else "too long"
             raise UserError(f"{self._bin} is {fault}: {actual} bytes, but {self._idx.name} describes {offset}")

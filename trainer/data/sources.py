@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ...configs.schema import BinData, BlendData, DataConfig, JsonlData, Parquet
 from ...configs.tokenized import META_SUFFIX
 from .cache import cache_folder, tokenize_cached
 from .files import stdlib_files, survey
-from .indexed import IndexedReader
+from .indexed import SCAN_BYTES, IndexedReader
 from .packing import TokenStream
 from .tokenizer import Tokenizer, check_vocab, file_identity
 
@@ -86,8 +87,9 @@ def open_indexed(cfg: DataConfig, vocab: int) -> list[Source]:
         raise UserError(Problem(key, "no prefixes; give at least one PREFIX of PREFIX.bin and PREFIX.idx"))
     problems: list[Problem] = []
     sources: list[Source] = []
-    for prefixes, weight in groups:
-        readers = _open_prefixes(prefixes, key, problems)
+    opened = [_open_prefixes(prefixes, key, problems) for prefixes, _ in groups]
+    _verify([reader for readers in opened for reader in readers], key, problems)
+    for (prefixes, weight), readers in zip(groups, opened, strict=True):
         try:
             stream = TokenStream(readers, cfg.eod)
             _check_stored_ids(stream, vocab)
@@ -124,15 +126,27 @@ def _different_tokenizers(cfg: DataConfig, key: str, sources: Sequence[Source]) 
 def _open_prefixes(prefixes: Sequence[str], key: str, problems: list[Problem]) -> list[IndexedReader]:
     readers: list[IndexedReader] = []
     for prefix in prefixes:
-        try:
-            reader = IndexedReader(prefix)
-            reader.verify()
-            readers.append(reader)
-        except UserError as error:
-            problems += [Problem(key, problem.message) for problem in error.problems]
-        except OSError as error:
-            problems.append(Problem(key, f"cannot read {prefix}: {error.strerror or error}"))
+        with _collecting(prefix, key, problems):
+            readers.append(IndexedReader(prefix))
     return readers
+
+
+def _verify(readers: Sequence[IndexedReader], key: str, problems: list[Problem]) -> None:
+    """Compare files with their checksums: all of them together whole up to `SCAN_BYTES`, else an even sample."""
+    share = SCAN_BYTES / max(SCAN_BYTES, sum(reader.bytes for reader in readers))
+    for reader in readers:
+        with _collecting(reader.prefix, key, problems):
+            reader.verify(share)
+
+
+@contextmanager
+def _collecting(prefix: str, key: str, problems: list[Problem]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        problems += [Problem(key, problem.message) for problem in error.problems]
+    except OSError as error:
+        problems.append(Problem(key, f"cannot read {prefix}: {error.strerror or error}"))
 
 
 def _check_stored_ids(stream: TokenStream, vocab: int) -> None:

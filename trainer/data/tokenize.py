@@ -143,7 +143,7 @@ def verify_tokens(prefixes: Sequence[str], say: Callable[[str], None]) -> None:
     for prefix in prefixes:
         try:
             reader = IndexedReader(prefix)
-            reader.verify(limit=None)
+            reader.verify()
         except UserError as error:
             problems += error.problems
             continue

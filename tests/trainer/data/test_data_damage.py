@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from pentad.configs import tokenized
 from pentad.configs.errors import UserError
 from pentad.configs.schema import BinData
 from pentad.configs.tokenized import META_SUFFIX, Coding, read_meta
-from pentad.trainer.data import indexed
+from pentad.trainer.data import indexed, sources
 from pentad.trainer.data.cache import tokenize_cached
 from pentad.trainer.data.dataset import open_data
 from pentad.trainer.data.indexed import IndexedReader, IndexedWriter
@@ -97,11 +98,26 @@ def test_large_files_are_sampled_and_verified_whole_when_asked(
             verify_tokens([str(prefix)], print)
         reader = IndexedReader(str(prefix))
         if block % 3:
-            reader.verify(limit=path.stat().st_size // 3 + 1)
+            reader.verify(1 / 3)
         else:
             with pytest.raises(UserError):
-                reader.verify(limit=path.stat().st_size // 3 + 1)
+                reader.verify(1 / 3)
         flip(path, 8 * 100 * block + 3)
+
+
+def test_many_sources_are_looked_at_together_only_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (tokenized, indexed):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 100)
+    paths = tuple(str(write(tmp_path / name)) for name in "xyz")
+    size = Path(f"{paths[0]}.bin").stat().st_size
+    looked: list[int] = []
+    monkeypatch.setattr(indexed.zlib, "crc32", lambda data, start=0: looked.append(len(data)) or crc32(data, start))
+    for limit, expected in ((3 * size, 3 * size), (size, size)):
+        monkeypatch.setattr(sources, "SCAN_BYTES", limit)
+        looked.clear()
+        open_data(BinData(paths=paths), seq_len=8, vocab=257, seed=0)
+        seen = sum(n for n in looked if n <= 100)
+        assert abs(seen - expected) <= 300
 
 
 def test_checksums_of_other_files_say_what_to_do(tmp_path: Path) -> None:
