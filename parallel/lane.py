@@ -69,18 +69,19 @@ class Pending(Generic[T]):
             torch.cuda.current_stream().wait_event(self._event)
         return self._result[0]
 
-    def _run(self, failed: bool) -> bool:
-        """Runs the job; whether it failed."""
+    def _run(self, failed: Exception | None) -> Exception | None:
+        """Runs the job, unless an earlier one has failed; the first failure."""
         job, self._job = self._job, None
         assert job is not None
         try:
-            if failed:
-                raise LaneFailed(f"{self._what}: an earlier job failed")
+            if failed is not None:
+                # Nobody may ever ask for the earlier job's result, so its error is told here.
+                raise LaneFailed(f"{self._what}: an earlier job failed: {failed}") from failed
             self._result.append(job())
         except Exception as error:
             self._error = error
         self._done.set()
-        return self._error is not None
+        return failed or self._error
 
 
 class Lane:
@@ -97,7 +98,7 @@ class Lane:
         self.name, self.device = name, torch.device(device)
         self._recorder = axis.recorder if axis is not None else None
         self._abort = (axis.abort if axis is not None else None) or Abort()
-        self._failed = False
+        self._failed: Exception | None = None
         self._stream = torch.cuda.Stream(device, priority=-1) if self.device.type == "cuda" else None
         self._alive: deque[tuple[torch.cuda.Event, object]] = deque()
         self._queue: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()

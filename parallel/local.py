@@ -78,7 +78,8 @@ class Line:
         self._unread: dict[int, Tensor] = {}
         """What must stay in memory."""
         self._coming: dict[int, tuple[Tensor, Exchange]] = {}
-        self._seen = 0
+        self._seen = -1
+        """The peer's number of posts at the last look for what is expected; -1: there is more to look for since."""
 
     def next_post(self) -> int:
         """The number of this rank's next post."""
@@ -89,6 +90,7 @@ class Line:
         """The number of the peer's next post, which goes into a tensor."""
         number, self._reads = self._reads, self._reads + 1
         self._coming[number] = into, exchange
+        self._seen = -1  # it may have been posted long ago
         return number
 
     def post(self, number: int, x: Tensor) -> bool:

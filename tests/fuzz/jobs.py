@@ -49,7 +49,7 @@ def run_job(
     except Exception as error:
         for ring in Path("/dev/shm").glob(f"*{run_id}*"):
             ring.unlink(missing_ok=True)
-        raise RunFailed(f"the {name} run: {_told(error)}") from error
+        raise RunFailed(f"the {name} run: {_told(error)}{_others(runs)}") from error
     return runs / cfg.name
 
 
@@ -69,6 +69,16 @@ def checked(file: Path, overrides: list[str], world: int) -> Config:
 def _told(error: Exception) -> str:
     notes = "".join(getattr(error, "__notes__", []))
     return f"{type(error).__name__}: {error}\n{notes}"
+
+
+def _others(runs: Path) -> str:
+    """What other ranks met: the cause, where the first to tell met only its consequence."""
+    found = [path for path in sorted(runs.glob("rank-*.*")) if path.suffix != ".log"]
+    causes = [path for path in found if path.suffix[1:] not in _CONSEQUENCES]
+    return "".join(f"\n{path.name}:\n{path.read_text()}" for path in causes)
+
+
+_CONSEQUENCES = {"PeerGone", "Aborted", "LaneFailed", "TimeoutError"}
 
 
 def _free_port() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,11 @@ def train(
         contextlib.redirect_stderr(file),
         _disturbed(rank, meets),
     ):
-        run(cfg, Start.of(os.environ, StopRequest(), given=given))
+        try:
+            run(cfg, Start.of(os.environ, StopRequest(), given=given))
+        except BaseException as error:
+            (logs / f"rank-{rank}.{type(error).__name__}").write_text("".join(traceback.format_exception(error)))
+            raise
 
 
 @contextlib.contextmanager

@@ -39,8 +39,9 @@ def test_an_exception_comes_out_of_wait_and_later_jobs_do_not_run():
     lane, ran = Lane("test", "cpu"), []
     bad = lane.submit(lambda: 1 // 0)
     later = lane.submit(lambda: ran.append(1))
-    with pytest.raises(LaneFailed, match="lane test"):
+    with pytest.raises(LaneFailed, match="lane test: an earlier job failed: integer division") as caught:
         later.wait()
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
     with pytest.raises(ZeroDivisionError):
         bad.wait()
     with pytest.raises(LaneFailed):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pentad.parallel import collectives as c
@@ -233,3 +234,26 @@ def test_more_gradient_buckets_than_slots_train_like_one_process():
 def test_a_gradient_that_waits_over_many_collectives_trains_like_one_process():
     model = {"layers": 8, "ffn": 32, "vocab": 320, "mtp": 1}
     check(tp=2, steps=2, seq_len=16, model=model)
+
+
+def _posted_before_it_is_expected(rank: int, world: int) -> list[float]:
+    """Rank 0 has posted two collectives when rank 1 starts the first, and rank 1 waits for neither at first."""
+    mesh = _mesh(rank, tp=world, dp=1)
+    axis, store = mesh.axis("tp"), dist.PrefixStore("order", job_store())
+    if rank == 1:
+        store.wait(["both are posted"])
+    first, second = (c.all_reduce(torch.ones(1), axis) for _ in range(2))
+    if rank == 0:
+        store.set("both are posted", "")
+        both = [float(first.wait()), float(second.wait())]
+        c.send(torch.ones(1), axis, 1).wait()
+    else:
+        c.receive(torch.empty(1), axis, 0).wait()  # comes after rank 0 has both
+        both = [float(first.wait()), float(second.wait())]
+    mesh.close()
+    return both
+
+
+@pytest.mark.distributed
+def test_what_was_posted_before_it_was_expected_is_read_while_the_rank_waits_for_something_else():
+    assert run_distributed(_posted_before_it_is_expected, 2, group=False) == [[2.0, 2.0]] * 2
