@@ -75,7 +75,7 @@ class Blockwise:
             # A query that sees nothing has the total 0; the others at least the 1 of their largest score.
             peak = scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
             total = scores.sub_(peak).exp_().sum(dim=-1, keepdim=True)
-            y = torch.bmm(scores.to(v.dtype), values[:, low:high]).div_(total.clamp(min=1).to(v.dtype))
+            y = torch.bmm(scores.to(v.dtype), values[:, low:high]).div_(total.clamp(min=1))
             out[:, rows] = _ungrouped(y, batch, block.last - block.first)
             lse[:, :, rows] = peak.add_(total.log_()).view(batch * groups, -1, block.last - block.first)
         return out, lse.view(batch, heads, length)

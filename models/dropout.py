@@ -33,8 +33,9 @@ class Draws:
         """x (n, h) with elements zeroed and the rest scaled by 1 / (1 − rate)."""
         if not self.rate:
             return x
-        kept = self._uniform(x, branch + 1) >= self.rate
-        return x * (kept.to(x.device, x.dtype) / (1 - self.rate))
+        dropped = self._uniform(x, branch + 1) < self.rate
+        # Not times a tensor of 0 and 1 / (1 − rate): in half precision that would round the factor of all elements.
+        return (x / (1 - self.rate)).masked_fill(dropped.to(x.device), 0)
 
     def jitter(self, x: Tensor, width: float, layer: int) -> Tensor:
         """x (n, h), each element times a number between 1 − width and 1 + width."""

@@ -49,10 +49,11 @@ def _yarn(cfg: RopeConfig, base: Tensor, head_dim: int) -> Tensor:
 
 
 def angles(freq: Tensor, factor: float, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (B or 1, T, 1, d/2) of positions (T,) or (B, T).
+    """cos and sin (B or 1, T, 1, d/2) of positions (T,) or (B, T), to turn tensors of `dtype`: fp32 or better.
 
     The angle is a product in fp64: in fp32 it loses 1e-3 radians at position 10⁴ and more beyond.
     """
+    dtype = torch.promote_types(dtype, torch.float32)
     angle = positions.double()[..., None] * freq
     angle = angle[None, :, None] if positions.dim() == 1 else angle[:, :, None]
     return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)

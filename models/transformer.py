@@ -12,11 +12,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..configs.schema import ModelConfig
 from ..parallel.context.rows import Spread
-from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard
+from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard, look_up
 from .attention import Attention
 from .dropout import Draws
 from .feed_forward import FeedForward
@@ -184,7 +183,7 @@ class Transformer(nn.Module):
         if self.positions is not None:
             where = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
             where = self.embedding_op.local_tokens(where.expand_as(tokens).reshape(-1))
-            x = x + F.embedding(where, self.positions.weight)
+            x = x + look_up(where, self.positions.weight)
         return draws.drop(x, -1) if draws else x
 
     def run_layers(self, x: Tensor, seq: Sequences, draws: Draws | None, layers: Sequence[int]) -> Tensor:

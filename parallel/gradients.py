@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .collectives import Handle
 from .grouped_gemm import Gemms
+from .weight_products import add, add_product
 
 
 class Slot:
@@ -45,21 +46,13 @@ class Slot:
 
     def add(self, grad: Tensor) -> None:
         """sum += grad."""
-        if self.fresh:
-            self.buffer.copy_(grad)
-            self.fresh = False
-        else:
-            self.buffer.add_(grad)
+        add(self.buffer, grad, self.fresh)
+        self.fresh = False
 
     def add_matmul(self, dy: Tensor, x: Tensor) -> None:
-        """sum += dyᵀ x, for dy (N, out) and x (N, in), without a temporary where the precisions agree."""
-        if dy.dtype != self.buffer.dtype:
-            self.add(dy.t() @ x)
-        elif self.fresh:
-            torch.mm(dy.t(), x, out=self.buffer)
-            self.fresh = False
-        else:
-            self.buffer.addmm_(dy.t(), x)
+        """sum += dyᵀ x, for dy (N, out) and x (N, in)."""
+        add_product(self.buffer, dy, x, self.fresh)
+        self.fresh = False
 
     def add_grouped(self, dy: Tensor, x: Tensor, gemms: Gemms) -> None:
         """sum[e] += dyᵀ x over the rows of each expert e."""

@@ -173,7 +173,7 @@ def _add_bias(y: Tensor, bias: Tensor, groups: Groups, scales: Tensor | None) ->
         if scales is None:
             rows.add_(bias[expert])
         else:
-            rows.addcmul_(scales[start:stop].to(y.dtype).unsqueeze(-1), bias[expert])
+            rows.addcmul_(scales[start:stop].unsqueeze(-1), bias[expert])
 
 
 def _bias_grad(

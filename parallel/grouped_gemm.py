@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..configs.errors import UserError
 from ..configs.validate_kernels import bmm_problem, grouped_mm_problem
+from .weight_products import add, add_product, add_products, is_exact
 
 _NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -91,13 +92,7 @@ class Loop:
         if fresh:
             _clear_idle(total, self.groups)
         for expert, start, stop in self.groups.runs():
-            whole, rows = total[expert], dy[start:stop].t()
-            if dy.dtype != total.dtype:
-                _add(whole, torch.mm(rows, x[start:stop]), fresh)
-            elif fresh:
-                torch.mm(rows, x[start:stop], out=whole)
-            else:
-                whole.addmm_(rows, x[start:stop])
+            add_product(total[expert], dy[start:stop], x[start:stop], fresh)
 
 
 @dataclass(frozen=True)
@@ -146,7 +141,7 @@ class RoundedLoop:
             own = narrow.new_zeros(rows.stop - rows.start, narrow.shape[1])
             own[start - rows.start : stop - rows.start] = narrow[start:stop]
             left, right = (dy[rows], own) if narrow is x else (own, x[rows])
-            _add(total[expert], torch.mm(left.t(), right), fresh)
+            add(total[expert], torch.mm(left.t(), right), fresh)
 
 
 def _window(start: int, stop: int, end: int) -> slice:
@@ -163,11 +158,9 @@ def _clear_idle(total: Tensor, groups: Groups) -> None:
             total[expert].zero_()
 
 
-def _add(total: Tensor, grad: Tensor, fresh: bool) -> None:
-    if fresh:
-        total.copy_(grad)
-    else:
-        total.add_(grad)
+LONG_ROWS = 256
+"""Rows of an expert, on average, from which on its weight gradient gets a product of its own where that loses nothing:
+grouped_mm rounds its results. With fewer rows the starts of the kernels would show."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +180,10 @@ class GroupedMm:
         return dx
 
     def add_weight(self, dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
-        _add(total, F.grouped_mm(dy.t(), x, offs=self.groups.ends(x.device)), fresh)
+        if is_exact(x.device) and len(x) >= LONG_ROWS * len(self.groups.counts):
+            Loop(self.groups).add_weight(dy, x, total, fresh)
+        else:
+            add(total, F.grouped_mm(dy.t(), x, offs=self.groups.ends(x.device)), fresh)
 
 
 @dataclass(frozen=True)
@@ -209,13 +205,7 @@ class Bmm:
         return dx.view(len(dys[0]), -1)
 
     def add_weight(self, dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
-        rows, columns = self._batch(dy).transpose(1, 2), self._batch(x)
-        if dy.dtype != total.dtype:
-            _add(total, torch.bmm(rows, columns), fresh)
-        elif fresh:
-            torch.bmm(rows, columns, out=total)
-        else:
-            total.baddbmm_(rows, columns)
+        add_products(total, self._batch(dy), self._batch(x), fresh)
 
 
 def gemms(compute: str, x: Tensor, weight: Tensor, groups: Groups) -> Gemms:

@@ -133,5 +133,5 @@ class _Project(torch.autograd.Function):
         for i, bias in enumerate(biases):
             if bias is not None:
                 dy = dys[i] if around.bias_before_leave else outer[i]
-                bias_grads[i] = plain_grad(bias, dy.sum(0))
+                bias_grads[i] = plain_grad(bias, dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)))
         return None, None, scattering.wait() if scattering else None, *weight_grads, *bias_grads

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from .collectives import all_gather, all_reduce, reduce_scatter, reduce_scatter_autograd
 from .gradients import plain_grad, slot_of
 from .mesh import Axis
+from .weight_products import add_product
 
 IGNORED = -1
 """Label of a token without a loss."""
@@ -69,6 +70,11 @@ class VocabEmbedding:
         """This rank's share of something per token (N, …)."""
         axis = self.shard.axis
         return x if axis.size == 1 else x.chunk(axis.size)[axis.rank]
+
+
+def look_up(rows: Tensor, table: Tensor) -> Tensor:
+    """rows (n,) of a table (m, h) that this device has whole: (n, h). Its gradient is summed in fp32 or better."""
+    return _Lookup.apply(rows, table, VocabShard.whole(len(table)))
 
 
 class _Lookup(torch.autograd.Function):
@@ -164,7 +170,7 @@ class _Loss(torch.autograd.Function):
             if slot is not None:
                 slot.add_matmul(dlogits, h)
             elif dw is not None:
-                dw += dlogits.t() @ h
+                add_product(dw, dlogits, h, False)
         ctx.weight, ctx.axis, ctx.dtype = weight, axis, x.dtype
         ctx.save_for_backward(dx, dw)
         return total

@@ -42,7 +42,7 @@ def merge_(out: Tensor, lse: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
 def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse with sinks (H,): keys that every query sees, with these scores and the value 0."""
     whole = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
-    return out * per_value((lse - whole).exp_()).to(out.dtype), whole
+    return (out * per_value((lse - whole).exp_())).to(out.dtype), whole
 
 
 def row_sums(dout: Tensor, out: Tensor) -> Tensor:
