@@ -23,7 +23,7 @@ from .schema import (
     RopeConfig,
 )
 from .schema_parallel import GROUPED, ONE_CHUNK
-from .tokenized import read_meta
+from .tokenized import read_metas
 from .vocabulary import initial_vocab, padded
 
 BYTE_TOKENS = 257
@@ -114,12 +114,10 @@ def tokenizer_vocab(data: DataConfig) -> int | None:
 
 
 def _vocab_of_tokens(data: BinData | BlendData) -> int | None:
-    prefixes = data.paths if isinstance(data, BinData) else [p for p, weight in data.weights.items() if weight != 0]
     try:
-        metas = [read_meta(prefix) for prefix in prefixes]
+        return max((meta.coding.vocab for meta in read_metas(data) or ()), default=None)
     except UserError:
         return None  # whoever opens the files says what is wrong with them
-    return max((meta.coding.vocab for meta in metas if meta is not None), default=None) if all(metas) else None
 
 
 def _resolve_rope(rope: RopeConfig) -> RopeConfig:

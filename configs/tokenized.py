@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import UserError
 from .paths import TOKENIZER_FILE
+from .schema import BinData, BlendData
 from .strict_json import JsonError, expect_int, expect_list, expect_object, expect_text, read_json
 
 META_SUFFIX = ".meta.json"
@@ -36,7 +37,7 @@ def tokenizer_file(path: str) -> Path:
 
 @dataclass(frozen=True)
 class Coding:
-    """How text became tokens: the tokenizer's identity, its file as given (None: the byte tokenizer), the number of
+    """How text became tokens: the tokenizer's identity, where its file was (None: the byte tokenizer), the number of
     its ids, and the end-of-document token behind every document (None: there is none)."""
 
     identity: str
@@ -84,6 +85,14 @@ def read_meta(prefix: str) -> TokenMeta | None:
     except (JsonError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(f"{path} is damaged ({reason}); tokenize again, or delete it to go without checksums") from None
+
+
+def read_metas(data: BinData | BlendData) -> list[TokenMeta] | None:
+    """What the files of every source say; None where one of them says nothing. Raises UserError as `read_meta`."""
+    prefixes = data.paths if isinstance(data, BinData) else [p for p, weight in data.weights.items() if weight != 0]
+    metas = [read_meta(prefix) for prefix in prefixes]
+    known = [meta for meta in metas if meta is not None]
+    return known if len(known) == len(metas) else None
 
 
 def _crc32(value: Any) -> int:

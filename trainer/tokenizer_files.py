@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ..configs.errors import Problem, UserError
 from ..configs.schema import BinData, BlendData, Config
 from ..configs.strict_json import JsonError, parse_json, read_bytes, read_json
+from ..configs.tokenized import Coding, read_metas
 from .checkpoint_manifest import Damaged, Manifest, read_manifest, read_state, read_verified
-from .data.tokenizer import ByteTokenizer, FileTokenizer
+from .data.tokenizer import ByteTokenizer, FileTokenizer, file_identity
 
 TOKENIZER = "tokenizer.json"
 GENERATION = "generation_config.json"
@@ -129,7 +130,8 @@ def of_checkpoint(path: Path) -> TokenizerFiles:
 
 
 def of_job(cfg: Config) -> TokenizerFiles:
-    """Of a job that starts: the tokenizer of its data; for tokenized data that of the weights it starts from.
+    """Of a job that starts: the tokenizer of its data; for tokenized data the one that made it, where its files say so,
+    else that of the weights it starts from.
 
     Where both have the same tokenizer.json, nothing that came with the weights is lost, and a text also ends where a
     document of the data does.
@@ -138,6 +140,11 @@ def of_job(cfg: Config) -> TokenizerFiles:
         UserError: a file cannot be read.
     """
     tokenized = isinstance(cfg.data, (BinData, BlendData))
+    coding = _coding(cfg)
+    if coding is not None and coding.path is not None:
+        eod = getattr(cfg.data, "eod", None)
+        named = replace(cfg.data.tokenizer, path=coding.path)
+        cfg = replace(cfg, data=replace(cfg.data, tokenizer=named, eod=coding.eod if eod is None else eod))
     given = _of_initial(cfg.checkpoint.init)
     if cfg.data.tokenizer.path is not None:
         path = Path(cfg.data.tokenizer.path).expanduser()
@@ -149,9 +156,25 @@ def of_job(cfg: Config) -> TokenizerFiles:
         if not same:
             files.pop(GENERATION, None)
         return _ending(TokenizerFiles("files", ids, files), _eod_of(cfg, tokenized))
-    if tokenized:
+    if tokenized and coding is None:
         return _ending(given or TokenizerFiles(), getattr(cfg.data, "eod", None))
     return TokenizerFiles("byte", dict.fromkeys(_IDS) | {_EOS: ByteTokenizer.eod})
+
+
+def _coding(cfg: Config) -> Coding | None:
+    """How tokenized data was made: by bytes, or by a tokenizer.json that is still there; None where that is unknown."""
+    if not isinstance(cfg.data, (BinData, BlendData)) or cfg.data.tokenizer.path is not None:
+        return None
+    found = [meta.coding for meta in read_metas(cfg.data) or ()]
+    if not found or len({coding.identity for coding in found}) > 1:
+        return None
+    if found[0].path is None:
+        return found[0]
+    try:
+        same = found[0].identity.startswith(file_identity(found[0].path))
+    except UserError:
+        return None
+    return found[0] if same else None
 
 
 def _of_initial(init: str | None) -> TokenizerFiles | None:

@@ -10,8 +10,8 @@ import numpy as np
 
 from ...configs.errors import Problem, UserError
 from ...configs.schema import TokenizerConfig
+from ...configs.strict_json import JsonError, read_json
 from ...configs.tokenized import Coding, tokenizer_file
-from .tokenizer_files import special_tokens
 
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 _MISSING = "reading a tokenizer.json needs the tokenizers package: pip install 'pentad[tokenizers]'"
@@ -101,9 +101,10 @@ class FileTokenizer:
             if token is not None:
                 return token
         # A tokenizer of other names may say in tokenizer_config.json which token ends a text.
-        named = special_tokens(path).eos if name is None else ()
-        if named:
-            return named[0]
+        named = _named_end(path) if name is None else None
+        token = self._backend.token_to_id(named) if named is not None else None
+        if token is not None:
+            return token
         wanted = f"{name!r} is not a token of" if name is not None else f"none of {', '.join(EOD_NAMES)} is a token of"
         message = f"{wanted} {path}; set data.tokenizer.eod to its end-of-document token"
         raise UserError(Problem("data.tokenizer.eod", message))
@@ -139,7 +140,8 @@ def file_identity(path: str) -> str:
 def coding(tokenizer: Tokenizer, append_eod: bool = True) -> Coding:
     """How ``tokenizer`` makes tokens, for the record beside them."""
     eod = tokenizer.eod if append_eod else None
-    return Coding(tokenizer.identity, tokenizer.cfg.path, tokenizer.vocab, eod)
+    path = tokenizer.cfg.path
+    return Coding(tokenizer.identity, path and str(tokenizer_file(path).absolute()), tokenizer.vocab, eod)
 
 
 def check_vocab(max_id: int, vocab: int, where: str = "the data") -> None:
@@ -157,6 +159,17 @@ def _read(path: str) -> str:
         raise UserError(Problem("data.tokenizer.path", f"no such file: {file}")) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(Problem("data.tokenizer.path", f"cannot read {path}: {_one_line(error)}")) from None
+
+
+def _named_end(path: str) -> str | None:
+    """The eos_token of the tokenizer_config.json beside a tokenizer.json, where there is one."""
+    try:
+        found = read_json((tokenizer_file(path).parent / "tokenizer_config.json").resolve())
+    except (OSError, JsonError):
+        return None
+    token = found.get("eos_token") if isinstance(found, dict) else None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _digest(content: str) -> str:

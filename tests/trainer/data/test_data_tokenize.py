@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from pentad.trainer.data.dataset import open_data
 from pentad.trainer.data.indexed import IndexedReader
 from pentad.trainer.data.tokenize import tokenize
 from pentad.trainer.data.tokenizer import make_tokenizer
-from pentad.trainer.data.tokenizer_files import SpecialTokens, special_tokens, tokenizer_files
+from pentad.trainer.tokenizer_files import of_job
 
 VOCAB = {"hello": 0, "world": 1, "[UNK]": 2, "<|endoftext|>": 70000, "<s>": 5, "<pad>": 6}
 
@@ -165,26 +164,18 @@ def test_a_tokenizers_folder_is_as_good_as_its_file(tmp_path: Path, tokenizer: P
         load("demo", [*text, f"data.tokenizer.path={tmp_path}"])
 
 
-def test_special_tokens_and_the_files_that_belong_together(tokenizer: Path) -> None:
-    def put(name: str, **content: object) -> None:
-        (tokenizer / name).write_text(json.dumps(content))
-
-    assert special_tokens(tokenizer) == SpecialTokens()
-    put("config.json", eos_token_id=3, pad_token_id=None)
-    assert special_tokens(tokenizer) == SpecialTokens((3,))
-    put("tokenizer_config.json", eos_token={"content": "<|endoftext|>"}, bos_token="<s>", pad_token="absent")
-    assert special_tokens(tokenizer / "tokenizer.json") == SpecialTokens((70000,), 5)
-    put("generation_config.json", eos_token_id=[7, 8], pad_token_id=6)
-    assert special_tokens(tokenizer) == SpecialTokens((7, 8), 5, 6)
-    assert [file.name for file in tokenizer_files(tokenizer)] == [
-        "tokenizer.json", "tokenizer_config.json", "generation_config.json"
-    ]  # fmt: skip
-    (tokenizer / "tokenizer_config.json").write_text('{"eos_token": ')
-    with pytest.raises(UserError, match=r"data.tokenizer.path: cannot read .*tokenizer_config.json"):
-        special_tokens(tokenizer)
-    other = tokenizer / "other.json"
-    os.replace(tokenizer / "tokenizer.json", other)
-    assert (special_tokens(other), tokenizer_files(other)) == (SpecialTokens(), [other])
+def test_a_job_on_tokenized_data_keeps_the_tokenizer_that_made_it(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "x.txt").write_text("hello world " * 100)
+    job = ["model.vocab=null", "data.name=bin", f"data.paths=[{tmp_path / 'out'}]"]
+    tokenize([str(tmp_path / "x.txt")], "byte", str(tmp_path / "out"), progress=False)
+    found = of_job(load("demo", job))
+    assert (found.kind, found.stops) == ("byte", {256})
+    tokenize([str(tmp_path / "x.txt")], str(tokenizer), str(tmp_path / "out"), eod="world", progress=False)
+    found = of_job(load("demo", job))
+    assert (found.kind, found.stops) == ("files", {1})
+    assert found.files["tokenizer.json"] == (tokenizer / "tokenizer.json").read_bytes()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    assert of_job(load("demo", job)).kind == "none"
 
 
 def test_files_of_different_tokenizers_are_not_mixed(tmp_path: Path, tokenizer: Path) -> None:
