@@ -7,7 +7,6 @@ only when it is complete, and a census of names and shapes precedes every load. 
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from .checkpoint_plan import Holding, HostBuffers, Write, assign
 from .checkpoint_team import CheckpointError, Team
 from .checkpoint_tensors import PlannedFile, index_of, plan_files
 from .notices import warn
+from .threads import Beside
 
 T = TypeVar("T")
 
@@ -76,11 +76,11 @@ class Checkpointer:
             raise ValueError(f"{world} ranks need a process group")
         self.directory = Path(directory)
         self._team = Team(group, rank, world, abort)
-        self._keep, self._asynchronous, self._on_event = keep, asynchronous, on_event
+        self._keep, self._on_event = keep, on_event
+        self._writer = Beside("checkpoint") if asynchronous else None
         self.beside: Mapping[str, bytes] = {}
         """Small files that every checkpoint has beside its tensors, by name; rank 0's are written."""
         self._newest: int | None = None
-        self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
         self._holdings: dict[str, Holding] | None = None
         self._layout = _Layout([], [], {}, HostBuffers([], pinned=False))
@@ -126,23 +126,23 @@ class Checkpointer:
             folder, layout.writes, layout.buffers.tensors, layout.files, layout.index, kept, problem, beside=self.beside
         )
         blocked = time.monotonic() - started
-        self._newest = step
-        if self._asynchronous:
-            # A daemon: a process that dies of an error does not stay for a write that other ranks cannot finish.
-            thread = threading.Thread(target=self._run, args=(save, step, blocked), name="checkpoint", daemon=True)
-            try:
-                thread.start()
-                self._thread = thread
-                return
-            except RuntimeError:  # no memory for a thread: the other ranks' threads wait for this rank all the same
-                pass
-        self._run(save, step, blocked)
+        # Until it is known to have ended well: a writer without memory cannot even say what is wrong.
+        self._newest = None
+        self._error = CheckpointError(f"saving {folder}: the writing thread ran out of memory")
+        if self._writer is not None:
+            self._writer.run(lambda: self._run(save, step, blocked))
+        else:
+            self._run(save, step, blocked)
 
     def _plan(self, tensors: Mapping[str, GlobalTensor]) -> None:
         """Deals out who writes what, again only when any rank's layout has changed."""
-        holdings = {name: Holding.of(tensor) for name, tensor in tensors.items()}
-        changed = holdings != self._holdings
-        if not any(self._team.together("saving", lambda: changed)):
+        holdings: dict[str, Holding] = {}
+
+        def changed() -> bool:
+            holdings.update({name: Holding.of(tensor) for name, tensor in tensors.items()})
+            return holdings != self._holdings
+
+        if not any(self._team.together("saving", changed)):
             return
         self._holdings = None
         everyone = self._team.together("saving", lambda: holdings)
@@ -167,6 +167,7 @@ class Checkpointer:
                 step, save.folder, error if isinstance(error, CheckpointError) else CheckpointError(repr(error))
             )
             return
+        self._newest, self._error = step, None
         seconds = round(time.monotonic() - started, 3)
         about = {"step": step, "path": str(save.folder)}
         bad = {"not_finite": list(done.not_finite)} if done.not_finite else {}
@@ -202,9 +203,8 @@ class Checkpointer:
             warn(text)
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._writer is not None:
+            self._writer.join()
 
     def wait(self) -> None:
         """Returns when nothing is being written.
@@ -218,8 +218,11 @@ class Checkpointer:
             raise error
 
     def close(self) -> None:
-        """Waits, and frees the host buffers. What failed has been told."""
+        """Waits, frees the host buffers and ends the writing thread. What failed has been told."""
         self._join()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
         self._holdings, self._layout = None, _Layout([], [], {}, HostBuffers([], pinned=False))
 
     # Loading ----------------------------------------------------------------------------------------------------

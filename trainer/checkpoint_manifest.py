@@ -10,7 +10,6 @@ import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from ..configs.strict_json import (
     read_bytes,
 )
 from .checkpoint_names import checkpoints, step_of
+from .threads import spread
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -274,8 +274,7 @@ def differences(folder: Path, files: Mapping[str, FileSum]) -> list[str]:
             return f"{name} is not readable ({error.strerror})"
         return _difference(name, found, files[name])
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        return [p for p in pool.map(problem, sorted(files)) if p is not None]
+    return [found for found in spread(problem, sorted(files), _READERS) if found is not None]
 
 
 def _checksum(file: Any) -> FileSum:

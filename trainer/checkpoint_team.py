@@ -87,18 +87,18 @@ class Team:
             problem = _line(error)
         sizes = self._agree(group, len(mine), problem)
         gathered: list[Tensor] = []
-        own = torch.empty(0)
+        own: list[Tensor] = []
         try:
             # Twice: the transfer makes a copy of its own.
             spare = torch.empty(self.world * max(sizes), dtype=torch.uint8)
             gathered = list(torch.empty(self.world * max(sizes), dtype=torch.uint8).chunk(self.world))
-            own = torch.zeros(max(sizes), dtype=torch.uint8)
-            own[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+            own.append(torch.zeros(max(sizes), dtype=torch.uint8))
+            own[0][: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
             del spare
         except Exception as error:
             problem = _line(error)
         self._agree(group, 0, problem)
-        self._wait(dist.all_gather(gathered, own, group=group, async_op=True))
+        self._wait(dist.all_gather(gathered, own[0], group=group, async_op=True))
         answers: list[Any] = []
         try:
             answers = [pickle.loads(g[:size].numpy().tobytes()) for g, size in zip(gathered, sizes, strict=True)]

@@ -7,7 +7,6 @@ import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from .checkpoint_format1 import decode_box
 from .checkpoint_index import Contents, Stored, StoredBox
 from .checkpoint_manifest import FORMAT, Damaged, FileSum, SummedFile
 from .checkpoint_plan import Write
+from .threads import spread
 
 DTYPES = {
     "F64": torch.float64,
@@ -132,8 +132,7 @@ def write_files(folder: Path, files: Sequence[PlannedFile], data: Sequence[Tenso
                 out.write(_bytes(data[number]))
             return out.finish()
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip((file.name for file in files), pool.map(write, files), strict=True))
+    return dict(zip((file.name for file in files), spread(write, files, _THREADS), strict=True))
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -215,9 +214,7 @@ class TensorFiles:
                     jobs.append((part, dtype, inside))
         # Neighbours in a file one after the other.
         jobs.sort(key=lambda job: (job[0].stored.file, job[0].stored.start))
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for _ in pool.map(lambda job: self._read(*job), jobs):
-                pass
+        spread(lambda job: self._read(*job), jobs, _THREADS)
 
     def _read(self, part: Part, dtype: torch.dtype, out: Tensor) -> None:
         box = part.stored

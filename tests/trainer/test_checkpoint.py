@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
+import resource
 import signal
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +18,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from pentad.configs.errors import UserError
-from pentad.parallel.global_tensor import GlobalTensor
+from pentad.parallel.global_tensor import GlobalTensor, Placement
+from pentad.parallel.waiting import Abort
 from pentad.trainer import checkpoint_io
 from pentad.trainer.checkpoint import CheckpointError, read_full, verify
 from pentad.trainer.checkpoint_index import read_contents
+from pentad.trainer.checkpoint_team import Team
 from tests.distributed import run_distributed
 from tests.trainer.checkpoint_layouts import checkpointer, global_values, pieces, same
 
@@ -187,3 +194,72 @@ def test_a_rank_killed_while_writing_costs_only_that_checkpoint(tmp_path: Path) 
     values = global_values(1)
     whole, _ = read_full(tmp_path / "step-00000001")
     assert all(torch.equal(whole[n], values[n]) for n in values)
+
+
+def _without_memory(rank: int, world: int, folder: Path) -> str:
+    saver = checkpointer(folder, asynchronous=True)
+    whole = torch.ones(world, 3 << 20)
+    mine = GlobalTensor(Placement.shard((world, 3 << 20), 0, rank, world), 0, 3 << 20, whole[rank])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (2 << 20), limits[1]))
+    try:
+        saver.save(1, {"model/a": mine}, {})
+        with pytest.raises(CheckpointError) as error:
+            saver.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    saver.save(2, {"model/a": mine}, {})
+    saver.wait()
+    saver.close()
+    return str(error.value)
+
+
+def test_a_rank_without_memory_fails_the_save_on_every_rank_and_the_next_one_works(tmp_path: Path) -> None:
+    first, second = run_distributed(_without_memory, 2, tmp_path)
+    assert first == second and "rank 1: " in first and "memory" in first
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"] and verify(tmp_path / "step-00000002") == []
+
+
+def _answers(rank: int, world: int) -> list[str]:
+    team = Team(dist.new_group(backend="gloo"), rank, world)  # type: ignore[arg-type]
+    told: list[str] = []
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no room")
+
+    for place in ("dumps", "empty", "loads"):
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr(torch if place == "empty" else pickle, place, fail)
+            with pytest.raises(CheckpointError) as error:
+                team.together("saving", lambda: rank)
+        told.append(str(error.value))
+        assert team.together("saving", lambda: rank) == [0, 1]
+    return told
+
+
+def test_an_answer_for_which_one_rank_has_no_memory_is_no_ones_and_the_next_one_is_everybodys() -> None:
+    first, second = run_distributed(_answers, 2)
+    assert len(first) == 3 and all(text.startswith("saving: rank 1: ") for text in first + second)
+
+
+def _ended(rank: int, world: int, done: Path) -> float:
+    """Rank 1 is there and never comes."""
+    group = dist.new_group(backend="gloo")
+    begin = time.monotonic()
+    while rank == 1 and not done.exists() and time.monotonic() - begin < 60:
+        time.sleep(0.05)
+    if rank == 0:
+        for abort, reason in ((Abort(600.0), "the watcher says so"), (Abort(0.2), "waited 0.2 s")):
+            if abort.timeout_s == 600.0:
+                threading.Timer(0.2, abort.trigger, [reason]).start()
+            with pytest.raises(CheckpointError, match=reason):
+                Team(group, rank, world, abort).together("saving", lambda: None)  # type: ignore[arg-type]
+        done.touch()
+    return time.monotonic() - begin
+
+
+def test_the_wait_for_another_rank_can_be_ended(tmp_path: Path) -> None:
+    assert max(run_distributed(_ended, 2, tmp_path / "done")) < 60
