@@ -53,18 +53,5 @@ def _no_pipeline(config: Config) -> list[Problem]:
     return [Problem("parallel.pipeline", f"{', '.join(named)} have no effect with parallel.pp=1")]
 
 
-def _empty_stages(config: Config) -> list[Problem]:
-    p, layers = config.parallel, config.model.layers
-    stages = p.pp * (p.pipeline.chunks or 1)
-    if p.pp == 1 or stages <= layers or p.pipeline.layers != "auto":
-        return []
-    chunks = f" x parallel.pipeline.chunks={p.pipeline.chunks}" if p.pipeline.chunks != 1 else ""
-    message = (
-        f"{p.pp}{chunks} makes {stages} stages of model.layers={layers}: at least {stages - layers} have no layer, and "
-        "their ranks wait"
-    )
-    return [Problem("parallel.pp", message)]
-
-
-RULES: tuple[Rule, ...] = (_context_method, _context_placement, _no_pipeline, _empty_stages)
+RULES: tuple[Rule, ...] = (_context_method, _context_placement, _no_pipeline)
 """Each looks at one thing; a new warning is a new function here."""

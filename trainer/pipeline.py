@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..configs.schema import Config
-from ..models.flops import layer_flops
 from ..models.stages import Split
 from ..parallel.pipeline import schedules
 from ..parallel.pipeline.check import check
 from ..parallel.pipeline.lower import forward_only, lower
-from ..parallel.pipeline.partition import partition
 from ..parallel.pipeline.program import Program, update
 from ..parallel.pipeline.times import Times
 from ..parallel.pipeline.vocabulary import balanced
+from .stage_layers import StageLayers
 
 _LATENCY = 0.02
 """Guess of a hop's and a collective's latency, in forward passes of one rank's share, for orders that are searched."""
@@ -37,18 +36,9 @@ class Pipeline:
     @staticmethod
     def of(cfg: Config) -> Pipeline:
         """The pipeline that the config asks for: layers split by their cost, or as it says."""
-        p, ranks = cfg.parallel.pipeline_in_use, cfg.parallel.pp
-        assert p.schedule is not None and p.chunks is not None
-        placement = schedules.placement(p.schedule, ranks, p.chunks)
-        is_balanced = p.vocab == "balanced" and ranks > 1
-        *costs, head = layer_flops(cfg.model, cfg.train.seq_len)
-        layers, ahead = costs[: cfg.model.layers], sum(costs[cfg.model.layers :])
-        if p.layers == "auto":
-            counts = partition(layers, len(placement), last=0.0 if is_balanced else ahead + head, placement=placement)
-        else:
-            counts = tuple(p.layers)
-        split = Split.of(counts, balanced=is_balanced)
-        return Pipeline(placement, split, _times(cfg, split, placement, layers, ahead, head))
+        stages = StageLayers.of(cfg)
+        split = Split.of(stages.counts, balanced=stages.balanced)
+        return Pipeline(stages.placement, split, _times(cfg, split, stages.placement, *stages.costs))
 
     @property
     def ends(self) -> tuple[int, int]:

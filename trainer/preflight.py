@@ -19,6 +19,7 @@ from ..configs.schema import Config, LogConfig
 from .checkpoint_check import checkpoint_problems
 from .data.preflight import data_problems
 from .devices import missing_devices
+from .stage_layers import empty_stages
 
 _PACKAGES = {"log.wandb": ("wandb", "wandb"), "log.tensorboard": ("tensorboard", "tensorboard")}
 """Key: the package that it needs, and the extra of ours that installs it."""
@@ -38,7 +39,7 @@ def preflight(cfg: Config, *, memory: bool = True) -> None:
     problems += checkpoint_problems(cfg)
     if problems:
         raise UserError(*(Problem(p.key, hide(cfg, p.message)) for p in problems))
-    for warning in warnings(cfg):
+    for warning in [*warnings(cfg), *empty_stages(cfg)]:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     if memory and (problems := memory_preflight(cfg)):
         raise UserError(*problems)

@@ -24,12 +24,6 @@ BY_LENGTH = [*TINY, "parallel.cp=2", "parallel.context.placement=by_length"]
         ([*TINY, "parallel.pipeline.schedule=zb-v"], "parallel.pipeline", ["parallel.pp=1"]),
         ([*TINY, "parallel.pipeline.chunks=2", "parallel.pipeline.vocab=balanced"], "parallel.pipeline", ["vocab"]),
         ([*TINY, "parallel.pipeline.layers=[4, 4]"], "parallel.pipeline", ["layers have no effect"]),
-        ([*TINY, "parallel.pp=8"], "parallel.pp", ["8 stages of model.layers=4", "at least 4 have no layer"]),
-        (
-            [*TINY, "parallel.pp=4", "parallel.pipeline.chunks=2"],
-            "parallel.pp",
-            ["4 x parallel.pipeline.chunks=2 makes 8 stages"],
-        ),
     ],
 )
 def test_one_line_of_warning(overrides: list[str], key: str, fragments: list[str]) -> None:
@@ -49,7 +43,6 @@ def test_one_line_of_warning(overrides: list[str], key: str, fragments: list[str
         [*BY_LENGTH, "parallel.context.method=ring"],
         [*TINY, "parallel.pipeline.schedule=1f1b", "parallel.pipeline.chunks=1"],
         [*TINY, "parallel.pp=4"],
-        [*TINY, "parallel.pp=8", "parallel.pipeline.layers=[1, 0, 1, 0, 1, 0, 1, 0]"],  # asked for
     ],
 )
 def test_nothing_to_say(overrides: list[str]) -> None:
