@@ -196,6 +196,10 @@ class EvalConfig:
     """Steps between evaluations; 0: none."""
     steps: int = 4
     """Global batches per evaluation."""
+    prompts: tuple[str, ...] = ()
+    """Texts that every evaluation continues with the likeliest tokens: on the console, in events.jsonl and trackers."""
+    prompt_tokens: int = 32
+    """Tokens after each prompt, at most; each costs a forward pass over train.micro_batch sequences."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,7 @@ _POSITIVE = [
     "train.seq_len",
     "optim.schedule.decay_steps",
     "eval.steps",
+    "eval.prompt_tokens",
     "log.every",
     "faults.max_bad_steps",
     "faults.record_entries",
@@ -321,6 +322,9 @@ def _data(config: Config) -> list[Problem]:
             problems.append(Problem("data.weights", f"must be at least 0 and finite, got {', '.join(wrong)}"))
         elif not sum(data.weights.values()) > 0:
             problems.append(Problem("data.weights", f"must hold a weight above 0, got {dict(data.weights)}"))
+    if config.eval.prompts and config.eval.every == 0:
+        message = "are continued by evaluations, and eval.every=0 makes none; set eval.every, or eval.prompts=[]"
+        problems.append(Problem("eval.prompts", message))
     if config.eval.every > 0 and data.holdout == 0:
         message = "0 keeps nothing to evaluate on; set data.holdout above 0 or eval.every=0"
         problems.append(Problem("data.holdout", message))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..configs.schema import ModelConfig
 from ..parallel.context.rows import Spread
-from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard, look_up
+from ..parallel.vocab import Look, VocabEmbedding, VocabHead, VocabShard, look_up
 from .attention import Attention
 from .dropout import Draws
 from .feed_forward import FeedForward
@@ -79,6 +79,8 @@ class EmbeddingOp(Protocol):
 
 class HeadOp(Protocol):
     """Hidden states to logits or to the loss; see `parallel.vocab.VocabHead`."""
+
+    look: Look | None
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor: ...
 

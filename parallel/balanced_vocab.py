@@ -30,7 +30,7 @@ from .collectives import all_gather, broadcast_blocks, reduce_blocks
 from .gradients import matmul_grad, plain_grad, slot_of
 from .lane import Lane, Pending
 from .mesh import Axis
-from .vocab import IGNORED, VocabShard
+from .vocab import IGNORED, Look, VocabShard
 
 _CHUNK = 1024
 """Tokens whose logits are held in the softmax's precision at once, where the logits' own is lower."""
@@ -96,6 +96,7 @@ class BalancedHead:
     def __init__(self, axis: Axis, lane: Lane, shard: VocabShard, owners: Sequence[int], barriers: int) -> None:
         self.axis, self.lane, self.shard, self.owners, self.barriers = axis, lane, shard, tuple(owners), barriers
         self.is_owner = axis.rank in self.owners
+        self.look: Look | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -130,6 +131,8 @@ class BalancedHead:
         """
         hidden, weight = self._hidden.pop(index).wait(), weight.detach()
         part = self.shard.hide_padding(torch.mm(hidden, weight.t()))
+        if self.look is not None:
+            self.look(part, labels, self.shard)
         mine = (labels >= self.shard.start) & (labels < self.shard.stop)
         factor = (labels != IGNORED).to(_precise(part.dtype)) * scale
         known = _Labels(torch.where(mine, labels - self.shard.start, 0), mine, factor)

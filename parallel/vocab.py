@@ -8,6 +8,7 @@ logits are not recomputed in backward. The loss's factor (1 / valid tokens) must
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,10 @@ class VocabShard:
         if self.used < self.stop:
             logits[..., max(self.used - self.start, 0) :] = torch.finfo(logits.dtype).min / 2
         return logits
+
+
+Look = Callable[[Tensor, Tensor, VocabShard], None]
+"""Shown what a head makes in evaluation: logits (n, rows of this rank) and labels (n,) of some of its tokens."""
 
 
 class VocabEmbedding:
@@ -116,6 +121,7 @@ class VocabHead:
 
     def __init__(self, shard: VocabShard, chunk: int = 1024) -> None:
         self.shard, self.chunk = shard, chunk
+        self.look: Look | None = None
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """x (N/tp, h) → (N, V): whole logits, for evaluation and tests."""
@@ -138,7 +144,7 @@ class VocabHead:
         Returns:
             A scalar (fp32, or fp64 for fp64 hidden states), equal on all ranks of the axis.
         """
-        return _Loss.apply(x, weight, labels, scale, self.shard, self.chunk, torch.is_grad_enabled())
+        return _Loss.apply(x, weight, labels, scale, self.shard, self.chunk, torch.is_grad_enabled(), self.look)
 
 
 class _Loss(torch.autograd.Function):
@@ -152,6 +158,7 @@ class _Loss(torch.autograd.Function):
         shard: VocabShard,
         chunk: int,
         with_grad: bool,
+        look: Look | None,
     ) -> Tensor:
         axis, slot = shard.axis, slot_of(weight)
         whole = all_gather(x, axis).wait()
@@ -162,6 +169,8 @@ class _Loss(torch.autograd.Function):
             part = slice(first, first + chunk)
             h = whole[part]
             logits = shard.hide_padding(torch.mm(h, weight.t()))
+            if look is not None:
+                look(logits, labels[part], shard)
             losses, dlogits = _cross_entropy(logits, labels[part], scale, shard, with_grad)
             total += losses
             if dlogits is None or dx is None:
@@ -183,8 +192,8 @@ class _Loss(torch.autograd.Function):
         slot = slot_of(ctx.weight)
         if slot is not None:
             slot.done()
-            return dx, None, None, None, None, None, None
-        return dx, dw.to(ctx.weight.dtype), None, None, None, None, None
+            return dx, None, None, None, None, None, None, None
+        return dx, dw.to(ctx.weight.dtype), None, None, None, None, None, None
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:

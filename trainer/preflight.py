@@ -19,7 +19,9 @@ from ..configs.schema import Config, LogConfig
 from .checkpoint_check import checkpoint_problems
 from .data.preflight import data_problems
 from .devices import missing_devices
+from .prompts import prompt_problems
 from .stage_layers import empty_stages
+from .tokenizer_files import of_job
 
 _PACKAGES = {"log.wandb": ("wandb", "wandb"), "log.tensorboard": ("tensorboard", "tensorboard")}
 """Key: the package that it needs, and the extra of ours that installs it."""
@@ -37,6 +39,8 @@ def preflight(cfg: Config, *, memory: bool = True) -> None:
     """
     problems = [*missing_packages(cfg.log), *missing_devices(cfg), *_folders(cfg), *data_problems(cfg)]
     problems += checkpoint_problems(cfg)
+    if not problems:  # it reads what these have found to be good
+        problems += _tokenizer_problems(cfg)
     if problems:
         raise UserError(*(Problem(p.key, hide(cfg, p.message)) for p in problems))
     for warning in [*warnings(cfg), *empty_stages(cfg)]:
@@ -55,6 +59,14 @@ def memory_preflight(cfg: Config) -> list[Problem]:
     for doubt in doubts:
         print(f"warning: {doubt}", file=sys.stderr, flush=True)
     return problems
+
+
+def _tokenizer_problems(cfg: Config) -> list[Problem]:
+    """What is wrong with the tokenizer that the run's checkpoints will have, or with prompts for it."""
+    try:
+        return prompt_problems(cfg, of_job(cfg))
+    except UserError as error:
+        return error.problems
 
 
 def missing_packages(cfg: LogConfig) -> list[Problem]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from ..configs.errors import UserError
+from ..configs.errors import Problem, UserError
+from ..configs.fields import short
+from ..configs.schema import Config
 from .data.tokenizer import ByteTokenizer
 from .tokenizer_files import TOKENIZER, TokenizerFiles
 
@@ -43,6 +45,25 @@ def make_coder(tokenizer: TokenizerFiles, where: str) -> PromptCoder:
     if tokenizer.kind == "files":
         raise UserError(f"{where} has no {TOKENIZER}; with transformers: {_SAVE}")
     raise UserError(f"{where} knows no tokenizer; name one: --tokenizer byte, or a tokenizer.json")
+
+
+def prompt_problems(cfg: Config, tokenizer: TokenizerFiles) -> list[Problem]:
+    """Why a job's evaluations could not continue its prompts."""
+    if not cfg.eval.prompts:
+        return []
+    try:
+        coder = make_coder(tokenizer, f"data.name={cfg.data.name}")
+    except UserError as error:
+        return [Problem("eval.prompts", f"{error.problems[0].message}; or set data.tokenizer.path or eval.prompts=[]")]
+    problems: list[Problem] = []
+    for prompt in cfg.eval.prompts:
+        ids, used = coder.encode(prompt), cfg.model.used_vocab
+        if not 0 < len(ids) < cfg.train.seq_len:
+            what = f"{short(prompt)} has {len(ids)} tokens; a prompt has at least 1 and fewer than train.seq_len"
+            problems.append(Problem("eval.prompts", f"{what}={cfg.train.seq_len}"))
+        elif max(ids) >= used:
+            problems.append(Problem("eval.prompts", f"{short(prompt)} has token id {max(ids)}, the model knows {used}"))
+    return problems
 
 
 class _Bytes:

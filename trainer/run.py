@@ -29,7 +29,9 @@ from .hf_io import load_initial
 from .introduction import introduction
 from .meeting import Stopped
 from .peak import MeasuredPeaks, Peak, peak_tflops
+from .prompts import make_coder
 from .run_folder import checkpoint_folder, claim, run_folder
+from .samples import Sampler
 from .setup import DTYPES, Ranks, make_model, make_recorder, mesh_of, prepare_device
 from .signals import StopRequest
 from .sinks import EventLog, make_sinks
@@ -145,6 +147,9 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
         load_initial(init, parts, checkpointer, upcycle=upcycle, seed=seed, notice=notice)
     trainer.tokenizer = _tokenizer(cfg, found)
     checkpointer.beside = trainer.tokenizer.files
+    if cfg.eval.prompts:
+        coder = make_coder(trainer.tokenizer, f"data.name={cfg.data.name}")
+        trainer.sampler = Sampler(cfg, mesh, parts.pipeline, trainer.stepper, coder, trainer.tokenizer.stops)
     outputs = None
     if mesh.is_first and events is not None:
         print(hide(cfg, "\n".join([*introduction(cfg, trainer, peak), _beginning(cfg, trainer, found)])), flush=True)

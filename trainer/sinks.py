@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 from urllib.parse import urlparse
@@ -26,6 +27,19 @@ from .metrics import Pace, StepMetrics, console_header, console_line, use_color
 from .moe_metrics import HeatMap
 from .notices import warn
 from .preflight import missing_packages
+
+
+@dataclass(frozen=True)
+class SampleText:
+    """A prompt and what the model makes of it, as a value for trackers."""
+
+    prompt: str
+    text: str
+
+    @property
+    def line(self) -> str:
+        """On one line."""
+        return f"{self.prompt} … {self.text}".replace("\n", "\\n")
 
 
 class Sink(Protocol):
@@ -111,6 +125,9 @@ class ConsoleSink:
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         if "loss/val" in values:
             print(f"held-out loss after step {step}: {values['loss/val']:.4f}", file=self._stream, flush=True)
+        for value in values.values():
+            if isinstance(value, SampleText):
+                print(f"sample: {value.line}", file=self._stream, flush=True)
 
     def close(self) -> None:
         self._stream.flush()
@@ -158,7 +175,8 @@ class WandbSink:
         self.run.log(values, step=m.step)
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
-        self.run.log(dict(values), step=step)  # W&B writes a step's row when the next step or the end comes
+        shown = {key: value.line if isinstance(value, SampleText) else value for key, value in values.items()}
+        self.run.log(shown, step=step)  # W&B writes a step's row when the next step or the end comes
 
     def close(self) -> None:
         self.run.finish()
@@ -182,7 +200,10 @@ class TensorBoardSink:
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
+            if isinstance(value, SampleText):
+                self._writer.add_text(key, value.line, step)
+            else:
+                self._writer.add_scalar(key, value, step)
 
     def close(self) -> None:
         self._writer.close()

@@ -22,6 +22,7 @@ from ..parallel.pipeline.execute import Handler, execute
 from ..parallel.pipeline.needs import Kind, Kinds
 from ..parallel.pipeline.program import Op, Program
 from ..parallel.pipeline.runtime import Hidden, Runtime
+from ..parallel.vocab import Look
 from .data.dataset import MicroBatch
 from .inputs import InputMaker
 from .optimizer import Optimizer, sum_of_squares
@@ -127,20 +128,30 @@ class Stepper:
         return StepResult(self._loss, self._grad_norm, self._skip, self._stop, self._worst, self._routed)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[MicroBatch], program: Program) -> Tensor:
+    def evaluate(self, batches: Sequence[MicroBatch], program: Program, look: Look | None = None) -> Tensor:
         """The summed loss of this rank's micro-batches; 0 on the ranks that do not count it.
 
         Args:
             batches: one per micro-batch of the program.
             program: forward passes only.
+            look: shown the logits, where this rank makes some.
         """
         if self._evaluation is None or self._evaluation[1] is not program:
             self._evaluation = self._make_runtime(program), program
         runtime = self._evaluation[0]
         self._begin(-1, batches, 1.0)
-        execute(program.ranks[self.rank], runtime.handlers, self.mesh.recorder)
-        runtime.finish()
+        self._show(look)
+        try:
+            execute(program.ranks[self.rank], runtime.handlers, self.mesh.recorder)
+            runtime.finish()
+        finally:
+            self._show(None)
         return self._counted(runtime)
+
+    def _show(self, look: Look | None) -> None:
+        self.model.head_op.look = look
+        if self._vocabulary is not None:
+            self._vocabulary.show(look)
 
     def close(self) -> None:
         """Ends what runs beside the step; call before the mesh is closed."""

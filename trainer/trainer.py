@@ -27,10 +27,11 @@ from .peak import Peak
 from .pipeline import evaluation_program, training_program
 from .profiling import Profiler
 from .same_run import Progress, facts, run_problems
+from .samples import Sampler
 from .schedule import learning_rate
 from .setup import Parts, buckets_per_rank
 from .signals import StopRequest
-from .sinks import EventLog, SinkSet
+from .sinks import EventLog, SampleText, SinkSet
 from .state import all_tensors, units_by_key
 from .step import Stepper, StepResult
 from .tokenizer_files import TokenizerFiles
@@ -96,6 +97,8 @@ class Trainer:
         self.profiler = Profiler(cfg.log.profile, run_dir / "profile", mesh.rank)
         self.tokenizer = TokenizerFiles()
         """What the run's checkpoints say about text."""
+        self.sampler: Sampler | None = None
+        """Continues `eval.prompts`, where there are some."""
         self.step = 0
         self._bad_steps = 0
         self._stopping = False
@@ -272,4 +275,16 @@ class Trainer:
         if self._outputs is not None:
             self._outputs.events.log("evaluation", step=self.step, loss=loss, perplexity=math.exp(min(loss, 50)))
             self._outputs.sinks.add(self.step, {"loss/val": loss})
+        self._sample()
         self._clock = time.perf_counter()
+
+    def _sample(self) -> None:
+        """Continues the prompts, on all ranks."""
+        prompts = self.cfg.eval.prompts
+        samples = self.sampler(prompts, self.cfg.eval.prompt_tokens) if self.sampler is not None else []
+        if self._outputs is None:
+            return
+        for number, sample in enumerate(samples):
+            found = {"prompt": sample.prompt, "text": sample.text, "tokens": list(sample.tokens)}
+            self._outputs.events.log("sample", step=self.step, **found)
+            self._outputs.sinks.add(self.step, {f"samples/{number}": SampleText(sample.prompt, sample.text)})

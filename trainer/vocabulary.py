@@ -11,7 +11,7 @@ from ..models.stages import Inputs
 from ..parallel.balanced_vocab import BalancedEmbedding, BalancedHead
 from ..parallel.lane import Lane
 from ..parallel.mesh import Mesh
-from ..parallel.vocab import VocabShard
+from ..parallel.vocab import Look, VocabShard
 from .setup import Parts
 
 
@@ -38,6 +38,10 @@ class BalancedVocabulary:
         shard = VocabShard.of(head, cfg.vocab, cfg.used_vocab)
         self._head = BalancedHead(head, self._lanes[0], shard, last, barriers)
         self._embedding = BalancedEmbedding(embed, self._lanes[1], VocabShard.of(embed, cfg.vocab), first)
+
+    def show(self, look: Look | None) -> None:
+        """Whom the head shows its logits from now on."""
+        self._head.look = look
 
     def close(self) -> None:
         """Ends the lanes."""

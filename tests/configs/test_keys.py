@@ -56,6 +56,7 @@ def test_polymorphic_sections_list_every_class() -> None:
 
 def test_sections_and_single_keys() -> None:
     assert [d.key for d in document("train.seed")] == ["train.seed"]
-    assert {d.key for d in document("eval")} == {"eval.every", "eval.steps"}
+    keys = ("every", "steps", "prompts", "prompt_tokens")
+    assert {d.key for d in document("eval")} == {f"eval.{key}" for key in keys}
     with pytest.raises(UserError, match=r"traim: no such section or key; did you mean train\?"):
         document("traim")
