@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import shutil
 import time
@@ -122,7 +124,8 @@ class _Runs:
             return []
         made = run_job(as_yaml(case.origin), 1, self.folder / "origin", "origin", []) / "checkpoints" / "step-00000001"
         if case.start == "hf":
-            export_hf(made, self.folder / "hf")
+            with contextlib.redirect_stderr(io.StringIO()):  # it says that there is no tokenizer
+                export_hf(made, self.folder / "hf")
             made = self.folder / "hf"
         return [f"checkpoint.init={made}", *(["checkpoint.upcycle=true"] if case.start == "upcycled" else [])]
 

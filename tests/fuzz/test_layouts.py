@@ -16,7 +16,7 @@ from tests.fuzz.corpora import make_corpora
 from tests.fuzz.run import Outcome, run_case
 from tests.fuzz.tally import Tally, line_of
 
-FAST = [1, 2, 3, 4]
+FAST = [8, 12, 30, 34]
 SEEDS = range(40)
 
 
