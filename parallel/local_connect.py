@@ -13,7 +13,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .local import LocalAxis, Peer
+from .local import LocalAxis
+from .local_line import Peer
 from .processes import (
     Identity,
     PeerGone,
