@@ -43,8 +43,7 @@ def _losses(rank: int, world: int, cfg: Config, masked: bool, late: int) -> list
         for step in range(2):
             found += run.step(step)[:2]
             found.append(_evaluate(run, 7))
-            saved = all_tensors(run.parts, run.optimizer)
-            assert any(name.startswith("model/") for name in saved)
+            all_tensors(run.parts, run.optimizer)  # as a save does, which an evaluation must not be in the way of
         return found
     finally:
         run.close()
