@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
 from ..configs import Config, UserError, given_yaml, load
 from .failure import Failure
@@ -13,7 +16,7 @@ from .launchers import place
 from .meeting import Stopped
 from .orphans import signal_self_when_orphaned
 from .preflight import preflight
-from .run_folder import FRESH
+from .run_folder import FRESH, claim
 from .signals import NOTICES, StopRequest
 from .start import Start
 
@@ -47,22 +50,25 @@ def main(argv: Sequence[str] | None = None, failed: Callable[[Failure], None] | 
             print(f"error: {problem}", file=sys.stderr)
         return 2
     try:
-        return _run(start, argv[1:], alone=failed is None)
+        with ExitStack() as held:
+            return _run(start, argv[1:], held, alone=failed is None)
     finally:
         start.meeting.leave()
         stop.close()
 
 
-def _run(start: Start, overrides: Sequence[str], *, alone: bool) -> int:
-    """`alone`: no `pentad train` has looked at the job before."""
+def _run(start: Start, overrides: Sequence[str], held: ExitStack, *, alone: bool) -> int:
+    """`held` takes what the job holds until it ends; `alone`: no `pentad train` has looked at the job before."""
     cfg: Config | None = None
     loading = True
     try:
         cfg = load(start.config, overrides, world_size=start.meeting.world)
         start.given = given_yaml(start.config, overrides)
         loading = False
-        if alone and start.meeting.rank == 0:
-            preflight(cfg)
+        if start.meeting.rank == 0:
+            if alone:
+                preflight(cfg)
+            held.push(claim(cfg, fresh=start.fresh, config=start.config, env=start.env))
         from .run import run  # after the configuration is known to be good: importing torch takes seconds
 
         return run(cfg, start)
@@ -73,13 +79,18 @@ def _run(start: Start, overrides: Sequence[str], *, alone: bool) -> int:
         return 128 + start.stop.number
     except Exception as error:
         failure = start.report(error, cfg, everywhere=loading)
-        _tell_launcher(error)
+        _tell_launcher(error, failure)
         return failure.exit_code
 
 
-def _tell_launcher(error: Exception) -> None:
+def _tell_launcher(error: Exception, failure: Failure) -> None:
     """Leaves the message where torchrun looks for it, so that its own summary shows it."""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return
+    if failure.user or failure.lost:  # one line: a traceback would only bury it
+        with suppress(OSError):
+            message = {"message": "; ".join(failure.lines), "timestamp": int(failure.at)}
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(message))
         return
     from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 

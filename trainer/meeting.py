@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from ..configs.errors import Problem, UserError
+from ..configs.strict_json import JsonError, expect_object, parse_json
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -27,6 +28,10 @@ TELL_S = 15.0
 """Seconds for which a failing rank looks for the others, or waits until they know."""
 _POLL_S = (0.02, 0.5)
 _GO = "go"
+_GREETING = b"pentad "
+_GREETING_S = 0.5
+"""Seconds in which a rank 0 that failed says so; the price of every start without torchrun's store."""
+_GREETING_BYTES = 1 << 16
 
 
 class Stopped(Exception):
@@ -58,6 +63,7 @@ class Meeting:
         self._store: dist.Store | None = None
         self._hosts = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._complete = self._told = False
+        self._greeting: threading.Thread | None = None
 
     def open(self, timeout_s: float) -> dist.Store | None:
         """The store, made by rank 0 unless the launcher has one; None for a rank alone.
@@ -71,13 +77,57 @@ class Meeting:
             return self._store
         host, port = _address(self._env)
         if not self._hosts:
-            self._wait(lambda: _listens(host, port), timeout_s, lambda: f"rank 0 has not come to {host}:{port}")
+            self._find_rank_0(host, port, timeout_s)
         import torch.distributed as dist
 
         store = self._connect(host, port, timeout_s)
         # Every start by torchrun has keys of its own.
         self._store = dist.PrefixStore(f"pentad/{self._env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         return self._store
+
+    def _find_rank_0(self, host: str, port: int, timeout_s: float) -> None:
+        answers: list[bytes] = []
+
+        def answered() -> bool:
+            answer = _knock(host, port)
+            if answer is not None:
+                answers.append(answer)
+            return answer is not None
+
+        self._wait(answered, timeout_s, lambda: f"rank 0 has not come to {host}:{port}")
+        if answers[0].startswith(_GREETING):
+            raise self._lost(answers[0].removeprefix(_GREETING))
+
+    def _lost(self, why: bytes) -> LostRank:
+        """What a rank wrote that did not start."""
+        try:
+            told = expect_object(parse_json(why), "", ("rank", "line", "user"))
+        except JsonError:
+            return LostRank("rank 0 could not start", user=False)
+        return LostRank(f"rank {told['rank']} could not start: {told['line']}", told["user"] is True)
+
+    def _greet(self, why: bytes) -> None:
+        """Tells all who come why the job does not start: without a store, and so without importing torch."""
+        try:
+            server = socket.create_server(("", _address(self._env)[1]), backlog=min(self.world, 1024))
+        except (OSError, UserError):
+            return
+        left = self.world - 1
+
+        def serve() -> None:
+            nonlocal left
+            while left:
+                try:
+                    caller, _ = server.accept()
+                    with caller:
+                        caller.sendall(_GREETING + why)
+                except OSError:
+                    return
+                left -= 1
+            server.close()
+
+        self._greeting = threading.Thread(target=serve, name="greeting", daemon=True)
+        self._greeting.start()
 
     def _connect(self, host: str, port: int, timeout_s: float) -> dist.Store:
         import torch.distributed as dist
@@ -130,8 +180,7 @@ class Meeting:
         verdict = store.get("verdict").decode()
         if verdict != _GO:
             self._count_as_told(store)
-            told = json.loads(verdict)
-            raise LostRank(f"rank {told['rank']} could not start: {told['line']}", bool(told["user"]))
+            raise self._lost(verdict.encode())
         self._complete = True
 
     def _missing(self) -> str:
@@ -152,6 +201,10 @@ class Meeting:
         """
         if self.world == 1:
             return True
+        why = json.dumps({"rank": self.rank, "line": line, "user": user})
+        if self._hosts and self._store is None:
+            self._greet(why.encode())
+            return True
         try:
             if self._complete and not self._hosts and not _listens(*_address(self._env)):
                 return None  # torch would print a trace for every key that is asked for
@@ -159,11 +212,12 @@ class Meeting:
             store = self._store
             assert store is not None
             store.set_timeout(timedelta(seconds=3))
-            why = json.dumps({"rank": self.rank, "line": line, "user": user})
             first = store.compare_set("failed", "", str(self.rank)).decode() == str(self.rank)
             if not self._complete:
                 store.compare_set("verdict", "", why)
                 self._count_as_told(store)
+        except LostRank:
+            return False
         except Exception:
             return None
         return first
@@ -175,6 +229,9 @@ class Meeting:
 
     def leave(self) -> None:
         """Keeps the store up until all ranks know that the job does not start."""
+        if self._greeting is not None:
+            self._greeting.join(TELL_S)
+            return
         store = self._store
         if store is None or not self._hosts or self._complete:
             return
@@ -217,6 +274,22 @@ def _listens(host: str, port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _knock(host: str, port: int) -> bytes | None:
+    """What somebody says who listens there; a store says nothing. None: nobody does."""
+    try:
+        with socket.create_connection((host, port), timeout=3) as connection:
+            connection.settimeout(_GREETING_S)
+            said = b""
+            try:
+                while len(said) < _GREETING_BYTES and (part := connection.recv(_GREETING_BYTES)):
+                    said += part
+            except TimeoutError:
+                pass
+            return said
+    except OSError:
+        return None
 
 
 def _difference(theirs: str, mine: str) -> str:

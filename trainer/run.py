@@ -30,7 +30,7 @@ from .introduction import introduction
 from .meeting import Stopped
 from .peak import MeasuredPeaks, Peak, peak_tflops
 from .prompts import make_coder
-from .run_folder import checkpoint_folder, claim, run_folder
+from .run_folder import checkpoint_folder, run_folder
 from .samples import Sampler
 from .setup import DTYPES, Ranks, make_model, make_recorder, mesh_of, prepare_device
 from .signals import StopRequest
@@ -69,8 +69,6 @@ def run(cfg: Config, start: Start) -> int:
 def _meet(cfg: Config, start: Start, ranks: Ranks, open_things: ExitStack) -> tuple[Mesh, torch.device]:
     """Everything that can fail on one rank alone, then the mesh, in which the others would wait for it."""
     store = start.meeting.open(cfg.faults.timeout_s)
-    if ranks.rank == 0:
-        open_things.push(claim(cfg, fresh=start.fresh, config=start.config, env=start.env))
     device = prepare_device(cfg, ranks)
     if ranks.local_rank == 0:
         record_files.sweep()

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from pentad.trainer import devices
 from pentad.trainer.__main__ import main as run_rank
 from tests.jobs import DENSE
 
+_POPEN = subprocess.Popen
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -59,6 +61,40 @@ def test_the_first_failing_rank_is_shown_and_only_it(tmp_path: Path, capfd: pyte
 def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert _supervise(tmp_path, "die") == 128 + signal.SIGKILL
     assert capfd.readouterr().err.splitlines()[-1].startswith("error: rank 1 was killed by SIGKILL")
+
+
+@pytest.mark.distributed
+def test_a_killed_rank_is_named_although_another_had_to_be_killed_after_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pentad.launch.supervise.GRACE_S", 0.5)
+    assert _supervise(tmp_path, "outlive") == 128 + signal.SIGKILL
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: rank 1 was killed by SIGKILL")
+
+
+@pytest.mark.distributed
+def test_ranks_save_and_are_waited_for_when_the_agent_is_killed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agents: list[subprocess.Popen[Any]] = []
+
+    def remembered(*args: Any, **named: Any) -> subprocess.Popen[Any]:
+        agents.append(_POPEN(*args, **named))
+        return agents[-1]
+
+    def kill_when_ready() -> None:
+        for _ in range(600):
+            if len(list(tmp_path.glob("pid.*[0-9]"))) == 2:
+                agents[0].kill()
+                return
+            time.sleep(0.05)
+
+    monkeypatch.setattr("pentad.launch.supervise.subprocess.Popen", remembered)
+    threading.Thread(target=kill_when_ready, daemon=True).start()
+    assert _supervise(tmp_path, "orphan") == 128 + signal.SIGKILL
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "agent" in line and "killed by SIGKILL" in line and "checkpoint.resume=latest" in line
+    assert sorted(file.name for file in tmp_path.glob("saved.*")) == ["saved.0", "saved.1"]
 
 
 @pytest.mark.distributed

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from pentad.launch.worker import publish
 from pentad.parallel.process_ids import ProcessId
+from pentad.parallel.processes import PeerGone
 from pentad.trainer.failure import describe
+from pentad.trainer.orphans import signal_self_when_orphaned
 
 
 def _train_until_stopped(folder: Path, rank: str) -> int:
@@ -38,6 +40,24 @@ def _fail(folder: Path, rank: str) -> int:
     return 1
 
 
+def _outlive(folder: Path, rank: str) -> int:
+    """Rank 1 is killed; the other loses it, says so, and does not end."""
+    publish(folder / f"pid.{rank}", json.dumps(asdict(ProcessId.current())))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.5)
+    lost = describe(PeerGone("rank 1 cannot be reached"), rank=int(rank), world=2)
+    publish(folder / f"failure.{rank}", json.dumps(lost.as_dict()))
+    time.sleep(600)
+    return 3
+
+
+def _orphan(folder: Path, rank: str) -> int:
+    signal_self_when_orphaned(signal.SIGTERM)
+    return _train_until_stopped(folder, rank)
+
+
 def _die(folder: Path, rank: str) -> int:
     if rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -47,7 +67,7 @@ def _die(folder: Path, rank: str) -> int:
 def main() -> int:
     """Behaves as the second argument says."""
     folder, how = Path(sys.argv[1]), sys.argv[2]
-    behaviour = {"train": _train_until_stopped, "fail": _fail, "die": _die}[how]
+    behaviour = {"train": _train_until_stopped, "fail": _fail, "die": _die, "outlive": _outlive, "orphan": _orphan}[how]
     return behaviour(folder, os.environ["RANK"])
 
 
