@@ -15,6 +15,7 @@ from typing import Any
 
 from ..configs import Problem, UserError
 from ..configs.fields import nearest, short
+from ..configs.strict_json import read_bytes
 from ..parallel.pipeline.check import check
 from ..parallel.pipeline.lower import lower
 from ..parallel.pipeline.memory import peak_activations
@@ -150,7 +151,13 @@ def of_run(folder: Path, step: int | None) -> Plan:
     Raises:
         UserError: the record does not hold the step.
     """
-    program = Program.from_json((folder / PROGRAM_FILE).read_text(encoding="utf-8"))
+    file = folder / PROGRAM_FILE
+    try:
+        program = Program.from_json(read_bytes(file).decode())
+        check(program)
+    except (OSError, ValueError, LookupError, UserError) as error:
+        first = " ".join(str(error).split())
+        raise UserError(Problem(str(file), f"is not the program of a run: {first}")) from None
     try:
         last = last_step(program, folder)
         try:

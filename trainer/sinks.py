@@ -5,9 +5,9 @@ Made and called by rank 0 only. Tracker keys: docs/metrics.md.
 
 from __future__ import annotations
 
-import json
 import netrc
 import os
+import re
 import secrets
 import sys
 import time
@@ -21,6 +21,7 @@ from urllib.parse import urlparse
 
 from ..configs.errors import UserError
 from ..configs.schema import LogConfig
+from ..configs.strict_json import JsonError, expect_int, expect_object, parse_json, read_bytes
 from . import moe_metrics
 from .line_file import LineFile
 from .metrics import Pace, StepMetrics, console_header, console_line, use_color
@@ -147,7 +148,7 @@ class WandbSink:
         folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / "wandb.id"
         resumed = bool(resume_step) and id_file.exists()
-        run_id = id_file.read_text().strip() if resumed else secrets.token_hex(4)
+        run_id = _known_id(id_file) if resumed else secrets.token_hex(4)
         id_file.write_text(run_id + "\n")
         options: dict[str, Any] = {
             "project": project,
@@ -308,6 +309,15 @@ def tracker_values(m: StepMetrics, extra: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
+def _known_id(file: Path) -> str:
+    """The W&B run that the folder belongs to; a new one where the file holds no id."""
+    try:
+        text = read_bytes(file, max_bytes=256).decode().strip()
+    except (OSError, ValueError):
+        text = ""
+    return text if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text) else secrets.token_hex(4)
+
+
 def _keep_until(path: Path, step: int) -> None:
     """Drop the lines after `step`, a half-written one, and repetitions, by atomic replacement."""
     if not path.exists():
@@ -315,8 +325,8 @@ def _keep_until(path: Path, step: int) -> None:
     kept: dict[int, bytes] = {}
     for line in path.read_bytes().splitlines():
         try:
-            at = int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
+            at = expect_int(expect_object(parse_json(line), "a line", ("step",))["step"], "step")
+        except JsonError:
             continue
         if at <= step:
             kept[at] = line

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 import statistics
 from pathlib import Path
 from typing import Any
 
 from ..configs import UserError
+from ..configs.strict_json import JsonError, open_regular, parse_json
 from .checkpoint_names import checkpoints
 from .metrics import duration
 
@@ -16,11 +17,18 @@ def summarize(run: Path) -> list[str]:
     """The run's loss, evaluation, speed and newest checkpoint, a line each.
 
     Raises:
-        UserError: there is no run there.
+        UserError: there is no run there, or its files are not what a run writes.
     """
     steps, events = lines_of(run / "metrics.jsonl"), lines_of(run / "events.jsonl")
     if not steps:
         raise UserError(f"{run} has no steps; give the folder of a run, runs/NAME")
+    try:
+        return _summary(run, steps, events)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"metrics.jsonl or events.jsonl of {run} is not what a run writes: {error!r}") from None
+
+
+def _summary(run: Path, steps: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[str]:
     first, last = steps[0], steps[-1]
     seconds = duration(sum(s["step_time_s"] for s in steps))
     lines = [
@@ -41,14 +49,23 @@ def summarize(run: Path) -> list[str]:
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; a line that a killed writer left half-written is passed over."""
-    if not file.exists():
+    """The objects of a file of JSON lines; a line that a killed writer left half-written is passed over.
+
+    Raises:
+        UserError: it is no regular file, or cannot be read.
+    """
+    try:
+        with os.fdopen(open_regular(file), "rb") as opened:
+            lines = opened.read().splitlines()
+    except FileNotFoundError:
         return []
+    except (OSError, JsonError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
     found = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in lines:
         try:
-            value = json.loads(line)
-        except ValueError:
+            value = parse_json(line)
+        except JsonError:
             continue
         if isinstance(value, dict):
             found.append(value)

@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
+from ...configs.strict_json import expect_int, expect_list, expect_object, expect_text, parse_json
 from .needs import Kind, Kinds, kind_of
 
 OUTSTANDING_SENDS = 2
@@ -111,12 +112,20 @@ class Program:
         Raises:
             ValueError: the text is not a program.
         """
-        data = json.loads(text)
-        try:
-            ranks = tuple(tuple(Op.parse(token) for token in ops) for ops in data["ranks"])
-            return Program(data["microbatches"], tuple(data["placement"]), ranks, data["vocab_barriers"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a program: {error!r}") from None
+        keys = ("microbatches", "placement", "vocab_barriers", "ranks")
+        data = expect_object(parse_json(text.encode()), "the program", keys)
+        lists = [expect_list(ops, "a rank") for ops in expect_list(data["ranks"], "ranks")]
+        ranks = tuple(tuple(Op.parse(expect_text(token, "an operation")) for token in ops) for ops in lists)
+        placed = expect_list(data["placement"], "placement")
+        placement = tuple(expect_int(rank, "a rank of placement", 0, len(ranks) - 1) for rank in placed)
+        microbatches = expect_int(data["microbatches"], "microbatches", 1)
+        program = Program(microbatches, placement, ranks, expect_int(data["vocab_barriers"], "vocab_barriers", 0, 2))
+        for op in (op for ops in ranks for op in ops):
+            if op.stage >= len(placement):
+                raise ValueError(f"{op} is at stage {op.stage} of {len(placement)}")
+        if not placement:
+            raise ValueError("no stage is placed on a rank")
+        return program
 
     @cached_property
     def hash(self) -> str:
