@@ -34,6 +34,12 @@ def generate_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="T", help="byte, or a tokenizer.json (the model's own)")
     parser.add_argument("--dtype", choices=_DTYPES, default="fp32", help="type that is computed in (fp32)")
     parser.add_argument("--device", metavar="D", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    parser.add_argument(
+        "--layout",
+        choices=("one", "run"),
+        default="one",
+        help="one: one device; run: the ranks and the layout of the run, the likeliest tokens (one)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt, with token ids")
     parser.set_defaults(run=generate)
 
@@ -45,6 +51,8 @@ def generate(args: argparse.Namespace) -> int:
         UserError: an argument that cannot be, or a source that holds no model.
     """
     _check(args)
+    if args.layout == "run":
+        return _generate_in_layout(args)
     import torch
 
     from ..trainer.model_source import open_model
@@ -68,6 +76,29 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _generate_in_layout(args: argparse.Namespace) -> int:
+    from ..trainer.model_source import find_checkpoint
+    from ..trainer.prompts import make_coder
+    from ..trainer.tokenizer_files import of_checkpoint
+    from .generate_layout import answers_in_layout
+
+    run = Path(args.source).expanduser()
+    checkpoint = find_checkpoint(run)
+    tokenizer = of_checkpoint(checkpoint)
+    coder = make_coder(tokenizer, str(checkpoint))
+    prompts = [coder.encode(text) for text in args.prompt]
+    if not all(prompts):
+        raise UserError(Problem("--prompt", "is empty, and the tokenizer begins texts with no token; give some text"))
+    for prompt, answer in zip(
+        prompts, answers_in_layout(run, checkpoint, prompts, args.prompt, args.max_new_tokens), strict=True
+    ):
+        if args.json:
+            _print_json(answer["prompt"], prompt, answer["tokens"], coder, tokenizer.stops)
+        else:
+            print(answer["prompt"] + answer["text"], flush=True)
+    return 0
+
+
 def _check(args: argparse.Namespace) -> None:
     problems: list[Problem] = []
     if not args.prompt:
@@ -80,6 +111,12 @@ def _check(args: argparse.Namespace) -> None:
         problems.append(Problem("--top-p", f"must be above 0 and at most 1, got {args.top_p}"))
     if not 0 <= args.seed < 2**63:
         problems.append(Problem("--seed", f"must be at least 0 and below 2^63, got {args.seed}"))
+    alone = {"--temperature": args.temperature != 0, "--top-p": args.top_p != 1, "--tokenizer": args.tokenizer}
+    if args.layout == "run" and any(alone.values()):
+        named = ", ".join(key for key, given in alone.items() if given)
+        problems.append(
+            Problem("--layout", f"run takes the likeliest tokens, with the run's tokenizer; leave out {named}")
+        )
     if not Path(args.source).expanduser().exists():
         problems.append(Problem(args.source, "there is no such checkpoint, run or Hugging Face folder"))
     if problems:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from ..configs import Config
 from ..parallel.process_ids import ProcessId
 from ..trainer.__main__ import main
 from ..trainer.failure import Failure
+from ..trainer.start import Start
 
 
 def publish(file: Path, text: str) -> None:
@@ -23,15 +26,15 @@ def publish(file: Path, text: str) -> None:
     partial.rename(file)
 
 
-def work(folder: Path, argv: list[str]) -> int:
-    """Runs the rank that the environment names; its exit code."""
+def work(folder: Path, argv: list[str], job: Callable[[Config, Start], int] | None = None) -> int:
+    """Runs the rank that the environment names; its exit code. `job` as of `trainer.__main__.main`."""
     rank = os.environ["RANK"]
     publish(folder / f"pid.{rank}", json.dumps(asdict(ProcessId.current())))
 
     def failed(failure: Failure) -> None:
         publish(folder / f"failure.{rank}", json.dumps(failure.as_dict()))
 
-    return main(argv, failed)
+    return main(argv, failed, job)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,17 @@ from .start import Start
 USAGE = f"usage: torchrun … -m pentad.trainer [{FRESH}] CONFIG [key=value …]"
 
 
-def main(argv: Sequence[str] | None = None, failed: Callable[[Failure], None] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    failed: Callable[[Failure], None] | None = None,
+    job: Callable[[Config, Start], int] | None = None,
+) -> int:
     """Runs this rank of the job.
 
     Args:
         argv: CONFIG and overrides, and perhaps --fresh; none: the command line's.
         failed: told about the failure instead of it being printed.
+        job: what the rank does; none: it trains.
 
     Returns:
         The exit code: 0, 2 for a user's mistake, 1 for any other error, 128 + n for signal n before the first step.
@@ -51,13 +56,20 @@ def main(argv: Sequence[str] | None = None, failed: Callable[[Failure], None] | 
         return 2
     try:
         with ExitStack() as held:
-            return _run(start, argv[1:], held, alone=failed is None)
+            return _run(start, argv[1:], held, job, alone=failed is None)
     finally:
         start.meeting.leave()
         stop.close()
 
 
-def _run(start: Start, overrides: Sequence[str], held: ExitStack, *, alone: bool) -> int:
+def _run(
+    start: Start,
+    overrides: Sequence[str],
+    held: ExitStack,
+    job: Callable[[Config, Start], int] | None = None,
+    *,
+    alone: bool,
+) -> int:
     """`held` takes what the job holds until it ends; `alone`: no `pentad train` has looked at the job before."""
     cfg: Config | None = None
     loading = True
@@ -71,7 +83,7 @@ def _run(start: Start, overrides: Sequence[str], held: ExitStack, *, alone: bool
             held.push(claim(cfg, fresh=start.fresh, config=start.config, env=start.env))
         from .run import run  # after the configuration is known to be good: importing torch takes seconds
 
-        return run(cfg, start)
+        return (job or run)(cfg, start)
     except KeyboardInterrupt:
         return 130
     except Stopped:

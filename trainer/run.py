@@ -57,7 +57,7 @@ def run(cfg: Config, start: Start) -> int:
     ranks = Ranks.from_environment(start.env)
     with ExitStack() as open_things:
         try:
-            mesh, device = _meet(cfg, start, ranks, open_things)
+            mesh, device = meet(cfg, start, ranks, open_things)
             _in_mesh(cfg, start, ranks, mesh, device)
         except Exception as error:
             if not isinstance(error, Stopped):
@@ -66,7 +66,7 @@ def run(cfg: Config, start: Start) -> int:
     return 0
 
 
-def _meet(cfg: Config, start: Start, ranks: Ranks, open_things: ExitStack) -> tuple[Mesh, torch.device]:
+def meet(cfg: Config, start: Start, ranks: Ranks, open_things: ExitStack) -> tuple[Mesh, torch.device]:
     """Everything that can fail on one rank alone, then the mesh, in which the others would wait for it."""
     store = start.meeting.open(cfg.faults.timeout_s)
     device = prepare_device(cfg, ranks)

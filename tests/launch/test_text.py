@@ -129,6 +129,23 @@ def test_import_train_export_generate(run: Path, tmp_path: Path, capsys: pytest.
         torch.testing.assert_close(module(read), load_hf(out, torch.float64)(read), rtol=0, atol=0)
 
 
+def test_layout_of_the_run_gives_the_same_tokens(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    resolved = run / "config.resolved.yaml"
+    before = resolved.read_text()
+    routed = "experts: 4" in before
+    resolved.write_text(before.replace("  tp: 1\n", "  tp: 2\n").replace("  ep: 1\n", f"  ep: {2 if routed else 1}\n"))
+    try:
+        arguments = ["generate", str(run), "--prompt", "the cat", "--prompt", "my", "--max-new-tokens", "8", "--json"]
+        assert main(arguments) == 0
+        expected = capfd.readouterr().out
+        assert main([*arguments, "--layout", "run"]) == 0
+        assert capfd.readouterr().out == expected
+        assert main([*arguments, "--layout", "run", "--temperature", "1"]) == 2
+        assert "leave out --temperature" in capfd.readouterr().err
+    finally:
+        resolved.write_text(before)
+
+
 def test_sampling_is_repeatable_and_goes_by_the_seed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def drawn(seed: int, *how: object) -> list[int]:
         return generated(capsys, run, "--prompt", "the", "--temperature", 1.5, "--seed", seed, *how)[0]["tokens"]
