@@ -186,11 +186,11 @@ def _draw_job(draws: Draws, corpora: Path, start: str) -> tuple[str, Keys]:
         "hardware.peak_tflops": 1.0,
     }
     keys |= _data(draws, corpora) | _optimizer(draws, steps)
-    return family, keys
+    return family, keys | _prompts(draws, keys)
 
 
 def _data(draws: Draws, corpora: Path) -> Keys:
-    name = draws.pick({"bin": 5, "blend": 2, "jsonl": 1})
+    name = draws.pick({"bin": 5, "blend": 2, "jsonl": 2})
     keys: Keys = {"data.name": name, "data.document_mask": draws.maybe(0.5), "data.holdout": 0.1}
     keys["model.vocab"] = draws.choice([64, 96, 128, 192])
     assert min(64, 96) >= TOKENS
@@ -207,6 +207,15 @@ def _data(draws: Draws, corpora: Path) -> Keys:
     if name != "jsonl" and draws.maybe(0.3):
         keys["data.eod"] = 7
     return keys
+
+
+def _prompts(draws: Draws, keys: Keys) -> Keys:
+    """Texts that evaluations continue, where there is a tokenizer and padding does not count."""
+    exact = keys["train.dtype"] == "fp64"
+    counts = keys.get("model.moe.router.name") == "expert_choice" or "model.moe.capacity_factor" in keys
+    if keys["data.name"] != "jsonl" or not keys["eval.every"] or not exact or counts or draws.maybe(0.2):
+        return {}
+    return {"eval.prompts": ["line", "3 14", "7"][: draws.randint(1, 3)], "eval.prompt_tokens": draws.randint(1, 4)}
 
 
 def _optimizer(draws: Draws, steps: int) -> Keys:

@@ -31,12 +31,12 @@ class Trained:
 
     Args:
         curve: `loss of step 3` → value; grad norms and held-out losses alike.
-        experts: `load_max of step 3` → values of the layers.
+        rows: `load_max of step 3` → values of the layers; `text after 'line' of step 3` → token ids.
         tensors: name → whole tensor of the last checkpoint.
     """
 
     curve: dict[str, float]
-    experts: dict[str, list[float | None]]
+    rows: dict[str, list[float | None]]
     tensors: dict[str, torch.Tensor]
 
 
@@ -52,7 +52,7 @@ class Difference:
 
 def read_run(folder: Path, since: int, until: int) -> Trained:
     """A run's numbers of the steps after `since` up to `until`, and its checkpoint of that one."""
-    curve, experts = dict[str, float](), dict[str, list[float | None]]()
+    curve, rows = dict[str, float](), dict[str, list[float | None]]()
     for row in _lines(folder / "metrics.jsonl"):
         step = row["step"]
         if not since < step <= until:
@@ -61,12 +61,14 @@ def read_run(folder: Path, since: int, until: int) -> Trained:
             curve[f"{key} of step {step}"] = _number(row[key])
         for key, values in (row["moe"] or {}).items():
             if isinstance(values, list) and key not in _OF_A_LAYOUT:
-                experts[f"{key} of step {step}"] = values
+                rows[f"{key} of step {step}"] = values
     for row in _lines(folder / "events.jsonl"):
         if row["event"] == "evaluation" and since < row["step"] <= until:
             curve[f"held-out loss of step {row['step']}"] = _number(row["loss"])
+        if row["event"] == "sample" and since < row["step"] <= until:
+            rows[f"text after {row['prompt']!r} of step {row['step']}"] = row["tokens"]
     tensors, _ = read_full(folder / "checkpoints" / f"step-{until:08d}")
-    return Trained(curve, experts, tensors)
+    return Trained(curve, rows, tensors)
 
 
 def _number(value: float | None) -> float:
@@ -100,8 +102,8 @@ def differences(mine: Trained, expected: Trained, dtype: str, free: re.Pattern[s
         if dtype != "bf16" or "norm" not in what
     ]
     if dtype != "bf16":
-        metrics = _compared(mine.experts, expected.experts, _worst)
-        found += [Difference(what, "experts", size, DIGITS) for what, size in metrics.items()]
+        metrics = _compared(mine.rows, expected.rows, _worst)
+        found += [Difference(what, "rows", size, DIGITS) for what, size in metrics.items()]
         sizes = _compared(mine.tensors, expected.tensors, _distance)
         found += [
             Difference(what, "tensors", size, allowed)

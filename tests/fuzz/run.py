@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import shutil
 import time
@@ -124,8 +122,7 @@ class _Runs:
             return []
         made = run_job(as_yaml(case.origin), 1, self.folder / "origin", "origin", []) / "checkpoints" / "step-00000001"
         if case.start == "hf":
-            with contextlib.redirect_stderr(io.StringIO()):  # it says that there is no tokenizer
-                export_hf(made, self.folder / "hf")
+            export_hf(made, self.folder / "hf", notice=lambda _: None)
             made = self.folder / "hf"
         return [f"checkpoint.init={made}", *(["checkpoint.upcycle=true"] if case.start == "upcycled" else [])]
 

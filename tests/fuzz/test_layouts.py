@@ -65,8 +65,8 @@ def _trained(loss: float = 2.0, weight: float = 1.0) -> Trained:
         lambda: _trained(weight=1.0 + 1e-10),
         lambda: _trained(loss=float("nan")),
         lambda: Trained(_trained().curve, {"dropped of step 1": [0.0, 0.0]}, _trained().tensors),
-        lambda: Trained({"loss of step 1": 2.0}, _trained().experts, _trained().tensors),
-        lambda: Trained(_trained().curve, _trained().experts, {}),
+        lambda: Trained({"loss of step 1": 2.0}, _trained().rows, _trained().tensors),
+        lambda: Trained(_trained().curve, _trained().rows, {}),
     ],
 )
 def test_a_difference_beyond_rounding_is_found(changed: Callable[[], Trained]) -> None:
@@ -129,7 +129,7 @@ def test_a_layout_that_trains_something_else_fails_its_case(work: Path) -> None:
         if folder.parent.name != "first":
             return trained
         curve = {what: value * (1 + 1e-6 * ("norm" in what)) for what, value in trained.curve.items()}
-        return Trained(curve, trained.experts, trained.tensors)
+        return Trained(curve, trained.rows, trained.tensors)
 
     with mock.patch("tests.fuzz.run.read_run", other):
         outcome = run_case(case, work / "case")
