@@ -17,7 +17,7 @@ import time
 
 import torch
 
-from pentad.parallel.grouped_gemm import GroupedMm, Groups, Loop, RoundedLoop
+from pentad.parallel.kernels.grouped_gemm import GroupedMm, Groups, Loop, RoundedLoop
 
 WAYS = {"loop": Loop, "rounded": RoundedLoop, "grouped_mm": GroupedMm}
 CASES = ((8, 512, 1536, 512), (16, 256, 512, 512), (32, 128, 256, 512), (64, 64, 128, 256), (64, 16, 128, 256))

@@ -15,7 +15,7 @@ from typing import Any
 
 from workload import Measurement, Workload
 
-from pentad.launch.train import rank_environment
+from pentad.launch.supervise.launcher import rank_environment
 
 HERE = Path(__file__).resolve().parent
 

@@ -27,12 +27,12 @@ from statistics import median
 import torch
 from pipeline_worker import CHUNKS, Report
 
-from pentad.launch.train import rank_environment
+from pentad.launch.supervise.launcher import rank_environment
 from pentad.parallel.pipeline.program import Op, Program
 from pentad.parallel.pipeline.recorded import actual
 from pentad.parallel.pipeline.simulate import simulate
 from pentad.parallel.pipeline.times import Times
-from pentad.parallel.record_view import read
+from pentad.parallel.record.reader import read
 
 HERE = Path(__file__).resolve().parent
 OURS, THEIRS = "pipeline_worker", "peers.torch_pipelining"

@@ -30,9 +30,9 @@ from torch import Tensor
 from pentad.configs.load import load
 from pentad.configs.schema import Config
 from pentad.models.stages import Inputs
-from pentad.parallel.collectives import Handle, all_reduce, receive, send
+from pentad.parallel.comm.collectives import Handle, all_reduce, receive, send
+from pentad.parallel.comm.mesh import Mesh
 from pentad.parallel.gradients import WeightGradients
-from pentad.parallel.mesh import Mesh
 from pentad.parallel.pipeline import draw, schedules
 from pentad.parallel.pipeline.execute import execute
 from pentad.parallel.pipeline.lower import lower
@@ -42,10 +42,10 @@ from pentad.parallel.pipeline.runtime import Hidden, Runtime, Vocabulary
 from pentad.parallel.pipeline.simulate import Timeline, simulate
 from pentad.parallel.pipeline.times import Times
 from pentad.parallel.pipeline.vocabulary import balanced
-from pentad.parallel.record import Recorder
-from pentad.parallel.record_view import read
+from pentad.parallel.record.reader import read
+from pentad.parallel.record.ring import Recorder
 from pentad.trainer.setup import make_model, mesh_of
-from pentad.trainer.vocabulary import BalancedVocabulary
+from pentad.trainer.vocab_passes import BalancedVocabulary
 
 RANKS = 8
 CASES = [(name, chunks, vocab) for name, chunks in (("1f1b", 1), ("gis", 2), ("v-half", 2)) for vocab in (False, True)]

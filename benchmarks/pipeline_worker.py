@@ -23,19 +23,19 @@ from workload import Workload, peak_rss_mib, random_batch
 
 from pentad.configs.load import load
 from pentad.configs.schema import Config
-from pentad.parallel.collectives import Handle
-from pentad.parallel.mesh import Mesh
+from pentad.parallel.comm.collectives import Handle
+from pentad.parallel.comm.mesh import Mesh
 from pentad.parallel.pipeline import runtime, schedules
 from pentad.parallel.pipeline.execute import execute
 from pentad.parallel.pipeline.lower import lower
 from pentad.parallel.pipeline.program import Program
-from pentad.parallel.record import Recorder
+from pentad.parallel.record.ring import Recorder
+from pentad.trainer.checkpoint.state import units_by_key
 from pentad.trainer.data.dataset import MicroBatch
-from pentad.trainer.meeting import Meeting
-from pentad.trainer.optimizer import make_optimizer
-from pentad.trainer.pipeline import training_program
+from pentad.trainer.optim.optimizer import make_optimizer
+from pentad.trainer.processes.meeting import Meeting
+from pentad.trainer.programs import training_program
 from pentad.trainer.setup import Parts, Ranks, buckets_per_rank, make_model, mesh_of
-from pentad.trainer.state import units_by_key
 from pentad.trainer.step import Stepper
 
 CHUNKS = {"gpipe": 1, "1f1b": 1, "interleaved": 2}

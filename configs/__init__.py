@@ -9,7 +9,7 @@ from .paths import check_files
 from .resolve import resolve, resolve_model
 from .schema import Config, ModelConfig
 from .sources import preset_names
-from .validate import validate
+from .validation.general import validate
 
 __all__ = [
     "Config",

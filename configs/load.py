@@ -29,7 +29,7 @@ from .resolve import resolve
 from .schedule_length import fit_schedule
 from .schema import Config
 from .sources import Given, Layer, find_config, find_preset, locate, plain, read_overrides, read_yaml, select, shown
-from .validate import validate
+from .validation.general import validate
 
 
 def load(

@@ -8,7 +8,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 MAX_OVERLAP_CHUNKS = 8
-"""More transfers of one layer at once than this would not fit into an axis's posts (`parallel/local.py`)."""
+"""The most parts into which a layer's tokens are cut on their way to the experts."""
 
 
 @dataclass(frozen=True, kw_only=True)

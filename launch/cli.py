@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..configs import UserError
-from .generate import generate_parser
 from .mistakes import unknown_arguments, unknown_verb
+from .verbs.generate import generate_parser
 
 _OVERRIDES = "config keys to change, e.g. train.steps=100 parallel.tp=2"
 _UPCYCLE = {"experts": True, "top_k": True, "granularity": False}
@@ -182,13 +182,13 @@ def _schedule_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from .train import train
+    from .supervise.launcher import train
 
     return train(args.config, args.overrides, fresh=args.fresh)
 
 
 def _check(args: argparse.Namespace) -> int:
-    from .check import check
+    from .verbs.check import check
 
     check(args.config, args.overrides)
     return 0
@@ -207,20 +207,20 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _flops(args: argparse.Namespace) -> int:
-    from ..models.flops import report
+    from ..models.costs.flops import report
 
     result = report(args.model, args.seq_len)
     if args.json:
         print(json.dumps(result, indent=2))
         return 0
-    from .tables import print_flops
+    from .verbs.tables import print_flops
 
     print_flops(result)
     return 0
 
 
 def _schedule(args: argparse.Namespace) -> int:
-    from .schedule import schedule
+    from .verbs.schedule import schedule
 
     return schedule(args)
 
@@ -243,7 +243,7 @@ def _tokenize(args: argparse.Namespace) -> int:
 
 
 def _import_hf(args: argparse.Namespace) -> int:
-    from ..trainer.hf_io import Upcycle, import_hf
+    from ..trainer.checkpoint.hugging_face import Upcycle, import_hf
 
     upcycle = None if args.upcycle is None else Upcycle(**_numbers("--upcycle", args.upcycle, _UPCYCLE))
     model = import_hf(args.directory, args.out, upcycle)
@@ -266,7 +266,7 @@ def _numbers(option: str, text: str, keys: dict[str, bool]) -> dict[str, int]:
 def _export_hf(args: argparse.Namespace) -> int:
     import torch
 
-    from ..trainer.hf_io import export_hf
+    from ..trainer.checkpoint.hugging_face import export_hf
 
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
     model = export_hf(args.source, args.out, types[args.dtype] if args.dtype else None)

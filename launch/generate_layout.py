@@ -11,8 +11,8 @@ import yaml
 
 from ..configs import Problem, UserError, load
 from ..trainer.sample_run import ANSWER, REQUEST
-from .supervise import supervise
-from .train import rank_environment, uses_gpus, world_size
+from .supervise.launcher import rank_environment, uses_gpus, world_size
+from .supervise.supervisor import supervise
 
 
 def answers_in_layout(run: Path, checkpoint: Path, prompts: list[list[int]], texts: list[str], count: int) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .worker import work
+from .supervise.worker import work
 
 if __name__ == "__main__":
     from ..trainer.sample_run import sample

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..configs.schema import ModelConfig
-from ..parallel.context.local import Core
-from ..parallel.context.one_device import attention
-from ..parallel.context.rows import Mask, Spread
+from ..parallel.kernels.attention import attention
+from ..parallel.kernels.device import local_attention
+from ..parallel.kernels.interfaces import Core
+from ..parallel.kernels.mask import Mask, Spread
 from .functional import rotate
 from .linear import Linear, project
-from .local_attention import local_attention
 from .norms import RmsNorm
 from .sequences import Sequences
 

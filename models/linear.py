@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..parallel import grouped
-from ..parallel.grouped import GroupedProjection, Groups, Made
+from ..parallel import grouped_projection
+from ..parallel.grouped_projection import GroupedProjection, Groups, Made
 from ..parallel.projection import Projection, local
 
 
@@ -41,7 +41,7 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(experts, out_features)) if bias else None
-        self.apply_weights: GroupedProjection = grouped.local
+        self.apply_weights: GroupedProjection = grouped_projection.local
 
     def forward(self, x: Tensor | Made, groups: Groups) -> Tensor:
         return self.apply_weights(x, groups, (self,))[0]

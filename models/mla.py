@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configs.schema import ModelConfig
-from ..parallel.context.local import Core, LatentCore
+from ..parallel.kernels.interfaces import Core, LatentCore
 from .attention import attend
 from .functional import rotate
 from .linear import Linear, project

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..configs.schema import ModelConfig
+from ..parallel.comm.mesh import Axis
 from ..parallel.expert.dispatch import AllToAll, Dispatcher
-from ..parallel.grouped import Groups, Local, Made
-from ..parallel.mesh import Axis
+from ..parallel.grouped_projection import Groups, Local, Made
 from .dropout import Draws
 from .feed_forward import FeedForward
 from .functional import swiglu, swiglu_clipped
 from .linear import GroupedLinear, Linear, project_grouped
-from .router import Router
+from .routing.router import Router
 from .sequences import Sequences
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ..configs.schema import ContextConfig, ModelConfig
-from ..parallel.collectives import all_gather_autograd, all_reduce
+from ..parallel.comm.collectives import all_gather_autograd, all_reduce
+from ..parallel.comm.mesh import Axis, Mesh
 from ..parallel.context.all_scan import AllScan
 from ..parallel.context.make import make_core, make_latent_core
 from ..parallel.expert.biases import without_bias
@@ -19,20 +20,19 @@ from ..parallel.expert.dispatch import AllToAll
 from ..parallel.expert.make import make_dispatcher
 from ..parallel.expert.tokens import TokenGroup
 from ..parallel.gradients import slot_of
-from ..parallel.mesh import Axis, Mesh
-from ..parallel.plan import Axes, Column, Plan, Row, Rule, Sharding, place
+from ..parallel.kernels.device import check_local_attention, local_attention
+from ..parallel.sharding_rules import Axes, Column, Plan, Row, Rule, Sharding, place
 from ..parallel.tensor import ColumnProjection, RowProjection
 from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard
 from .attention import Attention
-from .initialise import initial
 from .linear import Linear
 from .linear_attention import LinearAttention
-from .local_attention import check_local_attention, local_attention
 from .mla import LatentAttention
 from .moe import Moe
-from .plans import plan_of
 from .recompute import run_layer_again
+from .sharding import plan_of
 from .transformer import Part, Transformer
+from .weights.initialise import initial
 
 _SOFTMAX = (Attention, LatentAttention)
 
@@ -82,7 +82,7 @@ def build(
 ) -> tuple[Transformer, dict[str, Sharding]]:
     """This rank's part of the model, uninitialised, and where each of its parameters lives.
 
-    The order: build on meta, cut, allocate, replace the seams. Data parallelism comes after (`parallel.data`).
+    The order: build on meta, cut, allocate, replace the seams. Data parallelism comes after (`parallel.replicas.flat`).
 
     Args:
         part: what this rank's stages hold; none: everything.

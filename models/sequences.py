@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..parallel.context.rows import Spread
+from ..parallel.kernels.mask import Spread
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..parallel.context.rows import Spread
+from ..parallel.kernels.mask import Spread
 from .dropout import Draws
 from .transformer import Part, Transformer
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configs.schema import ModelConfig
-from ..parallel.context.rows import Spread
+from ..parallel.kernels.mask import Spread
 from ..parallel.vocab import Look, VocabEmbedding, VocabHead, VocabShard, look_up
 from .attention import Attention
 from .dropout import Draws
@@ -25,7 +25,7 @@ from .moe import Moe
 from .mtp import Prediction
 from .norms import make_norm
 from .rope import angles, frequencies
-from .routing_losses import attach
+from .routing.losses import attach
 from .sequences import Sequences
 
 
@@ -114,7 +114,7 @@ def run_layer(layer: Layer, x: Tensor, seq: Sequences, draws: Draws | None) -> T
 
 
 class Transformer(nn.Module):
-    """The model, or a part of it. Parameters are uninitialised: see `models.initialise` and `models.hf.load_hf`."""
+    """The model, or a part of it. Parameters are uninitialised: see `models.weights.initialise` and `load_hf`."""
 
     def __init__(self, cfg: ModelConfig, part: Part | None = None) -> None:
         super().__init__()

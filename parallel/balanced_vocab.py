@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .collectives import all_gather, broadcast_blocks, reduce_blocks
+from .comm.collectives import all_gather, broadcast_blocks, reduce_blocks
+from .comm.lane import Lane, Pending
+from .comm.mesh import Axis
 from .gradients import matmul_grad, plain_grad, slot_of
-from .lane import Lane, Pending
-from .mesh import Axis
 from .vocab import IGNORED, Look, VocabShard
 
 _CHUNK = 1024

@@ -17,9 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .collectives import Handle
-from .grouped_gemm import Gemms
-from .weight_products import add, add_product
+from .comm.collectives import Handle
+from .kernels.grouped_gemm import Gemms
+from .kernels.weight_products import add, add_product
 
 
 class Slot:

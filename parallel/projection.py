@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .collectives import Handle
+from .comm.collectives import Handle
 from .gradients import matmul_grad, open_store, plain_grad
 
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .collectives import Handle, all_gather, reduce_scatter
-from .mesh import Axis
+from .comm.collectives import Handle, all_gather, reduce_scatter
+from .comm.mesh import Axis
 from .projection import Around, HasWeight, run
 
 

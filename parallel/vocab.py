@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .collectives import all_gather, all_reduce, reduce_scatter, reduce_scatter_autograd
+from .comm.collectives import all_gather, all_reduce, reduce_scatter, reduce_scatter_autograd
+from .comm.mesh import Axis
 from .gradients import plain_grad, slot_of
-from .mesh import Axis
-from .weight_products import add_product
+from .kernels.weight_products import add_product
 
 IGNORED = -1
 """Label of a token without a loss."""

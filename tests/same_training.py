@@ -9,7 +9,7 @@ import torch
 
 from pentad.configs.schema import Config
 from pentad.parallel.global_tensor import boxes
-from pentad.trainer.state import units_by_key
+from pentad.trainer.checkpoint.state import units_by_key
 from tests.distributed import run_distributed
 from tests.training import Run, job
 

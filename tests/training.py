@@ -28,13 +28,13 @@ from pentad.configs.schema import (
     StdlibData,
     TrainConfig,
 )
-from pentad.parallel.mesh import Mesh
-from pentad.parallel.record import Recorder
+from pentad.parallel.comm.mesh import Mesh
+from pentad.parallel.record.ring import Recorder
+from pentad.trainer.checkpoint.state import units_by_key
 from pentad.trainer.data.dataset import MicroBatch
-from pentad.trainer.optimizer import make_optimizer
-from pentad.trainer.pipeline import training_program
+from pentad.trainer.optim.optimizer import make_optimizer
+from pentad.trainer.programs import training_program
 from pentad.trainer.setup import buckets_per_rank, make_model, mesh_of
-from pentad.trainer.state import units_by_key
 from pentad.trainer.step import Stepper, StepResult
 from tests.distributed import job_store
 

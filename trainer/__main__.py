@@ -11,14 +11,14 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from ..configs import Config, UserError, given_yaml, load
-from .failure import Failure
-from .launchers import place
-from .meeting import Stopped
-from .orphans import signal_self_when_orphaned
 from .preflight import preflight
+from .processes.failure import Failure
+from .processes.launchers import place
+from .processes.meeting import Stopped
+from .processes.orphans import signal_self_when_orphaned
+from .processes.signals import NOTICES, StopRequest
+from .processes.start import Start
 from .run_folder import FRESH, claim
-from .signals import NOTICES, StopRequest
-from .start import Start
 
 USAGE = f"usage: torchrun … -m pentad.trainer [{FRESH}] CONFIG [key=value …]"
 

@@ -9,9 +9,9 @@ from ..configs.schema import Config
 from ..models.dropout import Draws
 from ..models.mtp import ahead
 from ..models.stages import Inputs
+from ..parallel.comm.mesh import Mesh
 from ..parallel.context.layout import deal_of
-from ..parallel.context.rows import Spread
-from ..parallel.mesh import Mesh
+from ..parallel.kernels.mask import Spread
 from .data.dataset import MicroBatch
 
 

@@ -10,9 +10,9 @@ import torch
 
 from ..configs.schema import Config
 from ..models.parallelize import set_overlap_chunks
-from ..parallel.collectives import all_reduce
+from ..parallel.comm.collectives import all_reduce
+from ..parallel.comm.mesh import Mesh
 from ..parallel.expert.search import ChunkSearch
-from ..parallel.mesh import Mesh
 from .setup import Parts
 
 

@@ -16,12 +16,12 @@ from ..configs.advice import warnings
 from ..configs.errors import Problem, UserError
 from ..configs.output import hide
 from ..configs.schema import Config, LogConfig
-from .checkpoint_check import checkpoint_problems
+from .checkpoint.check import checkpoint_problems
 from .data.preflight import data_problems
 from .devices import missing_devices
-from .prompts import prompt_problems
 from .stage_layers import empty_stages
-from .tokenizer_files import of_job
+from .text.prompts import prompt_problems
+from .text.tokenizer_files import of_job
 
 _PACKAGES = {"log.wandb": ("wandb", "wandb"), "log.tensorboard": ("tensorboard", "tensorboard")}
 """Key: the package that it needs, and the extra of ours that installs it."""
@@ -53,7 +53,7 @@ def memory_preflight(cfg: Config) -> list[Problem]:
     """Why the job cannot fit into `hardware.memory_gib`; where it may not, that is printed as a warning."""
     if cfg.hardware.memory_gib is None:
         return []
-    from .memory_fit import memory_findings  # after everything that needs no torch
+    from .memory.fit import memory_findings  # after everything that needs no torch
 
     problems, doubts = memory_findings(cfg)
     for doubt in doubts:

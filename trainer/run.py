@@ -15,29 +15,29 @@ import torch.distributed as dist
 
 from ..configs import Problem, UserError, as_dict, hide, to_yaml
 from ..configs.schema import Config
-from ..models.flops import layer_windows
-from ..models.hf import to_stderr
-from ..parallel import record_files
-from ..parallel.collectives import all_reduce
-from ..parallel.mesh import Mesh
-from ..parallel.process_ids import ProcessId
-from ..parallel.record_files import RingFile
-from .checkpoint import Checkpointer
-from .curves import draw_curves
+from ..models.costs.flops import layer_windows
+from ..models.hf.folder import to_stderr
+from ..parallel.comm.collectives import all_reduce
+from ..parallel.comm.mesh import Mesh
+from ..parallel.comm.process_ids import ProcessId
+from ..parallel.record import files
+from ..parallel.record.files import RingFile
+from .checkpoint.checkpointer import Checkpointer
+from .checkpoint.hugging_face import load_initial
 from .data.dataset import open_data
-from .hf_io import load_initial
-from .introduction import introduction
-from .meeting import Stopped
-from .peak import MeasuredPeaks, Peak, peak_tflops
-from .prompts import make_coder
+from .metrics.curves import draw_curves
+from .metrics.introduction import introduction
+from .metrics.peak import MeasuredPeaks, Peak, peak_tflops
+from .metrics.sinks import EventLog, make_sinks
+from .metrics.summary import summarize
+from .processes.meeting import Stopped
+from .processes.signals import StopRequest
+from .processes.start import Start
 from .run_folder import checkpoint_folder, run_folder
-from .samples import Sampler
 from .setup import DTYPES, Ranks, make_model, make_recorder, mesh_of, prepare_device
-from .signals import StopRequest
-from .sinks import EventLog, make_sinks
-from .start import Start
-from .summary import summarize
-from .tokenizer_files import TokenizerFiles, of_checkpoint, of_job
+from .text.prompts import make_coder
+from .text.samples import Sampler
+from .text.tokenizer_files import TokenizerFiles, of_checkpoint, of_job
 from .trainer import Outputs, Trainer
 
 
@@ -71,7 +71,7 @@ def meet(cfg: Config, start: Start, ranks: Ranks, open_things: ExitStack) -> tup
     store = start.meeting.open(cfg.faults.timeout_s)
     device = prepare_device(cfg, ranks)
     if ranks.local_rank == 0:
-        record_files.sweep()
+        files.sweep()
     recorder = make_recorder(cfg, ranks)
     open_things.callback(recorder.close)
     start.meeting.come(_about(cfg), cfg.faults.timeout_s)
@@ -104,7 +104,7 @@ def _in_mesh(cfg: Config, start: Start, ranks: Ranks, mesh: Mesh, device: torch.
         _keep_record(run_dir, ranks, rings)
         raise
     if ranks.local_rank == 0:
-        record_files.collect(run_dir, rings, remove=True)
+        files.collect(run_dir, rings, remove=True)
 
 
 def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: StopRequest) -> None:
@@ -241,7 +241,7 @@ def _index_record(run_dir: Path, mesh: Mesh, run_id: str) -> list[RingFile]:
     if mesh.degrees.world > 1:
         dist.all_gather_object(rings, mine, group=mesh.host_group)
     if mesh.is_first:
-        record_files.write_index(run_dir, rings, run_id)
+        files.write_index(run_dir, rings, run_id)
     return rings
 
 
@@ -250,4 +250,4 @@ def _keep_record(run_dir: Path, ranks: Ranks, rings: list[RingFile]) -> None:
     host = socket.gethostname()
     mine = [r for r in rings if r.rank == ranks.rank or (r.host == host and not ProcessId(r.pid).alive)]
     with suppress(OSError):  # a full disk is no reason to hide the failure
-        record_files.collect(run_dir, mine, remove=True)
+        files.collect(run_dir, mine, remove=True)

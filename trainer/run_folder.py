@@ -17,7 +17,7 @@ from typing import Any
 from ..configs.errors import Problem, UserError
 from ..configs.schema import Config
 from ..configs.strict_json import JsonError, open_regular, parse_json
-from .checkpoint_names import checkpoints
+from .checkpoint.names import checkpoints
 from .run_lock import FolderLock, attempts, lock_folder
 
 FRESH = "--fresh"

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ..configs.errors import Problem, UserError
 from ..configs.strict_json import JsonError, expect_int, expect_object, expect_text, parse_json
-from ..parallel.process_ids import ProcessId, boot_id
+from ..parallel.comm.process_ids import ProcessId, boot_id
 
 LOCK = ".lock"
 BEAT_S = 30.0

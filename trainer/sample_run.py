@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 
 from ..configs.schema import Config
-from ..parallel.mesh import Mesh
-from .checkpoint import Checkpointer
-from .hf_io import load_initial
-from .optimizer import make_optimizer
-from .pipeline import training_program
-from .prompts import make_coder
+from ..parallel.comm.mesh import Mesh
+from .checkpoint.checkpointer import Checkpointer
+from .checkpoint.hugging_face import load_initial
+from .optim.optimizer import make_optimizer
+from .processes.start import Start
+from .programs import training_program
 from .run import meet
 from .run_folder import checkpoint_folder
-from .samples import Sampler
 from .setup import Ranks, buckets_per_rank, make_model
-from .start import Start
 from .step import Stepper
-from .tokenizer_files import of_checkpoint
+from .text.prompts import make_coder
+from .text.samples import Sampler
+from .text.tokenizer_files import of_checkpoint
 
 REQUEST = "request.json"
 """What is wanted: prompts and count."""

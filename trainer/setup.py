@@ -15,14 +15,14 @@ from ..configs.schema import Config
 from ..models.mla import LatentAttention
 from ..models.parallelize import build, initial_values, set_overlap_chunks
 from ..models.transformer import Transformer
-from ..parallel import record
-from ..parallel.collectives import all_gather
-from ..parallel.data import FlatReplicas, Replicas, expect_uses
-from ..parallel.fsdp import FsdpReplicas
+from ..parallel.comm.collectives import all_gather
+from ..parallel.comm.mesh import Degrees, Mesh
 from ..parallel.gradients import WeightGradients, slot_of
-from ..parallel.mesh import Degrees, Mesh
-from ..parallel.plan import Sharding
-from .pipeline import Pipeline
+from ..parallel.record import ring
+from ..parallel.replicas.flat import FlatReplicas, Replicas, expect_uses
+from ..parallel.replicas.fsdp import FsdpReplicas
+from ..parallel.sharding_rules import Sharding
+from .programs import Pipeline
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -79,14 +79,14 @@ def degrees_of(cfg: Config) -> Degrees:
     return Degrees(tp=p.tp, pp=p.pp, cp=p.cp, dp=p.dp, ep=p.ep, etp=p.etp, tp_replica=max(1, p.tp // kv))
 
 
-def make_recorder(cfg: Config, ranks: Ranks) -> record.Recorder:
+def make_recorder(cfg: Config, ranks: Ranks) -> ring.Recorder:
     """This rank's record."""
-    return record.create(
+    return ring.create(
         f"{cfg.name}-{ranks.run_id}", rank=ranks.rank, world=ranks.world, entries=cfg.faults.record_entries
     )
 
 
-def mesh_of(cfg: Config, *, store: dist.Store | None, rank: int, device: str, recorder: record.Recorder) -> Mesh:
+def mesh_of(cfg: Config, *, store: dist.Store | None, rank: int, device: str, recorder: ring.Recorder) -> Mesh:
     """The mesh that the job's layout and pipeline need; arguments as of `Mesh`."""
     pipeline = Pipeline.of(cfg)
     balanced = pipeline.split.balanced

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..configs import Config, Problem
-from ..models.flops import layer_flops
+from ..models.costs.flops import layer_flops
 from ..parallel.pipeline import schedules
 from ..parallel.pipeline.partition import partition
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..configs.schema import Config
-from ..models.balance import collect, settle
 from ..models.parallelize import close
+from ..models.routing.balance import collect, settle
 from ..models.stages import run_stage
-from ..parallel.collectives import Handle, all_reduce
-from ..parallel.mesh import Mesh
+from ..parallel.comm.collectives import Handle, all_reduce
+from ..parallel.comm.mesh import Mesh
 from ..parallel.pipeline.execute import Handler, execute
 from ..parallel.pipeline.needs import Kind, Kinds
 from ..parallel.pipeline.program import Op, Program
@@ -25,9 +25,9 @@ from ..parallel.pipeline.runtime import Hidden, Runtime
 from ..parallel.vocab import Look
 from .data.dataset import MicroBatch
 from .inputs import InputMaker
-from .optimizer import Optimizer, sum_of_squares
+from .optim.optimizer import Optimizer, sum_of_squares
 from .setup import DTYPES, Parts
-from .vocabulary import BalancedVocabulary
+from .vocab_passes import BalancedVocabulary
 
 
 @dataclass(frozen=True)

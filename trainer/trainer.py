@@ -13,28 +13,28 @@ import torch
 
 from ..configs.errors import UserError
 from ..configs.schema import Config
-from ..models.flops import flops_again, flops_per_step, parameter_count
-from ..parallel.collectives import all_reduce
-from ..parallel.mesh import Mesh
-from .checkpoint import Checkpointer
+from ..models.costs.flops import flops_again, flops_per_step, parameter_count
+from ..parallel.comm.collectives import all_reduce
+from ..parallel.comm.mesh import Mesh
+from .checkpoint.checkpointer import Checkpointer
+from .checkpoint.same_run import Progress, facts, run_problems
+from .checkpoint.state import all_tensors, units_by_key
 from .data.dataset import Dataset
 from .data.loader import Loader, heldout_batches
-from .metrics import Meter, StepFlops, peak_memory_gib
-from .moe_metrics import heat_map, is_pictured, sparse_flops, summarize
-from .optimizer import make_optimizer
+from .metrics.peak import Peak
+from .metrics.profiling import Profiler
+from .metrics.routing import heat_map, is_pictured, sparse_flops, summarize
+from .metrics.sinks import EventLog, SampleText, SinkSet
+from .metrics.step import Meter, StepFlops, peak_memory_gib
+from .optim.learning_rate import learning_rate
+from .optim.optimizer import make_optimizer
 from .overlap import OverlapTuner
-from .peak import Peak
-from .pipeline import evaluation_program, training_program
-from .profiling import Profiler
-from .same_run import Progress, facts, run_problems
-from .samples import Sampler
-from .schedule import learning_rate
+from .processes.signals import StopRequest
+from .programs import evaluation_program, training_program
 from .setup import Parts, buckets_per_rank
-from .signals import StopRequest
-from .sinks import EventLog, SampleText, SinkSet
-from .state import all_tensors, units_by_key
 from .step import Stepper, StepResult
-from .tokenizer_files import TokenizerFiles
+from .text.samples import Sampler
+from .text.tokenizer_files import TokenizerFiles
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..collectives import Handle, receive, send
-from ..lane import Lane, Pending
-from ..mesh import Axis
+from ..comm.collectives import Handle, receive, send
+from ..comm.lane import Lane, Pending
+from ..comm.mesh import Axis
 
 BLOCKS = 4
 """Blocks per state. With P ranks and a state that takes time t to send, a scan takes t (1 + (P − 2) / BLOCKS)."""

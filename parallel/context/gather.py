@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..collectives import all_gather, all_to_all
+from ..comm.collectives import all_gather, all_to_all
+from ..comm.mesh import Axis
 from ..gradients import at_once
-from ..mesh import Axis
-from .local import LocalAttention
-from .merge import add_sinks, merge_, precise, sinks_grad
-from .rows import Mask, Spread
+from ..kernels.interfaces import LocalAttention
+from ..kernels.mask import Mask, Spread
+from ..kernels.merge import add_sinks, merge_, precise, sinks_grad
 
 KeysValues = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.mask import Rows, Spread
 from . import owners
-from .rows import Rows, Spread
 
 Deal = Callable[[int, int, int, Tensor | None], Spread]
 """From the tokens of a sequence, the number of ranks, this rank, and (B, length) document ids or none."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ...configs.schema_parallel import ContextConfig
-from ..mesh import Mesh
+from ..comm.mesh import Mesh
+from ..kernels.interfaces import Core, LatentCore, LocalAttention
 from .gather import AllGather, GatherLatent
-from .local import Core, LatentCore, LocalAttention
 from .ring import Ring
 from .tokenring import TokenRing
 from .ulysses import Ulysses

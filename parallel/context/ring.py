@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...configs.errors import Problem, UserError
-from ..collectives import Handle, receive, send
-from ..mesh import Axis
-from .local import LocalAttention
-from .merge import add_sinks, merge_, precise, sinks_grad
+from ..comm.collectives import Handle, receive, send
+from ..comm.mesh import Axis
+from ..kernels.interfaces import LocalAttention
+from ..kernels.mask import Spread
+from ..kernels.merge import add_sinks, merge_, precise, sinks_grad
 from .parcel import Parcel
 from .routes import Stop, Timetable, Timetables
-from .rows import Spread
 from .transit import Journey, Lines, empty_like, finish
 
 

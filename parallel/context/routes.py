@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .rows import Mask, Rows, Spread
+from ..kernels.mask import Mask, Rows, Spread
 
 _NEVER = 1 << 62
 """Order of a row that only fills up a batch: no query comes after it."""

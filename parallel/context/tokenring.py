@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..collectives import Handle, receive, send
-from ..mesh import Axis
-from .local import LocalAttention
-from .merge import add_sinks, merge_, row_sums, sinks_grad
+from ..comm.collectives import Handle, receive, send
+from ..comm.mesh import Axis
+from ..kernels.interfaces import LocalAttention
+from ..kernels.mask import Spread
+from ..kernels.merge import add_sinks, merge_, row_sums, sinks_grad
 from .parcel import Like, Parcel
 from .routes import Choice, Timetable, Timetables
-from .rows import Spread
 from .transit import Journey, Lines, finish
 
 

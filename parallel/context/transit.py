@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..collectives import Handle, receive, send
-from ..mesh import Axis
+from ..comm.collectives import Handle, receive, send
+from ..comm.mesh import Axis
 from .parcel import Like, Parcel
 from .routes import Message, Stop, Timetable
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...configs.errors import Problem, UserError
-from ..collectives import all_to_all
-from ..mesh import Axis
-from .local import LocalAttention
-from .merge import precise
-from .one_device import attention
-from .rows import Mask, Spread
+from ..comm.collectives import all_to_all
+from ..comm.mesh import Axis
+from ..kernels.attention import attention
+from ..kernels.interfaces import LocalAttention
+from ..kernels.mask import Mask, Spread
+from ..kernels.merge import precise
 from .united import United
 
 _MOST_PIECES = 16

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .rows import Rows
+from ..kernels.mask import Rows
 
 
 class United:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..mesh import Axis
-from .local import Core
-from .rows import Rows, Spread
+from ..comm.mesh import Axis
+from ..kernels.interfaces import Core
+from ..kernels.mask import Rows, Spread
 from .ulysses import PIECE_BYTES, Exchange
 from .united import United
 

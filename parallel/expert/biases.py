@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gradients import plain_grad
-from ..grouped import GroupedProjection, Groups, Made
+from ..grouped_projection import GroupedProjection, Groups, Made
 from ..projection import HasWeight
 
 

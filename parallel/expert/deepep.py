@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ...configs.errors import Problem, UserError
-from ...configs.validate_kernels import deepep_problem
-from ..mesh import Axis
+from ...configs.validation.kernels import deepep_problem
+from ..comm.mesh import Axis
 from . import permute
 from .dispatch import Arrived, Phases
 from .plan import Plan, at_home

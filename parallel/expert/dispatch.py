@@ -18,8 +18,8 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..grouped import Groups
-from ..mesh import Axis
+from ..comm.mesh import Axis
+from ..grouped_projection import Groups
 from . import permute
 from .plan import Chunk, Plan, by_capacity, by_count
 from .routing import Routing

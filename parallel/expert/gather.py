@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..collectives import all_gather, reduce_scatter
-from ..grouped import Groups
-from ..mesh import Axis
+from ..comm.collectives import all_gather, reduce_scatter
+from ..comm.mesh import Axis
+from ..grouped_projection import Groups
 from . import permute
 from .dispatch import Arrived, Phases
 from .routing import Routing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...configs.schema_model import MoeConfig
-from ..mesh import Axis
+from ..comm.mesh import Axis
 from .deepep import DeepEp, opener
 from .dispatch import AllToAll, Dispatcher
 from .gather import AllGather

@@ -16,9 +16,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..collectives import all_gather, all_to_all
-from ..grouped import Groups
-from ..mesh import Axis
+from ..comm.collectives import all_gather, all_to_all
+from ..comm.mesh import Axis
+from ..grouped_projection import Groups
 
 
 @dataclass(frozen=True)

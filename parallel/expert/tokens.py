@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..collectives import all_gather, all_reduce
-from ..mesh import Axis
+from ..comm.collectives import all_gather, all_reduce
+from ..comm.mesh import Axis
 
 
 class TokenGroup:

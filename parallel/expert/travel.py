@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..collectives import Handle, all_gather, all_to_all, reduce_scatter
-from ..local_collectives import sum_in_rank_order
-from ..mesh import Axis
+from ..comm.collectives import Handle, all_gather, all_to_all, reduce_scatter
+from ..comm.mesh import Axis
+from ..comm.shared_memory_collectives import sum_in_rank_order
 
 
 class Flight:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from ..record import Recorder
+from ..record.ring import Recorder
 from .needs import Kind
 from .program import Op
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ...configs.errors import Problem, UserError
-from ..record_files import read_index, read_ring
-from ..record_view import RecordError, Ring
+from ..record.files import read_index, read_ring
+from ..record.reader import RecordError, Ring
 from .program import Ops, Program
 from .simulate import Timeline
 from .times import Times

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ..collectives import Handle, receive, send
+from ..comm.collectives import Handle, receive, send
+from ..comm.mesh import Axis
 from ..gradients import WeightGradients
-from ..mesh import Axis
-from ..record import Recorder
+from ..record.ring import Recorder
 from .execute import Handler
 from .needs import Kind, Kinds
 from .program import OUTSTANDING_SENDS, Op, Program

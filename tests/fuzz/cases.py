@@ -12,13 +12,12 @@ from omegaconf import OmegaConf
 
 from pentad.configs import UserError
 from pentad.configs.schema import Config, ModelConfig
-from pentad.models.hf_families import hf_family
-
-from .corpora import TOKENS, WIDE
-from .draws import Draws, Keys
-from .jobs import checked
-from .layouts import draw_layout
-from .models import draw_model
+from pentad.models.hf.families import hf_family
+from tests.fuzz.corpora import TOKENS, WIDE
+from tests.fuzz.draws import Draws, Keys
+from tests.fuzz.jobs import checked
+from tests.fuzz.layouts import draw_layout
+from tests.fuzz.models import draw_model
 
 TRIES = 60
 """Layouts that are drawn for a job before another job is."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pentad.configs.schema import ModelConfig
-from pentad.trainer.checkpoint import read_full
+from pentad.trainer.checkpoint.checkpointer import read_full
 
 TOLERANCE = {"fp64": 1e-11, "fp32": 1e-5, "bf16": 3e-2}
 """Relative differences that need no explanation."""

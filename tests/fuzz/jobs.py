@@ -10,11 +10,10 @@ from pathlib import Path
 
 from pentad.configs import load
 from pentad.configs.schema import Config
-from pentad.trainer.memory import estimate
+from pentad.trainer.memory.estimate import estimate
 from pentad.trainer.preflight import preflight
 from tests.distributed import run_distributed
-
-from .ranks import UNDISTURBED, Disturbance, train
+from tests.fuzz.ranks import UNDISTURBED, Disturbance, train
 
 LIMIT_S = 150.0
 """Seconds that a run may take."""

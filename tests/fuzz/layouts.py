@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .draws import Draws, Keys, common_divisors
+from tests.fuzz.draws import Draws, Keys, common_divisors
 
 SCHEDULES = ["gpipe", "1f1b", "interleaved", "gis", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipev"]
 TWO_CHUNKS = {"zb-v", "v-half", "v-min", "dualpipev"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .draws import Draws, Keys, common_divisors
+from tests.fuzz.draws import Draws, Keys, common_divisors
 
 FAMILIES = {
     "llama": 2.5,

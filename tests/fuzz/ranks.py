@@ -14,10 +14,10 @@ from unittest import mock
 import torch
 
 from pentad.configs.schema import Config
+from pentad.trainer.checkpoint.state import units_by_key
+from pentad.trainer.processes.signals import StopRequest
+from pentad.trainer.processes.start import Start
 from pentad.trainer.run import run
-from pentad.trainer.signals import StopRequest
-from pentad.trainer.start import Start
-from pentad.trainer.state import units_by_key
 from pentad.trainer.trainer import Outputs, Trainer
 
 

@@ -9,12 +9,11 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from pentad.trainer.hf_io import export_hf
-
-from .cases import Case, Layout, as_yaml
-from .compare import Difference, differences, read_run, undetermined, unexplained
-from .jobs import RunFailed, run_job
-from .ranks import UNDISTURBED, Disturbance
+from pentad.trainer.checkpoint.hugging_face import export_hf
+from tests.fuzz.cases import Case, Layout, as_yaml
+from tests.fuzz.compare import Difference, differences, read_run, undetermined, unexplained
+from tests.fuzz.jobs import RunFailed, run_job
+from tests.fuzz.ranks import UNDISTURBED, Disturbance
 
 NUDGES = 3
 """Runs of one process from first parameters that differ in the last place, where a difference has to be explained."""

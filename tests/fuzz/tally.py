@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .cases import Case, Layout
-from .run import Outcome
+from tests.fuzz.cases import Case, Layout
+from tests.fuzz.run import Outcome
 
 
 @dataclass(frozen=True)

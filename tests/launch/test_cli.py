@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from pentad.configs import load
-from pentad.launch.check import check
 from pentad.launch.cli import main
+from pentad.launch.verbs.check import check
 from tests.jobs import DENSE
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from pentad.configs import load
 from pentad.launch.cli import main
-from pentad.models.hf import read_hf_config, write_hf
-from pentad.models.initialise import initialise
+from pentad.models.hf.folder import read_hf_config, write_hf
 from pentad.models.transformer import Transformer
+from pentad.models.weights.initialise import initialise
 from pentad.trainer.__main__ import main as run_rank
 
 JOB = """

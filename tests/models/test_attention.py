@@ -10,14 +10,14 @@ from torch.nn import functional as F
 
 from pentad.configs.schema import RopeConfig
 from pentad.models.attention import attend
-from pentad.models.blockwise import Blockwise
 from pentad.models.functional import rms_norm, rotate, swiglu, swiglu_clipped
-from pentad.models.initialise import initialise
-from pentad.models.local_attention import PlainMaths
 from pentad.models.rope import angles, frequencies
 from pentad.models.transformer import Transformer
-from pentad.parallel.context.one_device import attention
-from pentad.parallel.context.rows import Mask, Rows, Spread
+from pentad.models.weights.initialise import initialise
+from pentad.parallel.kernels.attention import attention
+from pentad.parallel.kernels.blockwise import Blockwise
+from pentad.parallel.kernels.device import PlainMaths
+from pentad.parallel.kernels.mask import Mask, Rows, Spread
 from tests.training import TINY
 
 

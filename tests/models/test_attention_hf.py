@@ -12,7 +12,7 @@ from pentad.configs.schema import ModelConfig, RopeConfig
 from pentad.models.attention import Attention
 from pentad.models.rope import angles, frequencies
 from pentad.models.sequences import Sequences
-from pentad.parallel.context.rows import Rows, Spread
+from pentad.parallel.kernels.mask import Rows, Spread
 
 BATCH, LENGTH, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 2, 21, 32, 4, 2, 8
 SIZES = {"hidden": HIDDEN, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "layers": 2, "ffn": 8}

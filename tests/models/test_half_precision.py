@@ -9,15 +9,15 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from pentad.configs.schema import RopeConfig
-from pentad.models.blockwise import Blockwise
 from pentad.models.dropout import Draws
 from pentad.models.functional import rms_norm, rotate, swiglu, swiglu_clipped
 from pentad.models.linear import Linear
 from pentad.models.norms import LayerNorm
 from pentad.models.rope import angles, frequencies
-from pentad.parallel.context.merge import add_sinks
-from pentad.parallel.context.rows import Mask, Rows
 from pentad.parallel.gradients import Slot
+from pentad.parallel.kernels.blockwise import Blockwise
+from pentad.parallel.kernels.mask import Mask, Rows
+from pentad.parallel.kernels.merge import add_sinks
 from pentad.parallel.vocab import look_up
 
 BF16, EPS, ROWS, WIDTH = torch.bfloat16, 1e-5, 300, 512

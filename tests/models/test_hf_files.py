@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 
 from pentad.configs.errors import UserError
-from pentad.models.hf import load_hf
-from tests.models.random_hf import save_random
+from pentad.models.hf.folder import load_hf
+from tests.models.hf.random_hf import save_random
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pentad.models.hf import model_config_from_hf, read_hf_config
+from pentad.models.hf.folder import model_config_from_hf, read_hf_config
 from pentad.models.rope import frequencies
 
 transformers = pytest.importorskip("transformers")

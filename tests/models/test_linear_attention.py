@@ -10,13 +10,13 @@ from torch import Tensor
 
 from pentad.configs.errors import UserError
 from pentad.configs.schema import LinearAttentionConfig
-from pentad.models.flops import flops_per_token, layer_flops, mean_pairs
-from pentad.models.hf_families import hf_family
-from pentad.models.initialise import initialise
+from pentad.models.costs.flops import flops_per_token, layer_flops, mean_pairs
+from pentad.models.hf.families import hf_family
 from pentad.models.linear_attention import LinearAttention, gated_linear_attention
 from pentad.models.sequences import Sequences
 from pentad.models.transformer import Transformer
-from pentad.parallel.context.rows import Rows, Spread
+from pentad.models.weights.initialise import initialise
+from pentad.parallel.kernels.mask import Rows, Spread
 from tests.same_training import check
 from tests.training import TINY
 

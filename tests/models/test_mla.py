@@ -12,7 +12,7 @@ from pentad.configs.schema import MlaConfig, ModelConfig, RopeConfig
 from pentad.models.mla import LatentAttention
 from pentad.models.rope import angles, frequencies
 from pentad.models.sequences import Sequences
-from pentad.parallel.context.rows import Rows, Spread
+from pentad.parallel.kernels.mask import Rows, Spread
 
 BATCH, LENGTH, HIDDEN, HEADS = 2, 19, 24, 3
 NOPE, ROPE, VALUE, RANK, Q_RANK = 6, 4, 5, 10, 14

@@ -13,8 +13,8 @@ from pentad.configs.schema import ModelConfig
 from pentad.configs.schema_model import MoeConfig, RouterConfig
 from pentad.models.moe import Experts, Moe
 from pentad.models.sequences import Sequences
-from pentad.parallel.context.rows import Rows, Spread
-from pentad.parallel.grouped import Groups, Made
+from pentad.parallel.grouped_projection import Groups, Made
+from pentad.parallel.kernels.mask import Rows, Spread
 
 BATCH, LENGTH, HIDDEN, INNER, EXPERTS = 2, 20, 32, 48, 8
 CONFIG = ModelConfig(

@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from pentad.configs.schema import MoeConfig, RouterConfig
-from pentad.models.initialise import initialise
 from pentad.models.mtp import Prediction, ahead
 from pentad.models.transformer import Layer, Transformer
+from pentad.models.weights.initialise import initialise
 from tests.same_training import check
 from tests.training import TINY
 

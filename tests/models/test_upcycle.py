@@ -10,10 +10,10 @@ import torch
 
 from pentad.configs.errors import UserError
 from pentad.configs.schema import ModelConfig, MoeConfig, RouterConfig
-from pentad.models.initialise import initialise
 from pentad.models.mtp import Prediction
 from pentad.models.transformer import Transformer
-from pentad.models.upcycle import check_upcycling, upcycled, upcycled_config
+from pentad.models.weights.initialise import initialise
+from pentad.models.weights.upcycle import check_upcycling, upcycled, upcycled_config
 from pentad.parallel.global_tensor import Placement
 
 DENSE = ModelConfig(

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pentad.models.linear_attention import gated_linear_attention
-from pentad.parallel import record_view
+from pentad.parallel.comm.mesh import Degrees, Mesh
 from pentad.parallel.context.all_scan import AllScan
 from pentad.parallel.context.layout import contiguous
-from pentad.parallel.mesh import Degrees, Mesh
-from pentad.parallel.record import Recorder
+from pentad.parallel.record import reader
+from pentad.parallel.record.ring import Recorder
 from tests.distributed import job_store, run_distributed
 
 BATCH, LENGTH, HEADS, KEY, VALUE, CHUNK = 2, 48, 3, 6, 5, 8
@@ -71,7 +71,7 @@ def scanned(
 
 
 def sent_bytes(record: Path, rank: int) -> int:
-    ring = record_view.read(record / str(rank))
+    ring = reader.read(record / str(rank))
     return sum(int(e["nbytes"]) for e in ring.entries if ring.name(e["kind"]) == "send")
 
 

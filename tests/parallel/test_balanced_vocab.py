@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pentad.parallel.balanced_vocab import BalancedEmbedding, BalancedHead
+from pentad.parallel.comm.lane import Lane
+from pentad.parallel.comm.mesh import Degrees, Mesh
 from pentad.parallel.gradients import Slot, slot_of
-from pentad.parallel.lane import Lane
-from pentad.parallel.mesh import Degrees, Mesh
-from pentad.parallel.record import Recorder
+from pentad.parallel.record.ring import Recorder
 from pentad.parallel.vocab import IGNORED, VocabShard
 from tests.distributed import job_store, run_distributed
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from pentad.configs import UserError, load, validate_kernels
+from pentad.configs import UserError, load
 from pentad.configs.schema import Config, MoeConfig, RouterConfig
+from pentad.configs.validation import kernels as validate_kernels
 from pentad.trainer import devices
 from pentad.trainer.preflight import preflight
 from tests.distributed import run_distributed

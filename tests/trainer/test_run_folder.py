@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pentad.configs import Config, UserError, load
-from pentad.parallel.process_ids import ProcessId
+from pentad.parallel.comm.process_ids import ProcessId
 from pentad.trainer import run_lock
 from pentad.trainer.__main__ import main
 from pentad.trainer.run_folder import claim

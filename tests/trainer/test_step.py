@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pentad.parallel import record_view
 from pentad.parallel.pipeline.needs import KINDS, Kinds
 from pentad.parallel.pipeline.program import Op, Program, update
-from pentad.parallel.record import Recorder
-from pentad.trainer.pipeline import Pipeline, training_program
+from pentad.parallel.record import reader
+from pentad.parallel.record.ring import Recorder
+from pentad.trainer.programs import Pipeline, training_program
 from tests.distributed import run_distributed
 from tests.training import Run, curve, job
 
@@ -42,7 +42,7 @@ def _recorded(rank: int, world: int, path: str) -> list[dict]:
     run.step(0)
     run.step(1)
     run.parts.replicas.settle()
-    ring = record_view.read(Path(path) / f"{rank}.ring")
+    ring = reader.read(Path(path) / f"{rank}.ring")
     rows = [
         {
             "kind": ring.name(e["kind"]),

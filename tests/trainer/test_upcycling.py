@@ -12,12 +12,12 @@ import torch
 
 from pentad.configs.errors import UserError
 from pentad.configs.schema import Config, ModelConfig, MoeConfig, RouterConfig
-from pentad.models.hf import load_hf, write_hf
-from pentad.models.hf_names import links
+from pentad.models.hf.folder import load_hf, write_hf
+from pentad.models.hf.names import links
 from pentad.models.transformer import Transformer
-from pentad.trainer.checkpoint import Checkpointer, read_full, write_full
-from pentad.trainer.hf_io import Upcycle, export_hf, import_hf, load_initial
-from pentad.trainer.saved_model import model_config_from_state
+from pentad.trainer.checkpoint.checkpointer import Checkpointer, read_full, write_full
+from pentad.trainer.checkpoint.hugging_face import Upcycle, export_hf, import_hf, load_initial
+from pentad.trainer.checkpoint.saved_model import model_config_from_state
 from tests.distributed import run_distributed
 from tests.training import Run, job
 

@@ -184,7 +184,7 @@ def open_data(
 ) -> Dataset:
     """Open (and, the first time, tokenize) the sources of ``cfg``; may be called by all ranks at once.
 
-    ``windows`` are the sliding windows of the model's layers, None for full attention (`models.flops.layer_windows`).
+    ``windows`` are the sliding windows of the model's layers, None for full attention (`costs.flops.layer_windows`).
 
     Raises UserError for files that are missing, damaged or too small, and for token ids that do not fit ``vocab``.
     """

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pentad.parallel import record_view
+from pentad.parallel.comm.mesh import Degrees, Mesh
 from pentad.parallel.context.layout import deal_of
-from pentad.parallel.context.local import Core
-from pentad.parallel.context.rows import Rows, Spread
-from pentad.parallel.mesh import Degrees, Mesh
-from pentad.parallel.record import Recorder
+from pentad.parallel.kernels.interfaces import Core
+from pentad.parallel.kernels.mask import Rows, Spread
+from pentad.parallel.record import reader
+from pentad.parallel.record.ring import Recorder
 from tests.distributed import job_store
 
 LENGTH = 48
@@ -209,7 +209,7 @@ def sent_bytes(record: Path, rank: int, sizes: dict[str, int], step: int = 0) ->
         sizes: ranks of each axis, by name.
         step: the number of the case.
     """
-    ring = record_view.read(record / str(rank))
+    ring = reader.read(record / str(rank))
     total = 0
     for entry in ring.entries:
         kind, nbytes = ring.name(entry["kind"]), int(entry["nbytes"])

@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 
 from pentad.configs.errors import UserError
-from pentad.models.local_attention import PlainMaths, local_attention
+from pentad.parallel.comm.mesh import Axis, Degrees, Mesh
 from pentad.parallel.context.gather import AllGather
-from pentad.parallel.context.local import Core
 from pentad.parallel.context.ring import Ring
-from pentad.parallel.context.rows import Mask, Rows, Spread
 from pentad.parallel.context.tokenring import TokenRing
 from pentad.parallel.context.ulysses import Ulysses, check_heads
 from pentad.parallel.context.united import United
 from pentad.parallel.context.usp import Usp
-from pentad.parallel.mesh import Axis, Degrees, Mesh
-from pentad.parallel.record import Recorder
+from pentad.parallel.kernels.device import PlainMaths, local_attention
+from pentad.parallel.kernels.interfaces import Core
+from pentad.parallel.kernels.mask import Mask, Rows, Spread
+from pentad.parallel.record.ring import Recorder
 from tests.distributed import job_store, run_distributed
-
-from .cases import CASES, Case, attend, check, inputs, on_ranks, saved_bytes, sent_bytes, spread
+from tests.parallel.context.cases import CASES, Case, attend, check, inputs, on_ranks, saved_bytes, sent_bytes, spread
 
 UNEVEN = (Case("repeated thrice", heads=12, kv_heads=3), Case("repeated twice", heads=12, kv_heads=6, documents=None))
 """Key-value heads that the ranks neither divide nor are a multiple of."""

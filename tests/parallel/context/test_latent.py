@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pentad.models.local_attention import PlainMaths
+from pentad.parallel.comm.mesh import Axis, Degrees, Mesh
 from pentad.parallel.context.gather import AllGather, GatherLatent
-from pentad.parallel.context.rows import Spread
-from pentad.parallel.mesh import Axis, Degrees, Mesh
-from pentad.parallel.record import Recorder
+from pentad.parallel.kernels.device import PlainMaths
+from pentad.parallel.kernels.mask import Spread
+from pentad.parallel.record.ring import Recorder
 from tests.distributed import job_store, run_distributed
-
-from .cases import CASES, Case, documents, put_together, sent_bytes, spread, take
+from tests.parallel.context.cases import CASES, Case, documents, put_together, sent_bytes, spread, take
 
 NARROW, STILL, TURNING, VALUE = 5, 4, 2, 3
 LATENT_CASES = [case for case in CASES if not case.sinks and case.key == case.value]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pentad.parallel.context.layout import by_length, contiguous, zigzag
-from pentad.parallel.context.rows import Spread
+from pentad.parallel.kernels.mask import Spread
 
 
 def documents_of(lengths: list[int]) -> torch.Tensor:

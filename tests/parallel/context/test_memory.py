@@ -13,20 +13,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pentad.parallel.comm.mesh import Degrees, Mesh
 from pentad.parallel.context.gather import AllGather
-from pentad.parallel.context.local import Core
-from pentad.parallel.context.merge import precise
-from pentad.parallel.context.one_device import attention
 from pentad.parallel.context.ring import Ring
-from pentad.parallel.context.rows import Mask, Spread
 from pentad.parallel.context.tokenring import TokenRing
 from pentad.parallel.context.ulysses import Ulysses
 from pentad.parallel.context.usp import Usp
-from pentad.parallel.mesh import Degrees, Mesh
-from pentad.parallel.record import Recorder
+from pentad.parallel.kernels.attention import attention
+from pentad.parallel.kernels.interfaces import Core
+from pentad.parallel.kernels.mask import Mask, Spread
+from pentad.parallel.kernels.merge import precise
+from pentad.parallel.record.ring import Recorder
 from tests.distributed import job_store, run_distributed
-
-from .cases import Case, inputs, saved_bytes, spread, take
+from tests.parallel.context.cases import Case, inputs, saved_bytes, spread, take
 
 
 class Held(TorchDispatchMode):

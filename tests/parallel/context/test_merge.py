@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pentad.parallel.context.merge import add_sinks, merge, merge_, sinks_grad
+from pentad.parallel.kernels.merge import add_sinks, merge, merge_, sinks_grad
 
 NOTHING = float("-inf")
 

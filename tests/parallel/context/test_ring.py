@@ -9,17 +9,16 @@ import pytest
 import torch
 
 from pentad.configs.errors import UserError
-from pentad.models.blockwise import Blockwise
-from pentad.models.local_attention import PlainMaths
-from pentad.parallel import record_view
+from pentad.parallel.comm.mesh import Axis, Mesh
 from pentad.parallel.context.ring import Ring
 from pentad.parallel.context.routes import Choice, Timetables
-from pentad.parallel.context.rows import Mask, Rows
 from pentad.parallel.context.tokenring import TokenRing
-from pentad.parallel.mesh import Axis, Mesh
+from pentad.parallel.kernels.blockwise import Blockwise
+from pentad.parallel.kernels.device import PlainMaths
+from pentad.parallel.kernels.mask import Mask, Rows
+from pentad.parallel.record import reader
 from tests.distributed import run_distributed
-
-from .cases import CASES, MANY, Case, attend, check, on_ranks, sent_bytes, spread
+from tests.parallel.context.cases import CASES, MANY, Case, attend, check, on_ranks, sent_bytes, spread
 
 DOUBLE = 8
 WORLDS = [2, 4, pytest.param(8, marks=pytest.mark.slow)]
@@ -131,7 +130,7 @@ def test_contiguous_sends_nothing_in_vain(world):
 
 
 def sent_by_axis(folder, rank: int, step: int) -> dict[str, int]:
-    ring = record_view.read(folder / str(rank))
+    ring = reader.read(folder / str(rank))
     found: dict[str, int] = {}
     for entry in ring.entries:
         if int(entry["step"]) == step and ring.name(entry["kind"]) == "send":
@@ -172,7 +171,7 @@ def test_bf16(make, tmp_path):
     check(BF16, [found[0] for found in ranks], tolerance=0.08)
     assert all(x.dtype == torch.bfloat16 for found in ranks for x in found[0])
     # Gradients under way are fp32.
-    ring = record_view.read(tmp_path / "1")
+    ring = reader.read(tmp_path / "1")
     kinds = {ring.name(entry["dtype"]) for entry in ring.entries if ring.name(entry["kind"]) == "send"}
     assert "torch.float32" in kinds
 

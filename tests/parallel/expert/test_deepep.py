@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from pentad.configs.errors import UserError
-from pentad.parallel.collectives import all_to_all
+from pentad.parallel.comm.collectives import all_to_all
+from pentad.parallel.comm.mesh import Axis
 from pentad.parallel.expert.deepep import DeepEp
 from pentad.parallel.expert.dispatch import AllToAll
 from pentad.parallel.expert.routing import Routing
-from pentad.parallel.grouped import Groups
-from pentad.parallel.mesh import Axis
+from pentad.parallel.grouped_projection import Groups
 from tests.distributed import run_distributed
 from tests.parallel.expert.world import E, H, N, open_mesh, tokens_of
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from pentad.configs.errors import UserError
 from pentad.configs.schema import MoeConfig
+from pentad.parallel.comm.mesh import Axis, Mesh
 from pentad.parallel.expert.dispatch import AllToAll
 from pentad.parallel.expert.gather import AllGather
 from pentad.parallel.expert.make import make_dispatcher
 from pentad.parallel.expert.routing import Routing
 from pentad.parallel.gradients import Slot
-from pentad.parallel.grouped import Groups
-from pentad.parallel.mesh import Axis, Mesh
+from pentad.parallel.grouped_projection import Groups
 from tests.distributed import run_distributed
 from tests.parallel.expert.world import IDS, E, K, N, Result, cut, experts_of, loop, open_mesh, tokens_of
 

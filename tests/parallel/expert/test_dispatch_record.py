@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pentad.parallel import record_view
+from pentad.parallel.comm.mesh import Mesh
 from pentad.parallel.expert.dispatch import AllToAll
 from pentad.parallel.expert.gather import AllGather
 from pentad.parallel.expert.routing import Routing
-from pentad.parallel.grouped import Groups
-from pentad.parallel.mesh import Mesh
-from pentad.parallel.record import Recorder
+from pentad.parallel.grouped_projection import Groups
+from pentad.parallel.record import reader
+from pentad.parallel.record.ring import Recorder
 from tests.distributed import run_distributed
 from tests.parallel.expert.world import E, H, K, N, Tokens, open_mesh, tokens_of
 
@@ -69,10 +69,10 @@ def _work(rank: int, world: int, path: str, etp: int, jobs: list[Job]) -> list[l
     mesh = open_mesh(rank, world // etp, etp, Recorder(file, rank=rank, world=world, entries=1024))
     begun = []
     for kind, ids, options in jobs:
-        begun.append(record_view.read(file).header.next_ticket)
+        begun.append(reader.read(file).header.next_ticket)
         _layer(mesh, tokens_of(rank, ids), kind, options)
     mesh.close()
-    ring = record_view.read(file)
+    ring = reader.read(file)
     assert not len(ring.open())
     ends = [*begun[1:], ring.header.next_ticket]
     return [

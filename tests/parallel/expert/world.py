@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from pentad.configs.schema import MoeConfig
 from pentad.models.moe import Experts
+from pentad.parallel.comm.mesh import Degrees, Mesh
 from pentad.parallel.expert.biases import without_bias
-from pentad.parallel.mesh import Degrees, Mesh
-from pentad.parallel.record import Recorder
+from pentad.parallel.record.ring import Recorder
 from tests.distributed import job_store
 from tests.training import TINY
 

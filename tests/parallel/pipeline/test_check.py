@@ -15,8 +15,7 @@ from pentad.parallel.pipeline.schedules import generate
 from pentad.parallel.pipeline.simulate import simulate
 from pentad.parallel.pipeline.times import Times
 from pentad.parallel.pipeline.vocabulary import balanced
-
-from .broken import broken_programs, sound_program
+from tests.parallel.pipeline.broken import broken_programs, sound_program
 
 
 def _ops(text: str) -> Ops:

@@ -24,9 +24,9 @@ from pentad.parallel.pipeline.schedules import generate
 from pentad.parallel.pipeline.simulate import Timeline, simulate
 from pentad.parallel.pipeline.times import Times
 from pentad.parallel.pipeline.vocabulary import balanced
-from pentad.parallel.record import Recorder
-from pentad.parallel.record_files import RingFile, collect, write_index
-from pentad.parallel.record_view import read
+from pentad.parallel.record.files import RingFile, collect, write_index
+from pentad.parallel.record.reader import read
+from pentad.parallel.record.ring import Recorder
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -357,7 +357,7 @@ def test_a_recorded_step_is_the_timeline_that_ran(tmp_path: Path) -> None:
 
 @pytest.fixture
 def _rings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pentad.parallel.record.ring_folders", lambda: (tmp_path,))
+    monkeypatch.setattr("pentad.parallel.record.ring.ring_folders", lambda: (tmp_path,))
 
 
 @pytest.mark.usefixtures("_rings")
@@ -387,8 +387,8 @@ def test_hosts_are_brought_together_by_their_wall_clocks(tmp_path: Path, monkeyp
     timeline = _timeline("1f1b", 2, 2)
     files = []
     for rank, boot in enumerate((0, 5 * 10**9)):
-        monkeypatch.setattr("pentad.parallel.record._now", lambda boot=boot: 10**9 + boot)
-        monkeypatch.setattr("pentad.parallel.record.time.time_ns", lambda: 10**18)
+        monkeypatch.setattr("pentad.parallel.record.ring._now", lambda boot=boot: 10**9 + boot)
+        monkeypatch.setattr("pentad.parallel.record.ring.time.time_ns", lambda: 10**18)
         recorder = _record(tmp_path / f"pentad-run-{rank}.ring", timeline, rank, rank, 2, 10**9 + boot)
         files.append(RingFile(rank, f"host{rank}", str(recorder.path), os.getpid()))
     write_index(tmp_path, files)

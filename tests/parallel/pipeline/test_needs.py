@@ -18,7 +18,7 @@ from pentad.parallel.pipeline.program import Op, Program, update
 from pentad.parallel.pipeline.schedules import generate
 from pentad.parallel.pipeline.simulate import StuckError, simulate
 from pentad.parallel.pipeline.times import Times
-from pentad.trainer.pipeline import training_program
+from pentad.trainer.programs import training_program
 from pentad.trainer.setup import buckets_per_rank
 from pentad.trainer.step import Stepper
 from tests.training import Run, job

@@ -17,8 +17,7 @@ from pentad.parallel.pipeline.readings import Bubble, Edge, bubbles, critical_pa
 from pentad.parallel.pipeline.schedules import generate
 from pentad.parallel.pipeline.simulate import Timeline, simulate
 from pentad.parallel.pipeline.times import Times
-
-from .test_simulate import program, programs, times_of
+from tests.parallel.pipeline.test_simulate import program, programs, times_of
 
 HAND = ("F0@0 F1@0 BW0@0 BW1@0", "F0@1 BW0@1 F1@1 BW1@1")
 HAND_TIMES = Times(forward=(1.0, 2.0), backward=(1.5, 2.0), weight=(0.5, 1.0), hop=0.25)

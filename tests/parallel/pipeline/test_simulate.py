@@ -17,8 +17,7 @@ from pentad.parallel.pipeline.program import Op, Program, update
 from pentad.parallel.pipeline.schedules import SCHEDULES, generate
 from pentad.parallel.pipeline.simulate import StuckError, Timeline, simulate
 from pentad.parallel.pipeline.times import Times, by_rank
-
-from . import brute
+from tests.parallel.pipeline import brute
 
 
 def program(microbatches: int, placement: tuple[int, ...], *ranks: str, barriers: int = 0) -> Program:

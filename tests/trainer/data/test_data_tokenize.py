@@ -20,7 +20,7 @@ from pentad.trainer.data.dataset import open_data
 from pentad.trainer.data.indexed import IndexedReader
 from pentad.trainer.data.tokenize import tokenize
 from pentad.trainer.data.tokenizer import make_tokenizer
-from pentad.trainer.tokenizer_files import of_job
+from pentad.trainer.text.tokenizer_files import of_job
 
 VOCAB = {"hello": 0, "world": 1, "[UNK]": 2, "<|endoftext|>": 70000, "<s>": 5, "<pad>": 6}
 

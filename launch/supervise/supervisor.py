@@ -1,0 +1,196 @@
+"""The ranks of one machine from their start to their end: signals are passed on, and the cause of a failure is told."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ...configs.strict_json import JsonError, expect_int, expect_object, read_bytes, read_json
+from ...parallel.comm.process_ids import ProcessId
+from ...trainer.processes.failure import Failure
+from ...trainer.processes.signals import STOPS, heeded
+
+POLL_S = 0.1
+GRACE_S = 10.0
+"""Seconds between a rank's failure and the end of those that wait for it in a collective."""
+_CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
+"""How a rank ends that was asked to, or that gave up waiting for another."""
+
+
+def supervise(folder: Path, ranks: int, worker: list[str], env: dict[str, str]) -> int:
+    """Starts the ranks through torchrun's agent, passes signals on, and says why they failed if they did.
+
+    Args:
+        folder: an empty folder, shared with agent and ranks.
+        ranks: how many.
+        worker: arguments of the Python interpreter that make a rank (`launch.supervise.worker`).
+        env: its environment.
+
+    Returns:
+        The exit code of the whole job.
+    """
+    with _caught_signals() as caught:
+        command = [sys.executable, "-m", "pentad.launch.supervise.agent", str(folder), str(ranks), *worker]
+        # A session of its own: Ctrl-C reaches only this process, which decides who gets it.
+        agent = subprocess.Popen(command, env=env, start_new_session=True)
+        ended: set[int] = set()
+        try:
+            ended = _wait(agent, folder, ranks, caught)
+        finally:
+            if agent.poll() is None:
+                _kill(agent, folder)
+        if agent.returncode == 0:
+            return 0
+        if agent.returncode < 0 and len(caught) < 2:
+            return _without_agent(folder, -agent.returncode, caught)
+    exits = {rank: code for rank, code in _exits(folder).items() if rank not in ended}
+    return _account(folder, exits, agent.returncode, caught)
+
+
+def _wait(agent: subprocess.Popen[bytes], folder: Path, ranks: int, caught: list[int]) -> set[int]:
+    """Until the agent ends or has to be killed.
+
+    Returns:
+        The ranks that were killed, because they outlived another's failure.
+    """
+    handled = 0
+    ended: set[int] = set()
+    deadline = math.inf
+    while agent.poll() is None:
+        if len(caught) > handled:
+            handled = len(caught)
+            if handled > 1:
+                return ended
+            _stop(agent, folder, ranks)
+        if deadline == math.inf and any(folder.glob("failure.*[0-9]")):
+            deadline = time.monotonic() + GRACE_S
+        if time.monotonic() > deadline:
+            ended |= _signal_ranks(folder, signal.SIGKILL)
+        time.sleep(POLL_S)
+    return ended
+
+
+def _without_agent(folder: Path, number: int, caught: list[int]) -> int:
+    """After somebody killed the agent: its ranks notice, save and end. Waits for them; the job's exit code."""
+    name = signal.Signals(number).name
+    message = f"torchrun's agent, which starts the ranks, was killed by {name}; the ranks save and end"
+    print(f"error: {message}; go on with checkpoint.resume=latest", file=sys.stderr, flush=True)
+    asked = len(caught)
+    while any(process.alive for process in processes(folder).values()):
+        if len(caught) > asked:
+            _signal_ranks(folder, signal.SIGKILL)
+        time.sleep(POLL_S)
+    return 128 + number
+
+
+@contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """The numbers of the signals to stop that came, in a list that grows."""
+    caught: list[int] = []
+    previous = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in heeded(STOPS)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _stop(agent: subprocess.Popen[bytes], folder: Path, ranks: int) -> None:
+    """Asks all ranks to stop after the step, or ends a job whose ranks are not all there yet."""
+    if len(processes(folder)) == ranks:
+        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        _signal_ranks(folder, signal.SIGTERM)
+    else:
+        agent.send_signal(signal.SIGQUIT)
+
+
+def _kill(agent: subprocess.Popen[bytes], folder: Path) -> None:
+    _signal_ranks(folder, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.killpg(agent.pid, signal.SIGKILL)
+    agent.wait()
+
+
+def _signal_ranks(folder: Path, number: signal.Signals) -> set[int]:
+    """Sends a signal to the ranks that live; which those were."""
+    reached = set()
+    for rank, process in processes(folder).items():
+        if process.alive:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+                reached.add(rank)
+    return reached
+
+
+def processes(folder: Path) -> dict[int, ProcessId]:
+    """The ranks that have begun, by rank."""
+    found = {}
+    for file in folder.glob("pid.*[0-9]"):
+        with suppress(OSError, JsonError):
+            known = expect_object(read_json(file), "a process", ("pid", "started", "boot"))
+            process = ProcessId(expect_int(known["pid"], "pid", 1), expect_int(known["started"], "started"))
+            found[int(file.suffix[1:])] = process
+    return found
+
+
+def _exits(folder: Path) -> dict[int, int]:
+    """Exit codes of the ranks that had ended when the agent noticed the first failure; a signal's are negative."""
+    with suppress(OSError, JsonError, ValueError):
+        known = expect_object(read_json(folder / "exits"), "exits")
+        return {int(rank): expect_int(code, "code", -255, 255) for rank, code in known.items()}
+    return {}
+
+
+def _failures(folder: Path) -> dict[int, Failure]:
+    found = {}
+    for file in folder.glob("failure.*[0-9]"):
+        with suppress(OSError, JsonError):
+            failure = Failure.parse(read_bytes(file))
+            if failure is not None:
+                found[failure.rank] = failure
+    return found
+
+
+def _account(folder: Path, exits: dict[int, int], agent_code: int, caught: list[int]) -> int:
+    """Prints the first failure of any rank, and only that; the job's exit code."""
+    failures = _failures(folder)
+    killed = {rank: code for rank, code in exits.items() if code < 0 and code not in _CONSEQUENCES}
+    if killed:
+        # Exceptions of the other ranks are only what a lost peer looks like.
+        rank, code = min(killed.items())
+        name = signal.Signals(-code).name
+        hint = "; the machine may be out of memory" if -code == signal.SIGKILL else ""
+        print(f"error: rank {rank} was killed by {name}{hint}", file=sys.stderr, flush=True)
+        return 128 - code
+    silent = {rank: code for rank, code in exits.items() if code > 0 and rank not in failures}
+    if failures and not (silent and all(failure.lost for failure in failures.values())):
+        first = min(failures.values(), key=lambda failure: (failure.lost, failure.at))
+        print(first.text(), file=sys.stderr, flush=True)
+        return first.exit_code
+    if caught:
+        return 128 + caught[0]
+    if silent or exits:
+        rank, code = min((silent or exits).items())
+        print(f"error: rank {rank} ended with exit code {code} and no message", file=sys.stderr, flush=True)
+        return code if code > 0 else 128 - code
+    print(f"error: the ranks could not be started (agent's exit code {agent_code})", file=sys.stderr, flush=True)
+    return 1
+
+
+def keep_record(run_dir: Path, folder: Path) -> None:
+    """After a job ended, however: copies what its dead ranks have left of the record, and removes the originals."""
+    from ...parallel.record import files
+    from ...parallel.record.reader import RecordError
+
+    pids = {rank: process.pid for rank, process in processes(folder).items()}
+    with suppress(OSError, RecordError):
+        ours = [ring for ring in files.read_index(run_dir) if pids.get(ring.rank) == ring.pid]
+        files.collect(run_dir, ours, remove=True)
+    files.sweep()

@@ -1,0 +1,41 @@
+"""A rank that `pentad train` started: ``python -m pentad.launch.supervise.worker FOLDER CONFIG [key=value …]``.
+
+FOLDER is shared with the launcher: the rank leaves its process id there, and its failure if it fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from ...configs import Config
+from ...parallel.comm.process_ids import ProcessId
+from ...trainer.__main__ import main
+from ...trainer.processes.failure import Failure
+from ...trainer.processes.start import Start
+
+
+def publish(file: Path, text: str) -> None:
+    """Writes a file that readers see whole or not at all."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    partial.rename(file)
+
+
+def work(folder: Path, argv: list[str], job: Callable[[Config, Start], int] | None = None) -> int:
+    """Runs the rank that the environment names; its exit code. `job` as of `trainer.__main__.main`."""
+    rank = os.environ["RANK"]
+    publish(folder / f"pid.{rank}", json.dumps(asdict(ProcessId.current())))
+
+    def failed(failure: Failure) -> None:
+        publish(folder / f"failure.{rank}", json.dumps(failure.as_dict()))
+
+    return main(argv, failed, job)
+
+
+if __name__ == "__main__":
+    sys.exit(work(Path(sys.argv[1]), sys.argv[2:]))

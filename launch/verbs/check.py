@@ -1,0 +1,24 @@
+"""`pentad check`: whether a job would start, and what it is and needs, without any device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...configs import UserError, load
+from ...trainer.preflight import memory_preflight, preflight
+
+
+def check(config: str, overrides: Sequence[str]) -> None:
+    """Validates a job and prints its layout, parameters, FLOPs per token and memory per rank.
+
+    Raises:
+        UserError: every problem found. What only its memory is against is printed all the same.
+    """
+    cfg = load(config, overrides)
+    preflight(cfg, memory=False)
+    from .check_report import print_job  # importing torch takes seconds, which a mistake need not wait for
+
+    print_job(cfg)
+    problems = memory_preflight(cfg)
+    if problems:
+        raise UserError(*problems)

@@ -1,0 +1,128 @@
+"""The tables of `pentad check`: what a job is and needs."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from ...configs import Config
+from ...models.costs.flops import CONVENTION, flops_per_token, flops_per_token_full_attention, parameter_count
+from ...trainer.memory.estimate import GIB, Memory, estimate, expert_replicas
+from ...trainer.programs import Pipeline
+from ..supervise.launcher import world_size
+from .tables import engineering, table
+
+
+def print_job(cfg: Config) -> None:
+    """Prints layout, parameters, FLOPs per token and memory per rank."""
+    memory = estimate(cfg)
+    console = Console(highlight=False)
+    for each in (_layout(cfg), _model(cfg, memory), _memory(cfg, memory)):
+        console.print(each)
+    console.print(f"FLOPs: {CONVENTION}", style="dim", soft_wrap=True)
+
+
+def _layout(cfg: Config) -> Table:
+    p, t = cfg.parallel, cfg.train
+    dp = p.dp or 1
+    ranks = world_size(cfg)
+    microbatches = t.global_batch // (t.micro_batch * dp)
+    tokens = t.global_batch * t.seq_len
+    rows = table("layout")
+    degrees = " × ".join(f"{axis} {size}" for axis, size in (("tp", p.tp), ("cp", p.cp), ("dp", dp), ("pp", p.pp)))
+    rows.add_row("ranks", f"{degrees} = {ranks}")
+    for row in _experts(cfg) if cfg.model.moe.experts else ():
+        rows.add_row(*row)
+    rows.add_row("data parallelism", p.data.sharding)
+    for row in _pipeline(cfg) if p.pp > 1 else ():
+        rows.add_row(*row)
+    rows.add_row("precision", t.dtype)
+    batch = f"{dp} dp × {microbatches} micro-batches × {t.micro_batch} sequences"
+    rows.add_row("global batch", f"{t.global_batch} sequences = {batch}")
+    rows.add_row("tokens", f"{tokens:,} a step, {tokens * t.steps:,} in {t.steps:,} steps")
+    return rows
+
+
+def _experts(cfg: Config) -> list[tuple[str, str]]:
+    """The expert mesh and the layers that it serves, one row each."""
+    p, model, edp = cfg.parallel, cfg.model, expert_replicas(cfg)
+    moe = model.moe
+    mesh = f"etp {p.etp} × ep {p.ep} × edp {edp} = {p.etp * p.ep * edp}" + " of each stage" * (p.pp > 1)
+    share = f", {moe.experts // p.ep} on a rank" if p.ep > 1 else ""
+    layers = f"in {len(model.moe_layers)} of {model.layers} layers"
+    return [("ranks, for experts", mesh), ("experts", f"{moe.experts}, {moe.top_k} per token, {layers}{share}")]
+
+
+def _pipeline(cfg: Config) -> list[tuple[str, str]]:
+    """Schedule, stages and vocabulary, one row each."""
+    p, pipeline = cfg.parallel.pipeline, Pipeline.of(cfg)
+    chunks = f", {p.chunks} chunks per rank" if p.chunks != 1 else ""
+    vocab = (
+        f"balanced, {p.vocab_barriers} barrier{'s' * (p.vocab_barriers > 1)}" if pipeline.split.balanced else p.vocab
+    )
+    counts = " ".join(str(len(layers)) for layers in pipeline.split.layers)
+    return [
+        ("pipeline", f"{p.schedule}{chunks}"),
+        ("layers of the stages", counts),
+        ("vocabulary", vocab),
+    ]
+
+
+def _model(cfg: Config, memory: Memory) -> Table:
+    counts = parameter_count(cfg.model)
+    local = memory.local
+    seq_len = cfg.train.seq_len
+    rows = table("model")
+    rows.add_row("parameters", f"{counts.total:,} ({counts.active:,} active per token)")
+    where = f"pipeline rank {memory.rank}" if cfg.parallel.pp > 1 else "a rank"
+    experts = f" ({local.experts:,} in experts)" if local.experts else ""
+    rows.add_row(f"parameters of {where}", f"{local.total:,}{experts}, before data parallel sharding")
+    unmasked = flops_per_token(cfg.model, seq_len)
+    rows.add_row("FLOPs per token", f"{engineering(unmasked)}, unmasked attention (mfu)")
+    full = flops_per_token_full_attention(cfg.model, seq_len)
+    rows.add_row("", f"{engineering(full)}, full attention (mfu_full)")
+    rows.add_row("FLOPs per step", engineering(unmasked * cfg.train.global_batch * seq_len))
+    return rows
+
+
+def _memory(cfg: Config, memory: Memory) -> Table:
+    where = f"pipeline rank {memory.rank}, which needs most" if cfg.parallel.pp > 1 else "a rank"
+    rows = table(f"memory of {where} (estimate)", "part", "GiB", "how")
+    precise = "fp64" if cfg.train.dtype == "fp64" else "fp32"
+    sharded = cfg.parallel.data.sharding
+    over = _sharded_over(cfg) if sharded != "ddp" else ""
+    parameters = f"{precise} masters{over}" if sharded == "fsdp" else cfg.train.dtype
+    parts = [
+        ("parameters", memory.parameters, parameters),
+        ("gradients", memory.gradients, precise + (over if sharded == "fsdp" and _is_sharded(memory) else "")),
+        ("masters", memory.masters, precise + over),
+        ("optimizer states", memory.states, f"{cfg.optim.name}, {precise}{over}"),
+        ("gathered layers", memory.gathered, cfg.train.dtype),
+        ("activations", memory.activations, _in_flight(cfg)),
+        ("working memory", memory.working, "head, or one layer's backward"),
+    ]
+    for part, size, how in parts:
+        if size:
+            rows.add_row(part, f"{size / GIB:.3f}", how)
+    rows.add_section()
+    available = cfg.hardware.memory_gib
+    rows.add_row("total", f"{memory.total / GIB:.3f}", "" if available is None else f"of {available:g} GiB")
+    return rows
+
+
+def _sharded_over(cfg: Config) -> str:
+    share = (cfg.parallel.dp or 1) * cfg.parallel.cp
+    replicas = expert_replicas(cfg) if cfg.model.moe.experts else share
+    if replicas != share:
+        return f", sharded over {share}, experts over {replicas}"
+    return f", sharded over {share}" if share > 1 else ""
+
+
+def _in_flight(cfg: Config) -> str:
+    tokens = f"{cfg.train.micro_batch} × {cfg.train.seq_len} tokens"
+    kept = ", inputs of the layers only" if cfg.memory.recompute == "full" else ""
+    return f"{tokens} per micro-batch in flight{kept}" if cfg.parallel.pp > 1 else tokens + kept
+
+
+def _is_sharded(memory: Memory) -> bool:
+    return memory.gradients == memory.parameters

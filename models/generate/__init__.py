@@ -1,0 +1,1 @@
+"""Text from a model: one piece after the other, the next token."""

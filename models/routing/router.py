@@ -1,0 +1,210 @@
+"""The router: which experts a token goes to, and with which weights.
+
+Shapes: n tokens of this device, N of the micro-batch, E experts, C choices (experts and null experts), K per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...configs.schema import ModelConfig
+from ...parallel.comm.mesh import Axis
+from ...parallel.expert.routing import Routing
+from ...parallel.expert.tokens import TokenGroup
+from ..dropout import Draws
+from ..sequences import Sequences
+from .choice import as_columns, capacity, choices_of, expert_choice, is_plain, sinkhorn_prices, top_k, within_capacity
+from .logits import router_logits
+from .losses import Losses, attach, count_of, fractions, losses, probabilities
+from .tally import add_to, columns
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is decided once for a micro-batch, also where the layer runs again for its backward.
+
+    Args:
+        choices: (n, K) whose scores become the weights.
+        real: (n, K) which of these are experts; none: all.
+        experts: (n, K) ids, -1 where a token goes to none.
+        counts: (C,) fp64, how often this device's tokens took each choice, before any was dropped.
+        capacity: as of `Routing`.
+        loads: as of `routing_losses.fractions`; none: no balancing loss.
+        memo: as of `Routing`.
+    """
+
+    choices: Tensor
+    real: Tensor | None
+    experts: Tensor
+    counts: Tensor
+    capacity: int | None
+    loads: Tensor | None
+    memo: dict[str, Any] = field(default_factory=dict)
+
+
+class Router(nn.Module):
+    """Scores every choice for every token, and picks.
+
+    Training forwards (`Sequences.share` above 0) count what happens in `tally` (fp64, see `routing_tally`) and run the
+    backward of the balancing losses with that of the weights. `tokens` is a seam: the devices that share the tokens of
+    a micro-batch.
+
+    With name=expert_choice the weights are the scores themselves, whatever `normalize` says; sinkhorn with one expert
+    per token has sigmoid scores, as it would have weight 1 otherwise.
+    """
+
+    selection_bias: Tensor | None
+    load: Tensor | None
+    tally: Tensor
+
+    def __init__(self, cfg: ModelConfig, index: int) -> None:
+        super().__init__()
+        moe = cfg.moe
+        self.moe, self.cfg, self.index = moe, moe.router, index
+        choices = choices_of(moe)
+        self.weight = nn.Parameter(torch.empty(choices, cfg.hidden))
+        self.bias = nn.Parameter(torch.empty(choices)) if self.cfg.logit_bias else None
+        remembers = self.cfg.aux_loss > 0 and self.cfg.aux_level == "global_batch"
+        self.register_buffer("selection_bias", torch.zeros(choices) if self.cfg.selection_bias else None)
+        self.register_buffer("load", torch.zeros(choices) if remembers else None)
+        self.register_buffer("tally", torch.zeros(columns(moe), dtype=torch.float64), persistent=False)
+        self.tokens = TokenGroup(Axis.single("tokens"))
+        sinkhorn, name = self.cfg.name == "sinkhorn", self.cfg.name
+        self._has_losses = self.cfg.aux_loss > 0 or self.cfg.z_loss > 0
+        self._score = "sigmoid" if sinkhorn and moe.top_k == 1 else self.cfg.score
+        self._normalize = self.cfg.normalize and name != "expert_choice" and not (sinkhorn and moe.top_k == 1)
+
+    def forward(self, x: Tensor, seq: Sequences, draws: Draws | None = None) -> Routing:
+        """x (n, h) → the routing of n tokens."""
+        training = seq.share > 0
+        if training and self.cfg.jitter and draws is not None:
+            x = draws.jitter(x, self.cfg.jitter, self.index)
+        logits = router_logits(x, self.weight, self.bias)
+        scores = torch.softmax(logits, -1) if self._score == "softmax" else torch.sigmoid(logits)
+        decision = None if seq.kept is None else seq.kept.get(self.index)
+        first = decision is None
+        if decision is None:
+            decision = self._decide(logits.detach(), scores.detach(), seq)
+            if seq.kept is not None:
+                seq.kept[self.index] = decision
+        weights = self._weights(logits, scores, decision.choices, decision.real)
+        if decision.experts is not decision.choices:
+            weights = weights.masked_fill(decision.experts < 0, 0.0)
+        if training and (first or self._has_losses):
+            terms = self._losses(logits, scores, decision.loads, seq)
+            if first:
+                shares = probabilities(scores.detach(), self._score)
+                add_to(self.tally, self.moe, decision.counts, decision.experts, shares, terms, seq.share)
+            weights = self._attached(weights, terms, seq.share)
+        return Routing(decision.experts, weights, decision.capacity, decision.memo)
+
+    @torch.no_grad()
+    def settle(self, counts: Tensor, go: Tensor) -> None:
+        """Follows a step in which the choices were taken so often.
+
+        Args:
+            counts: (C,) fp64, of the whole batch.
+            go: (scalar) 0: nothing moves.
+        """
+        experts = self.moe.experts
+        if self.selection_bias is not None:
+            null = counts[experts:]
+            loads = torch.cat((counts[:experts], null.sum().expand_as(null) / max(len(null), 1)))
+            self.selection_bias += (torch.sign(loads.mean() - loads) * (self.cfg.bias_rate * go)).float()
+        if self.load is not None:
+            self.load.copy_(torch.where(go > 0, counts / counts.sum(), self.load.double()))
+
+    def _weights(self, logits: Tensor, scores: Tensor, choices: Tensor, real: Tensor | None) -> Tensor:
+        """(n, K) weights of the choices, before any is dropped: those left are not scaled up."""
+        if self._normalize and self._score == "softmax":
+            chosen = logits.gather(-1, choices)
+            if real is not None:
+                chosen = chosen.masked_fill(~real, torch.finfo(chosen.dtype).min)
+            weights = torch.softmax(chosen, -1)
+        else:
+            weights = scores.gather(-1, choices)
+        if real is not None:
+            weights = weights.masked_fill(~real, 0.0)
+        if self._normalize and self._score == "sigmoid":
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * self.cfg.scale if self.cfg.scale != 1 else weights
+
+    def _losses(self, logits: Tensor, scores: Tensor, loads: Tensor | None, seq: Sequences) -> Losses:
+        """This device's part of the losses; those without a coefficient are only counted."""
+        shares = None if loads is None else probabilities(scores, self._score)
+        everyone = len(logits) * self.tokens.axis.size
+        return losses(logits if self.cfg.z_loss else logits.detach(), shares, loads, seq, everyone)
+
+    def _attached(self, weights: Tensor, terms: Losses, share: float) -> Tensor:
+        loss = None
+        if terms.balance is not None:
+            loss = terms.balance * (self.cfg.aux_loss * share)
+        if self.cfg.z_loss:
+            z = terms.z * (self.cfg.z_loss * share)
+            loss = z if loss is None else loss + z
+        return weights if loss is None else attach(weights, loss)
+
+    # Decisions ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _decide(self, logits: Tensor, scores: Tensor, seq: Sequences) -> Decision:
+        moe, real = self.moe, None
+        training = seq.share > 0
+        if self.cfg.name == "expert_choice":
+            choices, real = self._taken(scores[:, : moe.experts], _places(seq))
+        else:
+            choices = self._chosen(logits, scores, seq)
+            if self.cfg.null_experts:
+                real = choices < moe.experts
+        experts = choices if real is None else choices.masked_fill(~real, -1)
+        padded = None
+        if moe.capacity_factor is not None and self.cfg.name != "expert_choice":
+            weights = self._weights(logits, scores, choices, real) if moe.drop == "probability" else None
+            room, limit = self._room(experts, weights, _places(seq))
+            experts = experts.masked_fill(~room, -1)
+            padded = limit if moe.pad else None
+        taken = choices if self.cfg.name != "expert_choice" else choices[real]
+        counts = count_of(taken.reshape(-1), logits.shape[1])
+        loads = None
+        if training and self.cfg.aux_loss:
+            best = choices if is_plain(moe) else scores.topk(moe.top_k, -1).indices
+            loads = fractions(best, seq, self.tokens, moe, self.load)
+        return Decision(choices, real, experts, counts, padded, loads)
+
+    def _chosen(self, logits: Tensor, scores: Tensor, seq: Sequences) -> Tensor:
+        """(n, K) each token's choices."""
+        if self.cfg.name == "sinkhorn" and seq.share > 0:
+            prices = sinkhorn_prices(self.tokens.gather(logits, _places(seq)))
+            return (logits + prices).topk(self.moe.top_k, -1).indices
+        return top_k(logits, scores, self.moe, self.selection_bias)
+
+    def _taken(self, scores: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, K) experts that take each token, and which of them count.
+
+        K is what the most wanted token of the micro-batch has; dispatchers other than all_to_all need the same K on all
+        ranks, whatever micro-batch these have.
+        """
+        everywhere = expert_choice(self.tokens.gather(scores, places), self.moe)
+        width = self.moe.experts
+        if self.moe.dispatcher == "all_to_all":
+            width = max(int(everywhere.sum(1).max()), 1)
+        return as_columns(self.tokens.mine(everywhere, places), width)
+
+    def _room(self, experts: Tensor, weights: Tensor | None, places: Tensor) -> tuple[Tensor, int]:
+        """(n, K) whether an expert has room for the token, and how many it takes."""
+        alone = self.moe.capacity_scope == "local"
+        whole = experts if alone else self.tokens.gather(experts, places)
+        if weights is not None and not alone:
+            weights = self.tokens.gather(weights, places)
+        limit = capacity(self.moe, len(whole))
+        room = within_capacity(whole, weights, limit, self.moe.experts)
+        return room if alone else self.tokens.mine(room, places), limit
+
+
+def _places(seq: Sequences) -> Tensor:
+    assert seq.places is not None
+    return seq.places

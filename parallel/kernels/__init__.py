@@ -1,0 +1,1 @@
+"""Attention and grouped matrix products on one device: one interface each, and who computes it fastest."""

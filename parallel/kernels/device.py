@@ -1,0 +1,171 @@
+"""The attention kernels of one device, behind `parallel.kernels.interfaces.LocalAttention`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...configs.errors import UserError
+from .blockwise import Blockwise
+from .fused_attention import Fused, pieces
+from .fused_kernels import CpuFlash, Cudnn, Efficient, Flash
+from .interfaces import LocalAttention
+from .mask import Mask, Rows
+from .merge import precise, row_sums
+
+_LONG = 1024
+"""Queries of a block without a mask from which on torch's CPU operator is the faster."""
+
+_FLASH_WIDTH = 256
+"""The widest heads of the flash kernel."""
+
+
+class PlainMaths:
+    """Softmax attention written out: any mask, device and type; makes all scores at once."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+        """out (B, n, H, e) in q's type and lse (B, H, n)."""
+        scores = _scores(q, k, mask, scale)
+        lse = scores.logsumexp(dim=-1)
+        y = torch.einsum("bkgij,bjke->bikge", _probabilities(scores, lse), v.to(scores.dtype))
+        return y.flatten(2, 3).to(q.dtype), lse.flatten(1, 2)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv in lse's precision."""
+        groups = k.shape[2]
+        probs = _probabilities(_scores(q, k, mask, scale), lse.unflatten(1, (groups, -1)))
+        dy, x = (y.to(lse.dtype).unflatten(2, (groups, -1)) for y in (dout, q))
+        dv = torch.einsum("bkgij,bikge->bjke", probs, dy)
+        dprobs = torch.einsum("bikge,bjke->bkgij", dy, v.to(lse.dtype))
+        dscores = (dprobs - row_sums(dout, out).unflatten(1, (groups, -1))[..., None]) * probs * scale
+        dq = torch.einsum("bkgij,bjkd->bikgd", dscores, k.to(lse.dtype)).flatten(2, 3)
+        return dq, torch.einsum("bkgij,bikgd->bjkd", dscores, x), dv
+
+
+def _scores(q: Tensor, k: Tensor, mask: Mask, scale: float) -> Tensor:
+    """(B, K, G, n, m), −inf where hidden."""
+    dtype = precise(q.dtype)
+    x = q.to(dtype).unflatten(2, (k.shape[2], -1))
+    scores = torch.einsum("bikgd,bjkd->bkgij", x, k.to(dtype)) * scale
+    return scores.masked_fill(~mask.dense(q.device)[:, :, None], float("-inf"))
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    return (scores - lse.masked_fill(lse == float("-inf"), float("inf"))[..., None]).exp()
+
+
+class Cpu:
+    """The `LocalAttention` of CPUs.
+
+    torch's operator is up to a fifth faster than `Blockwise` for thousands of tokens without a mask, and slower for
+    hundreds (forward and backward, fp32 and bf16, one core with AVX-512, torch 2.13; equal at about 1024).
+    """
+
+    def __init__(self) -> None:
+        kernel = CpuFlash()
+        self._fused, self._blockwise = Fused(kernel, kernel), Blockwise()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+        """out (B, n, H, e) in q's type and lse (B, H, n)."""
+        return self.best(q, v, mask).forward(q, k, v, mask, scale)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv in lse's precision."""
+        return self.best(q, v, mask).backward(dout, q, k, v, out, lse, mask, scale)
+
+    def best(self, q: Tensor, v: Tensor, mask: Mask) -> LocalAttention:
+        """What runs for these operands."""
+        if q.shape[-1] != v.shape[-1] or q.shape[1] < _LONG:
+            return self._blockwise
+        found = mask.once(pieces, mask.queries, mask.keys, mask.window, len(q))
+        long = all(piece.last - piece.first >= _LONG and not piece.masked for piece in found)
+        return self._fused if long else self._blockwise
+
+
+class Cuda:
+    """The `LocalAttention` of CUDA devices: fused kernels for the types they know, else plain maths."""
+
+    def __init__(self) -> None:
+        efficient = Efficient()
+        self._precise, self._plain = Fused(efficient, efficient), PlainMaths()
+        self._flash, self._cudnn = Fused(Flash(), efficient), Fused(Cudnn(), efficient)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+        """out (B, n, H, e) in q's type and lse (B, H, n)."""
+        return self._best(q, v).forward(q, k, v, mask, scale)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv in lse's precision."""
+        return self._best(q, v).backward(dout, q, k, v, out, lse, mask, scale)
+
+    def _best(self, q: Tensor, v: Tensor) -> LocalAttention:
+        if q.dtype == torch.float64:
+            return self._plain
+        if q.dtype == torch.float32:
+            return self._precise
+        # cuDNN's backward has no deterministic form; FlashAttention's has one, for heads filled up to one width.
+        exact = torch.are_deterministic_algorithms_enabled()
+        if q.shape[-1] != v.shape[-1] and not exact and torch.cuda.get_device_capability(q.device) >= (9, 0):
+            return self._cudnn
+        return self._flash if max(q.shape[-1], v.shape[-1]) <= _FLASH_WIDTH else self._precise
+
+
+def local_attention(device: torch.device) -> LocalAttention:
+    """The fastest implementation for the device."""
+    return Cpu() if device.type == "cpu" else Cuda()
+
+
+def check_local_attention(
+    local: LocalAttention, device: torch.device, dtype: torch.dtype, width: int, value: int
+) -> None:
+    """Compares an implementation with plain maths on a few tokens of every kind of mask.
+
+    Its operators belong to PyTorch's inner parts, whose forms differ between versions: better before the first step
+    than a loss that is slightly wrong.
+
+    Args:
+        width, value: of a query or key head and of a value head.
+
+    Raises:
+        UserError: it fails or differs by more than rounding.
+    """
+    tolerance = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-2, torch.float64: 1e-10}[dtype]
+    draws = torch.Generator().manual_seed(0)
+    documents = torch.tensor([[0] * 130 + [1] * 70])
+    early, late = Rows.whole(200).part(0, 72), Rows.whole(200).part(136, 200)
+    cases = {
+        "causal": Mask.of(Rows.whole(200)),
+        "full": Mask(late, early),
+        "documents": Mask.of(Rows.whole(200, documents)),
+        "window": Mask.of(Rows.whole(200), 9),
+        "nothing seen": Mask(Rows.whole(200).part(40, 104), Rows.whole(200).part(72, 136)),
+    }
+    for name, mask in cases.items():
+        counts = ((mask.queries.count, 4, width), (mask.keys.count, 2, width), (mask.keys.count, 2, value))
+        q, k, v = (torch.randn(1, *shape, generator=draws).to(device, dtype) for shape in counts)
+        dout = torch.randn(1, mask.queries.count, 4, value, generator=draws).to(device, dtype)
+        expected = _everything(PlainMaths(), dout.double(), q.double(), k.double(), v.double(), mask)
+        try:
+            found = _everything(local, dout, q, k, v, mask)
+        except RuntimeError as error:
+            raise UserError(
+                f"attention ({name}) does not run with PyTorch {torch.__version__} on {device}: {error}"
+            ) from error
+        for what, mine, theirs in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+            if not torch.allclose(mine.double(), theirs, rtol=tolerance, atol=tolerance):
+                raise UserError(
+                    f"attention ({name}) gives a wrong {what} with PyTorch {torch.__version__} on {device} for "
+                    f"{dtype} and heads of {width} and {value}"
+                )
+
+
+def _everything(local: LocalAttention, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, ...]:
+    scale = q.shape[-1] ** -0.5
+    out, lse = local.forward(q, k, v, mask, scale)
+    return out, lse, *local.backward(dout, q, k, v, out, lse, mask, scale)

@@ -1,0 +1,230 @@
+"""Reader of the record: from any process of the host, while the writer runs and after it was killed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...configs.strict_json import JsonError, open_regular
+from .ring import (
+    CLOSED_WORD,
+    ENTRY_BYTES,
+    EPOCH_WORD,
+    FORMAT,
+    HEADER,
+    HEADER_BYTES,
+    MAGIC,
+    NAMES_BYTES,
+    NAMES_USED_WORD,
+    NEXT_WORD,
+)
+
+_TIMES = ["enqueued", "start", "end", "nbytes", "seq", "step"]
+_CODES = ["epoch", "micro_batch", "op", "kind", "axis", "group", "peer", "dtype", "stream", "flags"]
+_ON_FILE = np.dtype(
+    {
+        "names": ["version", *_TIMES, *_CODES],
+        "formats": ["<u8"] + ["<i8"] * len(_TIMES) + ["<i4"] * len(_CODES),
+        "offsets": [*range(0, 8 * 7, 8), *range(56, 56 + 4 * len(_CODES), 4)],
+        "itemsize": ENTRY_BYTES,
+    }
+)
+ENTRY_DTYPE = np.dtype([("ticket", "<i8")] + [(n, "<i8") for n in _TIMES] + [(n, "<i4") for n in _CODES])
+"""Fields of `Ring.entries`; times in monotonic ns of the ring's host, end == 0 where the operation is under way."""
+_NUMBERS = ("step", "micro_batch", "op", "group", "peer", "nbytes", "seq", "flags")
+_RETRIES = 64
+
+
+class RecordError(ValueError):
+    """The file is not a ring, or one of another format."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """Who wrote the ring. wall_ns and mono_ns were read together when it was made."""
+
+    rank: int
+    world: int
+    pid: int
+    epoch: int
+    capacity: int
+    next_ticket: int
+    closed: bool
+    wall_ns: int
+    mono_ns: int
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A consistent copy of a ring: entries sorted by ticket, `torn` slots (half-written when it was read) left out."""
+
+    header: Header
+    names: tuple[str, ...]
+    entries: np.ndarray
+    torn: int
+
+    def name(self, code: int) -> str:
+        """Name of a kind, axis, dtype or stream code."""
+        return self.names[code] if 0 <= code < len(self.names) else f"#{code}"
+
+    def open(self) -> np.ndarray:
+        """Entries that were entered and not left, oldest first."""
+        return self.entries[self.entries["end"] == 0]
+
+    def wall(self, ns: int) -> float:
+        """Unix time in seconds of a time of an entry: the way to align rings of several hosts."""
+        return (ns - self.header.mono_ns + self.header.wall_ns) / 1e9
+
+
+def read(path: Path) -> Ring:
+    """Copy a ring. Raises OSError for a missing file, RecordError for one that is not a ring of this format."""
+    try:
+        fd = open_regular(path)
+    except JsonError as error:
+        raise RecordError(f"{path}: {error}") from None
+    try:
+        return read_open(fd, path)
+    finally:
+        os.close(fd)
+
+
+def read_open(fd: int, path: Path) -> Ring:
+    """Copy the ring of an open file; `path` for the errors, which are those of `read`."""
+    header = read_header(fd, path)
+    base = HEADER_BYTES + NAMES_BYTES
+    # A copy ends with its last used slot; a ring that is being written always has them all.
+    there = (os.fstat(fd).st_size - base) // ENTRY_BYTES
+    if there < min(header.next_ticket, header.capacity):
+        raise RecordError(f"{path}: cut short")
+    entries, torn = _stable_entries(fd, base, min(there, header.capacity), header.capacity, path)
+    # Names and counters last: every code and ticket seen above is then in them.
+    header = read_header(fd, path)
+    used = np.frombuffer(os.pread(fd, 8, 8 * NAMES_USED_WORD), "<i8")[0]
+    if not 0 <= used <= NAMES_BYTES:
+        raise RecordError(f"{path}: its table of names has {used} bytes")
+    return Ring(header, _parse_names(os.pread(fd, int(used), HEADER_BYTES)), entries, torn)
+
+
+def read_header(fd: int, path: Path) -> Header:
+    """Who wrote the ring of an open file; errors as of `read`."""
+    data = os.pread(fd, HEADER_BYTES, 0)
+    if len(data) < HEADER_BYTES or not data.startswith(MAGIC):
+        raise RecordError(f"{path}: not a record ring")
+    fields = HEADER.unpack_from(data)
+    _, version, header_bytes, names_bytes, entry_bytes, capacity, rank, world, pid, wall_ns, mono_ns = fields
+    if version != FORMAT or (header_bytes, names_bytes, entry_bytes) != (HEADER_BYTES, NAMES_BYTES, ENTRY_BYTES):
+        raise RecordError(f"{path}: record format {version}, this version of Pentad reads {FORMAT}")
+    words = np.frombuffer(data, "<i8")
+    next_ticket = int(words[NEXT_WORD])
+    if not 0 <= rank < world or not 0 < capacity < 1 << 48 or next_ticket < 0:
+        raise RecordError(f"{path}: a header of rank {rank} of {world}, {capacity} entries, {next_ticket} written")
+    return Header(
+        rank=rank,
+        world=world,
+        pid=pid,
+        epoch=int(words[EPOCH_WORD]),
+        capacity=capacity,
+        next_ticket=next_ticket,
+        closed=bool(words[CLOSED_WORD]),
+        wall_ns=wall_ns,
+        mono_ns=mono_ns,
+    )
+
+
+def _stable_entries(fd: int, base: int, slots_there: int, capacity: int, path: Path) -> tuple[np.ndarray, int]:
+    """Copy all slots; those that were being written, or differ between two copies, are read again, then given up.
+
+    The second copy makes the check hold on processors that reorder stores, where the version alone would not.
+    """
+
+    def copy(start: int, count: int) -> np.ndarray:
+        parts, at, left = [], base + start * ENTRY_BYTES, count * ENTRY_BYTES
+        while left:
+            part = os.pread(fd, left, at)
+            if not part:
+                raise RecordError(f"{path}: cut short")
+            parts.append(part)
+            at, left = at + len(part), left - len(part)
+        return np.frombuffer(b"".join(parts), f"V{ENTRY_BYTES}")
+
+    def good(once: np.ndarray, twice: np.ndarray) -> np.ndarray:
+        return (once == twice) & (once.view(_ON_FILE)["version"] % 2 == 0)
+
+    first = copy(0, slots_there).copy()
+    kept = good(first, copy(0, slots_there))
+    for slot in np.flatnonzero(~kept):
+        for _ in range(_RETRIES):
+            once, twice = copy(int(slot), 1), copy(int(slot), 1)
+            if good(once, twice)[0]:
+                first[slot], kept[slot] = once[0], True
+                break
+    raw = first.view(_ON_FILE)
+    slots = np.flatnonzero(kept & (raw["version"] != 0))
+    return _by_ticket(raw[slots], slots, capacity), int((~kept).sum())
+
+
+def _by_ticket(raw: np.ndarray, slots: np.ndarray, capacity: int) -> np.ndarray:
+    entries = np.zeros(len(raw), ENTRY_DTYPE)
+    for name in (*_TIMES, *_CODES):
+        entries[name] = raw[name]
+    generation = raw["version"].astype(np.int64) // 2 - 1
+    entries["ticket"] = generation * capacity + slots
+    return entries[np.argsort(entries["ticket"])]
+
+
+def _parse_names(data: bytes) -> tuple[str, ...]:
+    names, at = [], 0
+    while at + 2 <= len(data):
+        length = int.from_bytes(data[at : at + 2], "little")
+        names.append(data[at + 2 : at + 2 + length].decode(errors="replace"))
+        at += 2 + length
+    return tuple(names)
+
+
+def summary(ring: Ring, step: int) -> dict[str, float]:
+    """Seconds per kind in a step, of finished entries (spans that nest or overlap are counted each)."""
+    entries = ring.entries[(ring.entries["step"] == step) & (ring.entries["end"] > 0)]
+    seconds = (entries["end"] - entries["start"]) / 1e9
+    return {ring.name(int(k)): float(seconds[entries["kind"] == k].sum()) for k in np.unique(entries["kind"])}
+
+
+def to_chrome(rings: Sequence[Ring]) -> dict[str, Any]:
+    """Trace for chrome://tracing or Perfetto: a process per rank, a row per stream; wall-clock microseconds.
+
+    Entries under way are drawn up to the newest time in their ring and carry `"open": true`.
+    """
+    events: list[dict[str, Any]] = []
+    for ring in rings:
+        rank = ring.header.rank
+        events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}})
+        entries = ring.entries
+        if not len(entries):
+            continue
+        for code in np.unique(entries["stream"]):
+            args = {"name": ring.name(int(code)) or "main"}
+            events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": int(code), "args": args})
+        newest = int(max(entries["end"].max(), entries["start"].max()))
+        events.extend(_chrome_event(ring, entry, newest) for entry in entries)
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _chrome_event(ring: Ring, entry: np.void, newest: int) -> dict[str, Any]:
+    end = int(entry["end"])
+    args: dict[str, Any] = {n: int(entry[n]) for n in _NUMBERS}
+    args.update({n: ring.name(int(entry[n])) for n in ("axis", "dtype")})
+    if not end:
+        args["open"] = True
+    return {
+        "ph": "X",
+        "name": ring.name(int(entry["kind"])),
+        "pid": ring.header.rank,
+        "tid": int(entry["stream"]),
+        "ts": ring.wall(int(entry["start"])) * 1e6,
+        "dur": ((end or newest) - int(entry["start"])) / 1e3,
+        "args": args,
+    }

@@ -1,0 +1,1 @@
+"""Data parallelism: gradients reduced, optimizer states and parameters spread over the replicas."""

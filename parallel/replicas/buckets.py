@@ -1,0 +1,211 @@
+"""Flat buckets: many parameters, one contiguous piece of memory, one collective.
+
+Parameters whose gradients are treated alike (same family, same partial axis, same weight decay) share buckets, in the
+order in which backward finishes them. A bucket holds the parameters, the sum of their gradients and, for `zero1`, which
+equal share of both each data parallel rank owns:
+
+    params   │ p0        │ p1    │ p2 …            │ pad │      one view per parameter
+    grads    │ g0        │ g1    │ g2 …            │ pad │      one slot per parameter
+    owner    │ rank 0       │ rank 1       │ rank 2      │      zero1 only
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..comm.collectives import Handle, all_gather, all_reduce, reduce_scatter
+from ..comm.mesh import Axis
+from ..gradients import Slot, route
+from ..sharding_rules import Family, Partial, Sharding
+
+_ALIGN = 16
+"""Elements; every rank's share is a multiple, so that vectorised kernels start aligned."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the parameters of a bucket have in common."""
+
+    family: Family
+    partial: Partial
+    decay: bool
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter's place in its bucket, in elements."""
+
+    name: str
+    param: nn.Parameter
+    sharding: Sharding
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.param.numel()
+
+
+class Bucket:
+    """One flat bucket on this rank.
+
+    Args:
+        kind: what its parameters share.
+        params: (global name, parameter, sharding), in the order in which their gradients become final.
+        data: the axis over which gradients are summed.
+        sharded: zero1 (each rank owns a share) or ddp (each rank owns everything).
+        partial: the axis over which the gradients are partial sums besides (size 1: none).
+        grad_dtype: precision of gradient sums.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        params: Sequence[tuple[str, nn.Parameter, Sharding]],
+        *,
+        data: Axis,
+        sharded: bool,
+        partial: Axis,
+        grad_dtype: torch.dtype,
+    ) -> None:
+        self.kind, self.data, self.partial_axis = kind, data, partial
+        self.sharded = sharded and data.size > 1
+        members, start = [], 0
+        for name, param, sharding in params:
+            members.append(Member(name, param, sharding, start))
+            start = members[-1].stop
+        self.members = tuple(members)
+        unit = data.size * _ALIGN
+        size = math.ceil(start / unit) * unit
+        first = params[0][1]
+        self.flat = torch.zeros(size, dtype=first.dtype, device=first.device)
+        self.grads = torch.zeros(size, dtype=grad_dtype, device=first.device)
+        share = size // data.size if self.sharded else size
+        self.start = data.rank * share if self.sharded else 0
+        self.stop = self.start + share
+        self._slots = [self._adopt(member) for member in members]
+        self._missing = 0
+        self._reducing: Handle | None = None
+        self._gathering: Handle | None = None
+
+    def _adopt(self, member: Member) -> Slot:
+        view = self.flat[member.start : member.stop].view_as(member.param)
+        view.copy_(member.param.data)
+        member.param.data = view
+        slot = Slot(self.grads[member.start : member.stop].view_as(view), self._one_final)
+        member.param.slot = slot  # pyright: ignore[reportAttributeAccessIssue]
+        route(member.param)
+        return slot
+
+    # Gradients ------------------------------------------------------------------------------------------------
+
+    def start_step(self, microbatches: int) -> None:
+        """Before the first forward of a step. The reduction starts as soon as every gradient is final."""
+        self._missing, self._reducing = len(self._slots), None
+        for slot in self._slots:
+            slot.start_step(microbatches)
+
+    def _one_final(self) -> None:
+        self._missing -= 1
+        if self._missing == 0:
+            self._launch()
+
+    def _launch(self) -> None:
+        for slot in self._slots:
+            if slot.fresh:  # no token reached the parameter in this step
+                slot.buffer.zero_()
+        if self.partial_axis.size == 1:
+            self._reducing = self._reduce_over_data()
+            return
+        partial_sum = all_reduce(self.grads, self.partial_axis)
+        self._reducing = Handle(self.grads, lambda: (partial_sum.wait(), self._reduce_over_data().wait())[1])
+
+    def _reduce_over_data(self) -> Handle:
+        if self.sharded:
+            return reduce_scatter(self.grads, self.data, out=self.owned_grad)
+        return all_reduce(self.grads, self.data)
+
+    def reduce(self) -> None:
+        """Every gradient of the bucket is final: returns when `owned_grad` is the sum over all ranks."""
+        if self._reducing is None:
+            self._launch()
+        assert self._reducing is not None
+        self._reducing.wait()
+
+    @property
+    def owned_grad(self) -> Tensor:
+        """The reduced gradient of this rank's share."""
+        return self.grads[self.start : self.stop]
+
+    @property
+    def owned(self) -> Tensor:
+        """The parameters of this rank's share."""
+        return self.flat[self.start : self.stop]
+
+    @property
+    def counted(self) -> bool:
+        """Whether this rank's share enters the global norm; replicas enter it once."""
+        return self.partial_axis.rank == 0 and (self.sharded or self.data.rank == 0)
+
+    # Parameters -----------------------------------------------------------------------------------------------
+
+    def gather(self) -> None:
+        """Starts handing every rank's updated share to all others."""
+        if self.sharded:
+            self._gathering = all_gather(self.owned, self.data, out=self.flat)
+
+    def wait_params(self) -> None:
+        """Returns when the parameters are whole and new."""
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
+
+    def owned_pieces(self) -> Iterator[tuple[Member, int, int, int]]:
+        """(member, first and last element of the parameter, their place in the share) for what this rank owns."""
+        for member in self.members:
+            low, high = max(member.start, self.start), min(member.stop, self.stop)
+            if low < high:
+                yield member, low - member.start, high - member.start, low - self.start
+
+
+def _decays(name: str, sharding: Sharding) -> bool:
+    """Matrices do; vectors do not, nor the biases of experts, which are stacked."""
+    return len(sharding.placement.global_shape) > 1 and not name.endswith("bias")
+
+
+def make_buckets(
+    params: Sequence[tuple[str, nn.Parameter, Sharding]],
+    *,
+    data_axes: dict[Family, Axis],
+    partial_axes: dict[str, Axis],
+    sharded: bool,
+    grad_dtype: torch.dtype,
+    bucket_bytes: int,
+) -> list[Bucket]:
+    """Buckets of at most about `bucket_bytes` of parameters, in the order in which backward finishes them.
+
+    `params` come in the order of the forward pass.
+    """
+    make = partial(Bucket, sharded=sharded, grad_dtype=grad_dtype)
+    open_kinds: dict[Kind, list[tuple[str, nn.Parameter, Sharding]]] = {}
+    buckets: list[Bucket] = []
+
+    def close(kind: Kind) -> None:
+        buckets.append(
+            make(kind, open_kinds.pop(kind), data=data_axes[kind.family], partial=partial_axes[kind.partial])
+        )
+
+    for name, param, sharding in reversed(params):
+        kind = Kind(sharding.family, sharding.partial, decay=_decays(name, sharding))
+        members = open_kinds.setdefault(kind, [])
+        members.append((name, param, sharding))
+        if sum(p.numel() * p.element_size() for _, p, _ in members) >= bucket_bytes:
+            close(kind)
+    for kind in list(open_kinds):
+        close(kind)
+    return buckets

@@ -1,0 +1,186 @@
+"""Data parallelism: how replicas share parameters, gradients and optimizer states.
+
+Whatever the kind, the trainer sees the same few verbs, which are operations of the step's program: begin a backward,
+reduce a bucket, hand out the pieces to optimize, gather a bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..comm.mesh import Axis, Mesh
+from ..gradients import slot_of
+from ..sharding_rules import Partial, Sharding
+from .buckets import Bucket, make_buckets
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A flat piece of the model that this rank optimizes.
+
+    Args:
+        key: names the unit, the same in every step.
+        value: what the optimizer updates (1-D): the fp32 master, or the parameters themselves.
+        grad: its reduced gradient (1-D).
+        rounded: bf16 parameters that follow `value`, or None.
+        decay: whether weight decay applies.
+        counted: whether this rank counts the piece in the global norm.
+    """
+
+    key: str
+    value: Tensor
+    grad: Tensor
+    rounded: Tensor | None
+    decay: bool
+    counted: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of a parameter's elements inside a unit: parameter elements [start, stop) are unit elements [at, …)."""
+
+    name: str
+    sharding: Sharding
+    start: int
+    stop: int
+    unit: str
+    at: int
+
+
+class Replicas(Protocol):
+    """One model's data parallelism."""
+
+    buckets: int
+    """Number of buckets, which the program reduces, optimizes and gathers one by one."""
+
+    def start_step(self, microbatches: int) -> None: ...
+    def begin_micro_batch(self) -> None: ...
+    def reduce(self, bucket: int) -> None: ...
+    def units(self, bucket: int) -> list[Unit]: ...
+    def gather(self, bucket: int) -> None: ...
+    def pieces(self) -> Iterator[Piece]: ...
+    def load(self, values: Iterable[tuple[str, Tensor]]) -> None: ...
+    def publish(self) -> None: ...
+    def settle(self) -> None: ...
+
+
+class FlatReplicas:
+    """`ddp` and `zero1`, over flat buckets.
+
+    Args:
+        model: this rank's part of the model, parameters in the training precision.
+        where: sharding of each parameter by name.
+        mesh: the mesh.
+        sharded: zero1 if true, ddp if not.
+        bucket_mib: MiB of parameters per bucket.
+    """
+
+    def __init__(
+        self, model: nn.Module, where: dict[str, Sharding], mesh: Mesh, *, sharded: bool, bucket_mib: float
+    ) -> None:
+        params = [(name, param, where[name]) for name, param in model.named_parameters()]
+        dtype = params[0][1].dtype if params else torch.float32  # a rank of empty stages has none
+        self._precise = torch.float32 if dtype == torch.bfloat16 else dtype
+        self._buckets = make_buckets(
+            params,
+            data_axes={"dense": mesh.axis("data"), "expert": mesh.axis("edp")},
+            partial_axes=partial_axes(mesh),
+            sharded=sharded,
+            grad_dtype=self._precise,
+            bucket_bytes=int(bucket_mib * 2**20),
+        )
+        self.buckets = len(self._buckets)
+        rounds = dtype != self._precise
+        self._masters = [b.owned.to(self._precise) if rounds else None for b in self._buckets]
+        self._wait_before_use(model)
+
+    def _wait_before_use(self, model: nn.Module) -> None:
+        """Each layer waits for the gathers of its own parameters, and only those."""
+        bucket_of = {id(m.param): b for b in self._buckets for m in b.members}
+        outside: dict[int, Bucket] = {}
+        for part in model.children():
+            if isinstance(part, nn.ModuleDict):
+                for layer in part.values():
+                    mine = {id(b): b for b in (bucket_of[id(p)] for p in layer.parameters())}
+                    layer.register_forward_pre_hook(_waiter(list(mine.values())))
+            else:
+                outside |= {id(b): b for b in (bucket_of[id(p)] for p in part.parameters())}
+        self._outside = list(outside.values())
+
+    def start_step(self, microbatches: int) -> None:
+        """Before the first forward of a step in which every parameter gets gradients of so many micro-batches."""
+        for bucket in self._buckets:
+            bucket.start_step(microbatches)
+
+    def begin_micro_batch(self) -> None:
+        """Call before a forward: what is read outside the layers must have been gathered."""
+        for bucket in self._outside:
+            bucket.wait_params()
+
+    def reduce(self, bucket: int) -> None:
+        self._buckets[bucket].reduce()
+
+    def units(self, bucket: int) -> list[Unit]:
+        b, master = self._buckets[bucket], self._masters[bucket]
+        value, rounded = (b.owned, None) if master is None else (master, b.owned)
+        return [Unit(f"bucket{bucket}", value, b.owned_grad, rounded, b.kind.decay, b.counted)]
+
+    def gather(self, bucket: int) -> None:
+        self._buckets[bucket].gather()
+
+    def pieces(self) -> Iterator[Piece]:
+        for i, bucket in enumerate(self._buckets):
+            for member, start, stop, at in bucket.owned_pieces():
+                yield Piece(member.name, member.sharding, start, stop, f"bucket{i}", at)
+
+    def load(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """Sets parameters and masters from (name, value of this rank's slice)."""
+        place = {m.name: (i, m) for i, b in enumerate(self._buckets) for m in b.members}
+        for name, value in values:
+            i, member = place[name]
+            bucket, master = self._buckets[i], self._masters[i]
+            member.param.data.copy_(value)
+            if master is not None:
+                low, high = max(member.start, bucket.start), min(member.stop, bucket.stop)
+                if low < high:
+                    flat = value.reshape(-1)[low - member.start : high - member.start]
+                    master[low - bucket.start : high - bucket.start].copy_(flat)
+
+    def publish(self) -> None:
+        """Makes the parameters follow the units after these were loaded from outside."""
+        for bucket, master in zip(self._buckets, self._masters, strict=True):
+            if master is not None:
+                bucket.owned.copy_(master)
+            bucket.gather()
+        self.settle()
+
+    def settle(self) -> None:
+        """Returns when no gather is in flight: a communicator must not be closed before."""
+        for bucket in self._buckets:
+            bucket.wait_params()
+
+
+def _waiter(buckets: list[Bucket]) -> Callable[..., None]:
+    def wait(*_: object) -> None:
+        for bucket in buckets:
+            bucket.wait_params()
+
+    return wait
+
+
+def partial_axes(mesh: Mesh) -> dict[str, Axis]:
+    """The axis over which gradients of each kind of partial sum are added up."""
+    names: tuple[Partial, ...] = ("", "tp", "tp_replica", "ends", "etp")
+    return {name: mesh.axis(name) if name else Axis.single("") for name in names}
+
+
+def expect_uses(weight: Tensor, uses: int) -> None:
+    """This rank uses the weight so often in every micro-batch: its gradient is final after as many additions each."""
+    slot = slot_of(weight)
+    if slot is not None:
+        slot.uses = uses

@@ -1,0 +1,75 @@
+"""Stand-ins for a rank, started by the real agent: ``python -m tests.launch.workers FOLDER HOW``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from pentad.launch.supervise.worker import publish
+from pentad.parallel.comm.process_ids import ProcessId
+from pentad.parallel.comm.processes import PeerGone
+from pentad.trainer.processes.failure import describe
+from pentad.trainer.processes.orphans import signal_self_when_orphaned
+
+
+def _train_until_stopped(folder: Path, rank: str) -> int:
+    stop: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
+    publish(folder / f"pid.{rank}", json.dumps(asdict(ProcessId.current())))
+    for _ in range(600):
+        if stop:
+            time.sleep(0.3)  # the rest of the step, and saving
+            (folder / f"saved.{rank}").touch()
+            return 0
+        time.sleep(0.05)
+    return 3
+
+
+def _fail(folder: Path, rank: str) -> int:
+    """Rank 1 fails; the others fail a moment later, because of it."""
+    time.sleep(0.0 if rank == "1" else 0.5)
+    try:
+        raise ArithmeticError(f"cause on {rank}")
+    except ArithmeticError as error:
+        publish(folder / f"failure.{rank}", json.dumps(describe(error, rank=int(rank), world=2).as_dict()))
+    return 1
+
+
+def _outlive(folder: Path, rank: str) -> int:
+    """Rank 1 is killed; the other loses it, says so, and does not end."""
+    publish(folder / f"pid.{rank}", json.dumps(asdict(ProcessId.current())))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.5)
+    lost = describe(PeerGone("rank 1 cannot be reached"), rank=int(rank), world=2)
+    publish(folder / f"failure.{rank}", json.dumps(lost.as_dict()))
+    time.sleep(600)
+    return 3
+
+
+def _orphan(folder: Path, rank: str) -> int:
+    signal_self_when_orphaned(signal.SIGTERM)
+    return _train_until_stopped(folder, rank)
+
+
+def _die(folder: Path, rank: str) -> int:
+    if rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _train_until_stopped(folder, rank)
+
+
+def main() -> int:
+    """Behaves as the second argument says."""
+    folder, how = Path(sys.argv[1]), sys.argv[2]
+    behaviour = {"train": _train_until_stopped, "fail": _fail, "die": _die, "outlive": _outlive, "orphan": _orphan}[how]
+    return behaviour(folder, os.environ["RANK"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Saves of a run: when they are due, when they fail, when there is nothing worth saving."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pentad.configs.schema import CheckpointConfig, Config, FaultsConfig
+from pentad.trainer.checkpoint import io
+from pentad.trainer.checkpoint.checkpointer import Checkpointer, CheckpointError, verify
+from pentad.trainer.checkpoint.names import checkpoints
+from pentad.trainer.data.dataset import open_data
+from pentad.trainer.metrics.peak import Peak
+from pentad.trainer.processes.signals import StopRequest
+from pentad.trainer.setup import make_model
+from pentad.trainer.trainer import DivergedError, Outputs, Trainer
+from tests.trainer.checkpoint.test_resume import Curve, text_job
+from tests.training import open_mesh
+
+
+def _trainer(cfg: Config, folder: Path, curve: Curve) -> Trainer:
+    data = open_data(cfg.data, seq_len=16, vocab=cfg.model.used_vocab, seed=0, progress=False)
+    mesh = open_mesh(0, cfg)
+    parts = make_model(cfg, mesh, torch.device("cpu"))
+    checkpointer = Checkpointer(
+        folder, group=None, rank=0, world=1, keep=1, asynchronous=True, on_event=curve.events.append
+    )
+    return Trainer(cfg, mesh, parts, data, checkpointer, peak=Peak(None, ""), run_dir=folder)
+
+
+def _cfg(folder: Path, *, steps: int = 4, final: bool = True) -> Config:
+    cfg = text_job(folder)
+    train = replace(cfg.train, steps=steps, global_batch=2)
+    faults = FaultsConfig(timeout_s=60, max_bad_steps=3)
+    return replace(cfg, train=train, checkpoint=CheckpointConfig(every=2, final=final), faults=faults)
+
+
+def _train(trainer: Trainer, curve: Curve) -> bool:
+    return trainer.train(Outputs(curve, curve), StopRequest())  # type: ignore[arg-type]
+
+
+def _steps(curve: Curve, event: str) -> list[int]:
+    return [e["step"] for e in curve.events if e["event"] == event]
+
+
+@pytest.mark.parametrize(("steps", "final", "due"), [(4, False, [2, 4]), (3, True, [2, 3])])
+def test_every_save_that_is_due_is_made_also_after_the_last_step(
+    tmp_path: Path, steps: int, final: bool, due: list[int]
+) -> None:
+    curve = Curve()
+    assert _train(_trainer(_cfg(tmp_path, steps=steps, final=final), tmp_path / "checkpoints", curve), curve)
+    assert _steps(curve, "checkpoint_saved") == due
+    assert [step for step, _ in checkpoints(tmp_path / "checkpoints")] == due[-1:]
+
+
+def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, curve = io.write_files, Curve()
+
+    def full(folder: Path, *args: Any) -> Any:
+        if "00000002" in folder.name:
+            raise OSError(28, "No space left on device")
+        return write(folder, *args)
+
+    monkeypatch.setattr(io, "write_files", full)
+    assert _train(_trainer(_cfg(tmp_path), tmp_path / "checkpoints", curve), curve)
+    assert _steps(curve, "checkpoint_failed") == [2] and _steps(curve, "checkpoint_saved") == [4]
+    assert [row[0] for row in curve.rows] == [1, 2, 3, 4]
+
+
+def test_a_last_save_that_fails_is_an_error_after_all_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(io, "write_files", full)
+    for final in (True, False):
+        curve = Curve()
+        with pytest.raises(CheckpointError, match="No space left"):
+            _train(_trainer(_cfg(tmp_path, final=final), tmp_path / "checkpoints", curve), curve)
+        assert _steps(curve, "checkpoint_failed") == [2, 4]
+        assert [row[0] for row in curve.rows] == [1, 2, 3, 4]
+
+
+def test_a_run_with_nan_in_its_parameters_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    curve = Curve()
+    _train(_trainer(_cfg(tmp_path, steps=2), tmp_path / "checkpoints", curve), curve)
+    good = tmp_path / "checkpoints" / "step-00000002"
+    trainer = _trainer(_cfg(tmp_path, steps=9), tmp_path / "checkpoints", curve)
+    trainer.restore(good)
+    with torch.no_grad():
+        for param in trainer.parts.model.layers.parameters():
+            param.view(-1)[0] = float("nan")
+    curve.events.clear()
+    with pytest.raises(DivergedError):
+        _train(trainer, curve)
+    trainer.checkpointer.close()
+    assert _steps(curve, "checkpoint_saved") == [4]
+    assert good in [path for _, path in checkpoints(tmp_path / "checkpoints")] and verify(good) == []
+    assert _trainer(_cfg(tmp_path), tmp_path / "checkpoints", curve).checkpointer.find_resume("latest") == good

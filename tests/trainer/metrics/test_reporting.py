@@ -1,0 +1,103 @@
+"""What the training loop hands to the sinks: of the right step, and of the worst rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pentad.configs.schema import Config, EvalConfig, LogConfig
+from pentad.trainer import trainer as trainer_module
+from pentad.trainer.checkpoint.checkpointer import Checkpointer
+from pentad.trainer.data.dataset import open_data
+from pentad.trainer.data.loader import Loader
+from pentad.trainer.metrics.peak import Peak
+from pentad.trainer.metrics.sinks import EventLog, SinkSet, make_sinks
+from pentad.trainer.processes.signals import StopRequest
+from pentad.trainer.setup import make_model
+from pentad.trainer.trainer import Outputs, Trainer
+from tests.distributed import run_distributed
+from tests.trainer.checkpoint.test_resume import text_job
+from tests.training import open_mesh
+
+
+class Rows:
+    """A sink that remembers."""
+
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+
+    def log(self, m: Any, extra: Mapping[str, Any]) -> None:
+        self.rows.append(m)
+
+    def add(self, step: int, values: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _train(rank: int, world: int, cfg: Config, folder: Path) -> list[Any]:
+    mesh = open_mesh(rank, cfg)
+    rows = Rows()
+    try:
+        data = open_data(cfg.data, seq_len=cfg.train.seq_len, vocab=cfg.model.vocab or 0, seed=0, progress=False)
+        parts = make_model(cfg, mesh, torch.device("cpu"))
+        checkpointer = Checkpointer(
+            folder / "checkpoints",
+            group=mesh.checkpoint_group,
+            rank=rank,
+            world=world,
+            keep=0,
+            asynchronous=False,
+            on_event=lambda event: None,
+        )
+        trainer = Trainer(cfg, mesh, parts, data, checkpointer, peak=Peak(None, ""), run_dir=folder)
+        sinks = make_sinks(cfg.log, folder, {}, cfg.train.steps) if rank == 0 else SinkSet([], cfg.train.steps)
+        sinks.sinks.append(rows)
+        trainer.train(Outputs(sinks, EventLog(folder / "events.jsonl")) if rank == 0 else None, StopRequest())
+        sinks.close()
+    finally:
+        mesh.close()
+    return rows.rows
+
+
+def test_every_evaluation_reaches_the_trackers_at_its_own_step(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cfg = replace(text_job(tmp_path), eval=EvalConfig(every=2, steps=1), log=LogConfig(tensorboard=True))
+    cfg = replace(cfg, train=replace(cfg.train, steps=4))
+    _train(0, 1, cfg, tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss/train")] == [1, 2, 3, 4]
+    assert [e.step for e in events.Scalars("loss/val")] == [2, 4]
+
+
+def _train_unlike(rank: int, world: int, cfg: Config, folder: Path) -> list[Any]:
+    """Rank r claims 1 + 10 r GiB and to have waited 7 - r seconds for data."""
+    take, measure = Loader.__next__, trainer_module.peak_memory_gib
+
+    def slow(self: Loader) -> Any:
+        batches = take(self)
+        self.wait_s = 7.0 - rank
+        return batches
+
+    Loader.__next__ = slow  # type: ignore[method-assign]
+    trainer_module.peak_memory_gib = lambda device: 1.0 + 10 * rank
+    try:
+        return _train(rank, world, cfg, folder)
+    finally:
+        Loader.__next__ = take  # type: ignore[method-assign]
+        trainer_module.peak_memory_gib = measure
+
+
+@pytest.mark.distributed
+def test_memory_and_data_waits_are_those_of_the_worst_rank(tmp_path: Path) -> None:
+    cfg = text_job(tmp_path, dp=2)
+    cfg = replace(cfg, train=replace(cfg.train, steps=2))
+    rows = run_distributed(_train_unlike, 2, cfg, tmp_path / "run", group=False)[0]
+    assert [(m.memory_gib, m.data_s) for m in rows] == [(11.0, 7.0)] * 2

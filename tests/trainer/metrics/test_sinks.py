@@ -1,0 +1,271 @@
+"""Sinks: what a resumed run leaves in the files, how often W&B is called, what TensorBoard can read."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pentad.configs.errors import UserError
+from pentad.configs.schema import LogConfig
+from pentad.trainer.metrics.sinks import (
+    ConsoleSink,
+    EventLog,
+    JsonlSink,
+    SinkSet,
+    WandbSink,
+    make_sinks,
+    tracker_values,
+)
+from pentad.trainer.metrics.step import StepMetrics
+from tests.trainer.metrics.test_step import KEYS, metrics
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_jsonl_is_readable_after_every_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    for step in (1, 2, 3):
+        sink.log(metrics(step=step), {"loss/val": 3.0})
+        assert [row["step"] for row in rows(path)] == list(range(1, step + 1))
+    assert all(set(row) == KEYS for row in rows(path))
+    sink.close()
+
+
+def test_jsonl_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = JsonlSink(path)
+    for step in range(1, 8):
+        first.log(metrics(step=step, loss=1.0), {})
+    first.close()
+    with open(path, "a") as file:
+        file.write('{"step": 8, "lo')  # killed while writing
+    second = JsonlSink(path, resume_step=5)
+    assert [row["step"] for row in rows(path)] == [1, 2, 3, 4, 5]
+    for step in range(6, 11):
+        second.log(metrics(step=step, loss=2.0), {})
+    second.close()
+    assert [(row["step"], row["loss"]) for row in rows(path)] == [(s, 1.0 if s <= 5 else 2.0) for s in range(1, 11)]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_new_run_moves_the_old_metrics_aside(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for loss in (1.0, 2.0):
+        sink = JsonlSink(path)
+        sink.log(metrics(step=1, loss=loss), {})
+        sink.close()
+    assert [row["loss"] for row in rows(path)] == [2.0]
+    assert [row["loss"] for row in rows(tmp_path / "metrics.previous.jsonl")] == [1.0]
+
+
+def test_events_append_across_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"time": 1.0, "event": "start"}\n{"time": 2.0, "ev')
+    events = EventLog(path)
+    events.log("checkpoint", step=10, path=tmp_path, loss=float("nan"))
+    events.close()
+    lines = path.read_text().splitlines()
+    assert len(lines) == 3
+    last = json.loads(lines[2])
+    assert (last["event"], last["step"], last["path"], last["loss"]) == ("checkpoint", 10, str(tmp_path), None)
+
+
+def test_console_lines() -> None:
+    stream = io.StringIO()
+    sink = ConsoleSink(10, every=5, stream=stream)
+    for step in range(3, 11):
+        sink.log(metrics(step=step, skipped=1 if step < 7 else 2), {"progress/eta_s": 61.0})
+    sink.close()
+    lines = stream.getvalue().splitlines()
+    assert lines[0].split()[0] == "step/total" and "\x1b" not in stream.getvalue()
+    assert [line.split()[0] for line in lines[1:]] == ["3/10", "5/10", "7/10", "10/10"]
+    assert [line.endswith("SKIP") for line in lines[1:]] == [False, False, True, False]
+    assert all("1m01s" in line for line in lines[1:])
+
+
+def test_no_color_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tty(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    for no_color, colored in (("", True), ("1", False)):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        stream = Tty()
+        ConsoleSink(10, stream=stream).log(metrics(), {})
+        assert ("\x1b[" in stream.getvalue()) == colored
+
+
+def test_tracker_keys() -> None:
+    values = tracker_values(metrics(mfu=None), {"loss/val": 2.0})
+    assert set(values) == {
+        *("loss/train", "loss/val", "optim/grad_norm", "optim/lr/all", "optim/skipped"),
+        *("perf/mfu_full", "perf/hfu", "perf/tflops_per_gpu", "perf/tokens_per_s", "perf/tokens_per_s_per_gpu"),
+        *("perf/step_s", "perf/data_s", "perf/data_pct", "mem/active_gib", "progress/tokens"),
+    }
+    assert values["perf/data_pct"] == pytest.approx(5.0)
+    groups = tracker_values(metrics(), {"optim/lr/decay": 1.0, "optim/lr/no_decay": 2.0})
+    assert "optim/lr/all" not in groups and groups["optim/lr/no_decay"] == 2.0
+
+
+def _offline(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(home / "absent"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def test_wandb_offline_logs_once_a_step_and_resumes_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    _offline(monkeypatch, tmp_path)
+    run_dir = tmp_path / "demo"
+    ids = []
+    for resume_step in (0, 3, 0):
+        sink = WandbSink("pentad", run_dir, {"train": {"steps": 10}}, resume_step)
+        calls: list[tuple[int | None, Mapping[str, Any]]] = []
+        log = sink.run.log
+
+        def counted(
+            data: dict[str, Any], step: int | None = None, calls: list[Any] = calls, log: Any = log, **kwargs: Any
+        ) -> None:
+            calls.append((step, data))
+            log(data, step=step, **kwargs)
+
+        monkeypatch.setattr(sink.run, "log", counted)
+        for step in range(resume_step + 1, resume_step + 4):
+            sink.log(metrics(step=step), {"progress/pct": 10.0 * step})
+        ids.append(sink.run.id)
+        assert sink.run.settings.mode == "offline" and sink.run.config["train"] == {"steps": 10}
+        assert sink.run.name == "demo"
+        sink.close()
+        assert [step for step, _ in calls] == [resume_step + 1, resume_step + 2, resume_step + 3]
+        assert {"loss/train", "progress/tokens", "progress/pct", "perf/mfu"} <= set(calls[0][1])
+    assert ids[0] == ids[1] != ids[2]
+    assert list((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_wandb_without_its_server_logs_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    _offline(monkeypatch, tmp_path)
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    init, modes = wandb.init, []
+
+    def unreachable(mode: str | None, **kwargs: Any) -> Any:
+        modes.append(mode)
+        if mode is None:
+            raise wandb.Error("no route to host")
+        return init(mode=mode, **kwargs)
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    with pytest.warns(UserWarning, match="no route to host; logging offline"):
+        sink = WandbSink("pentad", tmp_path / "run", {})
+    sink.log(metrics(), {})
+    sink.close()
+    assert modes == [None, "offline"]
+
+
+def test_tensorboard_files_are_readable(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sinks = make_sinks(LogConfig(tensorboard=True, every=100), tmp_path, {}, total_steps=5)
+    for step in range(1, 6):
+        sinks.log(metrics(step=step, loss=10.0 - step), {"loss/val": 1.0} if step == 5 else None)
+    sinks.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss/train")] == [(s, 10.0 - s) for s in range(1, 6)]
+    assert [e.step for e in events.Scalars("progress/eta_s")] == [4, 5]
+    assert [e.step for e in events.Scalars("loss/val")] == [5]
+    assert len(rows(tmp_path / "metrics.jsonl")) == 5
+
+
+def test_missing_packages_are_named_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError) as caught:
+        make_sinks(LogConfig(wandb=True, tensorboard=True), tmp_path / "run", {}, 5)
+    assert [p.key for p in caught.value.problems] == ["log.wandb", "log.tensorboard"]
+    assert "pentad[wandb]" in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_close_reaches_every_sink(tmp_path: Path) -> None:
+    closed: list[str] = []
+
+    class Failing:
+        def log(self, m: StepMetrics, extra: Mapping[str, Any]) -> None: ...
+
+        def add(self, step: int, values: Mapping[str, Any]) -> None: ...
+
+        def close(self) -> None:
+            raise OSError("full")
+
+    class Good(Failing):
+        def close(self) -> None:
+            closed.append("good")
+
+    sinks = make_sinks(LogConfig(), tmp_path, {}, 5)
+    sinks.sinks[:0] = [Failing(), Good()]
+    with pytest.raises(OSError, match="full"):
+        sinks.close()
+    assert closed == ["good"]
+
+
+def _room(size: int) -> None:
+    """What may be written into one file from now on: like a disk that is full, it takes the part that fits."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_full_disk_costs_no_line_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    log.log("a", n=0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    _room(path.stat().st_size + 10)
+    try:
+        for n in (1, 2):
+            log.log("a", n=n)
+    finally:
+        _room(before)
+    assert len(capsys.readouterr().err.splitlines()) == 1, "told once"
+    log.log("a", n=3)
+    log.close()
+    lines = path.read_text().splitlines()
+    found = [json.loads(line)["n"] for line in lines if line.endswith("}")]
+    assert found == [0, 1, 2, 3] and len(lines) == 5, "the part that fitted is a line of its own"
+    again = EventLog(path)
+    _room(path.stat().st_size)
+    try:
+        again.log("a", n=4)
+        again.close()
+    finally:
+        _room(before)
+    assert "lacks its last 1 lines" in capsys.readouterr().err
+
+
+def test_a_console_that_cannot_be_written_is_told_once_and_the_other_sinks_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        sinks = SinkSet([ConsoleSink(3, stream=full), JsonlSink(tmp_path / "metrics.jsonl")], 3)
+        for step in (1, 2, 3):
+            sinks.log(metrics(step=step))
+            sinks.add(step, {"loss/val": 1.0})
+        assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "ConsoleSink cannot be written (No space left on device)" in error
+        with contextlib.suppress(OSError):
+            full.close()

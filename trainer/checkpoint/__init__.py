@@ -1,0 +1,1 @@
+"""Checkpoints: any layout saves, any layout loads; no pickle, verified, published atomically."""

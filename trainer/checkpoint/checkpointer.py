@@ -1,0 +1,351 @@
+"""Checkpoints: any layout saves, any layout loads; written in the background, verified, published atomically.
+
+Tensors lie under global names in safetensors files, with an index of their boxes in JSON; a folder has its final name
+only when it is complete, and a census of names and shapes precedes every load. See docs/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ...configs.errors import Problem, UserError
+from ...parallel.comm.waiting import Abort
+from ...parallel.global_tensor import GlobalTensor
+from ..notices import warn
+from ..processes.threads import Beside
+from . import files
+from .check import all_damaged, missing
+from .index import Stored
+from .io import Save, read_full, read_together, write_full, write_together
+from .manifest import Damaged, differences, is_finite, read_manifest, read_state, resume_order, verify
+from .names import step_folder
+from .team import CheckpointError, Team
+from .tensors import PlannedFile, index_of, plan_files
+from .writers import Holding, HostBuffers, Write, assign
+
+T = TypeVar("T")
+
+__all__ = ["CheckpointError", "Checkpointer", "read_full", "verify", "write_full"]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What this rank writes at every save, as long as no rank's pieces change."""
+
+    writes: list[Write]
+    files: list[PlannedFile]
+    index: Mapping[str, Stored]
+    buffers: HostBuffers
+
+
+class Checkpointer:
+    """Saves and loads one job's checkpoints. Every rank makes one and calls its methods in the same order.
+
+    Args:
+        directory: where checkpoints are published, on storage that every rank sees.
+        group: a gloo process group over all ranks that nothing else uses (saving runs in a thread beside the step's
+            communication); None for one process.
+        rank, world: this process in the group.
+        keep: newest checkpoints kept; 0: all.
+        asynchronous: whether `save` returns when the tensors are copied, or when the checkpoint is published.
+        on_event: called on rank 0 with `checkpoint_saved`, `checkpoint_failed` and `checkpoint_damaged`; from the
+            writing thread, if `asynchronous`.
+        abort: ends the waits for the other ranks.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        group: dist.ProcessGroup | None,
+        rank: int,
+        world: int,
+        keep: int,
+        asynchronous: bool,
+        on_event: Callable[[dict[str, Any]], None],
+        abort: Abort | None = None,
+    ) -> None:
+        if group is None and world != 1:
+            raise ValueError(f"{world} ranks need a process group")
+        self.directory = Path(directory)
+        self._team = Team(group, rank, world, abort)
+        self._keep, self._on_event = keep, on_event
+        self._writer = Beside("checkpoint") if asynchronous else None
+        self.beside: Mapping[str, bytes] = {}
+        """Small files that every checkpoint has beside its tensors, by name; rank 0's are written."""
+        self._newest: int | None = None
+        self._error: CheckpointError | None = None
+        self._holdings: dict[str, Holding] | None = None
+        self._layout = _Layout([], [], {}, HostBuffers([], pinned=False))
+
+    @property
+    def newest(self) -> int | None:
+        """Step of the last save, unless it failed, or of the checkpoint in `directory` that was loaded whole.
+
+        Waits for what is being written: only then do all ranks know the same.
+        """
+        self._join()
+        return self._newest
+
+    # Saving -----------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, tensors: Mapping[str, GlobalTensor], state: Mapping[str, Any]) -> None:
+        """Saves the tensors' values of now as the checkpoint of `step`.
+
+        Waits for the previous save first. A rank passes what it holds: names differ between ranks where nothing is
+        held, replicas are written once. A save that fails (a full disk, no memory) is told at once, costs only this
+        checkpoint, and is raised by `wait` if no later one succeeds.
+
+        Args:
+            tensors: by global name.
+            state: JSON values, the same on every rank; rank 0's are kept.
+        """
+        self._join()
+        self._error = None
+        started = time.monotonic()
+        folder = step_folder(self.directory, step)
+        try:
+            self._plan(tensors)
+        except CheckpointError as error:
+            self._failed(step, folder, error)
+            return
+        layout, problem, kept = self._layout, None, {}
+        try:
+            kept = json.loads(json.dumps({"step": step, **state}, allow_nan=False))
+            layout.buffers.fill(layout.writes, tensors)
+        except Exception as error:  # told to the other ranks, which are on their way into the write
+            problem = error
+        save = Save(
+            folder, layout.writes, layout.buffers.tensors, layout.files, layout.index, kept, problem, beside=self.beside
+        )
+        blocked = time.monotonic() - started
+        # Until it is known to have ended well: a writer without memory cannot even say what is wrong.
+        self._newest = None
+        self._error = CheckpointError(f"saving {folder}: the writing thread ran out of memory")
+        if self._writer is not None:
+            self._writer.run(lambda: self._run(save, step, blocked))
+        else:
+            self._run(save, step, blocked)
+
+    def _plan(self, tensors: Mapping[str, GlobalTensor]) -> None:
+        """Deals out who writes what, again only when any rank's layout has changed."""
+        holdings: dict[str, Holding] = {}
+
+        def changed() -> bool:
+            holdings.update({name: Holding.of(tensor) for name, tensor in tensors.items()})
+            return holdings != self._holdings
+
+        if not any(self._team.together("saving", changed)):
+            return
+        self._holdings = None
+        everyone = self._team.together("saving", lambda: holdings)
+        self._team.together("saving", lambda: self._allocate(everyone))
+        self._holdings = holdings
+
+    def _allocate(self, everyone: list[dict[str, Holding]]) -> None:
+        rank = self._team.rank
+        writes = assign(everyone)
+        mine = writes[rank]
+        # The old buffers go before the new ones come.
+        self._layout = _Layout([], [], {}, HostBuffers([], pinned=False))
+        buffers = HostBuffers(mine, pinned=any(h.pinned for h in everyone[rank].values()))
+        self._layout = _Layout(mine, plan_files(rank, mine), index_of(writes) if rank == 0 else {}, buffers)
+
+    def _run(self, save: Save, step: int, blocked: float) -> None:
+        started = time.monotonic()
+        try:
+            done = write_together(self._team, save)
+        except BaseException as error:
+            self._failed(
+                step, save.folder, error if isinstance(error, CheckpointError) else CheckpointError(repr(error))
+            )
+            return
+        self._newest, self._error = step, None
+        seconds = round(time.monotonic() - started, 3)
+        about = {"step": step, "path": str(save.folder)}
+        bad = {"not_finite": list(done.not_finite)} if done.not_finite else {}
+        self._tell("checkpoint_saved", **about, bytes=done.size, seconds=seconds, blocked_s=round(blocked, 3), **bad)
+        if bad:
+            first, more = done.not_finite[0], len(done.not_finite) - 1
+            self._say(
+                f"step {step} is saved with NaN or infinite values in {first}{f' and {more} more' if more else ''}; "
+                "it removes no older checkpoint, and checkpoint.resume=latest prefers the last one without"
+            )
+        if self._team.rank == 0:
+            try:
+                files.clean(self.directory)
+                files.retain(self.directory, save.folder, self._keep)
+            except OSError as error:
+                self._say(f"older checkpoints in {self.directory} could not be removed ({error})")
+
+    def _failed(self, step: int, folder: Path, error: CheckpointError) -> None:
+        self._newest, self._error = None, error
+        self._tell("checkpoint_failed", step=step, path=str(folder), reason=str(error))
+        self._say(f"step {step} is not saved: {error}; what was saved before is untouched")
+
+    def _tell(self, event: str, **about: Any) -> None:
+        if self._team.rank != 0:
+            return
+        try:
+            self._on_event({"event": event, **about})
+        except Exception as error:  # the disk that has no room for a checkpoint has none for the event either
+            self._say(f"{event} could not be noted ({error})")
+
+    def _say(self, text: str) -> None:
+        if self._team.rank == 0:
+            warn(text)
+
+    def _join(self) -> None:
+        if self._writer is not None:
+            self._writer.join()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written.
+
+        Raises:
+            CheckpointError: the last save failed; raised once.
+        """
+        self._join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Waits, frees the host buffers and ends the writing thread. What failed has been told."""
+        self._join()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self._holdings, self._layout = None, _Layout([], [], {}, HostBuffers([], pinned=False))
+
+    # Loading ----------------------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        path: Path,
+        tensors: Mapping[str, GlobalTensor],
+        *,
+        prefix: str = "",
+        cast: bool = False,
+        left: str | None = None,
+    ) -> dict[str, Any]:
+        """Loads a checkpoint's tensors in place and returns its state.
+
+        Args:
+            path: a checkpoint that `find_resume` has verified.
+            tensors: by global name; a rank passes what it holds.
+            prefix: only the checkpoint's tensors of these names count (`model/`: weights only).
+            cast: convert to the dtype of `tensors`, instead of refusing another one.
+            left: tensors of the checkpoint whose names end so may be left over.
+
+        Raises:
+            UserError: a tensor is missing or left over, or has another shape or dtype; nothing has been loaded.
+            CheckpointError: reading failed.
+        """
+        self._join()
+        state = read_together(self._team, Path(path), tensors, prefix, cast, left)
+        if not prefix and Path(path).resolve().parent == self.directory.resolve():
+            self._newest = int(state["step"])
+        return state
+
+    def state(self, path: Path) -> dict[str, Any]:
+        """The state of a checkpoint that `find_resume` or `verified` has verified.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        found = self._team.first("reading the state", lambda: _or_reason(read_state, path))
+        if isinstance(found, str):
+            raise UserError(Problem(str(path), f"damaged checkpoint: {found}"))
+        return found
+
+    def find_resume(self, resume: str | Path) -> Path | None:
+        """The verified checkpoint to go on from: every byte of it was read and compared, each rank its share.
+
+        Args:
+            resume: `latest` (in the directory of this checkpointer), or the path of one checkpoint.
+
+        Returns:
+            None if `latest` finds no checkpoint at all.
+
+        Raises:
+            UserError: the named checkpoint is absent or damaged, or `latest` finds only damaged ones.
+        """
+        self._join()
+        if str(resume) != "latest":
+            return self.verified(Path(resume), "checkpoint.resume")
+        found = self._team.first("resuming", self._clean_and_list)
+        for path in found:
+            problems = self._verify(path)
+            if not problems:
+                self._say_passed_over(found, path)
+                return path
+            reason = "; ".join(problems)
+            self._tell("checkpoint_damaged", path=str(path), reason=reason)
+            self._say(f"{path} is damaged, using the one before: {reason}")
+        if found:
+            raise UserError(all_damaged(self.directory, len(found)))
+        return None
+
+    def verified(self, path: Path, key: str) -> Path:
+        """`path`, after every byte of the checkpoint was read and compared, each rank its share.
+
+        Args:
+            path: one checkpoint.
+            key: the config key that named it, for the error.
+
+        Raises:
+            UserError: it is absent or damaged.
+        """
+        self._join()
+        self._team.first("verifying", lambda: _must_exist(path, key))
+        problems = self._verify(path)
+        if problems:
+            raise UserError(Problem(key, f"{path} is damaged: {'; '.join(problems)}"))
+        return path
+
+    def _say_passed_over(self, found: list[Path], chosen: Path) -> None:
+        newer = [path for path in found if path.name > chosen.name] if self._team.rank == 0 else []
+        bad = [path for path in newer if is_finite(path) is False]
+        if bad:
+            self._say(
+                f"{bad[0]} holds NaN or infinite values; going on from {chosen}, unless checkpoint.resume names it"
+            )
+
+    def _clean_and_list(self) -> list[Path]:
+        files.clean(self.directory)
+        return resume_order(self.directory)
+
+    def _verify(self, path: Path) -> list[str]:
+        known = self._team.first("verifying", lambda: _or_reason(read_manifest, path))
+        if isinstance(known, str):
+            return [known]
+        # Largest first, dealt out in turn: shares of about the same bytes.
+        order = sorted(known.files, key=lambda name: (-known.files[name].size, name))
+        share = {name: known.files[name] for name in order[self._team.rank :: self._team.world]}
+        parts = self._team.together("verifying", lambda: differences(path, share))
+        problems = sorted(problem for part in parts for problem in part)
+        if not problems:
+            state = self._team.first("verifying", lambda: _or_reason(read_state, path))
+            problems = [state] if isinstance(state, str) else []
+        return problems
+
+
+def _or_reason(read: Callable[[Path], T], path: Path) -> T | str:
+    try:
+        return read(path)
+    except Damaged as error:
+        return str(error)
+
+
+def _must_exist(path: Path, key: str) -> None:
+    problem = missing(path, key)
+    if problem is not None:
+        raise UserError(problem)

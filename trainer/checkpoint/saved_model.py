@@ -1,0 +1,70 @@
+"""The model of a checkpoint, as its state describes it, beside the model of a job. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ...configs.errors import Problem, UserError
+from ...configs.fields import field_types, nearest, short
+from ...configs.reading.convert import WrongType, convert, expected, written
+from ...configs.same_model import differences
+from ...configs.schema import ModelConfig
+
+Section = TypeVar("Section")
+
+
+def model_config_from_state(model: Any) -> ModelConfig:
+    """The ModelConfig of a checkpoint's ``state.get("model")``; keys newer than the checkpoint have their defaults.
+
+    Raises:
+        UserError: a key that no model has, or a value that it cannot have: one problem for each.
+    """
+    problems: list[Problem] = []
+    config = _built(ModelConfig, model, "model", problems)
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
+def _built(kind: type[Section], values: Any, key: str, problems: list[Problem]) -> Section:
+    """A dataclass with the dataclasses inside it."""
+    if not isinstance(values, Mapping):
+        problems.append(Problem(key, f"the checkpoint has {short(values)} in its state.json, not a model"))
+        return kind()
+    types, given = field_types(kind), {}
+    for name, value in values.items():
+        where = f"{key}.{name}"
+        if name not in types:
+            hint = nearest(name, types)
+            also = f"; the nearest one is {hint}" if hint else ""
+            problems.append(Problem(short(where), f"the checkpoint has this key, which no model has here{also}"))
+        elif dataclasses.is_dataclass(types[name]):
+            given[name] = _built(types[name], value, where, problems)
+        else:
+            try:
+                given[name] = convert(types[name], written(value))
+            except WrongType as error:
+                problems.append(
+                    Problem(where, f"in the checkpoint: {expected(types[name], written(value), str(error))}")
+                )
+    return kind(**given)
+
+
+def check_same_model(given: ModelConfig, job: ModelConfig, path: Path) -> None:
+    """Refuse weights of a network that computes something else than the job's.
+
+    Raises:
+        UserError: one problem per key that differs.
+    """
+    if job.moe.experts and not given.moe.experts:
+        message = f"{job.moe.experts}, but checkpoint.init={path} is a dense model; set model.moe.experts=0, or "
+        raise UserError(Problem("model.moe.experts", f"{message}checkpoint.upcycle=true to make the experts of it"))
+    problems = [
+        Problem(f"model.{key}", f"{found}, but checkpoint.init={path} has {value}; set model.{key}={value}")
+        for key, (value, found) in differences(given, job, padded=True).items()
+    ]
+    if problems:
+        raise UserError(*problems)

@@ -1,0 +1,57 @@
+"""What a run is, in the few lines that its console shows before the first step."""
+
+from __future__ import annotations
+
+from ...configs.schema import Config
+from ..data.plan import describe_data, plan_data
+from ..trainer import Trainer
+from .peak import Peak
+
+
+def introduction(cfg: Config, trainer: Trainer, peak: Peak) -> list[str]:
+    """Model, layout, pipeline, experts, links and data, a line for each that there is.
+
+    Args:
+        cfg: resolved.
+        trainer: set up for the job.
+        peak: of one device.
+    """
+    asked = cfg.eval.steps if cfg.eval.every else 0
+    plan = plan_data(trainer.data, steps=cfg.train.steps, global_batch=cfg.train.global_batch, eval_steps=asked)
+    rate = "unknown" if peak.tflops is None else f"{peak.tflops:.3g} TFLOP/s"
+    lines = [
+        f"{cfg.name}: {cfg.model.family}, {_millions(trainer.parameters)} parameters, "
+        f"{cfg.train.dtype} on {trainer.device.type}",
+        _layout(cfg, trainer),
+        _pipeline(cfg, trainer) if cfg.parallel.pp > 1 else "",
+        _experts(cfg, trainer) if cfg.model.moe.experts else "",
+        f"links: gloo, slower than out of each other's memory: {trainer.mesh.apart}" if trainer.mesh.apart else "",
+        f"data: {cfg.data.name}, {trainer.data.tokens / 1e6:.1f} M tokens",
+        *describe_data(plan),
+        f"peak of a device: {rate} ({peak.source})",
+    ]
+    return [line for line in lines if line]
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M" if count >= 100_000 else f"{count:,}"
+
+
+def _layout(cfg: Config, trainer: Trainer) -> str:
+    p, d, t = cfg.parallel, trainer.mesh.degrees, cfg.train
+    context = f" × cp {d.cp} ({p.context.method})" if d.cp > 1 else ""
+    batch = f"{trainer.program.microbatches} micro-batches of {t.micro_batch} × {t.seq_len} tokens each"
+    return f"layout: tp {d.tp} × pp {d.pp}{context} × dp {d.dp} ({p.data.sharding}) = {d.world} ranks, {batch}"
+
+
+def _pipeline(cfg: Config, trainer: Trainer) -> str:
+    p, layers = cfg.parallel.pipeline, trainer.parts.pipeline.split.layers
+    stages = ", ".join(str(len(stage)) for stage in layers)
+    return f"pipeline: {p.schedule}, {len(layers)} stages of {stages} layers, vocabulary {p.vocab}"
+
+
+def _experts(cfg: Config, trainer: Trainer) -> str:
+    moe, (_, edp, ep, etp) = cfg.model.moe, trainer.mesh.degrees.expert
+    layers = f"in {len(cfg.model.moe_layers)} of {cfg.model.layers} layers"
+    mesh = f"; etp {etp} × ep {ep} × edp {edp}, {moe.dispatcher}" if ep * etp * edp > 1 else ""
+    return f"experts: {moe.experts}, {moe.top_k} per token, {layers}{mesh}"

@@ -1,0 +1,1 @@
+"""Optimizers over flat units, and the learning rate over the steps."""

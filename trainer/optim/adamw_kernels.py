@@ -1,0 +1,199 @@
+"""The update of AdamW, done in several ways: by torch's fused kernel, by its elementwise operators, or by NVIDIA apex.
+
+What decides about the step stays on the device: the factor of the gradients, the number of updates, whether to skip.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...configs.errors import Problem, UserError
+from ...configs.schema import AdamWConfig
+from ..devices import has_apex
+
+_WAY_OUT = "set optim.impl=fused"
+_DECOUPLED_DECAY, _BIAS_CORRECTION = 1, 1
+"""apex's modes."""
+
+
+class Kernel(Protocol):
+    """One update of flat tensors and their moments, in place; arguments as of `Optimizer.step`."""
+
+    def __call__(
+        self,
+        values: list[Tensor],
+        grads: list[Tensor],
+        means: list[Tensor],
+        squares: list[Tensor],
+        *,
+        count: Tensor,
+        lr: float,
+        weight_decay: float,
+        factor: Tensor,
+        skip: Tensor,
+    ) -> None: ...
+
+
+def adamw_kernel(cfg: AdamWConfig, device: torch.device) -> Kernel:
+    """The way that `optim.impl` names.
+
+    Raises:
+        UserError: apex is asked for and cannot be used, or does not compute what it should.
+    """
+    match cfg.impl:
+        case "foreach":
+            return _foreach(cfg)
+        case "apex":
+            if not has_apex():
+                raise UserError(f"optim.impl=apex needs NVIDIA apex built with its CUDA extensions; {_WAY_OUT}")
+            return _checked(_apex(cfg), cfg, device)
+        case "auto" if device.type == "cuda" and has_apex():
+            fast, exact = _checked(_apex(cfg), cfg, device), _fused(cfg)
+
+            def by_type(values: list[Tensor], *rest: list[Tensor], **options: Any) -> None:
+                (exact if values[0].dtype == torch.float64 else fast)(values, *rest, **options)
+
+            return by_type
+        case _:
+            return _fused(cfg)
+
+
+def _checked(kernel: Kernel, cfg: AdamWConfig, device: torch.device) -> Kernel:
+    """The kernel of another library, after a few updates of a few numbers, of which it skips some.
+
+    Its arguments are nobody's promise: better before the first step than a run whose gradients are slightly wrong.
+
+    Raises:
+        UserError: it does not do what the readable reference does.
+    """
+    draws = torch.Generator().manual_seed(0)
+    start, grad = (torch.randn(64, generator=draws).to(device) for _ in range(2))
+    factor, results = torch.full((), 0.25, device=device), []
+    for way in (kernel, _foreach(cfg)):
+        value, mean, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+        tensors, count = ([value], [mean], [square]), torch.zeros((), device=device)
+        for skipped in (True, False, True, False):
+            skip, given = torch.full((), float(skipped), device=device), torch.full_like(grad, float("nan"))
+            count = count + (1 - skip)
+            grads = [given if skipped else grad.clone()]
+            way(tensors[0], grads, *tensors[1:], count=count, lr=0.01, weight_decay=0.1, factor=factor, skip=skip)
+        results.append(torch.stack((value, mean, square)))
+    if not torch.allclose(*results, rtol=1e-4, atol=1e-6):
+        raise UserError(Problem("optim.impl", f"apex, as installed, does not compute AdamW as it should; {_WAY_OUT}"))
+    return kernel
+
+
+def _fused(cfg: AdamWConfig) -> Kernel:
+    def kernel(
+        values: list[Tensor],
+        grads: list[Tensor],
+        means: list[Tensor],
+        squares: list[Tensor],
+        *,
+        count: Tensor,
+        lr: float,
+        weight_decay: float,
+        factor: Tensor,
+        skip: Tensor,
+    ) -> None:
+        scale: Tensor | None = factor.reciprocal()  # the kernel divides by it
+        if values[0].dtype == torch.float64:  # the kernel reads the scale in fp32 only
+            scale = None
+            torch._foreach_mul_(grads, factor)
+        torch._fused_adamw_(
+            values,
+            grads,
+            means,
+            squares,
+            [],
+            [count] * len(values),
+            lr=lr,
+            beta1=cfg.beta1,
+            beta2=cfg.beta2,
+            weight_decay=weight_decay,
+            eps=cfg.eps,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=scale,
+            found_inf=skip,
+        )
+
+    return kernel
+
+
+def _foreach(cfg: AdamWConfig) -> Kernel:
+    """The same arithmetic by torch's elementwise operators: the readable reference of the fused kernels."""
+
+    def kernel(
+        values: list[Tensor],
+        grads: list[Tensor],
+        means: list[Tensor],
+        squares: list[Tensor],
+        *,
+        count: Tensor,
+        lr: float,
+        weight_decay: float,
+        factor: Tensor,
+        skip: Tensor,
+    ) -> None:
+        # A first step that is skipped has the count 0, and 0 · ∞ would be no number.
+        keep, count = (1 - skip).to(values[0].dtype), count.to(values[0].dtype).clamp(min=1)
+        size = lr / (1 - cfg.beta1**count)
+        root = (1 - cfg.beta2**count).sqrt()
+        for value, grad, mean, square in zip(values, grads, means, squares, strict=True):
+            g = without_bad(grad, skip) * factor
+            mean.lerp_(g, keep * (1 - cfg.beta1))
+            square.lerp_(g * g, keep * (1 - cfg.beta2))
+            value.mul_(1 - keep * (lr * weight_decay))
+            value.sub_(keep * size * mean / (square.sqrt() / root + cfg.eps))
+
+    return kernel
+
+
+def _apex(cfg: AdamWConfig) -> Kernel:
+    """NVIDIA apex's multi-tensor kernel.
+
+    Of its two forms the capturable one reads learning rate, step, scale and the wish to skip from the device, as the
+    step needs it. It multiplies the gradients by what it calls the inverse scale, overwrites them with that, and
+    computes in fp32 whatever the type.
+    """
+    import amp_C  # pyright: ignore[reportMissingImports]  # its compiled part
+    from apex.multi_tensor_apply import multi_tensor_applier  # pyright: ignore[reportMissingImports]
+
+    def kernel(
+        values: list[Tensor],
+        grads: list[Tensor],
+        means: list[Tensor],
+        squares: list[Tensor],
+        *,
+        count: Tensor,
+        lr: float,
+        weight_decay: float,
+        factor: Tensor,
+        skip: Tensor,
+    ) -> None:
+        device = values[0].device
+        multi_tensor_applier(
+            amp_C.multi_tensor_adam_capturable,
+            skip.int().reshape(1),
+            [grads, values, means, squares],
+            torch.full((1,), lr, dtype=torch.float32, device=device),  # filled there: a copy would wait for the device
+            cfg.beta1,
+            cfg.beta2,
+            cfg.eps,
+            count.int().reshape(1),
+            _DECOUPLED_DECAY,
+            _BIAS_CORRECTION,
+            weight_decay,
+            factor.float().reshape(1),
+        )
+
+    return kernel
+
+
+def without_bad(grad: Tensor, skip: Tensor) -> Tensor:
+    """The gradient, or zeros where the step is skipped (0 · NaN would be NaN)."""
+    return torch.where(skip.bool(), torch.zeros_like(grad), grad)

@@ -1,0 +1,119 @@
+"""Why a rank ended: what is told to the other ranks and to the launcher, and who prints what."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ...configs import UserError
+from ...configs.strict_json import JsonError, expect_int, expect_list, expect_object, expect_text, parse_json
+from .meeting import LostRank, Meeting
+
+_LOSSES = {"LostRank", "PeerGone", "Aborted", "DistNetworkError"}
+"""Exceptions, by name (torch may not be imported yet), that only say that another rank is gone."""
+_BROKEN = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Connection refused|Socket closed")
+"""What gloo and TCP say of it, in whatever exception."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank ended."""
+
+    rank: int
+    world: int
+    at: float
+    """Seconds since the epoch."""
+    user: bool
+    """A mistake of the user's: no traceback, exit code 2."""
+    everywhere: bool
+    """Every rank fails alike, because it happened while the configuration was read."""
+    lost: bool
+    """Only because another rank is gone, which is the cause."""
+    lines: tuple[str, ...]
+    """The problems, or the one line of the exception."""
+    trace: str
+
+    @property
+    def exit_code(self) -> int:
+        """2 for the user's mistakes, 1 for everything else."""
+        return 2 if self.user else 1
+
+    def text(self) -> str:
+        """What to print of the first failure of a job."""
+        if self.lost:
+            return f"error: rank {self.rank} of {self.world} stopped, another rank is gone: {self.lines[0]}"
+        if self.user:
+            return "\n".join(f"error: {line}" for line in self.lines)
+        who = f"rank {self.rank} of {self.world}" if self.world > 1 else "the run"
+        return f"{self.trace.rstrip()}\nerror: {who} failed: {self.lines[0]}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def parse(data: bytes) -> Failure | None:
+        """What `as_dict` made, written as JSON; None for anything else."""
+        try:
+            known = expect_object(parse_json(data), "a failure", Failure.__dataclass_fields__)
+            lines = tuple(expect_text(line, "a line") for line in expect_list(known["lines"], "lines"))
+            rank, world = (expect_int(known[key], key) for key in ("rank", "world"))
+            at, (user, everywhere, lost) = known["at"], (known[key] is True for key in ("user", "everywhere", "lost"))
+            trace = expect_text(known["trace"], "trace")
+        except JsonError:
+            return None
+        if not lines or not isinstance(at, float):
+            return None
+        return Failure(rank, world, at, user, everywhere, lost, lines, trace)
+
+
+def describe(error: BaseException, *, rank: int, world: int, everywhere: bool = False) -> Failure:
+    """The failure of a rank."""
+    user = isinstance(error, UserError) or (isinstance(error, LostRank) and error.user)
+    first = str(error).partition("\n")[0]
+    lines = [str(p) for p in error.problems] if isinstance(error, UserError) else [f"{type(error).__name__}: {first}"]
+    return Failure(
+        rank=rank,
+        world=world,
+        at=time.time(),
+        user=user,
+        everywhere=everywhere,
+        lost=world > 1 and any(_is_loss(e) for e in _causes(error)),
+        lines=tuple(" ".join(line.split()) for line in lines),
+        trace="" if user else "".join(traceback.format_exception(error)),
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__
+
+
+def _is_loss(error: BaseException) -> bool:
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return bool(names & _LOSSES) or (not isinstance(error, UserError) and bool(_BROKEN.search(str(error))))
+
+
+def print_failure(failure: Failure, meeting: Meeting) -> None:
+    """Prints the first failure of the job whole; what other ranks met after it in one line, user's mistakes not again.
+
+    Under somebody else's launcher the ranks share nothing but its store, which decides who was first. Silence of all
+    but rank 0 would not do: torchrun ends the other ranks as soon as one has left.
+    """
+    first = meeting.tell(failure.lines[0], user=failure.user)
+    if first is None:
+        # Nobody can be asked. A mistake while reading the config is made by all; a rank that lost others is no cause.
+        first = failure.rank == 0 if failure.everywhere else not failure.lost
+    if first:
+        print(failure.text(), file=sys.stderr, flush=True)
+    elif not failure.user:
+        print(f"rank {failure.rank} then stopped: {failure.lines[0]}", file=sys.stderr, flush=True)
