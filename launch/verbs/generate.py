@@ -80,7 +80,7 @@ def _generate_in_layout(args: argparse.Namespace) -> int:
     from ...trainer.text.model_source import find_checkpoint
     from ...trainer.text.prompts import make_coder
     from ...trainer.text.tokenizer_files import of_checkpoint
-    from ..generate_layout import answers_in_layout
+    from .generate_layout import answers_in_layout
 
     run = Path(args.source).expanduser()
     checkpoint = find_checkpoint(run)

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from ..configs import Problem, UserError, load
-from ..trainer.sample_run import ANSWER, REQUEST
-from .supervise.launcher import rank_environment, uses_gpus, world_size
-from .supervise.supervisor import supervise
+from ...configs import Problem, UserError, load
+from ...trainer.sample_run import ANSWER, REQUEST
+from ..supervise.launcher import rank_environment, uses_gpus, world_size
+from ..supervise.supervisor import supervise
 
 
 def answers_in_layout(run: Path, checkpoint: Path, prompts: list[list[int]], texts: list[str], count: int) -> list[Any]:
@@ -39,7 +39,7 @@ def answers_in_layout(run: Path, checkpoint: Path, prompts: list[list[int]], tex
                 raise UserError(Problem("--prompt", f"{message}; shorten it, or leave out --layout run"))
         (folder / REQUEST).write_text(json.dumps({"prompts": texts, "count": count}))
         ranks = world_size(cfg)
-        worker = ["-m", "pentad.launch.sample_worker", str(folder / "ranks"), str(config)]
+        worker = ["-m", "pentad.launch.supervise.sample_worker", str(folder / "ranks"), str(config)]
         code = supervise(folder / "ranks", ranks, worker, rank_environment(ranks, cuda=uses_gpus(cfg, ranks)))
         if code:
             raise SystemExit(code)
