@@ -101,6 +101,15 @@ def claim(
         return held.pop_all()
 
 
+def used_folder(cfg: Config) -> Problem | None:
+    """Why `claim` would refuse the job its folder because of an earlier run, without taking it."""
+    run, directory = run_folder(cfg), checkpoint_folder(cfg)
+    earlier = EarlierRun.of(run, directory)
+    if earlier is None or _goes_on(cfg, directory):
+        return None
+    return _used(run, directory, earlier, not _within(directory, run))
+
+
 def _take(held: ExitStack, folder: Path, key: str, way_out: str, env: Mapping[str, str]) -> FolderLock:
     lock = lock_folder(folder, key, way_out, env)
     held.callback(lock.release)

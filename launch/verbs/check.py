@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from ...configs import UserError, load
 from ...trainer.preflight import memory_preflight, preflight
+from ...trainer.run_folder import used_folder
 
 
 def check(config: str, overrides: Sequence[str]) -> None:
@@ -19,6 +21,9 @@ def check(config: str, overrides: Sequence[str]) -> None:
     from .check_report import print_job  # importing torch takes seconds, which a mistake need not wait for
 
     print_job(cfg)
+    used = used_folder(cfg)
+    if used is not None:  # not wrong with the job: `--fresh` starts it as it is
+        print(f"warning: {used}", file=sys.stderr)
     problems = memory_preflight(cfg)
     if problems:
         raise UserError(*problems)

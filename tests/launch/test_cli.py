@@ -114,11 +114,11 @@ def test_check_prints_the_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_check_compares_with_the_memory_of_the_device(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = _run(capsys, "check", "demo", "hardware.memory_gib=0.01")
+    code, out, err = _run(capsys, "check", "demo", "name=unused", "hardware.memory_gib=0.01")
     assert code == 2
     assert "of 0.01 GiB" in out  # the tables show where the memory goes
     assert len(err) == 1 and err[0].startswith("error: hardware.memory_gib: 0.01, but about 0.04")
-    assert _run(capsys, "check", "demo", "hardware.memory_gib=100")[::2] == (0, [])
+    assert _run(capsys, "check", "demo", "name=unused", "hardware.memory_gib=100")[::2] == (0, [])
 
 
 def test_train_refuses_what_check_refuses_for_its_memory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from pentad.configs import Config, UserError, load
+from pentad.launch.cli import main as command
 from pentad.parallel.comm.process_ids import ProcessId
 from pentad.trainer import run_lock
 from pentad.trainer.__main__ import main
@@ -166,6 +167,15 @@ def test_a_fresh_run_in_a_used_folder_is_told_what_is_there_and_what_to_do(job: 
     _used(tmp_path / "other")
     with pytest.raises(UserError, match="holds an earlier run"):  # its metrics would be mixed with those of `other`
         _take(_resuming(job, tmp_path / "other" / "checkpoints" / "step-00000002"))
+
+
+def test_check_says_before_what_train_would_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["check", DENSE, *SMALL, f"runs_dir={tmp_path}", "name=a", f"data.cache={tmp_path}/cache"]
+    assert command(given) == 0 and "earlier run" not in capsys.readouterr().err
+    _used(tmp_path / "a")
+    assert command(given) == 0
+    assert "holds an earlier run (3 steps, last checkpoint step-00000002)" in capsys.readouterr().err
+    assert not list(tmp_path.glob("a.*")) and not (tmp_path / "a" / LOCK).exists()
 
 
 @pytest.mark.parametrize("left", ["metrics", "checkpoint", "events", "garbage", "link"])
