@@ -42,7 +42,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Difference:
-    """A relative difference beyond the tolerance."""
+    """How far one value is from what it should be, relatively."""
 
     what: str
     kind: str
@@ -90,7 +90,7 @@ def undetermined(model: ModelConfig) -> re.Pattern[str] | None:
 
 
 def differences(mine: Trained, expected: Trained, dtype: str, free: re.Pattern[str] | None) -> list[Difference]:
-    """All that is beyond the tolerance, largest first. In bf16 only the losses are compared.
+    """How far two runs are apart, in all that is compared: in bf16 only the losses.
 
     Args:
         free: names of tensors that are not compared.
@@ -110,6 +110,11 @@ def differences(mine: Trained, expected: Trained, dtype: str, free: re.Pattern[s
             for what, size in sizes.items()
             if free is None or not free.fullmatch(what)
         ]
+    return found
+
+
+def beyond(found: list[Difference]) -> list[Difference]:
+    """Those beyond the tolerance, largest first."""
     return sorted((d for d in found if not d.size <= d.allowed), key=lambda d: -_rank(d.size))
 
 
@@ -138,16 +143,18 @@ def _distance(mine: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def unexplained(found: list[Difference], nudged: list[list[Difference]]) -> list[Difference]:
-    """The differences that are larger than rounding makes them.
+    """The differences beyond the tolerance that are larger than rounding makes them, largest first.
 
     Args:
         found: between the layout and one process.
         nudged: between one process and itself from first parameters that differ in the last place.
     """
     size: dict[str, float] = {}
-    for differences_ in nudged:
-        for d in differences_:
-            # A step's loss may by chance not move where its neighbours do: the curve counts as one.
-            for key in (d.what, d.kind) if d.kind == "curve" else (d.what,):
-                size[key] = max(size.get(key, 0.0), _rank(d.size))
-    return [d for d in found if not d.size <= SLACK * size.get(d.kind if d.kind == "curve" else d.what, 0.0)]
+    for d in (d for run in nudged for d in run):
+        size[_source(d)] = max(size.get(_source(d), 0.0), _rank(d.size))
+    return [d for d in beyond(found) if not d.size <= SLACK * size.get(_source(d), 0.0)]
+
+
+def _source(d: Difference) -> str:
+    """What explains a difference: a step's loss may by chance not move where its neighbours do, so the curve is one."""
+    return d.kind if d.kind == "curve" else d.what

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pentad.trainer.checkpoint.hugging_face import export_hf
 from tests.fuzz.cases import Case, Layout, as_yaml
-from tests.fuzz.compare import Difference, differences, read_run, undetermined, unexplained
+from tests.fuzz.compare import Difference, beyond, differences, read_run, undetermined, unexplained
 from tests.fuzz.jobs import RunFailed, run_job
 from tests.fuzz.ranks import UNDISTURBED, Disturbance
 
@@ -72,15 +72,15 @@ class _Runs:
         if not all(math.isfinite(value) for value in whole.curve.values()):
             raise _Differs(f"one process diverges: {whole.curve}")
         found = self._stopped(alone, start) if self.case.stopped_rank is not None else self._overtaken(alone, start)
-        if not any(found.values()):
+        if not any(map(beyond, found.values())):
             return 0.0
         noise = [self._nudged(n, alone, start) for n in range(NUDGES)]
-        for name, beyond in found.items():
-            left = unexplained(beyond, noise)
+        for name, differs in found.items():
+            left = unexplained(differs, noise)
             if left:
-                alike = _listed(noise[0]) or "nothing"
+                alike = _listed(beyond(noise[0])) or "nothing beyond the tolerance"
                 raise _Differs(f"the {name} run differs: {_listed(left)}; rounding alone moves {alike}")
-        return max(d.size for beyond in found.values() for d in beyond)
+        return max(d.size for differs in found.values() for d in beyond(differs))
 
     def _overtaken(self, alone: Path, start: list[str]) -> dict[str, list[Difference]]:
         """The first layout trains to the end; the second one from a checkpoint on, in a folder of its own."""

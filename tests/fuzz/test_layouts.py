@@ -11,7 +11,7 @@ import torch
 
 from tests.fuzz import compare
 from tests.fuzz.cases import Case, draw_case
-from tests.fuzz.compare import Trained, differences, undetermined, unexplained
+from tests.fuzz.compare import Trained, beyond, differences, undetermined, unexplained
 from tests.fuzz.corpora import make_corpora
 from tests.fuzz.run import Outcome, run_case
 from tests.fuzz.tally import Tally, line_of
@@ -70,15 +70,17 @@ def _trained(loss: float = 2.0, weight: float = 1.0) -> Trained:
     ],
 )
 def test_a_difference_beyond_rounding_is_found(changed: Callable[[], Trained]) -> None:
-    assert not differences(_trained(), _trained(), "fp64", None)
-    assert unexplained(differences(changed(), _trained(), "fp64", None), [[]])
+    same = differences(_trained(), _trained(), "fp64", None)
+    assert not beyond(same)
+    assert unexplained(differences(changed(), _trained(), "fp64", None), [same])
 
 
 def test_a_difference_that_the_last_place_makes_too_is_explained_up_to_ten_times() -> None:
-    nudged = [differences(_trained(loss=2.0 * (1 + 1e-9), weight=1 + 1e-9), _trained(), "fp64", None)]
-    for factor, left in ((9, 0), (11, 2)):
-        mine = _trained(loss=2.0 * (1 + factor * 1e-9), weight=1 + factor * 1e-9)
-        assert len(unexplained(differences(mine, _trained(), "fp64", None), nudged)) == left
+    for place in (1e-9, 4e-12):  # in itself beyond the tolerance and within it
+        nudged = [differences(_trained(2.0 * (1 + place), 1 + place), _trained(), "fp64", None)]
+        for factor, left in ((9, 0), (11, 2)):
+            mine = _trained(2.0 * (1 + factor * place), 1 + factor * place)
+            assert len(unexplained(differences(mine, _trained(), "fp64", None), nudged)) == left
 
 
 def test_biases_of_keys_are_left_out_only_where_no_score_depends_on_them(work: Path) -> None:
