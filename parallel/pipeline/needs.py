@@ -175,6 +175,46 @@ def _activation(sign: int, *, what: str = "activation", at_end: bool = True, cou
     return Hold(what, sign, at_end, counts)
 
 
+def _send(token: str, toward: int, pair: str, awaited: str, *, trains: bool = False) -> Kind:
+    return Kind(
+        token=token,
+        acts=Acts.STAGE,
+        role=Role.SEND,
+        started=True,
+        trains=trains,
+        toward=toward,
+        pair=pair,
+        awaited=awaited,
+    )
+
+
+def _receive(token: str, toward: int, pair: str, *, until: tuple[str, str], trains: bool = False) -> Kind:
+    return Kind(
+        token=token,
+        acts=Acts.STAGE,
+        role=Role.RECEIVE,
+        started=True,
+        trains=trains,
+        toward=toward,
+        pair=pair,
+        slot_until=until,
+        awaited="rank {rank} to post {place}, with {sends} sends outstanding",
+    )
+
+
+def _collective(token: str, lane: str, *, trains: bool = False) -> Kind:
+    return Kind(
+        token=token,
+        acts=Acts.RANK,
+        balanced=True,
+        role=Role.COLLECTIVE,
+        started=True,
+        trains=trains,
+        lane=lane,
+        awaited="rank {rank} to join {place}",
+    )
+
+
 _BACKWARD_NEEDS = (
     Need("F", Place.SAME),
     Need("B", Place.NEXT, by="SB"),
@@ -290,103 +330,25 @@ class Kinds:
     )
     """Balanced vocabulary: add to the gradient of the rows that this rank holds."""
 
-    SEND_FORWARD = Kind(
-        token="SF",
-        acts=Acts.STAGE,
-        role=Role.SEND,
-        started=True,
-        toward=+1,
-        pair="RF",
-        awaited="the activations that rank {rank} sends in {place}",
-    )
+    SEND_FORWARD = _send("SF", +1, "RF", "the activations that rank {rank} sends in {place}")
     """Start sending the output of a stage to the next one."""
-    RECV_FORWARD = Kind(
-        token="RF",
-        acts=Acts.STAGE,
-        role=Role.RECEIVE,
-        started=True,
-        toward=-1,
-        pair="SF",
-        # Autograd and deferred weight gradients read a received tensor to the end of its backward pass.
-        slot_until=("W", "F"),
-        awaited="rank {rank} to post {place}, with {sends} sends outstanding",
-    )
+    # Autograd and deferred weight gradients read a received tensor to the end of its backward pass.
+    RECV_FORWARD = _receive("RF", -1, "SF", until=("W", "F"))
     """Start receiving the input of a stage into a slot; the stage's forward waits for it."""
-    SEND_BACKWARD = Kind(
-        token="SB",
-        acts=Acts.STAGE,
-        role=Role.SEND,
-        started=True,
-        trains=True,
-        toward=-1,
-        pair="RB",
-        awaited="the gradient that rank {rank} sends in {place}",
-    )
+    SEND_BACKWARD = _send("SB", -1, "RB", "the gradient that rank {rank} sends in {place}", trains=True)
     """Start sending the gradient of a stage's input to the stage before it."""
-    RECV_BACKWARD = Kind(
-        token="RB",
-        acts=Acts.STAGE,
-        role=Role.RECEIVE,
-        started=True,
-        trains=True,
-        toward=+1,
-        pair="SB",
-        slot_until=("W", ""),
-        awaited="rank {rank} to post {place}, with {sends} sends outstanding",
-    )
+    RECV_BACKWARD = _receive("RB", +1, "SB", until=("W", ""), trains=True)
     """Start receiving the gradient of a stage's output into a slot; the stage's backward waits for it."""
 
-    HIDDEN = Kind(
-        token="CX",
-        acts=Acts.RANK,
-        balanced=True,
-        role=Role.COLLECTIVE,
-        started=True,
-        lane="head",
-        awaited="rank {rank} to join {place}",
-    )
+    HIDDEN = _collective("CX", "head")
     """Start the broadcast of the last stage's output; S waits for it."""
-    STATISTICS = Kind(
-        token="CS",
-        acts=Acts.RANK,
-        balanced=True,
-        role=Role.COLLECTIVE,
-        started=True,
-        lane="head",
-        awaited="rank {rank} to join {place}",
-    )
+    STATISTICS = _collective("CS", "head")
     """Start agreeing on the softmax and, with one barrier, summing the gradient to the last stage; T waits for it."""
-    HIDDEN_GRAD = Kind(
-        token="CD",
-        acts=Acts.RANK,
-        balanced=True,
-        role=Role.COLLECTIVE,
-        started=True,
-        trains=True,
-        lane="head",
-        awaited="rank {rank} to join {place}",
-    )
+    HIDDEN_GRAD = _collective("CD", "head", trains=True)
     """Two barriers: start summing the gradient to the last stage, whose backward waits for it."""
-    EMBEDDED = Kind(
-        token="CE",
-        acts=Acts.RANK,
-        balanced=True,
-        role=Role.COLLECTIVE,
-        started=True,
-        lane="embed",
-        awaited="rank {rank} to join {place}",
-    )
+    EMBEDDED = _collective("CE", "embed")
     """Start summing the looked-up rows to the first stage, whose forward waits for it."""
-    EMBEDDED_GRAD = Kind(
-        token="CG",
-        acts=Acts.RANK,
-        balanced=True,
-        role=Role.COLLECTIVE,
-        started=True,
-        trains=True,
-        lane="embed",
-        awaited="rank {rank} to join {place}",
-    )
+    EMBEDDED_GRAD = _collective("CG", "embed", trains=True)
     """Start the broadcast of the gradient of the first stage's input; IB waits for it."""
 
     REDUCE = Kind(token="RG", acts=Acts.BUCKET, role=Role.UPDATE, words="update", duration=("reduce",), phase=0)
