@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 FUZZ_MINUTES ?= 10
 ROOMS := configs parallel models trainer launch
+# Where editors and pyright find the rooms as pentad.*: the editable installation maps them by a finder of its own.
+LINK_ROOMS = mkdir -p $(VENV)/rooms/pentad \
+	&& for room in $(ROOMS); do ln -sfn "$(CURDIR)/$$room" $(VENV)/rooms/pentad/$$room; done
 
 .PHONY: demo test test-all fuzz lint format clean
 
@@ -24,8 +27,6 @@ fuzz: $(VENV)/dev.stamp
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@mkdir -p $(VENV)/rooms/pentad
-	@for room in $(ROOMS); do ln -sfn "$(CURDIR)/$$room" $(VENV)/rooms/pentad/$$room; done
 	$(BIN)/pyright
 
 format: $(VENV)/dev.stamp
@@ -44,9 +45,11 @@ $(BIN)/python:
 $(VENV)/run.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing Pentad into $(VENV)"
 	@$(PIP) install -c constraints.txt -e .
+	@$(LINK_ROOMS)
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing Pentad and its development tools into $(VENV)"
 	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@$(LINK_ROOMS)
 	@touch $@ $(VENV)/run.stamp

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ...configs.errors import Problem, UserError
 from ...parallel.comm.waiting import Abort
 from ...parallel.global_tensor import GlobalTensor
-from ..notices import warn
+from ..metrics.notices import warn
 from ..processes.threads import Beside
 from . import files
 from .check import all_damaged, missing

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..notices import warn
+from .notices import warn
 from .step import finite
 
 _KEPT = 100_000

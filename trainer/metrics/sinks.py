@@ -22,10 +22,10 @@ from urllib.parse import urlparse
 from ...configs.errors import UserError
 from ...configs.schema import LogConfig
 from ...configs.strict_json import JsonError, expect_int, expect_object, parse_json, read_bytes
-from ..notices import warn
 from ..preflight import missing_packages
 from . import routing
 from .line_file import LineFile
+from .notices import warn
 from .routing import HeatMap
 from .step import Pace, StepMetrics, console_header, console_line, use_color
 
