@@ -4,7 +4,7 @@
     python benchmarks/pipeline.py --memory --schedule 1f1b
     python benchmarks/pipeline.py --overhead
 
-Both sides run Pentad's layers (the model of `dense.py`, 8 micro-batches of one sequence), head, gradient buckets and
+Both sides run Pentad's layers (the model of `dense.py`, 8 microbatches of one sequence), head, gradient buckets and
 optimizer, one thread a process, and split the layers alike; only who runs the pipeline differs. A step is forward,
 backward and update. The ideal is the simulated time of Pentad's program: the median duration of each operation in the
 record of Pentad's own steps, without what it waited, and transfers that take no time.
@@ -149,12 +149,12 @@ def slots(program: Program, rank: int) -> int:
 
 
 def memory(arguments: argparse.Namespace) -> None:
-    """What is alive at most, for two numbers of micro-batches.
+    """What is alive at most, for two numbers of microbatches.
 
     Raises:
         ValueError: Pentad has more receive buffers than slots.
     """
-    print("\n| side | micro-batches | slots | input buffers | gradient buffers | outputs | peak RSS MiB |")
+    print("\n| side | microbatches | slots | input buffers | gradient buffers | outputs | peak RSS MiB |")
     print("|---|---|---|---|---|---|---|")
     for count in (8, 32):
         for label, module in (("Pentad", OURS), ("torch", THEIRS)):

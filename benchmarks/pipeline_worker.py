@@ -31,7 +31,7 @@ from pentad.parallel.pipeline.lower import lower
 from pentad.parallel.pipeline.program import Program
 from pentad.parallel.record.ring import Recorder
 from pentad.trainer.checkpoint.state import units_by_key
-from pentad.trainer.data.dataset import MicroBatch
+from pentad.trainer.data.dataset import Microbatch
 from pentad.trainer.optim.optimizer import make_optimizer
 from pentad.trainer.processes.meeting import Meeting
 from pentad.trainer.programs import training_program
@@ -100,7 +100,7 @@ def worker_arguments() -> argparse.Namespace:
 
 
 def make_config(arguments: argparse.Namespace, processes: int) -> Config:
-    """The job: the workload's model, micro-batches of one sequence."""
+    """The job: the workload's model, microbatches of one sequence."""
     work = Workload()
     model = {name: getattr(work, name) for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab")}
     sections: dict[str, dict[str, Any]] = {
@@ -125,13 +125,13 @@ def make_config(arguments: argparse.Namespace, processes: int) -> Config:
     return load(None, overrides, world_size=processes)
 
 
-def batches_of(step: int, count: int) -> list[MicroBatch]:
-    """`count` micro-batches of one sequence of random tokens."""
+def batches_of(step: int, count: int) -> list[Microbatch]:
+    """`count` microbatches of one sequence of random tokens."""
     tokens = random_batch(replace(Workload(), global_batch=count), step)
     labels = tokens.roll(-1, dims=1)
     sequences = torch.arange(count)
     return [
-        MicroBatch(tokens[i : i + 1], labels[i : i + 1], None, None, sequences[i : i + 1], tokens.shape[1], 0)
+        Microbatch(tokens[i : i + 1], labels[i : i + 1], None, None, sequences[i : i + 1], tokens.shape[1], 0)
         for i in range(count)
     ]
 

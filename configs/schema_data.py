@@ -33,7 +33,7 @@ class DataConfig:
     cache: str | None = None
     """Folder of tokenized text; derived: the user's cache folder."""
     prefetch: int = 4
-    """Micro-batches prepared ahead by the loader thread; 0: none, each is made when it is needed."""
+    """Microbatches prepared ahead by the loader thread; 0: none, each is made when it is needed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,7 @@ class RouterConfig:
 
     name: Literal["top_k", "expert_choice", "sinkhorn"] = "top_k"
     """top_k: each token takes its best experts; expert_choice: each expert its best tokens (not causal); sinkhorn:
-    top_k of scores balanced over the micro-batch."""
+    top_k of scores balanced over the microbatch."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """How logits become scores."""
     normalize: bool = True
@@ -135,7 +135,7 @@ class MoeConfig:
     capacity_factor: float | None = None
     """Tokens per expert are limited to this times the even share, the rest is dropped; none: nothing is dropped."""
     capacity_scope: Literal["local", "micro_batch"] = "micro_batch"
-    """The limit holds for the tokens of one rank (which depends on the layout), or of the whole micro-batch."""
+    """The limit holds for the tokens of one rank (which depends on the layout), or of the whole microbatch."""
     drop: Literal["probability", "position"] = "probability"
     """Which tokens a full expert keeps: those with the largest weights or the first ones."""
     pad: bool = False

@@ -10,7 +10,7 @@ ONE_CHUNK = frozenset({"gpipe", "1f1b", "zb-h1", "zb-h2"})
 VEE = frozenset({"zb-v", "v-half", "v-min", "dualpipev"})
 """Schedules with two stages per rank, placed like a V."""
 GROUPED = frozenset({"interleaved", "gis"})
-"""Schedules with any number of stages per rank, which micro-batches pass in groups."""
+"""Schedules with any number of stages per rank, which microbatches pass in groups."""
 BALANCED = frozenset({"1f1b", "interleaved", "gis", "v-half"})
 """Schedules that have passes for a balanced vocabulary."""
 
@@ -27,7 +27,7 @@ class DataParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """How the layers and micro-batches pass through the pipeline ranks; unused with parallel.pp=1."""
+    """How the layers and microbatches pass through the pipeline ranks; unused with parallel.pp=1."""
 
     schedule: (
         Literal["gpipe", "1f1b", "interleaved", "gis", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipev"] | None
@@ -38,9 +38,9 @@ class PipelineConfig:
     vocab: Literal["ends", "balanced"] = "ends"
     """ends: embedding on the first stage, head and loss on the last; balanced: shared by all pipeline ranks."""
     vocab_barriers: Literal[1, 2] = 1
-    """balanced: collectives between the head and the backward pass; 1 keeps one micro-batch less, 2 multiplies less."""
+    """balanced: collectives between the head and the backward pass; 1 keeps one microbatch less, 2 multiplies less."""
     group: int | None = None
-    """interleaved, gis: micro-batches that pass a chunk before the next one; derived: parallel.pp (others: none)."""
+    """interleaved, gis: microbatches that pass a chunk before the next one; derived: parallel.pp (others: none)."""
     layers: Literal["auto"] | tuple[int, ...] = "auto"
     """Layers of each stage in order, 0 for an empty one; auto: the split with the least work on the busiest rank."""
 

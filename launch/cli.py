@@ -150,15 +150,15 @@ def _version() -> str:
 def _schedule_parser(parser: argparse.ArgumentParser) -> None:
     names = "gpipe, 1f1b, interleaved, gis, zb-h1, zb-h2, zb-v, v-half, v-min, dualpipev"
     parser.description = (
-        "Make, check, simulate and draw the program of a pipeline. Times are for one micro-batch of one rank's whole "
+        "Make, check, simulate and draw the program of a pipeline. Times are for one microbatch of one rank's whole "
         "share, in any one unit: a chunk takes 1/chunks of F, B and W, a fused backward pass takes B + W."
     )
     parser.add_argument("name", metavar="NAME", help=f"{names}; or a run's folder: its program, planned and real")
     parser.add_argument("--ranks", metavar="P", type=int, help="pipeline ranks")
-    parser.add_argument("--microbatches", metavar="M", type=int, help="micro-batches per step")
+    parser.add_argument("--microbatches", metavar="M", type=int, help="microbatches per step")
     parser.add_argument("--step", metavar="N", type=int, help="of a run: which step, from 1 (the last one recorded)")
     parser.add_argument("--chunks", metavar="V", type=int, help="stages per rank (what the schedule needs, else 2)")
-    parser.add_argument("--group", metavar="G", type=int, help="interleaved, gis: micro-batches per chunk in turn (P)")
+    parser.add_argument("--group", metavar="G", type=int, help="interleaved, gis: microbatches per chunk in turn (P)")
     parser.add_argument("--vocab", choices=("ends", "balanced"), default="ends", help="where embedding and head run")
     parser.add_argument(
         "--vocab-barriers", metavar="1|2", type=int, default=1, help="balanced: barriers of the head (1)"

@@ -13,7 +13,7 @@ from ..configs.schema import ModelConfig
 from ..parallel.kernels.attention import attention
 from ..parallel.kernels.device import local_attention
 from ..parallel.kernels.interfaces import Core
-from ..parallel.kernels.mask import Mask, Spread
+from ..parallel.kernels.mask import Mask, SequenceShards
 from .functional import rotate
 from .linear import Linear, project
 from .norms import RmsNorm
@@ -24,7 +24,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    spread: Spread,
+    spread: SequenceShards,
     window: int | None,
     scale: float,
     sinks: Tensor | None = None,

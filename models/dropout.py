@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of one micro-batch.
+    """The random numbers of one microbatch.
 
     Args:
         rate: probability of a zero in dropout.

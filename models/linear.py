@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..parallel import grouped_projection
-from ..parallel.grouped_projection import GroupedProjection, Groups, Made
+from ..parallel.grouped_projection import GroupedProjection, Groups, RecomputedInput
 from ..parallel.projection import Projection, local
 
 
@@ -34,7 +34,7 @@ def project(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
 class GroupedLinear(nn.Module):
     """One linear per expert: y = x W_eᵀ + b_e for the rows x (R, in) of each expert e, y (R, out).
 
-    An input made with weights of the rows (`Made`) gives w x W_eᵀ + w b_e.
+    An input made with weights of the rows (`RecomputedInput`) gives w x W_eᵀ + w b_e.
     """
 
     def __init__(self, experts: int, in_features: int, out_features: int, bias: bool = False) -> None:
@@ -43,10 +43,10 @@ class GroupedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(experts, out_features)) if bias else None
         self.apply_weights: GroupedProjection = grouped_projection.local
 
-    def forward(self, x: Tensor | Made, groups: Groups) -> Tensor:
+    def forward(self, x: Tensor | RecomputedInput, groups: Groups) -> Tensor:
         return self.apply_weights(x, groups, (self,))[0]
 
 
-def project_grouped(x: Tensor | Made, groups: Groups, *linears: GroupedLinear) -> tuple[Tensor, ...]:
+def project_grouped(x: Tensor | RecomputedInput, groups: Groups, *linears: GroupedLinear) -> tuple[Tensor, ...]:
     """Several grouped linears of the same rows x (R, in), each giving its y (R, out)."""
     return linears[0].apply_weights(x, groups, linears)

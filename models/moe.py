@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..configs.schema import ModelConfig
 from ..parallel.comm.mesh import Axis
 from ..parallel.expert.dispatch import AllToAll, Dispatcher
-from ..parallel.grouped_projection import Groups, Local, Made
+from ..parallel.grouped_projection import Groups, Local, RecomputedInput
 from .dropout import Draws
 from .feed_forward import FeedForward
 from .functional import swiglu, swiglu_clipped
@@ -42,13 +42,13 @@ class Experts(nn.Module):
         else:
             self.activation = partial(F.gelu, approximate="tanh" if cfg.activation == "gelu_tanh" else "none")
 
-    def forward(self, rows: Tensor | Made, groups: Groups, weights: Tensor | None = None) -> Tensor:
+    def forward(self, rows: Tensor | RecomputedInput, groups: Groups, weights: Tensor | None = None) -> Tensor:
         """rows (R, h), expert by expert → (R, h), multiplied by weights (R,) where these are given.
 
         Of (R, f) tensors only the outputs of gate and up are kept: the activation, weighted or not, is made again.
         """
         before = project_grouped(rows, groups, *(() if self.gate is None else (self.gate,)), self.up)
-        return self.down(Made(self.activation, before, weights), groups)
+        return self.down(RecomputedInput(self.activation, before, weights), groups)
 
 
 class Moe(nn.Module):

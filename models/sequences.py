@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..parallel.kernels.mask import Spread
+from ..parallel.kernels.mask import SequenceShards
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,14 @@ class Sequences:
     length: int
     cos: Tensor | None
     sin: Tensor | None
-    spread: Spread
+    spread: SequenceShards
     """Which tokens of the sequences these are, their documents, and who has the others."""
     rows: Tensor | None = None
     """(n,) which sequence of the batch each of this device's rows of the residual stream belongs to; mixture-of-experts
     models only."""
     share: float = 0.0
-    """This micro-batch's share in the step's balancing losses; 0: evaluation, in which nothing is counted."""
+    """This microbatch's share in the step's balancing losses; 0: evaluation, in which nothing is counted."""
     kept: dict[int, Any] | None = None
     """Decisions of layers that will run again, by layer: a second run finds them here instead of deciding anew."""
     places: Tensor | None = None
-    """(n,) which token of the whole micro-batch each row is; mixture-of-experts models only."""
+    """(n,) which token of the whole microbatch each row is; mixture-of-experts models only."""

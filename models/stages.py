@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..parallel.kernels.mask import Spread
+from ..parallel.kernels.mask import SequenceShards
 from .dropout import Draws
 from .transformer import Part, Transformer
 
@@ -41,7 +41,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every stage knows of a micro-batch; arguments as of `Transformer.forward`."""
+    """What every stage knows of a microbatch; arguments as of `Transformer.forward`."""
 
     tokens: Tensor
     labels: Tensor
@@ -50,7 +50,7 @@ class Inputs:
     documents: Tensor | None = None
     draws: Draws | None = None
     share: float = 0.0
-    spread: Spread | None = None
+    spread: SequenceShards | None = None
 
 
 def run_stage(

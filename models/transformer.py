@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configs.schema import ModelConfig
-from ..parallel.kernels.mask import Spread
+from ..parallel.kernels.mask import SequenceShards
 from ..parallel.vocab import Look, VocabEmbedding, VocabHead, VocabShard, look_up
 from .attention import Attention
 from .dropout import Draws
@@ -155,7 +155,7 @@ class Transformer(nn.Module):
         documents: Tensor | None,
         dtype: torch.dtype,
         share: float = 0.0,
-        spread: Spread | None = None,
+        spread: SequenceShards | None = None,
     ) -> Sequences:
         """What the layers know of a batch of tokens (B, T); arguments as of `forward`."""
         batch, length = tokens.shape
@@ -164,7 +164,7 @@ class Transformer(nn.Module):
             where = torch.arange(length, device=tokens.device) if positions is None else positions
             freq, factor = self._frequencies
             cos, sin = angles(freq.to(tokens.device), factor, where, dtype)
-        spread = spread or Spread.whole(length, documents)
+        spread = spread or SequenceShards.whole(length, documents)
         rows = places = None
         if self.cfg.moe.experts:
             sequence = torch.arange(batch, device=tokens.device)[:, None]
@@ -211,7 +211,7 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         draws: Draws | None = None,
         share: float = 0.0,
-        spread: Spread | None = None,
+        spread: SequenceShards | None = None,
     ) -> Tensor:
         """Logits (B, T, V), or with labels (B, T) the summed cross-entropy times `scale` (a scalar).
 
@@ -223,7 +223,7 @@ class Transformer(nn.Module):
             positions: (T,) or (B, T); none: 0 … T−1.
             documents: (B, T) document ids of packed sequences; none: one document each.
             draws: the dropout of this step; none: no dropout.
-            share: this micro-batch's share in the step's balancing losses; 0: evaluation.
+            share: this microbatch's share in the step's balancing losses; 0: evaluation.
             spread: which tokens of their sequences `tokens` are, with their documents, and who has the others; none:
                 all of them, with these `documents`.
         """

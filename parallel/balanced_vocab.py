@@ -14,7 +14,7 @@ Parallelism, arXiv 2411.05288, section 4: algorithm 1 has two barriers, algorith
     IB   add to the gradient of this rank's rows    CG  the owners broadcast the gradient
 
 u is 1 / valid tokens, and 0 where a token has no loss. Collectives run in a lane; every rank posts them in one order.
-A method stands for a token of the program; what it keeps for a later one is kept per micro-batch until that came.
+A method stands for a token of the program; what it keeps for a later one is kept per microbatch until that came.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class BalancedHead:
         self._reduced: dict[int, Pending[Tensor]] = {}
 
     def post_hidden(self, index: int, x: Tensor | None, tokens: int, hidden: int, dtype: torch.dtype) -> None:
-        """CX of micro-batch `index`: x is the owner's hidden states (N/tp, h), None elsewhere; `tokens` is N."""
+        """CX of microbatch `index`: x is the owner's hidden states (N/tp, h), None elsewhere; `tokens` is N."""
         x = _block(x, self.is_owner)
         axis, owners, like = self.axis, self.owners, torch.empty(0, dtype=dtype, device=self.lane.device)
         self._hidden[index] = self.lane.submit(lambda: _spread(x, like, (tokens, hidden), axis, owners))
@@ -123,7 +123,7 @@ class BalancedHead:
         """S: this rank's logits and their statistics.
 
         Args:
-            index: of the micro-batch.
+            index: of the microbatch.
             weight: this rank's rows (V/P, h).
             labels: of all tokens (N,); IGNORED where there is no loss.
             scale: factor of every token's loss, in practice 1 / valid tokens of the global batch.

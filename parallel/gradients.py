@@ -4,7 +4,7 @@ A parameter may carry a `Slot` (attribute `slot`). Backward code then adds its w
 buffer, in the buffer's precision, and tells autograd nothing; without a slot (FSDP2, tests) the gradient is returned
 to autograd. Adding and telling are two calls, because a gradient may be computed earlier than it becomes final (the
 head's, which is made in forward) or later (deferred weight gradients). Each use of a parameter tells once in every
-micro-batch, so a gradient is final after a known number of calls, in whatever order a program makes them.
+microbatch, so a gradient is final after a known number of calls, in whatever order a program makes them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Slot:
         """Where weight gradients wait while their stage's backward is split."""
 
     def start_step(self, microbatches: int) -> None:
-        """Forgets the last step's sum, which the next gradient overwrites; expects `uses` gradients a micro-batch."""
+        """Forgets the last step's sum, which the next gradient overwrites; expects `uses` gradients a microbatch."""
         self.fresh, self.remaining = True, self.uses * microbatches
 
     def add(self, grad: Tensor) -> None:
@@ -67,7 +67,7 @@ class Slot:
         self.buffer.index_add_(0, rows, grad.to(self.buffer.dtype))
 
     def done(self) -> None:
-        """One of the parameter's uses has added its gradient of one micro-batch."""
+        """One of the parameter's uses has added its gradient of one microbatch."""
         self.remaining -= 1
         if self.remaining == 0:
             self.on_final()
@@ -86,7 +86,7 @@ class Deferred(Protocol):
 
 
 class WeightGradients:
-    """The weight gradients that one stage has not computed yet, per micro-batch."""
+    """The weight gradients that one stage has not computed yet, per microbatch."""
 
     def __init__(self) -> None:
         self._waiting: dict[int, deque[Deferred]] = {}
@@ -94,7 +94,7 @@ class WeightGradients:
 
     @contextmanager
     def deferring(self, index: int) -> Iterator[None]:
-        """A backward inside this block leaves its weight gradients here, under the micro-batch's number."""
+        """A backward inside this block leaves its weight gradients here, under the microbatch's number."""
         self._open = self._waiting[index] = deque()
         try:
             yield
@@ -121,7 +121,7 @@ class WeightGradients:
 
     @torch.no_grad()
     def compute(self, index: int) -> None:
-        """Computes what was left under the micro-batch's number; each one's communication runs behind the last one."""
+        """Computes what was left under the microbatch's number; each one's communication runs behind the last one."""
         jobs = self._waiting.pop(index)
         handle = jobs[0].start() if jobs else None
         while handle is not None:

@@ -4,7 +4,7 @@ The rows of an input stand expert by expert; expert e multiplies its rows by its
 
     x (R, in)  │ rows of expert 0 │ of 1 │ of 2 … │        weight (E, out, in)        y (R, out)
 
-An input that is cheap to make from what is kept anyway need not be kept itself (`Made`).
+An input that is cheap to make from what is kept anyway need not be kept itself (`RecomputedInput`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .gradients import grouped_grad, open_store, plain_grad
 from .kernels.grouped_gemm import Gemms, Groups, gemms
 from .projection import HasWeight
 
-__all__ = ["GroupedProjection", "Groups", "Local", "Made", "local"]
+__all__ = ["GroupedProjection", "Groups", "Local", "RecomputedInput", "local"]
 
 
 @dataclass(frozen=True)
-class Made:
+class RecomputedInput:
     """An input (R, in) that is made again in backward rather than kept: weights · function(*inputs).
 
     Args:
@@ -42,7 +42,9 @@ class Made:
 class GroupedProjection(Protocol):
     """Applies the weights of `linears` to x (R, in) and returns one y (R, out) per linear."""
 
-    def __call__(self, x: Tensor | Made, groups: Groups, linears: Sequence[HasWeight]) -> tuple[Tensor, ...]: ...
+    def __call__(
+        self, x: Tensor | RecomputedInput, groups: Groups, linears: Sequence[HasWeight]
+    ) -> tuple[Tensor, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Local:
 
     compute: str = "auto"
 
-    def __call__(self, x: Tensor | Made, groups: Groups, linears: Sequence[HasWeight]) -> tuple[Tensor, ...]:
-        made = x if isinstance(x, Made) else Made(_same, (x,))
+    def __call__(self, x: Tensor | RecomputedInput, groups: Groups, linears: Sequence[HasWeight]) -> tuple[Tensor, ...]:
+        made = x if isinstance(x, RecomputedInput) else RecomputedInput(_same, (x,))
         params = [linear.weight for linear in linears] + [linear.bias for linear in linears]
         call = _Call(groups, self.compute, made.function, len(made.inputs), len(linears))
         out = _GroupedProject.apply(call, made.weights, *made.inputs, *params)

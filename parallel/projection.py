@@ -35,10 +35,10 @@ class Projection(Protocol):
 
 def local(x: Tensor, linears: Sequence[HasWeight]) -> tuple[Tensor, ...]:
     """y_i = x W_iᵀ + b_i on one device."""
-    return run(x, linears, Around())
+    return run(x, linears, ProjectionComm())
 
 
-def run(x: Tensor, linears: Sequence[HasWeight], around: Around) -> tuple[Tensor, ...]:
+def run(x: Tensor, linears: Sequence[HasWeight], around: ProjectionComm) -> tuple[Tensor, ...]:
     """The projection with communication `around` it."""
     weights = [linear.weight for linear in linears]
     biases = [linear.bias for linear in linears]
@@ -46,7 +46,7 @@ def run(x: Tensor, linears: Sequence[HasWeight], around: Around) -> tuple[Tensor
     return out if isinstance(out, tuple) else (out,)
 
 
-class Around:
+class ProjectionComm:
     """What happens around the GEMMs. This one is for a single device."""
 
     bias_before_leave = True
@@ -81,7 +81,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _WeightGrads:
     """The weight gradients of one projection, which its backward computes at once or leaves for later."""
 
-    around: Around
+    around: ProjectionComm
     x: Tensor
     weights: Sequence[Tensor]
     dys: Sequence[Tensor]
@@ -97,7 +97,7 @@ class _Project(torch.autograd.Function):
     """Inputs: around, n, x, n weights, n biases (or None)."""
 
     @staticmethod
-    def forward(ctx, around: Around, n: int, x: Tensor, *params: Tensor | None) -> Any:
+    def forward(ctx, around: ProjectionComm, n: int, x: Tensor, *params: Tensor | None) -> Any:
         weights, biases = params[:n], params[n:]
         whole = around.enter(x)
         outputs = []
@@ -111,7 +111,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        around: Around = ctx.around
+        around: ProjectionComm = ctx.around
         x, *params = ctx.saved_tensors
         weights, biases = params[: ctx.n], params[ctx.n :]
         bias_grads: list[Tensor | None] = [None] * ctx.n

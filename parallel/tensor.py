@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .comm.collectives import Handle, all_gather, reduce_scatter
 from .comm.mesh import Axis
-from .projection import Around, HasWeight, run
+from .projection import HasWeight, ProjectionComm, run
 
 
-class _Column(Around):
+class _Column(ProjectionComm):
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
 
@@ -34,7 +34,7 @@ class _Column(Around):
         return all_gather(x, self.axis)
 
 
-class _Row(Around):
+class _Row(ProjectionComm):
     bias_before_leave = False
 
     def __init__(self, axis: Axis) -> None:

@@ -31,7 +31,7 @@ from pentad.configs.schema import (
 from pentad.parallel.comm.mesh import Mesh
 from pentad.parallel.record.ring import Recorder
 from pentad.trainer.checkpoint.state import units_by_key
-from pentad.trainer.data.dataset import MicroBatch
+from pentad.trainer.data.dataset import Microbatch
 from pentad.trainer.optim.optimizer import make_optimizer
 from pentad.trainer.programs import training_program
 from pentad.trainer.setup import buckets_per_rank, make_model, mesh_of
@@ -103,8 +103,8 @@ def text(cfg: Config, step: int) -> np.ndarray:
     return np.cumsum(draws.choice([1, 3, 3, 5], size=shape), axis=1) % (cfg.model.used_vocab or 1)
 
 
-def micro_batches(cfg: Config, step: int, rank: int, size: int, *, masked: bool = False) -> list[MicroBatch]:
-    """Rank `rank` of `size`'s micro-batches. `masked`: documents of uneven length, some labels without a loss."""
+def microbatches(cfg: Config, step: int, rank: int, size: int, *, masked: bool = False) -> list[Microbatch]:
+    """Rank `rank` of `size`'s microbatches. `masked`: documents of uneven length, some labels without a loss."""
     whole, b = text(cfg, step), cfg.train.micro_batch
     batches = []
     for i in range(rank, cfg.train.global_batch // b, size):
@@ -119,7 +119,7 @@ def micro_batches(cfg: Config, step: int, rank: int, size: int, *, masked: bool 
             start = torch.where(cuts, column, 0).cummax(dim=1).values
             positions = column - start
         samples = torch.arange(i * b, (i + 1) * b) + step * cfg.train.global_batch
-        batches.append(MicroBatch(tokens, labels, positions, documents, samples, int((labels >= 0).sum()), 0))
+        batches.append(Microbatch(tokens, labels, positions, documents, samples, int((labels >= 0).sum()), 0))
     return batches
 
 
@@ -160,11 +160,11 @@ class Run:
         """One step, its numbers still on the device."""
         return self.stepper.run(step, *self.batches(step), self.cfg.optim.lr)
 
-    def batches(self, step: int) -> tuple[list[MicroBatch], int]:
-        """This rank's micro-batches, and the valid tokens of the global batch."""
+    def batches(self, step: int) -> tuple[list[Microbatch], int]:
+        """This rank's microbatches, and the valid tokens of the global batch."""
         dp = self.mesh.axis("dp")
-        everyone = micro_batches(self.cfg, step, 0, 1, masked=self.masked)
-        mine = micro_batches(self.cfg, step, dp.rank, dp.size, masked=self.masked)
+        everyone = microbatches(self.cfg, step, 0, 1, masked=self.masked)
+        mine = microbatches(self.cfg, step, dp.rank, dp.size, masked=self.masked)
         return mine, sum(b.valid for b in everyone)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""From a micro-batch of the loader to what this rank's stages read: the one place where sequences are shared out."""
+"""From a microbatch of the loader to what this rank's stages read: the one place where sequences are shared out."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..models.mtp import ahead
 from ..models.stages import Inputs
 from ..parallel.comm.mesh import Mesh
 from ..parallel.context.layout import deal_of
-from ..parallel.kernels.mask import Spread
-from .data.dataset import MicroBatch
+from ..parallel.kernels.mask import SequenceShards
+from .data.dataset import Microbatch
 
 
 class InputMaker:
@@ -28,10 +28,10 @@ class InputMaker:
         self.cfg, self.device = cfg, device
         self._cp, self._tp = mesh.axis("cp"), mesh.axis("tp")
         self._deal = deal_of(cfg.parallel.context.placement or "zigzag")
-        self._plain: Spread | None = None
+        self._plain: SequenceShards | None = None
 
-    def make(self, batch: MicroBatch, step: int, scale: float) -> Inputs:
-        """This rank's part of a micro-batch.
+    def make(self, batch: Microbatch, step: int, scale: float) -> Inputs:
+        """This rank's part of a microbatch.
 
         Args:
             batch: whole sequences, on the host: reading it waits for no device.
@@ -61,7 +61,7 @@ class InputMaker:
             spread,
         )
 
-    def _spread(self, batch: MicroBatch) -> Spread | None:
+    def _spread(self, batch: Microbatch) -> SequenceShards | None:
         """None where one rank has whole sequences."""
         if self._cp.size == 1:
             return None
@@ -71,7 +71,7 @@ class InputMaker:
         self._plain = self._plain or self._deal(batch.tokens.shape[1], self._cp.size, self._cp.rank, None)
         return self._plain
 
-    def _draws(self, batch: MicroBatch, step: int, places: Tensor) -> Draws | None:
+    def _draws(self, batch: Microbatch, step: int, places: Tensor) -> Draws | None:
         model = self.cfg.model
         if not (model.dropout or model.moe.router.jitter) or not torch.is_grad_enabled():
             return None

@@ -23,7 +23,7 @@ from ..parallel.pipeline.needs import Kind, Kinds
 from ..parallel.pipeline.program import Op, Program
 from ..parallel.pipeline.runtime import Hidden, Runtime
 from ..parallel.vocab import Look
-from .data.dataset import MicroBatch
+from .data.dataset import Microbatch
 from .inputs import InputMaker
 from .optim.optimizer import Optimizer, sum_of_squares
 from .setup import DTYPES, Parts
@@ -101,18 +101,18 @@ class Stepper:
     def run(
         self,
         step: int,
-        batches: Sequence[MicroBatch],
+        batches: Sequence[Microbatch],
         valid: int,
         lr: float,
         *,
         stop: bool = False,
         watched: Callable[[], Sequence[float]] = tuple,
     ) -> StepResult:
-        """Trains on this rank's micro-batches.
+        """Trains on this rank's microbatches.
 
         Args:
             step: 0-based.
-            batches: one per micro-batch of the program.
+            batches: one per microbatch of the program.
             valid: valid tokens of the whole global batch.
             lr: learning rate.
             stop: whether this rank was asked to stop; the ranks agree inside the step.
@@ -128,11 +128,11 @@ class Stepper:
         return StepResult(self._loss, self._grad_norm, self._skip, self._stop, self._worst, self._routed)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[MicroBatch], program: Program, look: Look | None = None) -> Tensor:
-        """The summed loss of this rank's micro-batches; 0 on the ranks that do not count it.
+    def evaluate(self, batches: Sequence[Microbatch], program: Program, look: Look | None = None) -> Tensor:
+        """The summed loss of this rank's microbatches; 0 on the ranks that do not count it.
 
         Args:
-            batches: one per micro-batch of the program.
+            batches: one per microbatch of the program.
             program: forward passes only.
             look: shown the logits, where this rank makes some.
         """
@@ -159,7 +159,7 @@ class Stepper:
         if self._vocabulary is not None:
             self._vocabulary.close()
 
-    def _begin(self, step: int, batches: Sequence[MicroBatch], scale: float) -> None:
+    def _begin(self, step: int, batches: Sequence[Microbatch], scale: float) -> None:
         self._inputs = [self._maker.make(batch, step, scale) for batch in batches]
         if step >= 0:
             self.mesh.recorder.step = step
@@ -174,7 +174,7 @@ class Stepper:
     # Stages ---------------------------------------------------------------------------------------------------
 
     def _forward(self, stage: int, index: int, x: Tensor | None) -> Tensor:
-        self.replicas.begin_micro_batch()
+        self.replicas.begin_microbatch()
         return run_stage(self.model, self.parts.pipeline.split, stage, x, self._inputs[index], self.dtype)
 
     # Update ---------------------------------------------------------------------------------------------------

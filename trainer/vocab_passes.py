@@ -1,4 +1,4 @@
-"""The balanced vocabulary of a step: the passes of `parallel.balanced_vocab`, tied to the model and micro-batches."""
+"""The balanced vocabulary of a step: the passes of `parallel.balanced_vocab`, tied to the model and microbatches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class BalancedVocabulary:
         mesh: of this rank.
         barriers: 1 or 2 (parallel.pipeline.vocab_barriers).
         dtype: of the hidden states.
-        inputs: a micro-batch by its number.
+        inputs: a microbatch by its number.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class BalancedVocabulary:
 
     def score(self, index: int) -> None:
         """S: logits and softmax statistics of this rank's rows."""
-        self._replicas.begin_micro_batch()
+        self._replicas.begin_microbatch()
         inputs = self._inputs(index)
         labels, with_grad = inputs.labels.reshape(-1), torch.is_grad_enabled()
         self._head.score(index, self._model.head_weight, labels, inputs.scale, with_grad=with_grad)
@@ -76,12 +76,12 @@ class BalancedVocabulary:
         return self._head.hidden_grad(index)
 
     def loss(self, index: int) -> Tensor:
-        """The micro-batch's loss, on all ranks."""
+        """The microbatch's loss, on all ranks."""
         return self._head.loss(index)
 
     def look_up(self, index: int) -> None:
         """IF: the rows that this rank has."""
-        self._replicas.begin_micro_batch()
+        self._replicas.begin_microbatch()
         self._embedding.look_up(index, self._inputs(index).tokens.reshape(-1), self._model.embed_weight)
 
     def post_rows(self, index: int) -> None:

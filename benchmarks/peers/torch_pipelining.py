@@ -32,7 +32,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The tokens (1, T) for the first stage, else the hidden states (T, h) → (T, h)."""
-        self.replicas.begin_micro_batch()
+        self.replicas.begin_microbatch()
         tokens, received = self.tokens, x
         if self.stage == 0:
             tokens = x

@@ -76,9 +76,9 @@ def _rows_are_equal(config: Config) -> bool:
     if moe.experts == p.ep:
         return True  # one expert on each rank
     if moe.dispatcher == "deepep" and p.ep > 1:
-        return False  # DeepEP has no padding, and neither have its ranks whole micro-batches
+        return False  # DeepEP has no padding, and neither have its ranks whole microbatches
     if moe.router.name == "expert_choice":
-        # Each expert takes its share of a micro-batch, all of which has to meet on its ranks at once.
+        # Each expert takes its share of a microbatch, all of which has to meet on its ranks at once.
         whole = p.ep * p.etp % (p.tp * p.cp) == 0
         return whole and (moe.overlap_chunks == 1 or moe.dispatcher != "all_to_all")
     return moe.pad and moe.dispatcher != "all_gather"
@@ -86,7 +86,7 @@ def _rows_are_equal(config: Config) -> bool:
 
 def _why_unequal(moe: MoeConfig, ep: int) -> str:
     if moe.router.name == "expert_choice":
-        return "and so do experts that choose only where one dispatch carries a whole micro-batch"
+        return "and so do experts that choose only where one dispatch carries a whole microbatch"
     if moe.pad:
         return f"and {_DISPATCHER}={moe.dispatcher} does not pad (all_to_all does)"
     return f"and a rank's {moe.experts // ep} of {_DISPATCHER}={moe.dispatcher} without model.moe.pad differ"

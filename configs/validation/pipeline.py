@@ -98,7 +98,7 @@ def _sharding(config: Config) -> list[Problem]:
     if p.data.sharding != "fsdp":
         return []
     message = (
-        f"fsdp does not go with parallel.pp={p.pp}: every micro-batch of every stage would gather its parameters "
+        f"fsdp does not go with parallel.pp={p.pp}: every microbatch of every stage would gather its parameters "
         "again; set parallel.data.sharding=zero1 or parallel.pp=1"
     )
     return [Problem("parallel.data.sharding", message)]

@@ -37,7 +37,7 @@ def _layout(cfg: Config) -> Table:
     for row in _pipeline(cfg) if p.pp > 1 else ():
         rows.add_row(*row)
     rows.add_row("precision", t.dtype)
-    batch = f"{dp} dp × {microbatches} micro-batches × {t.micro_batch} sequences"
+    batch = f"{dp} dp × {microbatches} microbatches × {t.micro_batch} sequences"
     rows.add_row("global batch", f"{t.global_batch} sequences = {batch}")
     rows.add_row("tokens", f"{tokens:,} a step, {tokens * t.steps:,} in {t.steps:,} steps")
     return rows
@@ -121,7 +121,7 @@ def _sharded_over(cfg: Config) -> str:
 def _in_flight(cfg: Config) -> str:
     tokens = f"{cfg.train.micro_batch} × {cfg.train.seq_len} tokens"
     kept = ", inputs of the layers only" if cfg.memory.recompute == "full" else ""
-    return f"{tokens} per micro-batch in flight{kept}" if cfg.parallel.pp > 1 else tokens + kept
+    return f"{tokens} per microbatch in flight{kept}" if cfg.parallel.pp > 1 else tokens + kept
 
 
 def _is_sharded(memory: Memory) -> bool:

@@ -62,7 +62,7 @@ class Plan:
         name: of its schedule.
         timeline: the lowered program's simulated run.
         use: spans, work and bubbles of the timeline.
-        peaks: activations of each rank, in micro-batches of its whole share.
+        peaks: activations of each rank, in microbatches of its whole share.
         plain_peak: the highest peak of any rank under the same schedule with `ends`; None where it is not known.
         actual: what a run really did, in seconds.
     """
@@ -179,7 +179,7 @@ def of_run(folder: Path, step: int | None) -> Plan:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """What `--json` prints: times in the unit of those given, activations in micro-batches of a rank's whole share."""
+    """What `--json` prints: times in the unit of those given, activations in microbatches of a rank's whole share."""
     program, use = plan.program, plan.use
     return {
         "schedule": plan.name,

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...configs.schema import ModelConfig
 from ...parallel.kernels.attention import attention
 from ...parallel.kernels.device import local_attention
-from ...parallel.kernels.mask import Mask, Rows, Spread
+from ...parallel.kernels.mask import Mask, SequenceShards, TokenIndex
 from ..attention import Attention
 from ..linear_attention import Coming, LinearAttention
 from ..mla import LatentAttention
@@ -123,7 +123,7 @@ class _CachedCore:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        spread: Spread,
+        spread: SequenceShards,
         window: int | None,
         scale: float,
         sinks: Tensor | None = None,
@@ -131,7 +131,7 @@ class _CachedCore:
         keys, values = self._keys.append(k, self._keep), self._values.append(v, self._keep)
         self._count += q.shape[1]
         order = torch.arange(self._count - keys.shape[1], self._count)[None]
-        mask = Mask(Rows(order[:, -q.shape[1] :]), Rows(order), window)
+        mask = Mask(TokenIndex(order[:, -q.shape[1] :]), TokenIndex(order), window)
         return attention(local_attention(q.device), q, keys, values, mask, scale, sinks)
 
 

@@ -1,6 +1,6 @@
 """Which experts a token takes, from its scores. Nothing here has a gradient.
 
-Shapes: n tokens of this device, N of the micro-batch, C choices (experts and null experts), K experts per token.
+Shapes: n tokens of this device, N of the microbatch, C choices (experts and null experts), K experts per token.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Losses that keep the experts' load even, and how they join the training loss.
 
-Every device adds up the part of its own tokens; loads are those of the whole micro-batch, whoever has its tokens. The
-sum over devices and micro-batches is thus the same in every layout.
+Every device adds up the part of its own tokens; loads are those of the whole microbatch, whoever has its tokens. The
+sum over devices and microbatches is thus the same in every layout.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Losses:
 
 
 def fractions(chosen: Tensor, seq: Sequences, tokens: TokenGroup, moe: MoeConfig, load: Tensor | None) -> Tensor:
-    """The load of each choice, as fractions whose sum is 1: (C,), or (B, C) for each sequence of the micro-batch.
+    """The load of each choice, as fractions whose sum is 1: (C,), or (B, C) for each sequence of the microbatch.
 
     A null expert's load is the mean of theirs (AdaMoE, arXiv 2406.13233, section 3.3): which one is taken means
     nothing.
@@ -81,7 +81,7 @@ def losses(logits: Tensor, shares: Tensor | None, loads: Tensor | None, seq: Seq
         logits: (n, C).
         shares: (n, C) scores that sum to 1 for each token.
         loads: as of `fractions`; without them or shares there is no balancing loss.
-        tokens: of the whole micro-batch.
+        tokens: of the whole microbatch.
     """
     z = torch.logsumexp(logits, -1).square().sum() / tokens
     if loads is None or shares is None:

@@ -1,6 +1,6 @@
 """The router: which experts a token goes to, and with which weights.
 
-Shapes: n tokens of this device, N of the micro-batch, E experts, C choices (experts and null experts), K per token.
+Shapes: n tokens of this device, N of the microbatch, E experts, C choices (experts and null experts), K per token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .tally import add_to, columns
 
 @dataclass(frozen=True)
 class Decision:
-    """What is decided once for a micro-batch, also where the layer runs again for its backward.
+    """What is decided once for a microbatch, also where the layer runs again for its backward.
 
     Args:
         choices: (n, K) whose scores become the weights.
@@ -51,7 +51,7 @@ class Router(nn.Module):
 
     Training forwards (`Sequences.share` above 0) count what happens in `tally` (fp64, see `routing_tally`) and run the
     backward of the balancing losses with that of the weights. `tokens` is a seam: the devices that share the tokens of
-    a micro-batch.
+    a microbatch.
 
     With name=expert_choice the weights are the scores themselves, whatever `normalize` says; sinkhorn with one expert
     per token has sigmoid scores, as it would have weight 1 otherwise.
@@ -185,8 +185,8 @@ class Router(nn.Module):
     def _taken(self, scores: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """(n, K) experts that take each token, and which of them count.
 
-        K is what the most wanted token of the micro-batch has; dispatchers other than all_to_all need the same K on all
-        ranks, whatever micro-batch these have.
+        K is what the most wanted token of the microbatch has; dispatchers other than all_to_all need the same K on all
+        ranks, whatever microbatch these have.
         """
         everywhere = expert_choice(self.tokens.gather(scores, places), self.moe)
         width = self.moe.experts

@@ -14,7 +14,7 @@ FIELDS = ("tokens", "assignments", "dropped", "null", "entropy", "top1", "aux", 
 
 tokens that it saw; assignments of a token to an expert, before any is dropped; those of them that are dropped;
 assignments to null experts; entropy (nats) of a token's scores, scaled to sum to 1; the largest of these; then the
-balancing loss (0 where it has no coefficient) and the z-loss, without their coefficients, means over micro-batches.
+balancing loss (0 where it has no coefficient) and the z-loss, without their coefficients, means over microbatches.
 After them stands one column per choice, experts first and then null experts: how often it was chosen.
 """
 
@@ -28,7 +28,7 @@ def columns(moe: MoeConfig) -> int:
 def add_to(
     tally: Tensor, moe: MoeConfig, counts: Tensor, experts: Tensor, shares: Tensor, losses: Losses, share: float
 ) -> None:
-    """Adds a micro-batch to a tally, without asking the device for a number.
+    """Adds a microbatch to a tally, without asking the device for a number.
 
     Args:
         tally: (columns,) fp64.
@@ -36,7 +36,7 @@ def add_to(
         experts: (n, K) ids of experts, -1 where a token goes to none.
         shares: (n, C) scores that sum to 1 for each token.
         losses: this device's part.
-        share: the micro-batch's share in the step.
+        share: the microbatch's share in the step.
     """
     assigned = counts[: moe.experts].sum()
     zero = torch.zeros_like(assigned)

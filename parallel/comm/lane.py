@@ -90,7 +90,7 @@ class Lane:
     Args:
         name: for errors and the thread.
         device: of the tensors that the jobs handle.
-        axis: over which the jobs communicate. The entries that they write into its record carry the step, micro-batch
+        axis: over which the jobs communicate. The entries that they write into its record carry the step, microbatch
             and operation of their submission; the axis must not be used outside the lane.
     """
 

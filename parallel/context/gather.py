@@ -25,7 +25,7 @@ from ..comm.collectives import all_gather, all_to_all
 from ..comm.mesh import Axis
 from ..gradients import at_once
 from ..kernels.interfaces import LocalAttention
-from ..kernels.mask import Mask, Spread
+from ..kernels.mask import Mask, SequenceShards
 from ..kernels.merge import add_sinks, merge_, precise, sinks_grad
 
 KeysValues = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -47,7 +47,7 @@ class AllGather:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        spread: Spread,
+        spread: SequenceShards,
         window: int | None,
         scale: float,
         sinks: Tensor | None = None,
@@ -69,13 +69,13 @@ class GatherLatent:
         turning: Tensor,
         up: nn.Module,
         keys_values: KeysValues,
-        spread: Spread,
+        spread: SequenceShards,
         window: int | None,
         scale: float,
     ) -> Tensor:
         """See `LatentCore`. Saved for backward: q, latent, turning, out and lse of this rank's tokens.
 
-        The weight of `up` gets as many gradients a micro-batch as there are ranks (`Slot.uses`).
+        The weight of `up` gets as many gradients a microbatch as there are ranks (`Slot.uses`).
         """
         job = _Job(self._axis, self._local, spread, window, scale, up, keys_values)
         return _Gathered.apply(q, latent, turning, None, job)
@@ -87,7 +87,7 @@ class _Job:
 
     axis: Axis
     local: LocalAttention
-    spread: Spread
+    spread: SequenceShards
     window: int | None
     scale: float
     up: nn.Module | None = None

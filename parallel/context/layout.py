@@ -1,4 +1,4 @@
-"""Dealing out the tokens of a micro-batch over the context ranks."""
+"""Dealing out the tokens of a microbatch over the context ranks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.mask import Rows, Spread
+from ..kernels.mask import SequenceShards, TokenIndex
 from . import owners
 
-Deal = Callable[[int, int, int, Tensor | None], Spread]
+Deal = Callable[[int, int, int, Tensor | None], SequenceShards]
 """From the tokens of a sequence, the number of ranks, this rank, and (B, length) document ids or none."""
 
 
@@ -20,7 +20,7 @@ def deal_of(placement: str) -> Deal:
     return {"contiguous": contiguous, "zigzag": zigzag, "by_length": by_length}[placement]
 
 
-def contiguous(length: int, ranks: int, rank: int, documents: Tensor | None = None) -> Spread:
+def contiguous(length: int, ranks: int, rank: int, documents: Tensor | None = None) -> SequenceShards:
     """Equal runs of the sequence, in rank order.
 
     Args:
@@ -32,31 +32,31 @@ def contiguous(length: int, ranks: int, rank: int, documents: Tensor | None = No
     return _spread(np.arange(length).reshape(1, ranks, -1), rank, documents)
 
 
-def zigzag(length: int, ranks: int, rank: int, documents: Tensor | None = None) -> Spread:
+def zigzag(length: int, ranks: int, rank: int, documents: Tensor | None = None) -> SequenceShards:
     """Every document shared by all ranks (`owners.zigzag`); arguments as of `contiguous`."""
     return _dealt(owners.zigzag, length, ranks, rank, documents)
 
 
-def by_length(length: int, ranks: int, rank: int, documents: Tensor | None = None) -> Spread:
+def by_length(length: int, ranks: int, rank: int, documents: Tensor | None = None) -> SequenceShards:
     """Documents shared by as few ranks as need be (`owners.by_length`); arguments as of `contiguous`."""
     return _dealt(owners.by_length, length, ranks, rank, documents)
 
 
 def _dealt(
     owners_of: Callable[[np.ndarray, int], np.ndarray], length: int, ranks: int, rank: int, documents: Tensor | None
-) -> Spread:
+) -> SequenceShards:
     ids = np.zeros((1, length), dtype=np.int64) if documents is None else documents.cpu().numpy()
     taken = np.stack([owners_of(row, ranks) for row in ids])
     # Stable: every rank's tokens stay in their order.
     return _spread(np.argsort(taken, axis=1, kind="stable").reshape(len(taken), ranks, -1), rank, documents)
 
 
-def _spread(orders: np.ndarray, rank: int, documents: Tensor | None) -> Spread:
+def _spread(orders: np.ndarray, rank: int, documents: Tensor | None) -> SequenceShards:
     """From (B or 1, ranks, n) orders."""
     found = []
     for order in torch.from_numpy(orders).unbind(1):
         mine = None
         if documents is not None:
             mine = documents.gather(1, order.expand(len(documents), -1).to(documents.device))
-        found.append(Rows(order, mine))
-    return Spread(tuple(found), rank)
+        found.append(TokenIndex(order, mine))
+    return SequenceShards(tuple(found), rank)

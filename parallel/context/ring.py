@@ -28,11 +28,11 @@ from ...configs.errors import Problem, UserError
 from ..comm.collectives import Handle, receive, send
 from ..comm.mesh import Axis
 from ..kernels.interfaces import LocalAttention
-from ..kernels.mask import Spread
+from ..kernels.mask import SequenceShards
 from ..kernels.merge import add_sinks, merge_, precise, sinks_grad
-from .parcel import Parcel
-from .routes import Stop, Timetable, Timetables
-from .transit import Journey, Lines, empty_like, finish
+from .packed_tensors import PackedTensors
+from .ring_plan import RingPlan, Stop, Timetables
+from .ring_transfer import Lines, RingTransfer, empty_like, finish
 
 
 class Ring:
@@ -56,7 +56,7 @@ class Ring:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        spread: Spread,
+        spread: SequenceShards,
         window: int | None,
         scale: float,
         sinks: Tensor | None = None,
@@ -68,7 +68,7 @@ class Ring:
         """
         return _Ring.apply(q, k, v, sinks, self._courses(k.shape[2], spread, window, scale))
 
-    def _courses(self, heads: int, spread: Spread, window: int | None, scale: float) -> list[_Course]:
+    def _courses(self, heads: int, spread: SequenceShards, window: int | None, scale: float) -> list[_Course]:
         down = Lines(self._axis, self._back, -1)
         if self._up is None or self._axis.size == 1:
             return [_Course(self._down.of(spread, window), self._local, scale, down, slice(0, heads))]
@@ -98,7 +98,7 @@ class _Course:
         heads: the key-value heads that travel so.
     """
 
-    table: Timetable
+    table: RingPlan
     local: LocalAttention
     scale: float
     lines: Lines
@@ -115,7 +115,7 @@ class _Course:
 
 def _attend(course: _Course, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Iterator[None]:
     """Fills out and lse; yields between starting transfers and working, so that two directions can take turns."""
-    journey = Journey(course.table, course.lines, (k, v))
+    journey = RingTransfer(course.table, course.lines, (k, v))
     journey.post(1)
     yield
     own_out, own_lse = course.local.forward(q, k, v, course.table.masks[0], course.scale)
@@ -144,8 +144,8 @@ class _Gradients:
 
     def __init__(self, course: _Course, dk: Tensor, dv: Tensor) -> None:
         self._course, self._home = course, (dk, dv)
-        self._coming: dict[int, tuple[Handle, Parcel]] = {}
-        self._returning: list[tuple[Handle, Parcel, Stop]] = []
+        self._coming: dict[int, tuple[Handle, PackedTensors]] = {}
+        self._returning: list[tuple[Handle, PackedTensors, Stop]] = []
         self._sends: list[Handle] = []
 
     def post(self, step: int, made: Sequence[Tensor]) -> None:
@@ -163,7 +163,7 @@ class _Gradients:
                 assert stop is not None
                 choice = stop.complete if message.home else stop.onward
                 if choice is not None:
-                    parcel = Parcel.of(*(choice.take(x) for x in made))
+                    parcel = PackedTensors.of(*(choice.take(x) for x in made))
                     self._sends.append(send(parcel.buffer, axis, message.to))
             elif message.home:
                 origin = table.own[message.source]
@@ -202,7 +202,7 @@ class _Saved:
 
 def _differentiate(course: _Course, saved: _Saved, dq: Tensor, dk: Tensor, dv: Tensor) -> Iterator[None]:
     """Fills the gradients; yields as `_attend`."""
-    journey = Journey(course.table, course.lines, (saved.k, saved.v))
+    journey = RingTransfer(course.table, course.lines, (saved.k, saved.v))
     gradients = _Gradients(course, dk, dv)
     journey.post(1)
     yield

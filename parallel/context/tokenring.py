@@ -24,11 +24,11 @@ from torch.autograd.function import once_differentiable
 from ..comm.collectives import Handle, receive, send
 from ..comm.mesh import Axis
 from ..kernels.interfaces import LocalAttention
-from ..kernels.mask import Spread
+from ..kernels.mask import SequenceShards
 from ..kernels.merge import add_sinks, merge_, row_sums, sinks_grad
-from .parcel import Like, Parcel
-from .routes import Choice, Timetable, Timetables
-from .transit import Journey, Lines, finish
+from .packed_tensors import Like, PackedTensors
+from .ring_plan import RingPlan, RowSelection, Timetables
+from .ring_transfer import Lines, RingTransfer, finish
 
 
 class TokenRing:
@@ -49,7 +49,7 @@ class TokenRing:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        spread: Spread,
+        spread: SequenceShards,
         window: int | None,
         scale: float,
         sinks: Tensor | None = None,
@@ -63,7 +63,7 @@ class TokenRing:
 class _Course:
     """What a call needs besides tensors."""
 
-    table: Timetable
+    table: RingPlan
     lines: Lines
     local: LocalAttention
     scale: float
@@ -83,11 +83,11 @@ class _Returns:
         course: _Course,
         likes: Sequence[Like],
         device: torch.device,
-        join: Callable[[Choice, tuple[Tensor, ...]], None],
+        join: Callable[[RowSelection, tuple[Tensor, ...]], None],
     ) -> None:
         self._table, self._lines = course.table, course.lines
         self._likes, self._device, self._join = likes, device, join
-        self._coming: list[tuple[Handle, Parcel, Choice]] = []
+        self._coming: list[tuple[Handle, PackedTensors, RowSelection]] = []
         self._sends: list[Handle] = []
 
     def post(self, step: int, made: Sequence[Tensor]) -> None:
@@ -98,10 +98,10 @@ class _Returns:
             if not message.home:
                 continue
             if message.source == axis.rank:
-                self._sends.append(send(Parcel.of(*made).buffer, axis, message.to))
+                self._sends.append(send(PackedTensors.of(*made).buffer, axis, message.to))
                 continue
             choice = self._table.own[message.source].used_at_home
-            parcel = Parcel.empty(self._likes, choice.count, self._device)
+            parcel = PackedTensors.empty(self._likes, choice.count, self._device)
             self._coming.append((receive(parcel.buffer, axis, message.source), parcel, choice))
 
     def collect(self) -> None:
@@ -115,12 +115,12 @@ class _Returns:
 
 def _attend(course: _Course, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse over all ranks' keys, in lse's precision."""
-    journey = Journey(course.table, course.lines, (q,))
+    journey = RingTransfer(course.table, course.lines, (q,))
     journey.post(1)
     first, lse = course.local.forward(q, k, v, course.table.masks[0], course.scale)
     out = first.to(lse.dtype, copy=True)
 
-    def join(choice: Choice, parts: tuple[Tensor, ...]) -> None:
+    def join(choice: RowSelection, parts: tuple[Tensor, ...]) -> None:
         sums, found = parts
         there, mine = choice.take(out), choice.take(lse.transpose(1, 2)).transpose(1, 2)
         merge_(there, mine, found, sums.transpose(1, 2))
@@ -162,11 +162,11 @@ def _differentiate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in lse's precision."""
     home = lse.transpose(1, 2), row_sums(dout, out).transpose(1, 2), q, dout
-    journey = Journey(course.table, course.lines, home)
+    journey = RingTransfer(course.table, course.lines, home)
     journey.post(1)
     dq, dk, dv = course.local.backward(dout, q, k, v, out, lse, course.table.masks[0], course.scale)
 
-    def join(choice: Choice, parts: tuple[Tensor, ...]) -> None:
+    def join(choice: RowSelection, parts: tuple[Tensor, ...]) -> None:
         choice.put(dq, parts[0], add=True)
 
     returns = _Returns(course, [Like.of(dq)], q.device, join)

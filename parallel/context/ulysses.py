@@ -25,9 +25,9 @@ from ..comm.collectives import all_to_all
 from ..comm.mesh import Axis
 from ..kernels.attention import attention
 from ..kernels.interfaces import LocalAttention
-from ..kernels.mask import Mask, Spread
+from ..kernels.mask import Mask, SequenceShards
 from ..kernels.merge import precise
-from .united import United
+from .gathered_tokens import GatheredTokens
 
 _MOST_PIECES = 16
 PIECE_BYTES = 1 << 22
@@ -51,7 +51,7 @@ class Ulysses:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        spread: Spread,
+        spread: SequenceShards,
         window: int | None,
         scale: float,
         sinks: Tensor | None = None,
@@ -61,7 +61,7 @@ class Ulysses:
         Raises:
             UserError: see `check_heads`.
         """
-        tokens = spread.once(United, spread.ranks)
+        tokens = spread.once(GatheredTokens, spread.ranks)
         exchange = Exchange(self._axis, tokens, self._piece_bytes)
         q, k, v, sinks = exchange.split_heads(q, k, v, sinks)
         out = attention(self._local, q, k, v, spread.once(Mask.of, tokens.rows, window), scale, sinks)
@@ -98,7 +98,7 @@ class Exchange:
     """
 
     axis: Axis
-    tokens: United
+    tokens: GatheredTokens
     piece_bytes: int
 
     def split_heads(

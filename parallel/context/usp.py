@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..comm.mesh import Axis
 from ..kernels.interfaces import Core
-from ..kernels.mask import Rows, Spread
+from ..kernels.mask import SequenceShards, TokenIndex
+from .gathered_tokens import GatheredTokens
 from .ulysses import PIECE_BYTES, Exchange
-from .united import United
 
 
 class Usp:
@@ -35,7 +35,7 @@ class Usp:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        spread: Spread,
+        spread: SequenceShards,
         window: int | None,
         scale: float,
         sinks: Tensor | None = None,
@@ -54,10 +54,10 @@ class Usp:
         return exchange.join_heads(out)
 
 
-def _lines(ranks: tuple[Rows, ...], size: int) -> tuple[United, ...]:
+def _lines(ranks: tuple[TokenIndex, ...], size: int) -> tuple[GatheredTokens, ...]:
     """The tokens of each inner axis."""
-    return tuple(United(ranks[first : first + size]) for first in range(0, len(ranks), size))
+    return tuple(GatheredTokens(ranks[first : first + size]) for first in range(0, len(ranks), size))
 
 
-def _as_ranks(lines: tuple[United, ...], line: int) -> Spread:
-    return Spread(tuple(tokens.rows for tokens in lines), line)
+def _as_ranks(lines: tuple[GatheredTokens, ...], line: int) -> SequenceShards:
+    return SequenceShards(tuple(tokens.rows for tokens in lines), line)

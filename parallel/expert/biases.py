@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gradients import plain_grad
-from ..grouped_projection import GroupedProjection, Groups, Made
+from ..grouped_projection import GroupedProjection, Groups, RecomputedInput
 from ..projection import HasWeight
 
 
@@ -23,7 +23,7 @@ class _Bare:
 def without_bias(projection: GroupedProjection) -> GroupedProjection:
     """`projection`, but biases add nothing and get zero gradients: for all ranks of etp but the first."""
 
-    def project(x: Tensor | Made, groups: Groups, linears: Sequence[HasWeight]) -> tuple[Tensor, ...]:
+    def project(x: Tensor | RecomputedInput, groups: Groups, linears: Sequence[HasWeight]) -> tuple[Tensor, ...]:
         outputs = projection(x, groups, [_Bare(linear.weight) for linear in linears])
         return tuple(
             y if linear.bias is None else _Unmoved.apply(y, linear.bias)

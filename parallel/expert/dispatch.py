@@ -23,7 +23,7 @@ from ..grouped_projection import Groups
 from . import permute
 from .plan import Chunk, Plan, by_capacity, by_count
 from .routing import Routing
-from .travel import Flight, gather_rows, scatter_rows
+from .travel import AsyncAllToAll, gather_rows, scatter_rows
 
 T = TypeVar("T")
 Journey = TypeVar("Journey")
@@ -98,11 +98,11 @@ class _Rows:
     """One chunk's rows, wherever they are now."""
 
     chunk: Chunk
-    there: Flight
-    back: Flight
+    there: AsyncAllToAll
+    back: AsyncAllToAll
     rows: Tensor
     weights: Tensor | None
-    weights_there: Flight
+    weights_there: AsyncAllToAll
 
 
 class AllToAll(Phases[_Rows]):
@@ -135,11 +135,11 @@ class AllToAll(Phases[_Rows]):
         return [
             _Rows(
                 chunk,
-                Flight(self.ep, chunk.send, chunk.receive),
-                Flight(self.ep, chunk.receive, chunk.send),
+                AsyncAllToAll(self.ep, chunk.send, chunk.receive),
+                AsyncAllToAll(self.ep, chunk.receive, chunk.send),
                 part,
                 weight,
-                Flight(self.ep, chunk.send, chunk.receive),
+                AsyncAllToAll(self.ep, chunk.send, chunk.receive),
             )
             for chunk, part, weight in zip(plan.chunks, parts, weights, strict=True)
         ]

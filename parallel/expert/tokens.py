@@ -1,4 +1,4 @@
-"""The tokens of a micro-batch, of which a device may have only a part."""
+"""The tokens of a microbatch, of which a device may have only a part."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..comm.mesh import Axis
 
 
 class TokenGroup:
-    """The ranks that share the tokens of a micro-batch, equally many each. Nothing here has a gradient.
+    """The ranks that share the tokens of a microbatch, equally many each. Nothing here has a gradient.
 
     Args:
         axis: these ranks.
@@ -29,7 +29,7 @@ class TokenGroup:
         """(n, …) of each rank → (N, …), in the order of the tokens.
 
         Args:
-            places: (n,) which token of the micro-batch each row is.
+            places: (n,) which token of the microbatch each row is.
         """
         if self.axis.size == 1:
             return x

@@ -21,7 +21,7 @@ from ..comm.mesh import Axis
 from ..comm.shared_memory_collectives import sum_in_rank_order
 
 
-class Flight:
+class AsyncAllToAll:
     """One journey of rows from all ranks of an axis to all of them.
 
     Args:
@@ -56,7 +56,7 @@ class Flight:
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, flight: Flight) -> Tensor:
+    def forward(ctx, x: Tensor, flight: AsyncAllToAll) -> Tensor:
         ctx.flight = flight
         return flight.launch(x, flight.send, flight.receive)
 
@@ -67,14 +67,14 @@ class _Start(torch.autograd.Function):
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, flying: Tensor, flight: Flight) -> Tensor:
+    def forward(ctx, flying: Tensor, flight: AsyncAllToAll) -> Tensor:
         flight.land()
         ctx.flight = flight
         return flying.view_as(flying)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        flight: Flight = ctx.flight
+        flight: AsyncAllToAll = ctx.flight
         flight.launch(grad.contiguous(), flight.receive, flight.send)
         return grad, None  # `start` gets the gradient of its input from the collective
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .mask import Mask, Rows
+from .mask import Mask, TokenIndex
 from .merge import precise, row_sums
 
 _ROWS = 64
@@ -37,7 +37,7 @@ class Block:
     high: int
 
 
-def blocks(queries: Rows, keys: Rows, window: int | None, size: int = _ROWS) -> list[Block]:
+def blocks(queries: TokenIndex, keys: TokenIndex, window: int | None, size: int = _ROWS) -> list[Block]:
     """What each `size` queries see of the keys. Sequences of a batch share the ranges."""
     mask, found = Mask(queries, keys, window), []
     for first in range(0, queries.count, size):

@@ -10,7 +10,7 @@ from .blockwise import Blockwise
 from .fused_attention import Fused, pieces
 from .fused_kernels import CpuFlash, Cudnn, Efficient, Flash
 from .interfaces import LocalAttention
-from .mask import Mask, Rows
+from .mask import Mask, TokenIndex
 from .merge import precise, row_sums
 
 _LONG = 1024
@@ -138,13 +138,13 @@ def check_local_attention(
     tolerance = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-2, torch.float64: 1e-10}[dtype]
     draws = torch.Generator().manual_seed(0)
     documents = torch.tensor([[0] * 130 + [1] * 70])
-    early, late = Rows.whole(200).part(0, 72), Rows.whole(200).part(136, 200)
+    early, late = TokenIndex.whole(200).part(0, 72), TokenIndex.whole(200).part(136, 200)
     cases = {
-        "causal": Mask.of(Rows.whole(200)),
+        "causal": Mask.of(TokenIndex.whole(200)),
         "full": Mask(late, early),
-        "documents": Mask.of(Rows.whole(200, documents)),
-        "window": Mask.of(Rows.whole(200), 9),
-        "nothing seen": Mask(Rows.whole(200).part(40, 104), Rows.whole(200).part(72, 136)),
+        "documents": Mask.of(TokenIndex.whole(200, documents)),
+        "window": Mask.of(TokenIndex.whole(200), 9),
+        "nothing seen": Mask(TokenIndex.whole(200).part(40, 104), TokenIndex.whole(200).part(72, 136)),
     }
     for name, mask in cases.items():
         counts = ((mask.queries.count, 4, width), (mask.keys.count, 2, width), (mask.keys.count, 2, value))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .blockwise import blocks
 from .fused_kernels import Kernel
-from .mask import Mask, Rows
+from .mask import Mask, TokenIndex
 from .merge import merge, precise
 
 _MASKED_ROWS = 512
@@ -45,7 +45,7 @@ class Piece:
     masked: bool = False
 
 
-def pieces(queries: Rows, keys: Rows, window: int | None, batch: int) -> list[Piece]:
+def pieces(queries: TokenIndex, keys: TokenIndex, window: int | None, batch: int) -> list[Piece]:
     """Blocks that together have all that the queries see, in order of sequences and queries."""
     queries, keys = _on(queries, torch.device("cpu")), _on(keys, torch.device("cpu"))
     if window is not None and keys.count and int(queries.order.max()) - int(keys.order.min()) < window:
@@ -57,7 +57,7 @@ def pieces(queries: Rows, keys: Rows, window: int | None, batch: int) -> list[Pi
     ]
 
 
-def _pieces(queries: Rows, keys: Rows, window: int | None, sequence: int, end: int) -> Iterator[Piece]:
+def _pieces(queries: TokenIndex, keys: TokenIndex, window: int | None, sequence: int, end: int) -> Iterator[Piece]:
     """Of one sequence, or of several alike."""
     short = 0
     cuts = [queries.count] if window is not None else _ends_of_runs(queries)
@@ -70,7 +70,7 @@ def _pieces(queries: Rows, keys: Rows, window: int | None, sequence: int, end: i
     yield from _masked(queries, keys, window, sequence, end, short, queries.count)
 
 
-def _run(queries: Rows, keys: Rows, sequence: int, end: int, first: int, last: int) -> Iterator[Piece]:
+def _run(queries: TokenIndex, keys: TokenIndex, sequence: int, end: int, first: int, last: int) -> Iterator[Piece]:
     """Successive tokens of one document."""
     mine = queries.part(first, last)
     (block,) = blocks(mine, keys, None, last - first)
@@ -89,7 +89,7 @@ def _run(queries: Rows, keys: Rows, sequence: int, end: int, first: int, last: i
 
 
 def _masked(
-    queries: Rows, keys: Rows, window: int | None, sequence: int, end: int, first: int, last: int
+    queries: TokenIndex, keys: TokenIndex, window: int | None, sequence: int, end: int, first: int, last: int
 ) -> Iterator[Piece]:
     """The queries [first, last), whatever they see."""
     for block in blocks(queries.part(first, last), keys, window, _MASKED_ROWS):
@@ -98,31 +98,31 @@ def _masked(
             yield Piece(sequence, end, *rows, block.low, block.high, masked=block.start < block.high)
 
 
-def _ends_of_runs(rows: Rows) -> list[int]:
+def _ends_of_runs(rows: TokenIndex) -> list[int]:
     breaks = rows.order[0].diff() != 1
     if rows.documents is not None:
         breaks |= rows.documents[0].diff() != 0
     return [*(breaks.nonzero()[:, 0] + 1).tolist(), rows.count]
 
 
-def _same(a: Rows, b: Rows) -> bool:
+def _same(a: TokenIndex, b: TokenIndex) -> bool:
     if a.documents is not None and b.documents is not None and not torch.equal(a.documents, b.documents):
         return False
     return torch.equal(a.order, b.order)
 
 
-def _sequence(rows: Rows, index: int) -> Rows:
+def _sequence(rows: TokenIndex, index: int) -> TokenIndex:
     """One sequence of a batch."""
     order = rows.order[index : index + 1] if len(rows.order) > 1 else rows.order
-    return Rows(order, None if rows.documents is None else rows.documents[index : index + 1])
+    return TokenIndex(order, None if rows.documents is None else rows.documents[index : index + 1])
 
 
-def _on(rows: Rows, device: torch.device) -> Rows:
+def _on(rows: TokenIndex, device: torch.device) -> TokenIndex:
     documents = None if rows.documents is None else rows.documents.to(device)
-    return Rows(rows.order.to(device), documents)
+    return TokenIndex(rows.order.to(device), documents)
 
 
-def _device_mask(queries: Rows, keys: Rows, window: int | None, device: torch.device) -> Mask:
+def _device_mask(queries: TokenIndex, keys: TokenIndex, window: int | None, device: torch.device) -> Mask:
     return Mask(_on(queries, device), _on(keys, device), window)
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from .mask import Mask, Spread
+from .mask import Mask, SequenceShards
 
 
 class LocalAttention(Protocol):
@@ -45,7 +45,7 @@ class Core(Protocol):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        spread: Spread,
+        spread: SequenceShards,
         window: int | None,
         scale: float,
         sinks: Tensor | None = None,
@@ -70,7 +70,7 @@ class LatentCore(Protocol):
         turning: Tensor,
         up: nn.Module,
         keys_values: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        spread: Spread,
+        spread: SequenceShards,
         window: int | None,
         scale: float,
     ) -> Tensor: ...

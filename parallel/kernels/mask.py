@@ -33,7 +33,7 @@ class _Remembers:
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenIndex:
     """n tokens of each of B sequences.
 
     Args:
@@ -45,40 +45,40 @@ class Rows:
     documents: Tensor | None = None
 
     @staticmethod
-    def whole(length: int, documents: Tensor | None = None) -> Rows:
+    def whole(length: int, documents: Tensor | None = None) -> TokenIndex:
         """All tokens of sequences of this length."""
-        return Rows(torch.arange(length)[None], documents)
+        return TokenIndex(torch.arange(length)[None], documents)
 
     @property
     def count(self) -> int:
         """Tokens per sequence, n."""
         return self.order.shape[1]
 
-    def part(self, start: int, stop: int) -> Rows:
+    def part(self, start: int, stop: int) -> TokenIndex:
         """The tokens [start, stop) of each sequence."""
         documents = None if self.documents is None else self.documents[:, start:stop]
-        return Rows(self.order[:, start:stop], documents)
+        return TokenIndex(self.order[:, start:stop], documents)
 
 
 @dataclass(frozen=True)
-class Spread(_Remembers):
-    """How the tokens of a micro-batch are dealt out: every rank of the context axis knows every rank's rows.
+class SequenceShards(_Remembers):
+    """How the tokens of a microbatch are dealt out: every rank of the context axis knows every rank's rows.
 
     Args:
         ranks: the rows of each rank, equally many; together each sequence's tokens exactly once.
         rank: this one.
     """
 
-    ranks: tuple[Rows, ...]
+    ranks: tuple[TokenIndex, ...]
     rank: int = 0
 
     @staticmethod
-    def whole(length: int, documents: Tensor | None = None) -> Spread:
+    def whole(length: int, documents: Tensor | None = None) -> SequenceShards:
         """All tokens of sequences of this length on one device; without documents the same object every time."""
-        return _whole(length) if documents is None else Spread((Rows.whole(length, documents),))
+        return _whole(length) if documents is None else SequenceShards((TokenIndex.whole(length, documents),))
 
     @property
-    def mine(self) -> Rows:
+    def mine(self) -> TokenIndex:
         """This rank's rows."""
         return self.ranks[self.rank]
 
@@ -94,8 +94,8 @@ class Spread(_Remembers):
 
 
 @lru_cache(maxsize=16)
-def _whole(length: int) -> Spread:
-    return Spread((Rows.whole(length),))
+def _whole(length: int) -> SequenceShards:
+    return SequenceShards((TokenIndex.whole(length),))
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,12 @@ class Mask(_Remembers):
         window: in tokens, the query's own included; none: unlimited.
     """
 
-    queries: Rows
-    keys: Rows
+    queries: TokenIndex
+    keys: TokenIndex
     window: int | None = None
 
     @staticmethod
-    def of(rows: Rows, window: int | None = None) -> Mask:
+    def of(rows: TokenIndex, window: int | None = None) -> Mask:
         """Of tokens among themselves."""
         return Mask(rows, rows, window)
 

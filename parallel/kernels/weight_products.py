@@ -2,7 +2,7 @@
 
 A product that is rounded to bf16 before it is added is off by 1.7e-3, whatever the sum can hold. GPUs add their fp32
 accumulators to an fp32 sum in the same kernel; CPUs have no such product (an fp32 one takes several times as long), so
-there the product of every micro-batch is rounded once.
+there the product of every microbatch is rounded once.
 """
 
 from __future__ import annotations

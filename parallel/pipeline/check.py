@@ -44,7 +44,7 @@ def check(program: Program, *, limit: Sequence[float] | None = None) -> None:
     sends that complete when their receive is posted; activations.
 
     Args:
-        limit: the most activations that each rank may hold, in micro-batches of its whole share.
+        limit: the most activations that each rank may hold, in microbatches of its whole share.
 
     Raises:
         ProgramError: all defects of the first class that has any.
@@ -76,7 +76,7 @@ def _frame(program: Program) -> Iterator[str]:
 
 
 def _compute(program: Program, training: bool) -> Iterator[str]:
-    """Each stage computes each micro-batch once, on its rank; vocabulary passes once on every rank or not at all."""
+    """Each stage computes each microbatch once, on its rank; vocabulary passes once on every rank or not at all."""
     due = [kind for kind in KINDS.values() if kind.computes and not kind.optional and (training or not kind.trains)]
     due = [kind for kind in due if program.vocab_barriers or not kind.balanced]
     for rank, ops in enumerate(program.ranks):
@@ -131,7 +131,7 @@ def _differences(program: Program, rank: int, count: Counter[Key], want: list[Ke
 
 def _why(program: Program, rank: int, op: Op) -> str:
     if not 0 <= op.index < program.microbatches:
-        return f"there are {program.microbatches} micro-batches"
+        return f"there are {program.microbatches} microbatches"
     if op.kind.acts is Acts.STAGE:
         if not 0 <= op.stage < program.stages:
             return f"there are {program.stages} stages"
@@ -266,4 +266,4 @@ def _activations(program: Program, limit: Sequence[float] | None) -> Iterator[st
         raise ValueError(f"{len(limit)} limits for {len(program.ranks)} ranks")
     for rank, (peak, most) in enumerate(zip(peak_activations(program), limit, strict=True)):
         if peak > most + 1e-9:
-            yield f"rank {rank} holds {peak:g} activations of a micro-batch, more than the limit of {most:g}"
+            yield f"rank {rank} holds {peak:g} activations of a microbatch, more than the limit of {most:g}"

@@ -73,7 +73,7 @@ def lower(program: Program, *, ahead: int = 1, times: Times = Times()) -> Progra
 def forward_only(placement: tuple[int, ...], microbatches: int, vocab_barriers: int = 0) -> Program:
     """An evaluation: each stage's forwards in order, and with a balanced vocabulary IF and S.
 
-    Rounds of one forward per rank: each takes the deepest of its stages whose input is there, so that a micro-batch
+    Rounds of one forward per rank: each takes the deepest of its stages whose input is there, so that a microbatch
     under way is finished before another is begun. S stands two rounds after its last forward, and IF one before its
     first, so that a collective has a round's time. A slot of a receive is in use until the forward that consumes it.
 

@@ -1,6 +1,6 @@
 """How many activations a program holds at once on each rank, and how many bytes that is.
 
-The activation of a (stage, micro-batch) lives from the start of its F to the end of its W (or fused BW): a split
+The activation of a (stage, microbatch) lives from the start of its F to the end of its W (or fused BW): a split
 backward pass needs it until the weight gradient is done. In a program of forward passes only it ends with its F.
 """
 
@@ -21,7 +21,7 @@ Curve = tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationBytes:
-    """What one micro-batch holds; a tuple of one element is for all stages or ranks.
+    """What one microbatch holds; a tuple of one element is for all stages or ranks.
 
     Args:
         activation: of a stage, from F to the end of B (or BW).
@@ -37,7 +37,7 @@ class ActivationBytes:
 
 
 def peak_activations(program: Program) -> tuple[float, ...]:
-    """The most that each rank holds at once, in activations of one micro-batch of a rank's whole share.
+    """The most that each rank holds at once, in activations of one microbatch of a rank's whole share.
 
     One chunk counts 1/chunks. The order of the list decides it, whatever the times.
     """

@@ -97,7 +97,7 @@ class _Task:
 def _one_per_rank(task: _Task) -> Counts:
     """The most even of the splits with the smallest largest stage; of equal ones, fewer layers in early stages.
 
-    Early stages hold the activations of more micro-batches.
+    Early stages hold the activations of more microbatches.
     """
     limit = _smallest_limit(task)
     layers, sums = task.layers, task.sums
@@ -174,7 +174,7 @@ def _equal(task: _Task, cost: int) -> Counts:
     counts = [0] * len(stages)
     for _ in range(task.layers):
         free = [s for s in stages if loads[task.placement[s]] + cost <= rank_limit and costs[s] + cost <= stage_limit]
-        # Of equal ones the last: early stages hold the activations of more micro-batches.
+        # Of equal ones the last: early stages hold the activations of more microbatches.
         stage = min(free, key=lambda s: (loads[task.placement[s]], costs[s], -s))
         loads[task.placement[stage]] += cost
         costs[stage] += cost

@@ -3,7 +3,7 @@
     rank 0   F0@0 SF0@0 F1@0 SF1@0 RB0@0#0 BW0@0 RB1@0#1 BW1@0 RG0 NORM OPT0 AG0
     rank 1   RF0@1#0 F0@1 BW0@1 SB0@1 RF1@1#0 F1@1 BW1@1 SB1@1 RG0 NORM OPT0 AG0
 
-A token is a kind (`needs.py`) and what it acts on: `F3@2` is the forward pass of micro-batch 3 at stage 2, `RF3@2#1`
+A token is a kind (`needs.py`) and what it acts on: `F3@2` is the forward pass of microbatch 3 at stage 2, `RF3@2#1`
 the receive of its input into buffer slot 1, `OPT0` the update of bucket 0. Generators write compute only; passes add
 the rest (`vocabulary.py`, `lower.py`). The same program is checked, simulated, drawn and executed.
 """
@@ -31,7 +31,7 @@ class Op:
 
     Args:
         kind: what it does.
-        index: the micro-batch, or the bucket of an update; -1 for NORM.
+        index: the microbatch, or the bucket of an update; -1 for NORM.
         stage: the stage that computes, sends or receives; -1 where there is none.
         slot: the buffer of a receive, counted per stage and direction; -1 where none is assigned.
     """

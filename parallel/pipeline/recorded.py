@@ -9,7 +9,7 @@ import numpy as np
 
 from ...configs.errors import Problem, UserError
 from ..record.files import read_index, read_ring
-from ..record.reader import RecordError, Ring
+from ..record.reader import RecordError, RecordRing
 from .program import Ops, Program
 from .simulate import Timeline
 from .times import Times
@@ -20,7 +20,7 @@ WAIT = "wait"
 
 def actual(
     program: Program,
-    record: Path | str | Sequence[Ring],
+    record: Path | str | Sequence[RecordRing],
     step: int,
     *,
     replica: int = 0,
@@ -48,7 +48,7 @@ def actual(
     return Timeline(program, seconds, times)
 
 
-def last_step(program: Program, record: Path | str | Sequence[Ring], *, replica: int = 0) -> int:
+def last_step(program: Program, record: Path | str | Sequence[RecordRing], *, replica: int = 0) -> int:
     """The last step of which every rank of the pipeline has a complete record; arguments and errors as of `actual`."""
     pipeline = _pipeline(_with_clocks(record), len(program.ranks), replica)
     steps = [set(ring.entries["step"][ring.entries["op"] >= 0].tolist()) for ring, _ in pipeline]
@@ -62,7 +62,7 @@ def last_step(program: Program, record: Path | str | Sequence[Ring], *, replica:
     raise UserError("the record holds no complete step of the run's program; give the run's program, or record longer")
 
 
-def _with_clocks(record: Path | str | Sequence[Ring]) -> list[tuple[Ring, int]]:
+def _with_clocks(record: Path | str | Sequence[RecordRing]) -> list[tuple[RecordRing, int]]:
     """Rings, and what to add to each one's monotonic times so that they stand on one clock.
 
     Ranks of one host share the monotonic clock; hosts are brought together by their wall clocks.
@@ -82,7 +82,7 @@ def _with_clocks(record: Path | str | Sequence[Ring]) -> list[tuple[Ring, int]]:
     return found
 
 
-def _pipeline(found: list[tuple[Ring, int]], ranks: int, replica: int) -> list[tuple[Ring, int]]:
+def _pipeline(found: list[tuple[RecordRing, int]], ranks: int, replica: int) -> list[tuple[RecordRing, int]]:
     """The rings of one pipeline, first rank first. The pipeline axis is the slowest of the mesh."""
     by_rank = {ring.header.rank: (ring, clock) for ring, clock in found}
     world = max((ring.header.world for ring, _ in found), default=0)
@@ -98,7 +98,7 @@ def _pipeline(found: list[tuple[Ring, int]], ranks: int, replica: int) -> list[t
     return [by_rank[rank] for rank in wanted]
 
 
-def _spans(ring: Ring, ops: Ops, step: int, clock: int) -> list[tuple[int, int]]:
+def _spans(ring: RecordRing, ops: Ops, step: int, clock: int) -> list[tuple[int, int]]:
     """Start and end in ns of a rank's operations, waits taken off their starts."""
     rank, entries = ring.header.rank, ring.entries
     entries = entries[(entries["step"] == step) & (entries["op"] >= 0)]

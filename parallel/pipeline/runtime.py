@@ -29,11 +29,11 @@ from .needs import Kind, Kinds
 from .program import OUTSTANDING_SENDS, Op, Program
 
 Forward = Callable[[int, int, Tensor | None], Tensor]
-"""(stage, micro-batch, input or None for the first stage) → output, or the loss where the last stage has the head."""
+"""(stage, microbatch, input or None for the first stage) → output, or the loss where the last stage has the head."""
 
 
 class Vocabulary(Protocol):
-    """Embedding, head and loss over all ranks of the pipeline; one method per token, `index` is the micro-batch."""
+    """Embedding, head and loss over all ranks of the pipeline; one method per token, `index` is the microbatch."""
 
     def post_hidden(self, index: int, x: Tensor | None) -> None: ...
     def score(self, index: int) -> None: ...
@@ -70,7 +70,7 @@ class _Graph:
 
 
 _Key = tuple[int, int]
-"""(stage, micro-batch)"""
+"""(stage, microbatch)"""
 
 
 def _shares_memory(a: Tensor, b: Tensor) -> bool:
@@ -146,7 +146,7 @@ class Runtime:
         }
 
     def losses(self) -> list[Tensor]:
-        """The micro-batches' losses, after the program: on the last stage's rank, on all ranks with a balanced
+        """The microbatches' losses, after the program: on the last stage's rank, on all ranks with a balanced
         vocabulary."""
         if self._vocab is not None:
             return [self._vocab.loss(index) for index in range(self.program.microbatches)]

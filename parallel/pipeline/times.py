@@ -20,8 +20,8 @@ class Times:
     """Durations in any one unit of time; a tuple of one element holds for every stage (or rank).
 
     Args:
-        forward, backward, weight: F, B and W of one micro-batch, per stage. A fused backward takes backward + weight.
-        head, head_grad, embed, embed_grad: S, T, IF and IB of one micro-batch, per rank.
+        forward, backward, weight: F, B and W of one microbatch, per stage. A fused backward takes backward + weight.
+        head, head_grad, embed, embed_grad: S, T, IF and IB of one microbatch, per rank.
         reduce, optimize, gather: RG, OPT and AG of one bucket, per rank.
         norm: of NORM, from the last rank's start to its end.
         hop: from the end of a send's source operation to the arrival at another rank; occupies no compute.

@@ -1,7 +1,7 @@
 """Vocabulary balance: embedding, head and loss sharded over all ranks of the pipeline (Yeung et al., Balancing Pipeline
 Parallelism with Vocabulary Parallelism, 2024, for 1f1b and v-half; interleaved and gis are ours).
 
-Every rank runs S, T, IF and IB of every micro-batch, and the last stage's backward waits for a barrier over all ranks
+Every rank runs S, T, IF and IB of every microbatch, and the last stage's backward waits for a barrier over all ranks
 (two with `vocab_barriers=2`). Two steps make that free:
 
 1. **Delay.** Each backward pass moves behind a few more forward passes of its rank, so that the ranks have something
@@ -39,7 +39,7 @@ _SLIGHT = 1e-3
 """A step shorter by less of it is not worth the activations of one more delay."""
 
 _ORDER = {Kinds.EMBED: 0, Kinds.HEAD: 1, Kinds.HEAD_GRAD: 2, Kinds.EMBED_GRAD: 3}
-"""Of one micro-batch's passes at the same instant; of several micro-batches the oldest goes first and frees memory."""
+"""Of one microbatch's passes at the same instant; of several microbatches the oldest goes first and frees memory."""
 
 
 def balanced(
@@ -54,7 +54,7 @@ def balanced(
 ) -> Program:
     """The compute operations of one training step whose vocabulary is balanced over all ranks.
 
-    The activations of 1f1b and v-half grow by `barriers` micro-batches. Those of interleaved and gis grow by that many
+    The activations of 1f1b and v-half grow by `barriers` microbatches. Those of interleaved and gis grow by that many
     chunks, or by more where only that leaves no bubble beyond the schedule's own.
 
     Args:
@@ -62,7 +62,7 @@ def balanced(
         ranks: of the pipeline axis, p.
         microbatches: per step, m; any number from 1 on.
         chunks: stages per rank, as in `generate`.
-        group: micro-batches that a chunk takes in turn, as in `generate`.
+        group: microbatches that a chunk takes in turn, as in `generate`.
         barriers: between the last stage's forward and backward: 1, or 2 (fewer GEMMs in S, more memory).
         times: what the order is made for, by default F = B = W = 1 and S = T = 0.3 per rank. All ranks must give the
             same.
@@ -122,7 +122,7 @@ class _Clock:
     Args:
         starts: of each rank's passes, in order.
         ends: the same for their ends.
-        of: start and end of each pass (a BW counts as B), by (kind, micro-batch, stage).
+        of: start and end of each pass (a BW counts as B), by (kind, microbatch, stage).
         close: instants nearer than this are the same.
     """
 
@@ -153,7 +153,7 @@ class _Clock:
 
 
 def _inserted(program: Program, barriers: int, times: Times) -> Program:
-    """The schedule with S, T, IF and IB of every micro-batch on every rank."""
+    """The schedule with S, T, IF and IB of every microbatch on every rank."""
     times, shortest = _positive(times)
     clock = _Clock.read(simulate(program, times), close=shortest * 1e-3)
     passes = sorted(

@@ -27,7 +27,7 @@ from ...configs.strict_json import (
 )
 from ..comm.process_ids import ProcessId
 from . import ring as record
-from .reader import Header, RecordError, Ring, read, read_header, read_open
+from .reader import Header, RecordError, RecordRing, read, read_header, read_open
 from .ring import ENTRY_BYTES, FORMAT, HEADER_BYTES, NAMES_BYTES
 
 _NAME = re.compile(r"pentad-.+-(\d+)\.ring")
@@ -121,7 +121,7 @@ def collect(run_dir: Path, rings: Iterable[RingFile], *, host: str | None = None
     return copies
 
 
-def read_ring(run_dir: Path, ring: RingFile) -> Ring:
+def read_ring(run_dir: Path, ring: RingFile) -> RecordRing:
     """A rank's ring: the original while it is there, otherwise the copy. Errors as of `record_view.read`."""
     if ring.host == socket.gethostname():
         with suppress(OSError, RecordError):

@@ -35,7 +35,7 @@ _ON_FILE = np.dtype(
     }
 )
 ENTRY_DTYPE = np.dtype([("ticket", "<i8")] + [(n, "<i8") for n in _TIMES] + [(n, "<i4") for n in _CODES])
-"""Fields of `Ring.entries`; times in monotonic ns of the ring's host, end == 0 where the operation is under way."""
+"""Fields of `RecordRing.entries`; times in monotonic ns of its host, end == 0 while the operation is under way."""
 _NUMBERS = ("step", "micro_batch", "op", "group", "peer", "nbytes", "seq", "flags")
 _RETRIES = 64
 
@@ -60,7 +60,7 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Ring:
+class RecordRing:
     """A consistent copy of a ring: entries sorted by ticket, `torn` slots (half-written when it was read) left out."""
 
     header: Header
@@ -81,7 +81,7 @@ class Ring:
         return (ns - self.header.mono_ns + self.header.wall_ns) / 1e9
 
 
-def read(path: Path) -> Ring:
+def read(path: Path) -> RecordRing:
     """Copy a ring. Raises OSError for a missing file, RecordError for one that is not a ring of this format."""
     try:
         fd = open_regular(path)
@@ -93,7 +93,7 @@ def read(path: Path) -> Ring:
         os.close(fd)
 
 
-def read_open(fd: int, path: Path) -> Ring:
+def read_open(fd: int, path: Path) -> RecordRing:
     """Copy the ring of an open file; `path` for the errors, which are those of `read`."""
     header = read_header(fd, path)
     base = HEADER_BYTES + NAMES_BYTES
@@ -107,7 +107,7 @@ def read_open(fd: int, path: Path) -> Ring:
     used = np.frombuffer(os.pread(fd, 8, 8 * NAMES_USED_WORD), "<i8")[0]
     if not 0 <= used <= NAMES_BYTES:
         raise RecordError(f"{path}: its table of names has {used} bytes")
-    return Ring(header, _parse_names(os.pread(fd, int(used), HEADER_BYTES)), entries, torn)
+    return RecordRing(header, _parse_names(os.pread(fd, int(used), HEADER_BYTES)), entries, torn)
 
 
 def read_header(fd: int, path: Path) -> Header:
@@ -186,14 +186,14 @@ def _parse_names(data: bytes) -> tuple[str, ...]:
     return tuple(names)
 
 
-def summary(ring: Ring, step: int) -> dict[str, float]:
+def summary(ring: RecordRing, step: int) -> dict[str, float]:
     """Seconds per kind in a step, of finished entries (spans that nest or overlap are counted each)."""
     entries = ring.entries[(ring.entries["step"] == step) & (ring.entries["end"] > 0)]
     seconds = (entries["end"] - entries["start"]) / 1e9
     return {ring.name(int(k)): float(seconds[entries["kind"] == k].sum()) for k in np.unique(entries["kind"])}
 
 
-def to_chrome(rings: Sequence[Ring]) -> dict[str, Any]:
+def to_chrome(rings: Sequence[RecordRing]) -> dict[str, Any]:
     """Trace for chrome://tracing or Perfetto: a process per rank, a row per stream; wall-clock microseconds.
 
     Entries under way are drawn up to the newest time in their ring and carry `"open": true`.
@@ -213,7 +213,7 @@ def to_chrome(rings: Sequence[Ring]) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _chrome_event(ring: Ring, entry: np.void, newest: int) -> dict[str, Any]:
+def _chrome_event(ring: RecordRing, entry: np.void, newest: int) -> dict[str, Any]:
     end = int(entry["end"])
     args: dict[str, Any] = {n: int(entry[n]) for n in _NUMBERS}
     args.update({n: ring.name(int(entry[n])) for n in ("axis", "dtype")})

@@ -20,7 +20,7 @@ from .buckets import Bucket, make_buckets
 
 
 @dataclass(frozen=True)
-class Unit:
+class OptimizerShard:
     """A flat piece of the model that this rank optimizes.
 
     Args:
@@ -41,7 +41,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardSlice:
     """A run of a parameter's elements inside a unit: parameter elements [start, stop) are unit elements [at, …)."""
 
     name: str
@@ -59,11 +59,11 @@ class Replicas(Protocol):
     """Number of buckets, which the program reduces, optimizes and gathers one by one."""
 
     def start_step(self, microbatches: int) -> None: ...
-    def begin_micro_batch(self) -> None: ...
+    def begin_microbatch(self) -> None: ...
     def reduce(self, bucket: int) -> None: ...
-    def units(self, bucket: int) -> list[Unit]: ...
+    def units(self, bucket: int) -> list[OptimizerShard]: ...
     def gather(self, bucket: int) -> None: ...
-    def pieces(self) -> Iterator[Piece]: ...
+    def pieces(self) -> Iterator[ShardSlice]: ...
     def load(self, values: Iterable[tuple[str, Tensor]]) -> None: ...
     def publish(self) -> None: ...
     def settle(self) -> None: ...
@@ -113,11 +113,11 @@ class FlatReplicas:
         self._outside = list(outside.values())
 
     def start_step(self, microbatches: int) -> None:
-        """Before the first forward of a step in which every parameter gets gradients of so many micro-batches."""
+        """Before the first forward of a step in which every parameter gets gradients of so many microbatches."""
         for bucket in self._buckets:
             bucket.start_step(microbatches)
 
-    def begin_micro_batch(self) -> None:
+    def begin_microbatch(self) -> None:
         """Call before a forward: what is read outside the layers must have been gathered."""
         for bucket in self._outside:
             bucket.wait_params()
@@ -125,18 +125,18 @@ class FlatReplicas:
     def reduce(self, bucket: int) -> None:
         self._buckets[bucket].reduce()
 
-    def units(self, bucket: int) -> list[Unit]:
+    def units(self, bucket: int) -> list[OptimizerShard]:
         b, master = self._buckets[bucket], self._masters[bucket]
         value, rounded = (b.owned, None) if master is None else (master, b.owned)
-        return [Unit(f"bucket{bucket}", value, b.owned_grad, rounded, b.kind.decay, b.counted)]
+        return [OptimizerShard(f"bucket{bucket}", value, b.owned_grad, rounded, b.kind.decay, b.counted)]
 
     def gather(self, bucket: int) -> None:
         self._buckets[bucket].gather()
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ShardSlice]:
         for i, bucket in enumerate(self._buckets):
             for member, start, stop, at in bucket.owned_pieces():
-                yield Piece(member.name, member.sharding, start, stop, f"bucket{i}", at)
+                yield ShardSlice(member.name, member.sharding, start, stop, f"bucket{i}", at)
 
     def load(self, values: Iterable[tuple[str, Tensor]]) -> None:
         """Sets parameters and masters from (name, value of this rank's slice)."""
@@ -180,7 +180,7 @@ def partial_axes(mesh: Mesh) -> dict[str, Axis]:
 
 
 def expect_uses(weight: Tensor, uses: int) -> None:
-    """This rank uses the weight so often in every micro-batch: its gradient is final after as many additions each."""
+    """This rank uses the weight so often in every microbatch: its gradient is final after as many additions each."""
     slot = slot_of(weight)
     if slot is not None:
         slot.uses = uses

@@ -19,7 +19,7 @@ from ..comm import collectives
 from ..comm.collectives import Handle
 from ..comm.mesh import Axis, Mesh
 from ..sharding_rules import Sharding
-from .flat import Piece, Unit, partial_axes
+from .flat import OptimizerShard, ShardSlice, partial_axes
 
 
 class _Comm:
@@ -93,7 +93,7 @@ class FsdpReplicas:
         for _, param in self._params():
             param.grad = None
 
-    def begin_micro_batch(self) -> None:
+    def begin_microbatch(self) -> None:
         assert isinstance(self._model, FSDPModule)
         if not torch.is_grad_enabled():
             return
@@ -116,9 +116,9 @@ class FsdpReplicas:
                 for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                     grad.copy_(part.view_as(grad))
 
-    def units(self, bucket: int) -> list[Unit]:
+    def units(self, bucket: int) -> list[OptimizerShard]:
         return [
-            Unit(
+            OptimizerShard(
                 name,
                 param.to_local().detach().view(-1),
                 param.to_local().new_empty(0) if param.grad is None else _local(param.grad).view(-1),
@@ -139,12 +139,12 @@ class FsdpReplicas:
         each = -(-rows // self._axis.size)
         return min(self._axis.rank * each, rows) * (param.numel() // rows)
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ShardSlice]:
         for name, param in self._params():
             size = param.to_local().numel()
             if size:
                 start = self._start(param)
-                yield Piece(name, self._where[name], start, start + size, name, 0)
+                yield ShardSlice(name, self._where[name], start, start + size, name, 0)
 
     def load(self, values: Iterable[tuple[str, Tensor]]) -> None:
         """Sets parameters from (name, value of this rank's tensor parallel slice)."""

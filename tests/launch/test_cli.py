@@ -98,7 +98,7 @@ def test_check_prints_layout_parameters_flops_and_memory(capsys: pytest.CaptureF
     code, out, err = _run(capsys, "check", DENSE, "train.global_batch=16", "train.micro_batch=2")
     assert (code, err) == (0, [])
     assert "tp 2 × cp 1 × dp 2 × pp 1 = 4" in out
-    assert "16 sequences = 2 dp × 4 micro-batches × 2 sequences" in out
+    assert "16 sequences = 2 dp × 4 microbatches × 2 sequences" in out
     assert "3,115,264" in out
     assert "unmasked attention" in out and "full attention" in out
     assert "activations" in out and "total" in out

@@ -17,7 +17,7 @@ from pentad.models.weights.initialise import initialise
 from pentad.parallel.kernels.attention import attention
 from pentad.parallel.kernels.blockwise import Blockwise
 from pentad.parallel.kernels.device import PlainMaths
-from pentad.parallel.kernels.mask import Mask, Rows, Spread
+from pentad.parallel.kernels.mask import Mask, SequenceShards, TokenIndex
 from tests.training import TINY
 
 
@@ -49,7 +49,7 @@ def _documents(batch: int, length: int) -> torch.Tensor:
 @pytest.mark.parametrize("masking", ["causal", "window", "documents", "both"])
 def test_cores(local, length, heads, kv_heads, masking):
     documents = _documents(2, length) if masking in ("documents", "both") else None
-    mask = Mask.of(Rows.whole(length, documents), 5 if masking in ("window", "both") else None)
+    mask = Mask.of(TokenIndex.whole(length, documents), 5 if masking in ("window", "both") else None)
     draws = torch.Generator().manual_seed(0)
     shapes = [(2, length, n, 8) for n in (heads, kv_heads, kv_heads)]
     q, k, v = (torch.randn(s, generator=draws, dtype=torch.float64, requires_grad=True) for s in shapes)
@@ -69,7 +69,7 @@ def test_cores(local, length, heads, kv_heads, masking):
 def test_sinks_scale_and_width_of_values(local, heads, kv_heads, width, value, masking, sink):
     """Sinks of 50 outweigh every key by far, and next to sinks of 2000 keys weigh nothing, without a NaN."""
     length = 70
-    rows = Rows.whole(length, _documents(2, length) if masking == "both" else None)
+    rows = TokenIndex.whole(length, _documents(2, length) if masking == "both" else None)
     mask = Mask.of(rows, None if masking == "causal" else 5)
     draws = torch.Generator().manual_seed(0)
     shapes = [(2, length, heads, width), (2, length, kv_heads, width), (2, length, kv_heads, value)]
@@ -96,7 +96,7 @@ def test_sinks_in_bf16_are_as_exact_as_attention_without(local):
     draws = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 150, h, 24, generator=draws).bfloat16() for h in (4, 2, 2))
     sinks = torch.tensor([-2.0, 0.0, 3.0, 8.0]).bfloat16()
-    mask = Mask.of(Rows.whole(150))
+    mask = Mask.of(TokenIndex.whole(150))
     for given in (None, sinks):
         wide = None if given is None else given.double()
         truth = plain(q.double(), k.double(), v.double(), mask, 0.2, wide)
@@ -123,7 +123,7 @@ def test_a_layer_has_the_window_that_the_config_gives_it():
 def test_blockwise_in_bf16_is_as_near_to_the_truth_as_torch():
     draws = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 150, h, 16, generator=draws) for h in (4, 2, 2))
-    spread = Spread((Rows.whole(150),))
+    spread = SequenceShards((TokenIndex.whole(150),))
     truth = attend(q.double(), k.double(), v.double(), spread, None, 0.25)
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     error = (attend(q, k, v, spread, None, 0.25) - truth).norm() / truth.norm()

@@ -16,7 +16,7 @@ from pentad.models.norms import LayerNorm
 from pentad.models.rope import angles, frequencies
 from pentad.parallel.gradients import Slot
 from pentad.parallel.kernels.blockwise import Blockwise
-from pentad.parallel.kernels.mask import Mask, Rows
+from pentad.parallel.kernels.mask import Mask, TokenIndex
 from pentad.parallel.kernels.merge import add_sinks
 from pentad.parallel.vocab import look_up
 
@@ -160,7 +160,7 @@ def test_the_clipped_activation_is_rounded_once():
 def test_attention_does_not_stretch_rows():
     """Sums of probabilities, and the part that sinks leave, are factors of whole heads."""
     q, k, v = (_draw(1, 200, 4, 32, seed=seed) for seed in range(3))
-    mask, scale, sinks = Mask.of(Rows.whole(200)), 32**-0.5, torch.linspace(-1, 3, 4).to(BF16)
+    mask, scale, sinks = Mask.of(TokenIndex.whole(200)), 32**-0.5, torch.linspace(-1, 3, 4).to(BF16)
     out, lse = Blockwise().forward(q, k, v, mask, scale)
     exact, exact_lse = Blockwise().forward(q.double(), k.double(), v.double(), mask, scale)
     assert _scale_error(out, exact) < 9e-4

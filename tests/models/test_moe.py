@@ -13,8 +13,8 @@ from pentad.configs.schema import ModelConfig
 from pentad.configs.schema_model import MoeConfig, RouterConfig
 from pentad.models.moe import Experts, Moe
 from pentad.models.sequences import Sequences
-from pentad.parallel.grouped_projection import Groups, Made
-from pentad.parallel.kernels.mask import Rows, Spread
+from pentad.parallel.grouped_projection import Groups, RecomputedInput
+from pentad.parallel.kernels.mask import SequenceShards, TokenIndex
 
 BATCH, LENGTH, HIDDEN, INNER, EXPERTS = 2, 20, 32, 48, 8
 CONFIG = ModelConfig(
@@ -37,7 +37,11 @@ def _batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Sequence
     generator = torch.Generator().manual_seed(1)
     x, dy = (torch.randn(BATCH * LENGTH, HIDDEN, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
     rows = torch.arange(BATCH).repeat_interleave(LENGTH)
-    return x.requires_grad_(), dy, Sequences(BATCH, LENGTH, None, None, Spread((Rows.whole(LENGTH),)), rows)
+    return (
+        x.requires_grad_(),
+        dy,
+        Sequences(BATCH, LENGTH, None, None, SequenceShards((TokenIndex.whole(LENGTH),)), rows),
+    )
 
 
 def _run(cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -224,7 +228,7 @@ def test_rows_may_be_gathered_again_in_backward() -> None:
         experts = Experts(CONFIG).double()
         _fill(experts)
         x = torch.randn(10, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        rows = Made(lambda x: x.index_select(0, index), (x,)) if again else x[index]
+        rows = RecomputedInput(lambda x: x.index_select(0, index), (x,)) if again else x[index]
         experts(rows, Groups(counts)).pow(2).sum().backward()
         grads.append([x.grad, *(param.grad for param in experts.parameters())])
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-12, atol=1e-12)

@@ -24,7 +24,7 @@ SCALE = 1 / 37
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: hidden states (N, h), tokens and labels (N,), the gradient of the embeddings (N, h)."""
+    """One microbatch: hidden states (N, h), tokens and labels (N,), the gradient of the embeddings (N, h)."""
 
     hidden: Tensor
     tokens: Tensor
@@ -125,7 +125,7 @@ class _Rank:
 def _passes(
     rank: int, world: int, tp: int, barriers: int, dtype: torch.dtype, at: tuple[int, int], tokens: int, memory: bool
 ) -> dict[str, Any]:
-    """Three micro-batches, interleaved: a pass of one between the passes of the others."""
+    """Three microbatches, interleaved: a pass of one between the passes of the others."""
     r = _Rank(rank, tp, world // tp, barriers, dtype, at, memory)
     batches = [_batch(i, dtype, tokens) for i in range(MICRO_BATCHES)]
     out: dict[str, Any] = {"loss": [], "dx": [], "rows": []}
@@ -158,7 +158,7 @@ def _passes(
 
 
 def _joined(outputs: list[dict[str, Any]], name: str) -> Tensor:
-    """(micro-batches, N, h) from the owners' blocks."""
+    """(microbatches, N, h) from the owners' blocks."""
     return torch.cat([torch.stack(o[name]) for o in outputs if o[name]], dim=1)
 
 
@@ -252,7 +252,7 @@ def test_evaluation_keeps_nothing_for_backward():
 
 
 def _tied(rank: int, world: int) -> tuple[Tensor, list[str]]:
-    """One parameter for both: its slot gets two gradients of the one micro-batch."""
+    """One parameter for both: its slot gets two gradients of the one microbatch."""
     r = _Rank(rank, 1, world, 1, torch.float64, (0, world - 1))
     batch, size = _batch(0, torch.float64), (TOKENS, HIDDEN, torch.float64)
     weight = r.weight

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pentad.configs.errors import UserError
 from pentad.models.functional import swiglu
 from pentad.parallel.gradients import Slot, WeightGradients
-from pentad.parallel.grouped_projection import Groups, Local, Made
+from pentad.parallel.grouped_projection import Groups, Local, RecomputedInput
 from pentad.parallel.kernels.grouped_gemm import Bmm, GroupedMm, Loop, RoundedLoop, _window, gemms
 
 UNEVEN = (5, 0, 9, 1, 0, 17)
@@ -107,7 +107,7 @@ def test_gradcheck(compute: str, counts: tuple[int, ...]) -> None:
     weights = torch.rand(sum(counts), dtype=torch.float64, requires_grad=True)
 
     def project(gate: Tensor, up: Tensor, weights: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        made = Made(swiglu, (gate, up), weights)
+        made = RecomputedInput(swiglu, (gate, up), weights)
         return Local(compute)(made, Groups(counts), [_Linear(weight, bias)])[0]  # pyright: ignore[reportArgumentType]
 
     assert linear.bias is not None
@@ -123,7 +123,7 @@ def test_a_made_input_equals_a_kept_one(weighted: bool, bias: bool) -> None:
     inputs = [t for t in (gate, up, weights, linear.weight, linear.bias) if t is not None]
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        ours = Local("loop")(Made(swiglu, (gate, up), weights), Groups(UNEVEN), [linear])[0]
+        ours = Local("loop")(RecomputedInput(swiglu, (gate, up), weights), Groups(UNEVEN), [linear])[0]
     assert {id(t) for t in kept} <= {id(t) for t in inputs}
     plain = _plain(F.silu(gate) * up, UNEVEN, linear, weights)
     dy = torch.randn_like(plain)
@@ -135,7 +135,7 @@ def test_a_made_input_may_need_no_gradient() -> None:
     """Which tokens the rows are is no number to differentiate."""
     linear = _linear(2, torch.float64, bias=False, seed=0)
     x, index = torch.randn(3, IN, dtype=torch.float64, requires_grad=True), torch.tensor([2, 0, 2, 1])
-    ours = Local("loop")(Made(torch.Tensor.__getitem__, (x, index)), Groups((3, 1)), [linear])[0]
+    ours = Local("loop")(RecomputedInput(torch.Tensor.__getitem__, (x, index)), Groups((3, 1)), [linear])[0]
     plain = _plain(x[index], (3, 1), linear)
     wanted = torch.autograd.grad(plain.sum(), (x, linear.weight))
     for a, b in zip(torch.autograd.grad(ours.sum(), (x, linear.weight)), wanted, strict=True):
@@ -161,7 +161,7 @@ Backward = Callable[[Tensor, Tensor], None]
 @pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("compute", ["loop", "grouped_mm", "auto"])
 def test_slots_get_what_autograd_gets(dtype: torch.dtype, deferred: bool, compute: str) -> None:
-    """Three micro-batches, of which the middle one has no rows, and an expert without rows in the first one."""
+    """Three microbatches, of which the middle one has no rows, and an expert without rows in the first one."""
     if compute == "grouped_mm" and dtype == torch.float64:
         compute = "loop"
     batches = [UNEVEN, (0,) * 6, (1, 2, 3, 0, 5, 6)]

@@ -36,7 +36,7 @@ def test_the_program_in_text_and_json():
 
 
 def _recorded(rank: int, world: int, path: str) -> list[dict]:
-    """One step of two micro-batches over tp 2 × dp 2, read back from the ring."""
+    """One step of two microbatches over tp 2 × dp 2, read back from the ring."""
     cfg = job(tp=2, dp=2, sharding="zero1", global_batch=8, micro_batch=2)
     run = Run(rank, cfg, record=Path(path) / f"{rank}.ring")
     run.step(0)
@@ -73,7 +73,7 @@ def test_the_record_of_a_step(tmp_path):
         forward = [r for r in second if r["axis"] == "tp" and r["op"] == program.index("F0@0")]
         assert sum(r["kind"] == "all_gather" for r in forward) == 2 * 2 + 1  # two per layer, one for the head
         assert sum(r["kind"] == "reduce_scatter" for r in forward) == 2 * 2 + 1  # two per layer, the embedding's
-        tokens = 2 * 16 * 32 * 8  # micro-batch, sequence, hidden, bytes of fp64
+        tokens = 2 * 16 * 32 * 8  # microbatch, sequence, hidden, bytes of fp64
         assert {r["bytes"] for r in forward if r["kind"] == "all_gather"} == {tokens}
         # Gradients are reduced as soon as they are final: in the last backward pass, and not before it.
         reductions = [r["op"] for r in second if r["axis"] == "data" and r["kind"] == "reduce_scatter"]

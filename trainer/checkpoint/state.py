@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ...parallel.global_tensor import GlobalTensor
-from ...parallel.replicas.flat import Replicas, Unit
+from ...parallel.replicas.flat import OptimizerShard, Replicas
 from ..optim.optimizer import Optimizer
 from ..setup import Parts
 
 
-def units_by_key(replicas: Replicas) -> dict[str, Unit]:
+def units_by_key(replicas: Replicas) -> dict[str, OptimizerShard]:
     """All units of this rank."""
     return {unit.key: unit for bucket in range(replicas.buckets) for unit in replicas.units(bucket)}
 

@@ -1,1 +1,1 @@
-"""Text to micro-batches: tokenizers, the .bin/.idx format, sources, packing, the stateless sampler and the loader."""
+"""Text to microbatches: tokenizers, the .bin/.idx format, sources, packing, the stateless sampler and the loader."""

@@ -1,4 +1,4 @@
-"""From a data configuration to micro-batches: sources opened, split, checked, and read at any position."""
+"""From a data configuration to microbatches: sources opened, split, checked, and read at any position."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .tokenizer import Tokenizer, check_vocab, make_tokenizer
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class Microbatch:
     """b sequences of T tokens, on the CPU (pinned where asked for).
 
     ``labels`` are the next tokens, -1 where none may be learnt. ``positions`` (restarting at 0) and ``documents``
@@ -39,8 +39,8 @@ class MicroBatch:
     valid: int
     pairs: float
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> MicroBatch:
-        """The same micro-batch with its tensors on ``device``."""
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Microbatch:
+        """The same microbatch with its tensors on ``device``."""
         moved = {
             name: value.to(device, non_blocking=non_blocking)
             for name, value in vars(self).items()
@@ -48,8 +48,8 @@ class MicroBatch:
         }
         return dataclasses.replace(self, **moved)
 
-    def pin(self) -> MicroBatch:
-        """The same micro-batch in page-locked memory, from which copies to a GPU overlap with compute."""
+    def pin(self) -> Microbatch:
+        """The same microbatch in page-locked memory, from which copies to a GPU overlap with compute."""
         return dataclasses.replace(
             self, **{name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         )
@@ -82,9 +82,9 @@ class Split:
         total, held = sum(self.sampler.windows), sum(self.sampler.heldout)
         return held if self.sampler.evaluate else total - held
 
-    def batch(self, step: int, micro_batch_index: int, *, global_batch: int, micro_batch: int) -> MicroBatch:
-        """Global micro-batch i of a step: its sequences [i b, (i + 1) b). Raises UserError for an id >= vocab."""
-        first = step * global_batch + micro_batch_index * micro_batch
+    def batch(self, step: int, microbatch_index: int, *, global_batch: int, micro_batch: int) -> Microbatch:
+        """Global microbatch i of a step: its sequences [i b, (i + 1) b). Raises UserError for an id >= vocab."""
+        first = step * global_batch + microbatch_index * micro_batch
         samples = np.arange(first, first + micro_batch)
         source, starts = self._locate(samples)
         rows = np.empty((micro_batch, self.seq_len + 1), np.int64)
@@ -95,7 +95,7 @@ class Split:
         tokens, labels = rows[:, :-1].copy(), rows[:, 1:].copy()
         if not self.document_mask:
             size = micro_batch * self.seq_len
-            return MicroBatch(
+            return Microbatch(
                 torch.from_numpy(tokens), torch.from_numpy(labels), None, None, torch.from_numpy(samples),
                 valid=size, pairs=micro_batch * self._mean(self._whole),
             )  # fmt: skip
@@ -108,7 +108,7 @@ class Split:
         documents = np.cumsum(begins[:, :-1], axis=1, dtype=np.int32)
         column = np.arange(self.seq_len)
         positions = column - np.maximum.accumulate(np.where(begins[:, :-1], column, 0), axis=1)
-        return MicroBatch(
+        return Microbatch(
             torch.from_numpy(tokens),
             torch.from_numpy(labels),
             torch.from_numpy(positions),

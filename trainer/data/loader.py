@@ -1,4 +1,4 @@
-"""Micro-batches of one rank, prepared ahead by a thread that can neither hang nor fail unnoticed."""
+"""Microbatches of one rank, prepared ahead by a thread that can neither hang nor fail unnoticed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from types import TracebackType
 import torch
 
 from ...configs.errors import Problem, UserError
-from .dataset import MicroBatch, Split
+from .dataset import Microbatch, Split
 
 _LOG = logging.getLogger(__name__)
 _POLL_S = 0.1
@@ -23,18 +23,18 @@ _SAY_AFTER_S = 30.0
 
 @dataclass(frozen=True)
 class _Item:
-    """One micro-batch, and the (valid labels, pairs) of the global batch that it belongs to."""
+    """One microbatch, and the (valid labels, pairs) of the global batch that it belongs to."""
 
-    batch: MicroBatch
+    batch: Microbatch
     counts: tuple[int, float]
 
 
 class Loader:
     """Iterates over steps ``start_step`` to ``steps - 1`` (steps counted from 0; ``steps`` is the run's total).
 
-    Each step is the list of this rank's micro-batches: rank r of ``dp_size`` owns global micro-batches
-    a * dp_size + r, a = 0, 1, … ``prefetch`` micro-batches are prepared ahead by a thread; 0 means none and no
-    thread. An exception in the thread is raised by the ``next`` that would have returned its micro-batch. After each
+    Each step is the list of this rank's microbatches: rank r of ``dp_size`` owns global microbatches
+    a * dp_size + r, a = 0, 1, … ``prefetch`` microbatches are prepared ahead by a thread; 0 means none and no
+    thread. An exception in the thread is raised by the ``next`` that would have returned its microbatch. After each
     ``next``, ``wait_s`` is how long it waited (seconds) and ``counts`` the (valid labels, pairs) of the global batch.
 
     Raises UserError when ``global_batch`` is not a multiple of ``micro_batch * dp_size``.
@@ -71,10 +71,10 @@ class Loader:
             self._thread.start()
         weakref.finalize(self, self._stop.set)
 
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
+    def __iter__(self) -> Iterator[list[Microbatch]]:
         return self
 
-    def __next__(self) -> list[MicroBatch]:
+    def __next__(self) -> list[Microbatch]:
         if self._next >= self._steps:
             raise StopIteration
         started = time.monotonic()
@@ -131,8 +131,8 @@ class Loader:
 
 def heldout_batches(
     split: Split | None, *, steps: int, global_batch: int, micro_batch: int, dp_rank: int = 0, dp_size: int = 1
-) -> Iterator[list[MicroBatch]]:
-    """This rank's micro-batches of each evaluation step: the same sequences at every call and in every layout.
+) -> Iterator[list[Microbatch]]:
+    """This rank's microbatches of each evaluation step: the same sequences at every call and in every layout.
 
     Sources take their turns by weight; one that has given all that it holds out is passed over. Yields
     ``heldout_steps`` steps, so no sequence is evaluated twice unless one global batch is already larger than the
@@ -168,7 +168,7 @@ def _items(split: Split, steps: range, shape: tuple[int, int, int, int], pin: bo
             yield _Item(batch.pin() if pin else batch, counts)
 
 
-def _steps(split: Split, steps: int, shape: tuple[int, int, int, int]) -> Iterator[list[MicroBatch]]:
+def _steps(split: Split, steps: int, shape: tuple[int, int, int, int]) -> Iterator[list[Microbatch]]:
     global_batch, micro_batch, dp_rank, dp_size = shape
     for step in range(steps):
         indices = range(dp_rank, global_batch // micro_batch, dp_size)

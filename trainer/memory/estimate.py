@@ -5,7 +5,7 @@ P parameters of one rank, b bytes of train.dtype and m bytes of the precise type
 
     part                ddp               zero1              fsdp
     parameters          P b               P b                P m / r, the masters
-    gradients           P m               P m                P m / r; P m while micro-batches accumulate
+    gradients           P m               P m                P m / r; P m while microbatches accumulate
     masters (bf16)      P m               P m / r            (the parameters)
     optimizer states    s P m             s P m / r          s P m / r       s: 2 AdamW, 1 SGD with momentum, 0 SGD
     gathered layers                                          (the two largest layers + the rest) b
@@ -28,7 +28,7 @@ heads of one rank, f the feed-forward width of one rank, h the hidden size:
 
 The experts' rows are those of an even load (nothing dropped; with moe.pad times moe.capacity_factor): a rank whose
 experts are sought after has more. And once 3 N h / t around the final norm and the head; with memory.recompute=full
-only N h / t per layer. A rank of a pipeline holds those of its stages for as many micro-batches as its program has in
+only N h / t per layer. A rank of a pipeline holds those of its stages for as many microbatches as its program has in
 flight. A balanced vocabulary adds N (V / (t pp) + h) from the head's forward to its gradient. Working memory is the
 larger of two moments: the head with the logits of one chunk of tokens (all tokens where it is balanced), and the
 backward pass of one feed-forward network or of the experts of one layer (of one whole layer with recompute).
@@ -244,7 +244,7 @@ def expert_replicas(cfg: Config) -> int:
 
 
 def layer_elements(cfg: Config, layer: int = 0) -> int:
-    """Elements that the forward pass of a micro-batch through a layer makes for backward on one rank."""
+    """Elements that the forward pass of a microbatch through a layer makes for backward on one rank."""
     m, w, tokens, tp = cfg.model, _widths(cfg.model, cfg.parallel.tp, cfg.parallel.etp), _tokens(cfg), cfg.parallel.tp
     inner = matrices_of(m)
     if layer in m.linear_layers:
@@ -280,7 +280,7 @@ def _expert_rows(cfg: Config) -> int:
 
 
 def activation_elements(cfg: Config, layers: Sequence[int] | None = None, *, ends: bool = True) -> int:
-    """Elements that the forward pass of a micro-batch keeps for backward on one rank.
+    """Elements that the forward pass of a microbatch keeps for backward on one rank.
 
     Args:
         cfg: the job.

@@ -40,7 +40,7 @@ def _millions(count: int) -> str:
 def _layout(cfg: Config, trainer: Trainer) -> str:
     p, d, t = cfg.parallel, trainer.mesh.degrees, cfg.train
     context = f" × cp {d.cp} ({p.context.method})" if d.cp > 1 else ""
-    batch = f"{trainer.program.microbatches} micro-batches of {t.micro_batch} × {t.seq_len} tokens each"
+    batch = f"{trainer.program.microbatches} microbatches of {t.micro_batch} × {t.seq_len} tokens each"
     return f"layout: tp {d.tp} × pp {d.pp}{context} × dp {d.dp} ({p.data.sharding}) = {d.world} ranks, {batch}"
 
 

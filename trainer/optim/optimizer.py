@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...configs.errors import UserError
 from ...configs.schema import AdamWConfig, OptimConfig, SgdConfig
-from ...parallel.replicas.flat import Unit
+from ...parallel.replicas.flat import OptimizerShard
 from .adamw_kernels import Kernel, adamw_kernel, without_bad
 
 
@@ -23,11 +23,11 @@ class Optimizer(Protocol):
     states: dict[str, dict[str, Tensor]]
     """Unit key → state name → tensor of the unit's shape."""
 
-    def prepare(self, unit: Unit) -> None:
+    def prepare(self, unit: OptimizerShard) -> None:
         """Makes the unit's states, zero, where there are none yet."""
         ...
 
-    def step(self, units: list[Unit], *, lr: float, factor: Tensor, skip: Tensor, count: Tensor) -> None:
+    def step(self, units: list[OptimizerShard], *, lr: float, factor: Tensor, skip: Tensor, count: Tensor) -> None:
         """value ← update(value, grad · factor), or nothing where `skip` is 1.
 
         Args:
@@ -62,11 +62,11 @@ class Sgd:
         self._cfg = cfg
         self.states: dict[str, dict[str, Tensor]] = {}
 
-    def prepare(self, unit: Unit) -> None:
+    def prepare(self, unit: OptimizerShard) -> None:
         if self._cfg.momentum:
             self.states.setdefault(unit.key, {"momentum": torch.zeros_like(unit.value)})
 
-    def step(self, units: list[Unit], *, lr: float, factor: Tensor, skip: Tensor, count: Tensor) -> None:
+    def step(self, units: list[OptimizerShard], *, lr: float, factor: Tensor, skip: Tensor, count: Tensor) -> None:
         keep = (1 - skip).to(factor.dtype)
         for unit in units:
             update = without_bad(unit.grad, skip) * factor
@@ -87,11 +87,11 @@ class AdamW:
         self._cfg, self._kernel = cfg, kernel
         self.states: dict[str, dict[str, Tensor]] = {}
 
-    def prepare(self, unit: Unit) -> None:
+    def prepare(self, unit: OptimizerShard) -> None:
         if unit.key not in self.states:
             self.states[unit.key] = {name: torch.zeros_like(unit.value) for name in ("exp_avg", "exp_avg_sq")}
 
-    def step(self, units: list[Unit], *, lr: float, factor: Tensor, skip: Tensor, count: Tensor) -> None:
+    def step(self, units: list[OptimizerShard], *, lr: float, factor: Tensor, skip: Tensor, count: Tensor) -> None:
         for decay in (True, False):
             group = [u for u in units if u.decay == decay]
             if group:

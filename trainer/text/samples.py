@@ -17,7 +17,7 @@ from ...configs.schema import Config
 from ...parallel.comm.collectives import all_gather
 from ...parallel.comm.mesh import Mesh
 from ...parallel.vocab import IGNORED, VocabShard
-from ..data.dataset import MicroBatch
+from ..data.dataset import Microbatch
 from ..programs import Pipeline, evaluation_program
 from ..step import Stepper
 from .prompts import PromptCoder
@@ -93,7 +93,7 @@ class Sampler:
         samples = torch.arange(train.micro_batch)
         notes = _Notes(len(texts))
         self._stepper.evaluate(
-            [MicroBatch(tokens, labels, None, None, samples, int((labels >= 0).sum()), 0.0)], self._program, notes.look
+            [Microbatch(tokens, labels, None, None, samples, int((labels >= 0).sum()), 0.0)], self._program, notes.look
         )
         everyone = all_gather(notes.best.to(self._device), self._world).wait().view(self._world.size, len(texts), 2)
         scores, ids = everyone.cpu().unbind(-1)

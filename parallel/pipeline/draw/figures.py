@@ -48,7 +48,7 @@ class Figures:
         longest: the rank with the longest span.
         bubble: rate, as in `readings.Utilization.bubble_rate`: the idle share of that rank.
         idle: per rank, the share of its span that it does not compute.
-        peak: per rank, activations in micro-batches.
+        peak: per rank, activations in microbatches.
     """
 
     end: float

@@ -110,7 +110,7 @@ def _frame(timelines: list[Timeline], drawn: list[list[Box]]) -> _Frame:
 
 def _header(timeline: Timeline, stated: list[Figures], unit: str, title: str, width: float) -> list[Label]:
     program, plan = timeline.program, stated[0]
-    size = f"{_count(len(program.ranks), 'rank')} × {_count(program.microbatches, 'micro-batch')}"
+    size = f"{_count(len(program.ranks), 'rank')} × {_count(program.microbatches, 'microbatch')}"
     size += f" × {program.chunks} chunks" if program.chunks > 1 else ""
     vocab = f", vocabulary balanced ({_count(program.vocab_barriers, 'barrier')})" if program.vocab_barriers else ""
     facts = [f"makespan {_time(timeline.makespan, unit)}"]
@@ -123,7 +123,7 @@ def _header(timeline: Timeline, stated: list[Figures], unit: str, title: str, wi
     # Of one rank in both: the rank with the longest span may be another one in the real step.
     rank = f" on rank {plan.longest}" if len(stated) > 1 else ""
     facts += ["bubble " + " → ".join(f"{one.idle[plan.longest]:.1%}" for one in stated) + rank]
-    facts += [f"peak {number(max(plan.peak))} micro-batches of activations"]
+    facts += [f"peak {number(max(plan.peak))} microbatches of activations"]
     if title:
         facts = [size + vocab, *facts]
     line = "  ·  ".join(facts)
@@ -233,7 +233,7 @@ def _causes(frame: _Frame, timeline: Timeline) -> list[Line]:
 def _memory(frame: _Frame, timelines: list[Timeline], stated: list[Figures]) -> list[Rect | Line | Label]:
     top = frame.memory_top
     curves = [activation_curve(timeline) for timeline in timelines]
-    what = "activations held (micro-batches)" + ("; filled: plan, line: real" if frame.lanes > 1 else "")
+    what = "activations held (microbatches)" + ("; filled: plan, line: real" if frame.lanes > 1 else "")
     shapes: list[Rect | Line | Label] = [
         Label(_LEFT, top - 14, what, 11, MUTED, "start"),
         Label(_LEFT + frame.width + 46, top - 14, "peak", 10, FAINT, "end"),

@@ -17,7 +17,7 @@ _RESET = "\x1b[0m"
 def terminal(timeline: Timeline, width: int = 120, *, colour: bool = False, unit: str = "") -> str:
     """Rows of characters, one per rank, of at most `width` columns, with an axis and a legend.
 
-    An operation is a letter and its micro-batch ("F3"; lower case on later chunks) as far as its columns go, idle time
+    An operation is a letter and its microbatch ("F3"; lower case on later chunks) as far as its columns go, idle time
     a dot. With `colour` (24-bit ANSI) the letter is left out and the kind is the background.
     """
     found = [box for box in boxes(timeline) if box.op.kind.computes]
@@ -83,8 +83,8 @@ def _header(timeline: Timeline, unit: str) -> str:
     chunks = f" × {program.chunks} chunks" if program.chunks > 1 else ""
     makespan = f"{number(timeline.makespan)} {unit}".strip()
     return (
-        f"{len(program.ranks)} ranks × {program.microbatches} micro-batches{chunks}   makespan {makespan}   "
-        f"bubble {stated.bubble:.1%}   peak {number(max(stated.peak))} micro-batches"
+        f"{len(program.ranks)} ranks × {program.microbatches} microbatches{chunks}   makespan {makespan}   "
+        f"bubble {stated.bubble:.1%}   peak {number(max(stated.peak))} microbatches"
     )
 
 

@@ -35,7 +35,7 @@ def chrome_trace(timeline: Timeline, unit: str = "ms") -> dict[str, Any]:
             events.append(event | ({"ph": "X", "dur": (end - start) * factor} if timed else {"ph": "i", "s": "t"}))
         events += _names(rank, len(beside.ends))
         for time, level in curves[rank]:
-            args = {"micro-batches": level}
+            args = {"microbatches": level}
             events.append({"ph": "C", "name": "activations", "pid": rank, "ts": time * factor, "args": args})
     for number, (source, target) in enumerate(stage_flows(timeline)):
         flow = {"cat": "hand-over", "name": "hand-over", "id": number, "tid": _COMPUTE_ROW}

@@ -1,7 +1,7 @@
 """The schedules, by name: in which order each rank computes.
 
 A schedule writes compute operations only (F and BW, or F, B and W); passes add the rest. Every order is correct for
-any number of ranks and micro-batches from 1 on.
+any number of ranks and microbatches from 1 on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LIST = (
         "1f1b",
         orders=loops.one_forward_one_backward,
         balanced=True,
-        description="one forward, one backward: at most p micro-batches in flight",
+        description="one forward, one backward: at most p microbatches in flight",
     ),
     Schedule(
         "interleaved",
@@ -123,7 +123,7 @@ def generate(
         ranks: of the pipeline axis, p.
         microbatches: per step, m; any number from 1 on.
         chunks: stages per rank, v. By default what the schedule needs, 2 where it leaves the choice.
-        group: interleaved and gis only: how many micro-batches a chunk takes in turn, by default p. interleaved needs
+        group: interleaved and gis only: how many microbatches a chunk takes in turn, by default p. interleaved needs
             at least p; gis takes ⌈p/2⌉ to p, where fewer keep fewer activations and make more bubble.
 
     Raises:
@@ -134,7 +134,7 @@ def generate(
     if ranks < 1:
         problems.append(Problem("parallel.pp", f"{ranks} is no number of ranks; set at least 1"))
     if microbatches < 1:
-        problems.append(Problem("", f"{microbatches} micro-batches are too few for a step; give at least 1"))
+        problems.append(Problem("", f"{microbatches} microbatches are too few for a step; give at least 1"))
     chunks = chunks if chunks is not None else schedule.chunks or 2
     problems += [p for p in (_chunks_problem(schedule, chunks), _group_problem(schedule, ranks, group)) if p]
     if problems:
@@ -167,5 +167,5 @@ def _group_problem(schedule: Schedule, ranks: int, group: int | None) -> Problem
         if group < ranks:
             return Problem(key, f"{group} is less than the {ranks} ranks; set at least {ranks}")
     else:
-        return Problem(key, f"{schedule.name} has no groups of micro-batches; leave it out (given: {group})")
+        return Problem(key, f"{schedule.name} has no groups of microbatches; leave it out (given: {group})")
     return None

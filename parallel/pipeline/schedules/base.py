@@ -21,7 +21,7 @@ class Shape:
         ranks: of the pipeline axis, p.
         microbatches: per step, m.
         chunks: stages per rank, v.
-        group: micro-batches that a chunk takes in turn before the next chunk (interleaved and gis), g.
+        group: microbatches that a chunk takes in turn before the next chunk (interleaved and gis), g.
         delay: for schedules that can be balanced: each backward pass goes behind so many more forward passes, which
             leaves time for the head on all ranks. v-half: so many more of each stage.
     """
@@ -75,7 +75,7 @@ def weight_grad(microbatch: int, stage: int) -> Op:
 def first(orders: Orders, microbatches: int) -> Orders:
     """The order of the first `microbatches` alone.
 
-    Micro-batches wait for each other only through the order of a rank, so what could run still can.
+    Microbatches wait for each other only through the order of a rank, so what could run still can.
     """
     return tuple(tuple(op for op in ops if op.index < microbatches) for ops in orders)
 

@@ -1,4 +1,4 @@
-"""DualPipeV (DeepSeek, 2025): a V whose steady state pairs a forward with a backward pass of another micro-batch."""
+"""DualPipeV (DeepSeek, 2025): a V whose steady state pairs a forward with a backward pass of another microbatch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def dualpipev(shape: Shape) -> Orders:
     """The order of DualPipeV, each pair as its forward and then its backward pass.
 
     Of the two, only the sends run under the other's compute; the pairs are what communication inside a stage (experts)
-    can be overlapped over. The order needs 2p micro-batches; of fewer, it is the part that concerns them.
+    can be overlapped over. The order needs 2p microbatches; of fewer, it is the part that concerns them.
     """
     p = shape.ranks
     whole = max(shape.microbatches, 2 * p)
@@ -30,7 +30,7 @@ class _Rank:
         self.pending: deque[Op] = deque()
 
     def order(self, microbatches: int) -> Ops:
-        """All operations, for at least 2p micro-batches."""
+        """All operations, for at least 2p microbatches."""
         for _ in range(2 * self.behind):
             self.forward(0)
         for _ in range(self.upto):

@@ -31,8 +31,8 @@ def one_forward_one_backward(shape: Shape) -> Orders:
 def interleaved(shape: Shape) -> Orders:
     """1f1b with several chunks per rank, in Megatron's order (Narayanan et al., 2021); with one chunk, 1f1b.
 
-    Chunks take turns of `group` micro-batches. A turn shorter than the ranks would wait for itself: where the last one
-    would be that short, the order is made for full turns and the missing micro-batches are left out of all of them.
+    Chunks take turns of `group` microbatches. A turn shorter than the ranks would wait for itself: where the last one
+    would be that short, the order is made for full turns and the missing microbatches are left out of all of them.
     """
     p, v, g = shape.ranks, shape.chunks, shape.group
     if v == 1:
@@ -68,7 +68,7 @@ def grouped_split(shape: Shape) -> Orders:
 
 
 def _turns(microbatches: int, chunks: int, group: int) -> list[tuple[int, int]]:
-    """(micro-batch, chunk) of each forward pass: every chunk takes a group of micro-batches, then the next group."""
+    """(microbatch, chunk) of each forward pass: every chunk takes a group of microbatches, then the next group."""
     return [
         (i, c)
         for start in range(0, microbatches, group)

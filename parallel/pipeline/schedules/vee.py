@@ -1,6 +1,6 @@
 """Schedules in a V: a rank holds stage r on the way down and stage 2p - 1 - r on the way up.
 
-zb-v is the hand-made order of Zero Bubble (Qi et al., 2023); v-half and v-min repeat one building block per micro-batch
+zb-v is the hand-made order of Zero Bubble (Qi et al., 2023); v-half and v-min repeat one building block per microbatch
 (Qi et al., Pipeline Parallelism with Controllable Memory, 2024).
 """
 
@@ -13,21 +13,21 @@ from ..program import Op, Ops
 from .base import Orders, Shape, first, forward, input_grad, weight_grad
 
 Offsets = tuple[int, int, int, int]
-"""Slots in which a rank runs F(r), F(2p - 1 - r), B(2p - 1 - r) and B(r) of micro-batch 0."""
+"""Slots in which a rank runs F(r), F(2p - 1 - r), B(2p - 1 - r) and B(r) of microbatch 0."""
 
 INTERVAL = 6
-"""Slots from one micro-batch to the next: F, B and W of two stages."""
+"""Slots from one microbatch to the next: F, B and W of two stages."""
 
 
 class _Counted:
-    """Writes a rank's order; each kind and stage takes its micro-batches in order."""
+    """Writes a rank's order; each kind and stage takes its microbatches in order."""
 
     def __init__(self) -> None:
         self.ops: list[Op] = []
         self.done: Counter[tuple[Kind, int]] = Counter()
 
     def add(self, stage: int, *kinds: Kind, times: int = 1) -> None:
-        """Appends these kinds in turn, each with its next micro-batch."""
+        """Appends these kinds in turn, each with its next microbatch."""
         for _ in range(times):
             for kind in kinds:
                 self.ops.append(Op(kind, self.done[kind, stage], stage))
@@ -37,7 +37,7 @@ class _Counted:
 def zb_v(shape: Shape) -> Orders:
     """No bubble inside a rank's span where F, B and W take equal time, with the memory of 1f1b on every rank.
 
-    The order needs 2p - 1 micro-batches; of fewer, it is the part that concerns them.
+    The order needs 2p - 1 microbatches; of fewer, it is the part that concerns them.
     """
     p = shape.ranks
     whole = max(shape.microbatches, 2 * p - 1)

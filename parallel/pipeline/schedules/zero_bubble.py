@@ -22,7 +22,7 @@ def h2(shape: Shape) -> Orders:
 
 
 def _delayed(rank: int, microbatches: int, warm: int, delay: int) -> Ops:
-    """1f1b with `warm` forward passes first, and each weight gradient `delay` micro-batches late."""
+    """1f1b with `warm` forward passes first, and each weight gradient `delay` microbatches late."""
     ops: list[Op] = [forward(i, rank) for i in range(min(warm, microbatches))]
     for i in range(microbatches):
         if warm + i < microbatches:

@@ -53,7 +53,7 @@ def test_closed_form_of_1f1b(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_published_bubble_rate(capsys: pytest.CaptureFixture[str]) -> None:
-    # Zero Bubble, Tables 5 and 9: 14.6B, 48 micro-batches.
+    # Zero Bubble, Tables 5 and 9: 14.6B, 48 microbatches.
     times = _times(F=11.347, B=11.248, W=8.132, comm=0.377)
     for name, rate in (("1f1b", 0.2552), ("zb-h1", 0.1397), ("zb-h2", 0.0672)):
         found = _json(capsys, name, "--ranks", "16", "--microbatches", "48", *times)
@@ -112,7 +112,7 @@ def test_files_and_summary(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert len(rows) == 4 and all(len(row) <= 80 for row in rows)
 
 
-def test_one_rank_and_one_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_rank_and_one_microbatch(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("gpipe", "1f1b", "gis", "zb-h2", "zb-v", "dualpipev"):
         found = _json(capsys, name, "--ranks", "1", "--microbatches", "1")
         assert found["makespan"] == 3 and found["idle"] == [0]

@@ -259,7 +259,7 @@ AGAIN = {
 def gradients(
     cfg: ModelConfig, how: RunLayer, change: Callable[[Router], None] | None = None
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """(loss, gradients, totals) of one micro-batch."""
+    """(loss, gradients, totals) of one microbatch."""
     model, (tokens, labels) = model_of(cfg), batch()
     model.run_layer = how
     for router in routers(model) if change else ():

@@ -12,7 +12,7 @@ from torch import Tensor
 from pentad.parallel.comm.mesh import Degrees, Mesh
 from pentad.parallel.context.layout import deal_of
 from pentad.parallel.kernels.interfaces import Core
-from pentad.parallel.kernels.mask import Rows, Spread
+from pentad.parallel.kernels.mask import SequenceShards, TokenIndex
 from pentad.parallel.record import reader
 from pentad.parallel.record.ring import Recorder
 from tests.distributed import job_store
@@ -107,7 +107,7 @@ def documents(case: Case) -> Tensor | None:
     return torch.stack([torch.repeat_interleave(torch.arange(len(x)), torch.tensor(x)) for x in case.documents])
 
 
-def spread(case: Case, ranks: int, rank: int = 0) -> Spread:
+def spread(case: Case, ranks: int, rank: int = 0) -> SequenceShards:
     """How the case's tokens are dealt out."""
     ids = documents(case)
     if case.dealing != "random":
@@ -115,7 +115,7 @@ def spread(case: Case, ranks: int, rank: int = 0) -> Spread:
     draws = torch.Generator().manual_seed(3)
     places = torch.stack([torch.randperm(case.length, generator=draws) for _ in range(case.batch)])
     orders = [part.sort(1).values for part in places.chunk(ranks, 1)]
-    return Spread(tuple(Rows(o, None if ids is None else ids.gather(1, o)) for o in orders), rank)
+    return SequenceShards(tuple(TokenIndex(o, None if ids is None else ids.gather(1, o)) for o in orders), rank)
 
 
 def reference(case: Case) -> list[Tensor]:
@@ -139,12 +139,12 @@ def reference(case: Case) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, given.dout.double())]
 
 
-def take(x: Tensor, rows: Rows) -> Tensor:
+def take(x: Tensor, rows: TokenIndex) -> Tensor:
     """(B, S, …) → (B, n, …), the tokens of these rows."""
     return x[torch.arange(len(x))[:, None], rows.order]
 
 
-def put_together(parts: Sequence[Tensor], spread: Spread) -> Tensor:
+def put_together(parts: Sequence[Tensor], spread: SequenceShards) -> Tensor:
     """(B, n, …) of each rank → (B, S, …)."""
     whole = torch.cat(list(parts), 1)
     result = torch.full_like(whole, float("nan"))
@@ -226,7 +226,7 @@ def sent_bytes(record: Path, rank: int, sizes: dict[str, int], step: int = 0) ->
     return total
 
 
-def saved_bytes(case: Case, core: Core, dealt: Spread) -> int:
+def saved_bytes(case: Case, core: Core, dealt: SequenceShards) -> int:
     """What autograd keeps for backward, in the memory of the saved tensors; a collective call."""
     given = inputs(case)
     q, k, v = (take(x, dealt.mine).requires_grad_() for x in (given.q, given.k, given.v))

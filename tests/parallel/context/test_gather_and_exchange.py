@@ -13,14 +13,14 @@ from torch import Tensor
 from pentad.configs.errors import UserError
 from pentad.parallel.comm.mesh import Axis, Degrees, Mesh
 from pentad.parallel.context.gather import AllGather
+from pentad.parallel.context.gathered_tokens import GatheredTokens
 from pentad.parallel.context.ring import Ring
 from pentad.parallel.context.tokenring import TokenRing
 from pentad.parallel.context.ulysses import Ulysses, check_heads
-from pentad.parallel.context.united import United
 from pentad.parallel.context.usp import Usp
 from pentad.parallel.kernels.device import PlainMaths, local_attention
 from pentad.parallel.kernels.interfaces import Core
-from pentad.parallel.kernels.mask import Mask, Rows, Spread
+from pentad.parallel.kernels.mask import Mask, SequenceShards, TokenIndex
 from pentad.parallel.record.ring import Recorder
 from tests.distributed import job_store, run_distributed
 from tests.parallel.context.cases import CASES, Case, attend, check, inputs, on_ranks, saved_bytes, sent_bytes, spread
@@ -153,7 +153,7 @@ class Watched(PlainMaths):
     ],
 )
 def test_what_layers_share_is_made_once(make: Callable[..., Core]):
-    """Masks, with what kernels derive from them, of a micro-batch."""
+    """Masks, with what kernels derive from them, of a microbatch."""
     case = replace(CASES[0], heads=2, kv_heads=2)
     given, dealt, local = inputs(case), spread(case, 1), Watched()
     core = make(Axis.single("cp"), local)
@@ -165,7 +165,7 @@ def test_what_layers_share_is_made_once(make: Callable[..., Core]):
 
 def test_brings_tokens_into_order_and_back():
     orders = torch.tensor([[0, 3, 4], [1, 2, 5]]), torch.tensor([[1, 2, 5], [0, 3, 4]])
-    tokens = United([Rows(order, order + 10) for order in orders])
+    tokens = GatheredTokens([TokenIndex(order, order + 10) for order in orders])
     assert tokens.rows.order.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
     assert tokens.rows.documents is not None
     assert tokens.rows.documents.tolist() == [[10, 11, 12, 13, 14, 15]] * 2
@@ -181,7 +181,7 @@ def test_brings_tokens_into_order_and_back():
 
 
 def test_consecutive_tokens_are_not_copied():
-    tokens = United([Rows(torch.arange(3)[None]), Rows(torch.arange(3, 6)[None])])
+    tokens = GatheredTokens([TokenIndex(torch.arange(3)[None]), TokenIndex(torch.arange(3, 6)[None])])
     whole = torch.empty(2, 6, 4)
     tokens.put(whole, slice(1, 3), torch.arange(32.0).view(2, 2, 2, 4))
     found = tokens.get(whole, slice(1, 3))
@@ -196,6 +196,6 @@ def test_heads_that_ranks_cannot_share():
     case = Case("three heads", heads=3, kv_heads=3)
     given = inputs(case)
     core = Ulysses(Axis("cp", 0, 2, (0, 1)), PlainMaths())
-    half = Spread((Rows(torch.arange(24)[None]), Rows(torch.arange(24, 48)[None])))
+    half = SequenceShards((TokenIndex(torch.arange(24)[None]), TokenIndex(torch.arange(24, 48)[None])))
     with pytest.raises(UserError, match="2 ranks cannot share 3 query heads"):
         core(given.q[:, :24], given.k[:, :24], given.v[:, :24], half, None, case.scale)

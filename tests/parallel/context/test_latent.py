@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pentad.parallel.comm.mesh import Axis, Degrees, Mesh
 from pentad.parallel.context.gather import AllGather, GatherLatent
 from pentad.parallel.kernels.device import PlainMaths
-from pentad.parallel.kernels.mask import Spread
+from pentad.parallel.kernels.mask import SequenceShards
 from pentad.parallel.record.ring import Recorder
 from tests.distributed import job_store, run_distributed
 from tests.parallel.context.cases import CASES, Case, documents, put_together, sent_bytes, spread, take
@@ -43,7 +43,7 @@ def _keys_values(expanded: Tensor, turning: Tensor) -> tuple[Tensor, Tensor]:
 def _expected(case: Case) -> list[Tensor]:
     up, given, dout = _inputs(case)
     q, latent, turning = (x.requires_grad_() for x in given)
-    core, whole = AllGather(Axis.single("cp"), PlainMaths()), Spread.whole(case.length, documents(case))
+    core, whole = AllGather(Axis.single("cp"), PlainMaths()), SequenceShards.whole(case.length, documents(case))
     out = core(q, *_keys_values(up(latent), turning), whole, case.window, case.scale)
     return [out.detach(), *torch.autograd.grad(out, (q, latent, turning, up.weight), dout)]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pentad.parallel.context.layout import by_length, contiguous, zigzag
-from pentad.parallel.kernels.mask import Spread
+from pentad.parallel.kernels.mask import SequenceShards
 
 
 def documents_of(lengths: list[int]) -> torch.Tensor:
@@ -15,7 +15,7 @@ def documents_of(lengths: list[int]) -> torch.Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
 
 
-def work(spread: Spread, documents: torch.Tensor | None, length: int) -> np.ndarray:
+def work(spread: SequenceShards, documents: torch.Tensor | None, length: int) -> np.ndarray:
     """(B, ranks) unmasked pairs, counted key by key."""
     ids = torch.zeros(1, length, dtype=torch.long) if documents is None else documents
     place = torch.zeros_like(ids)
@@ -33,7 +33,7 @@ def random_documents(seed: int, length: int, mean: float) -> torch.Tensor:
     return documents_of(lengths)
 
 
-def check_partition(spread: Spread, length: int) -> None:
+def check_partition(spread: SequenceShards, length: int) -> None:
     counts = {rows.count for rows in spread.ranks}
     assert counts == {length // len(spread.ranks)}
     orders = torch.cat([rows.order for rows in spread.ranks], 1)
@@ -81,7 +81,7 @@ def test_by_length(ranks, mean):
         assert others <= {3: 0, 60: 0.1, 700: 0.6, 5000: 1}[mean] * (ranks - 1)
 
 
-def sharers(spread: Spread, documents: torch.Tensor) -> np.ndarray:
+def sharers(spread: SequenceShards, documents: torch.Tensor) -> np.ndarray:
     """How many ranks have tokens of each document of one sequence."""
     found = np.zeros(int(documents.max()) + 1, dtype=np.int64)
     for rows in spread.ranks:

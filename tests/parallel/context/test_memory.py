@@ -21,7 +21,7 @@ from pentad.parallel.context.ulysses import Ulysses
 from pentad.parallel.context.usp import Usp
 from pentad.parallel.kernels.attention import attention
 from pentad.parallel.kernels.interfaces import Core
-from pentad.parallel.kernels.mask import Mask, Spread
+from pentad.parallel.kernels.mask import Mask, SequenceShards
 from pentad.parallel.kernels.merge import precise
 from pentad.parallel.record.ring import Recorder
 from tests.distributed import job_store, run_distributed
@@ -103,7 +103,7 @@ def measured(rank: int, world: int, cases: list[Case]) -> list[dict[str, Bytes]]
     return found
 
 
-def one_call(core: Core, case: Case, dealt: Spread) -> Bytes:
+def one_call(core: Core, case: Case, dealt: SequenceShards) -> Bytes:
     saved, given = saved_bytes(case, core, dealt), inputs(case)
     q, k, v = leaves = [take(x, dealt.mine).requires_grad_() for x in (given.q, given.k, given.v)]
     dout = take(given.dout, dealt.mine)
@@ -161,7 +161,13 @@ SHAPES = [
 
 
 def alone(
-    q: Tensor, k: Tensor, v: Tensor, spread: Spread, window: int | None, scale: float, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spread: SequenceShards,
+    window: int | None,
+    scale: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     return attention(Results(), q, k, v, Mask.of(spread.mine, window), scale, sinks)
 

@@ -11,11 +11,11 @@ import torch
 from pentad.configs.errors import UserError
 from pentad.parallel.comm.mesh import Axis, Mesh
 from pentad.parallel.context.ring import Ring
-from pentad.parallel.context.routes import Choice, Timetables
+from pentad.parallel.context.ring_plan import RowSelection, Timetables
 from pentad.parallel.context.tokenring import TokenRing
 from pentad.parallel.kernels.blockwise import Blockwise
 from pentad.parallel.kernels.device import PlainMaths
-from pentad.parallel.kernels.mask import Mask, Rows
+from pentad.parallel.kernels.mask import Mask, TokenIndex
 from pentad.parallel.record import reader
 from tests.distributed import run_distributed
 from tests.parallel.context.cases import CASES, MANY, Case, attend, check, on_ranks, sent_bytes, spread
@@ -201,8 +201,8 @@ def test_timetables_live_as_long_as_their_dealing_out():
 
 def test_choices_differ_between_sequences():
     chosen = torch.tensor([[True, False, True, True], [False, True, False, False]])
-    choice = Choice.of(chosen)
-    rows = choice.rows(Rows(torch.tensor([[0, 3, 5, 9]])))
+    choice = RowSelection.of(chosen)
+    rows = choice.rows(TokenIndex(torch.tensor([[0, 3, 5, 9]])))
     assert rows.order[0].tolist() == [0, 5, 9]
     assert rows.order[1, 0] == 3
     assert (rows.order[1, 1:] > 1 << 60).all()

@@ -17,7 +17,7 @@ from pentad.parallel.kernels.device import Cpu, Cuda, PlainMaths, check_local_at
 from pentad.parallel.kernels.fused_attention import Fused, pieces
 from pentad.parallel.kernels.fused_kernels import CpuFlash
 from pentad.parallel.kernels.interfaces import LocalAttention
-from pentad.parallel.kernels.mask import Mask, Rows
+from pentad.parallel.kernels.mask import Mask, TokenIndex
 from pentad.parallel.kernels.merge import merge_
 
 LOCALS: dict[str, LocalAttention] = {
@@ -26,13 +26,13 @@ LOCALS: dict[str, LocalAttention] = {
 SCALE = 0.7
 
 
-def rows(*orders: Sequence[int], lengths: Sequence[Sequence[int]] | None = None) -> Rows:
+def rows(*orders: Sequence[int], lengths: Sequence[Sequence[int]] | None = None) -> TokenIndex:
     """Of each sequence, or one for all; `lengths`: of the documents of whole sequences."""
     order = torch.tensor([list(order) for order in orders])
     if lengths is None:
-        return Rows(order)
+        return TokenIndex(order)
     ids = [[i for i, length in enumerate(of_one) for _ in range(length)] for of_one in lengths]
-    return Rows(
+    return TokenIndex(
         order, torch.stack([torch.tensor(of_one)[order[min(i, len(order) - 1)]] for i, of_one in enumerate(ids)])
     )
 
@@ -85,7 +85,7 @@ def seen(mask: Mask, batch: int) -> Tensor:
     return found
 
 
-def _lists(x: Rows, b: int) -> tuple[list[int], list[int]]:
+def _lists(x: TokenIndex, b: int) -> tuple[list[int], list[int]]:
     order = x.order[b if len(x.order) > 1 else 0].tolist()
     return order, [0] * len(order) if x.documents is None else x.documents[b].tolist()
 
@@ -199,7 +199,7 @@ def test_lower_precision(local, dtype, name):
 
 def test_operands_need_not_be_contiguous(local):
     """Heads first in memory, and one tensor for keys and values."""
-    mask = Mask.of(Rows.whole(80))
+    mask = Mask.of(TokenIndex.whole(80))
     q, k, v, dout = tensors(mask, (4, 2, 8, 8))
     expected = local.forward(q, k, v, mask, SCALE)
     grads = local.backward(dout, q, k, v, *expected, mask, SCALE)
@@ -239,7 +239,8 @@ def test_runs_of_tokens_need_no_masks():
     """Zigzag queries with gathered keys: four kernels without a mask; packed documents: one for each long one."""
     order = [*range(300, 600), *range(1200, 1500)]
     found = [
-        (p.first, p.last, p.low, p.high, p.causal, p.masked) for p in pieces(rows(order), Rows.whole(1800), None, 1)
+        (p.first, p.last, p.low, p.high, p.causal, p.masked)
+        for p in pieces(rows(order), TokenIndex.whole(1800), None, 1)
     ]
     assert found == [
         (0, 300, 0, 300, False, False),
@@ -261,11 +262,11 @@ def test_the_cpu_runs_torchs_operator_for_long_runs_only(monkeypatch):
     monkeypatch.setattr(fused_attention, "_SHORT", 20)
     cpu, packed = Cpu(), rows(range(210), lengths=[[104, 106]])
     for mask, value, fused in (
-        (Mask.of(Rows.whole(110)), 8, True),
+        (Mask.of(TokenIndex.whole(110)), 8, True),
         (Mask.of(packed), 8, True),
-        (Mask.of(Rows.whole(90)), 8, False),
-        (Mask.of(Rows.whole(110), 10), 8, False),
-        (Mask.of(Rows.whole(110)), 4, False),
+        (Mask.of(TokenIndex.whole(90)), 8, False),
+        (Mask.of(TokenIndex.whole(110), 10), 8, False),
+        (Mask.of(TokenIndex.whole(110)), 4, False),
         (Mask.of(rows(range(210), lengths=[[160, 50]])), 8, False),
     ):
         q, k, v, dout = (x.float() for x in tensors(mask, (2, 1, 8, value), 1))
@@ -279,7 +280,7 @@ def test_the_cpu_runs_torchs_operator_for_long_runs_only(monkeypatch):
 
 def test_what_is_kept_for_backward():
     """q, k, v, out and the log-sum-exp, and no copies of them."""
-    mask = Mask.of(Rows.whole(70))
+    mask = Mask.of(TokenIndex.whole(70))
     q, k, v, _ = (x.requires_grad_() for x in tensors(mask, (4, 2, 8, 6)))
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):

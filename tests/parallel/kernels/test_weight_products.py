@@ -111,7 +111,7 @@ def test_where_the_device_can_products_lose_nothing(exact, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_elsewhere_they_are_rounded_once_a_micro_batch(case):
+def test_elsewhere_they_are_rounded_once_a_microbatch(case):
     assert 1e-6 < CASES[case]() < 2.5e-3
 
 

@@ -29,7 +29,7 @@ def sound_program(rng: random.Random) -> Program:
 def broken_programs(seed: int, count: int) -> Iterator[tuple[str, Program]]:
     """`count` pairs of a kind and a program with one mistake of that kind, the kinds in turn.
 
-    dropped: an operation is missing. retargeted: one has another micro-batch, stage, slot or rank. swapped: two of a
+    dropped: an operation is missing. retargeted: one has another microbatch, stage, slot or rank. swapped: two of a
     rank are exchanged, half of the time neighbours; such a program may still be a correct one.
     """
     rng = random.Random(seed)

@@ -71,7 +71,7 @@ def test_completeness_lists_all_that_is_wrong() -> None:
 @pytest.mark.parametrize(
     "edit, defect",
     [
-        (("F1@0", "F7@0"), "rank 0: F7@0 does not belong here (there are 3 micro-batches)"),
+        (("F1@0", "F7@0"), "rank 0: F7@0 does not belong here (there are 3 microbatches)"),
         (("F1@0", "F1@5"), "rank 0: F1@5 does not belong here (there are 2 stages)"),
         (("F1@0", "F1@0 S0"), "rank 0: S0 does not belong here (the vocabulary is not balanced)"),
         (("BW1@0", "BW1@0 W1@0"), "rank 0: BW1@0 does not belong here (a backward pass is either BW or B and W)"),
@@ -221,7 +221,7 @@ def test_activations_within_the_limit() -> None:
     program = lower(generate("1f1b", ranks=4, microbatches=8, chunks=1))
     check(program, limit=[4, 3, 2, 1])
     assert _defects(program, [4, 2.5, 2, 1]) == [
-        "rank 1 holds 3 activations of a micro-batch, more than the limit of 2.5"
+        "rank 1 holds 3 activations of a microbatch, more than the limit of 2.5"
     ]
     check(generate("zb-v", ranks=4, microbatches=12, chunks=2), limit=[4, 4, 4, 4])
     check(forward_only((0, 1, 1, 0), 5), limit=[0.5, 0.5])
@@ -245,7 +245,7 @@ def test_evaluation() -> None:
         (("OPT0", "OPT2"), "rank 0: OPT0 is listed 0 times, not 1 times"),
         (("NORM", ""), "NORM is listed [0, 1] times on the ranks: it must be once on all of them, or on none"),
         (("RG1", "RG1 NORM"), "NORM is listed [2, 1] times on the ranks: it must be once on all of them, or on none"),
-        (("RG1", "BW9@0 RG1"), "rank 0: BW9@0 does not belong here (there are 3 micro-batches)"),
+        (("RG1", "BW9@0 RG1"), "rank 0: BW9@0 does not belong here (there are 3 microbatches)"),
         (("AG0", "AG0 AG0"), "rank 0: AG0 is listed 2 times, not 1 times"),
     ],
 )

@@ -139,10 +139,10 @@ def test_every_operation_stands_at_its_time_in_its_lane(timeline: Timeline) -> N
             assert width == pytest.approx((end - start) * scale, abs=1.1)
 
 
-def test_the_numbers_of_micro_batches_and_totals_are_written() -> None:
+def test_the_numbers_of_microbatches_and_totals_are_written() -> None:
     words = _words(svg(_timeline("1f1b", 4, 8), title="One & <two>", unit="ms"))
     assert words[0] == "One & <two>"
-    assert "makespan 33 ms" in words[1] and "bubble 27.3%" in words[1] and "peak 4 micro-batches" in words[1]
+    assert "makespan 33 ms" in words[1] and "bubble 27.3%" in words[1] and "peak 4 microbatches" in words[1]
     # Twice on each of four ranks, once per axis tick or table entry of that value.
     assert words.count("7") == 8
     assert {"rank 0", "rank 3", "F forward", "BW backward", "idle", "27.3%", "0.0%"} <= set(words)
@@ -240,7 +240,7 @@ def test_png_has_the_size_of_the_svg(tmp_path: Path) -> None:
 
 def test_terminal() -> None:
     assert terminal(_timeline("1f1b", 2, 3), width=44).splitlines() == [
-        "2 ranks × 3 micro-batches   makespan 12   bubble 25.0%   peak 2 micro-batches",
+        "2 ranks × 3 microbatches   makespan 12   bubble 25.0%   peak 2 microbatches",
         "rank 0  F0 F1 ······B0    F2 B1    ···B2",
         "rank 1  ···F0 B0    F1 B1    F2 B2    ······",
         "        └──────────────┴──────────────┴──────",
@@ -282,7 +282,7 @@ def test_chrome_trace() -> None:
     assert sorted((flow["s"]["pid"], flow["f"]["pid"]) for flow in flows.values()) == [(0, 1), (0, 1), (1, 0), (1, 0)]
     for flow in flows.values():
         assert flow["f"]["ts"] - flow["s"]["ts"] >= 0.5e6
-    held = [e["args"]["micro-batches"] for e in events if e["ph"] == "C" and e["pid"] == 0]
+    held = [e["args"]["microbatches"] for e in events if e["ph"] == "C" and e["pid"] == 0]
     assert held == [1, 2, 1, 0]
 
 

@@ -108,7 +108,7 @@ def test_lanes_find_one_order_where_ranks_pass_in_different_ones() -> None:
 
 
 @pytest.mark.parametrize("microbatches", [16, 64])
-def test_buffers_of_1f1b_do_not_grow_with_micro_batches(microbatches: int) -> None:
+def test_buffers_of_1f1b_do_not_grow_with_microbatches(microbatches: int) -> None:
     """As many inputs as activations and one that is on its way; of gradients one in use and one on its way."""
     p = 4
     count = slots(lower(generate("1f1b", ranks=p, microbatches=microbatches, chunks=1)))
@@ -118,7 +118,7 @@ def test_buffers_of_1f1b_do_not_grow_with_micro_batches(microbatches: int) -> No
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "gpipe"])
-def test_buffers_do_not_grow_with_micro_batches_however_slow_a_stage_is(name: str) -> None:
+def test_buffers_do_not_grow_with_microbatches_however_slow_a_stage_is(name: str) -> None:
     chunks = SCHEDULES[name].chunks or 2
     stages = 4 * chunks
     times = Times(forward=(0.1,) * (stages - 1) + (3.0,), hop=0.2)
@@ -233,7 +233,7 @@ def test_evaluations_fill_the_ranks_and_few_buffers(placement: tuple[int, ...], 
     assert simulate(program, latency).makespan <= work + 2 * ranks
     slow = Times(forward=(1.0,) * (len(placement) - 1) + (5.0,))
     for m in (40, 80):
-        # The senders in front of a slow stage wait: buffers stay as they are, whatever the times and micro-batches.
+        # The senders in front of a slow stage wait: buffers stay as they are, whatever the times and microbatches.
         buffers = slots(lower(forward_only(placement, m, barriers), times=slow))
         assert all(count <= ranks + 1 for count in buffers.values()), buffers
     if barriers:

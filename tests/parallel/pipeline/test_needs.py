@@ -73,7 +73,7 @@ def test_it_is_checked_and_lowered(squeeze: Kind) -> None:
     [
         (0, "F1@0", "SQ1@0 F1@0", "SQ1@0 is listed 2 times"),
         (1, "SQ0@1", "SQ0@0", "stage 0 is on rank 0"),
-        (1, "SQ0@1", "SQ9@1", "there are 5 micro-batches"),
+        (1, "SQ0@1", "SQ9@1", "there are 5 microbatches"),
         (2, "F0@2 SQ0@2", "SQ0@2 F0@2", "comes before F0@2"),
     ],
 )

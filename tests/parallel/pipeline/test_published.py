@@ -13,7 +13,7 @@ from pentad.parallel.pipeline.simulate import simulate
 from pentad.parallel.pipeline.times import Times
 
 # Zero Bubble Pipeline Parallelism (Qi et al., arXiv 2401.10241): F, B, W and one hop in ms (Table 9), and the bubble
-# rates of 1F1B, 1F1B-I, ZB-H1 and ZB-H2 (Table 5), by ranks and micro-batches. 1F1B-I has one layer per chunk.
+# rates of 1F1B, 1F1B-I, ZB-H1 and ZB-H2 (Table 5), by ranks and microbatches. 1F1B-I has one layer per chunk.
 ZERO_BUBBLE = {
     (8, 24): ((18.522, 18.086, 9.337, 0.601), (0.2431, 0.1055, 0.1585, 0.1083)),
     (8, 32): ((18.513, 18.086, 9.331, 0.626), (0.1985, 0.0818, 0.1242, 0.0837)),

@@ -49,7 +49,7 @@ def any_program(name: str, data: st.DataObject) -> tuple[int | None, Program]:
 
 
 def peaks(program: Program) -> list[int]:
-    """The most activations of one chunk and micro-batch that each rank holds."""
+    """The most activations of one chunk and microbatch that each rank holds."""
     most = []
     for ops in program.ranks:
         held, peak = 0, 0
@@ -146,7 +146,7 @@ def test_no_rank_keeps_more_activations_than_the_schedule_promises(name, data):
 @EXACT
 @given(st.sampled_from(("gpipe", "1f1b")), ranks, st.data(), durations)
 def test_gpipe_and_1f1b_have_the_bubble_and_the_memory_of_theory(name, p, data, times):
-    """Any number of micro-batches, any times."""
+    """Any number of microbatches, any times."""
     f, b, w = times
     m = data.draw(st.integers(1, 3 * p + 3))
     program = generate(name, ranks=p, microbatches=m)
@@ -157,7 +157,7 @@ def test_gpipe_and_1f1b_have_the_bubble_and_the_memory_of_theory(name, p, data, 
 @EXACT
 @given(ranks, st.integers(1, 4), st.integers(1, 4), durations, st.data())
 def test_interleaved_divides_the_bubble_by_the_chunks(p, v, turns, times, data):
-    """Any times, where whole turns of g micro-batches make up the step."""
+    """Any times, where whole turns of g microbatches make up the step."""
     f, b, w = times
     g = data.draw(group_of("interleaved", p))
     m = turns * (g or p)
@@ -169,7 +169,7 @@ def test_interleaved_divides_the_bubble_by_the_chunks(p, v, turns, times, data):
 @EXACT
 @given(ranks, st.integers(1, 4), st.integers(1, 4), durations)
 def test_gis_has_the_memory_of_1f1b_and_no_weight_gradient_in_its_bubble(p, v, turns, times):
-    """Any times, where p divides the micro-batches."""
+    """Any times, where p divides the microbatches."""
     f, b, w = times
     program = generate("gis", ranks=p, microbatches=turns * p, chunks=v)
     assert bubbles(program, f, b, w)[0] == (p - 1) * (f + b)
@@ -179,7 +179,7 @@ def test_gis_has_the_memory_of_1f1b_and_no_weight_gradient_in_its_bubble(p, v, t
 @EXACT
 @given(ranks, st.integers(1, 4), st.integers(1, 4), durations, st.data())
 def test_gis_with_smaller_groups(p, v, turns, times, data):
-    """Exact at equal times for every g, and at g = p/2 for W ≤ min(F, B) as long as g micro-batches outlast one
+    """Exact at equal times for every g, and at g = p/2 for W ≤ min(F, B) as long as g microbatches outlast one
     pass through the ranks; for other g the table is an upper bound then."""
     f, b, w = times
     g = data.draw(st.integers(-(-p // 2), p))
@@ -194,7 +194,7 @@ def test_gis_with_smaller_groups(p, v, turns, times, data):
 @EXACT
 @given(ranks, st.data(), durations)
 def test_zero_bubble_with_one_stage_per_rank(p, data, times):
-    """W ≤ min(F, B); zb-h1 from p micro-batches on, zb-h2 from 2p - 1 on and by the span of a rank."""
+    """W ≤ min(F, B); zb-h1 from p microbatches on, zb-h2 from 2p - 1 on and by the span of a rank."""
     f, b, w = times
     assume(w <= min(f, b))
     m = data.draw(st.integers(2 * p - 1, 4 * p))
@@ -209,7 +209,7 @@ def test_zero_bubble_with_one_stage_per_rank(p, data, times):
 @EXACT
 @given(st.integers(1, 12), st.integers(0, 9))
 def test_v_schedules_at_equal_times(p, more):
-    """zb-v from 2p - 1 micro-batches on, dualpipev from 2p on; the bubbles in passes of one chunk.
+    """zb-v from 2p - 1 microbatches on, dualpipev from 2p on; the bubbles in passes of one chunk.
 
     The pairs of dualpipev run one after the other here, which leaves half of what its authors state for fused ones.
     """
@@ -224,7 +224,7 @@ def test_v_schedules_at_equal_times(p, more):
 @EXACT
 @given(st.integers(1, 16), st.integers(0, 9))
 def test_controllable_memory_at_equal_times(p, more):
-    """Peaks from p micro-batches on; the bubbles as measured, of 6(p - 1) that 1f1b has in the same unit. Weight
+    """Peaks from p microbatches on; the bubbles as measured, of 6(p - 1) that 1f1b has in the same unit. Weight
     gradients follow in the order of their input gradients."""
     m = max(2, p) + more
     half = generate("v-half", ranks=p, microbatches=m)
@@ -239,7 +239,7 @@ def test_controllable_memory_at_equal_times(p, more):
 
 
 def test_interleaved_spreads_the_microbatches_that_a_last_turn_lacks():
-    """With one micro-batch too many for whole turns, at most twice the bubble; a last turn of one would be thrice."""
+    """With one microbatch too many for whole turns, at most twice the bubble; a last turn of one would be thrice."""
     for p, v in ((4, 2), (8, 2), (8, 4), (16, 2)):
         assert bubbles(generate("interleaved", ranks=p, microbatches=4 * p + 1, chunks=v), 1, 1, 1)[0] <= 6 * (p - 1)
 
@@ -315,7 +315,7 @@ def test_the_registry_agrees_with_the_configuration():
         ("gis", {"group": 5}, "parallel.pipeline.group", "set 2 to 4"),
         ("interleaved", {"group": 3}, "parallel.pipeline.group", "less than the 4 ranks"),
         ("1f1b", {"group": 4}, "parallel.pipeline.group", "no groups"),
-        ("1f1b", {"microbatches": 0}, "", "0 micro-batches"),
+        ("1f1b", {"microbatches": 0}, "", "0 microbatches"),
         ("1f1b", {"ranks": 0}, "parallel.pp", "0 is no number"),
     ),
 )

@@ -14,7 +14,7 @@ from pentad.models.parallelize import build, initial_values
 from pentad.models.stages import Inputs, Split, run_stage
 from pentad.models.transformer import Transformer
 from pentad.parallel.gradients import slot_of
-from pentad.trainer.data.dataset import MicroBatch
+from pentad.trainer.data.dataset import Microbatch
 from tests.distributed import run_distributed
 from tests.training import Run, job
 
@@ -57,7 +57,7 @@ def _make_stage(run: Run, stage: int) -> Stage:
     return Stage(model, split, stage, shape, torch.float64)
 
 
-def theirs(run: Run, name: str, batches: list[MicroBatch], valid: int) -> tuple[dict[str, Tensor], float]:
+def theirs(run: Run, name: str, batches: list[Microbatch], valid: int) -> tuple[dict[str, Tensor], float]:
     """The gradients of this rank's parameters under torch's runtime, and the loss where the last stage is."""
     schedule, _ = THEIRS[name]
     pipeline, cfg = run.parts.pipeline, run.cfg

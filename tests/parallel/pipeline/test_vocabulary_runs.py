@@ -75,7 +75,7 @@ def peak_mib(program: Program, run: Run) -> float:
     """Of the fullest rank.
 
     16 bytes per parameter (mixed-precision Adam), 34 bytes per token, hidden unit and layer in flight, and the logits
-    of one micro-batch: bf16, fp32 and their gradient on the last rank, or the bf16 and fp32 shard of every rank.
+    of one microbatch: bf16, fp32 and their gradient on the last rank, or the bf16 and fp32 shard of every rank.
     """
     h, v, tokens = run["hidden"], run["vocab"], run["seq_len"]
     every = BARRIERS[run["method"]] > 0
@@ -102,7 +102,7 @@ def layers_of(run: Run) -> list[int]:
 
 
 def in_flight(program: Program, rank: int) -> int:
-    """Micro-batches between F and BW on a rank, at most."""
+    """Microbatches between F and BW on a rank, at most."""
     held = peak = 0
     for op in program.ranks[rank]:
         held += {Kinds.FORWARD: 1, Kinds.BACKWARD: -1}.get(op.kind, 0)

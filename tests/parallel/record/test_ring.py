@@ -58,7 +58,7 @@ def _kill(process: subprocess.Popen[str]) -> None:
         process.stdout.close()
 
 
-def _assert_names_the_open_entry(ring: record_view.Ring) -> None:
+def _assert_names_the_open_entry(ring: record_view.RecordRing) -> None:
     (entry,) = ring.open()
     assert ring.name(entry["kind"]) == "all_gather" and ring.name(entry["axis"]) == "tp"
     assert (entry["step"], entry["micro_batch"], entry["op"]) == (17, 4, 9)

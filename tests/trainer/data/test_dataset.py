@@ -12,7 +12,7 @@ import torch
 from pentad.configs.errors import UserError
 from pentad.configs.schema import BinData, BlendData, DataConfig, JsonlData, TextData
 from pentad.trainer.data import packing
-from pentad.trainer.data.dataset import Dataset, MicroBatch, Split, open_data
+from pentad.trainer.data.dataset import Dataset, Microbatch, Split, open_data
 from pentad.trainer.data.indexed import IndexedReader, IndexedWriter
 from pentad.trainer.data.packing import TokenStream
 from pentad.trainer.data.tokenizer import check_vocab
@@ -106,7 +106,7 @@ def test_held_out_windows_are_never_trained_on(tmp_path: Path) -> None:
     )
 
 
-def same(one: MicroBatch, two: MicroBatch) -> bool:
+def same(one: Microbatch, two: Microbatch) -> bool:
     return all(torch.equal(a, b) for a, b in ((one.tokens, two.tokens), (one.labels, two.labels)))
 
 

@@ -14,7 +14,7 @@ import torch
 
 from pentad.configs.errors import UserError
 from pentad.configs.schema import BinData
-from pentad.trainer.data.dataset import Dataset, MicroBatch, Split, open_data
+from pentad.trainer.data.dataset import Dataset, Microbatch, Split, open_data
 from pentad.trainer.data.indexed import IndexedWriter
 from pentad.trainer.data.loader import Loader, heldout_batches, heldout_steps
 
@@ -58,7 +58,7 @@ def global_batches(
     return steps
 
 
-def table(batch: MicroBatch) -> torch.Tensor:
+def table(batch: Microbatch) -> torch.Tensor:
     assert batch.positions is not None and batch.documents is not None
     return torch.cat((batch.samples[:, None], batch.tokens, batch.labels, batch.positions, batch.documents), dim=1)
 
@@ -73,7 +73,7 @@ def test_the_global_batch_is_the_same_in_every_layout(data: Dataset) -> None:
         assert all(torch.equal(a, b) for a, b in zip(reference, other, strict=True))
 
 
-def test_rank_r_owns_micro_batches_a_dp_plus_r(data: Dataset) -> None:
+def test_rank_r_owns_microbatches_a_dp_plus_r(data: Dataset) -> None:
     loader = Loader(data.train, global_batch=8, micro_batch=2, dp_rank=1, dp_size=2, start_step=3, steps=4)
     (step,) = loader
     assert [batch.samples.tolist() for batch in step] == [[26, 27], [30, 31]]
@@ -109,10 +109,10 @@ def broken(split: Split, at: int, error: Exception) -> Split:
 
     @dataclasses.dataclass(frozen=True)
     class Broken(Split):
-        def batch(self, step: int, micro_batch_index: int, *, global_batch: int, micro_batch: int) -> MicroBatch:
+        def batch(self, step: int, microbatch_index: int, *, global_batch: int, micro_batch: int) -> Microbatch:
             if step == at:
                 raise error
-            return super().batch(step, micro_batch_index, global_batch=global_batch, micro_batch=micro_batch)
+            return super().batch(step, microbatch_index, global_batch=global_batch, micro_batch=micro_batch)
 
     return Broken(**vars(split))
 
@@ -130,9 +130,9 @@ def test_an_exception_in_the_thread_reaches_the_consumer_at_its_step(data: Datas
 def test_wait_is_measured(data: Dataset) -> None:
     @dataclasses.dataclass(frozen=True)
     class Slow(Split):
-        def batch(self, step: int, micro_batch_index: int, *, global_batch: int, micro_batch: int) -> MicroBatch:
+        def batch(self, step: int, microbatch_index: int, *, global_batch: int, micro_batch: int) -> Microbatch:
             time.sleep(0.1)
-            return super().batch(step, micro_batch_index, global_batch=global_batch, micro_batch=micro_batch)
+            return super().batch(step, microbatch_index, global_batch=global_batch, micro_batch=micro_batch)
 
     with Loader(Slow(**vars(data.train)), global_batch=BATCH, micro_batch=4, steps=3, prefetch=2) as loader:
         next(loader)

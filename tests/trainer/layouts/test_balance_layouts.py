@@ -70,7 +70,7 @@ def test_layout(balance, layout):
 @pytest.mark.distributed
 @pytest.mark.parametrize("balance", ["sequence", "global_batch", "bias"])
 def test_accumulation_changes_nothing(balance):
-    """These do not know micro-batches, and neither must the training."""
+    """These do not know microbatches, and neither must the training."""
     expected = alone(BALANCE[balance], micro_batch=2)
     for size in (1, 8):
         found = alone(BALANCE[balance], micro_batch=size)
@@ -85,15 +85,15 @@ def test_accumulation_changes_nothing(balance):
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["expert_choice", "sinkhorn"])
 @pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
-def test_routers_that_see_the_whole_micro_batch(name, dispatcher):
-    """Ranks with different micro-batches exchange tokens, of which some go to more experts than others."""
+def test_routers_that_see_the_whole_microbatch(name, dispatcher):
+    """Ranks with different microbatches exchange tokens, of which some go to more experts than others."""
     wanted = settings({"name": name}, dispatcher=dispatcher)
     check(**wanted, tp=2, dp=2, ep=4, recompute="full")
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("drop", ["probability", "position"])
-def test_capacity_of_the_whole_micro_batch(drop):
+def test_capacity_of_the_whole_microbatch(drop):
     ranks = check(**settings({"aux_loss": 0.1}, capacity_factor=0.8, drop=drop), tp=2, dp=2, ep=2, recompute="full")
     assert (field(ranks[0], "dropped") > 0).all()
 

@@ -93,7 +93,7 @@ def test_packed_documents_with_uneven_losses(sharding):
 @pytest.mark.parametrize(
     ("micro_batch", "dp", "sharding"), [(1, 1, "ddp"), (8, 1, "ddp"), (1, 2, "fsdp"), (4, 2, "zero1")]
 )
-def test_micro_batch_and_accumulation_change_nothing(micro_batch, dp, sharding):
+def test_microbatch_and_accumulation_change_nothing(micro_batch, dp, sharding):
     cfg = job(micro_batch=micro_batch, dp=dp, sharding=sharding)
     curves = run_distributed(curve, dp, cfg, group=False)
     assert worst(curves, reference(job())) < 1e-11

@@ -184,7 +184,7 @@ def test_what_each_sharding_divides() -> None:
     assert (ddp.parameters, ddp.gradients, ddp.masters, ddp.states) == (2 * n, 4 * n, 4 * n, 8 * n)
     assert (zero1.parameters, zero1.gradients, zero1.masters, zero1.states) == (2 * n, 4 * n, 2 * n, 4 * n)
     assert (fsdp.parameters, fsdp.gradients, fsdp.masters, fsdp.states) == (2 * n, 2 * n, 0, 4 * n)
-    assert estimate(_job("parallel.data.sharding=fsdp")).gradients == 4 * n  # two micro-batches accumulate
+    assert estimate(_job("parallel.data.sharding=fsdp")).gradients == 4 * n  # two microbatches accumulate
     assert estimate(_job("train.dtype=fp64")).masters == 0
 
 
@@ -233,7 +233,7 @@ def test_activations_in_flight_are_the_programs() -> None:
     assert [memory.activations for memory in per_rank(cfg)] == [4 * layer, 3 * layer, 2 * layer, layer + head]
     assert estimate(cfg).rank == 0 and estimate(cfg).activations == 4 * layer
     gpipe = per_rank(_pipeline("layers=[2, 2, 2, 2]", "schedule=gpipe"))
-    assert gpipe[0].activations == 24 * layer  # 96 sequences over 2 replicas, 2 per micro-batch
+    assert gpipe[0].activations == 24 * layer  # 96 sequences over 2 replicas, 2 per microbatch
     uneven = per_rank(_pipeline("layers=[0, 1, 3, 4]"))
     assert [memory.activations for memory in uneven][:3] == [0, 3 * layer // 2, 3 * layer]
 
@@ -248,8 +248,8 @@ def test_recompute_keeps_the_inputs_of_the_layers() -> None:
 @pytest.mark.parametrize(
     "schedule", ["1f1b", "interleaved", "gis", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipev"]
 )
-def test_more_micro_batches_hold_no_more(schedule: str) -> None:
-    """What the estimate takes for the steady state: 4 pp micro-batches and two groups."""
+def test_more_microbatches_hold_no_more(schedule: str) -> None:
+    """What the estimate takes for the steady state: 4 pp microbatches and two groups."""
     vocabularies = ["ends", "balanced"] if schedule in ("1f1b", "interleaved", "gis", "v-half") else ["ends"]
     for vocab in vocabularies:
         cfg = _pipeline(f"schedule={schedule}", f"vocab={vocab}")

@@ -35,7 +35,7 @@ def _lines(job: str, *given: str, apart: str = "") -> list[str]:
 def test_every_kind_of_parallelism_is_named() -> None:
     assert _lines("demo") == [
         "demo: mixtral, 9.6 M parameters, fp32 on cpu",
-        "layout: tp 2 × pp 2 × cp 2 (ring) × dp 1 (zero1) = 8 ranks, 2 micro-batches of 4 × 256 tokens each",
+        "layout: tp 2 × pp 2 × cp 2 (ring) × dp 1 (zero1) = 8 ranks, 2 microbatches of 4 × 256 tokens each",
         "pipeline: gis, 4 stages of 1, 1, 1, 1 layers, vocabulary balanced",
         "experts: 8, 2 per token, in 4 of 4 layers; etp 1 × ep 4 × edp 1, all_to_all",
         "data: stdlib, 11.0 M tokens",

@@ -10,7 +10,7 @@ import torch
 
 from pentad.configs.errors import UserError
 from pentad.configs.schema import AdamWConfig, ConstantSchedule, CosineSchedule, LinearSchedule, SgdConfig, WsdSchedule
-from pentad.parallel.replicas.flat import Unit
+from pentad.parallel.replicas.flat import OptimizerShard
 from pentad.trainer.optim.learning_rate import learning_rate
 from pentad.trainer.optim.optimizer import make_optimizer, sum_of_squares
 from tests.training import Run, job
@@ -18,11 +18,11 @@ from tests.training import Run, job
 CPU = torch.device("cpu")
 
 
-def _units(dtype: torch.dtype) -> list[Unit]:
+def _units(dtype: torch.dtype) -> list[OptimizerShard]:
     draws = torch.Generator().manual_seed(0)
     sizes = {"matrix": 50, "vector": 7}
     return [
-        Unit(
+        OptimizerShard(
             key, torch.randn(n, generator=draws, dtype=dtype), torch.zeros(n, dtype=dtype), None, key == "matrix", True
         )
         for key, n in sizes.items()

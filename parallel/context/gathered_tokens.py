@@ -7,25 +7,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.mask import Rows
+from ..kernels.mask import TokenIndex
 
 
-class United:
+class GatheredTokens:
     """The tokens of P ranks with n tokens of each of B sequences, which were dealt out in any way. Made once for all
-    layers: `spread.once(United, spread.ranks)`.
+    layers: `spread.once(GatheredTokens, spread.ranks)`.
 
     Args:
         parts: the ranks' rows.
     """
 
-    def __init__(self, parts: Sequence[Rows]) -> None:
+    def __init__(self, parts: Sequence[TokenIndex]) -> None:
         order, place = torch.cat([rows.order for rows in parts], 1).sort(1)
         ids = [rows.documents for rows in parts if rows.documents is not None]
         documents = None
         if ids:
             whole = torch.cat(ids, 1)
             documents = whole.gather(1, place.to(whole.device).expand(len(whole), -1))
-        self.rows = Rows(order, documents)
+        self.rows = TokenIndex(order, documents)
         self._ranks, self._place = len(parts), place
         self._indices: dict[torch.device, Tensor | None] = {}
 

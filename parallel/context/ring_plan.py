@@ -21,14 +21,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.mask import Mask, Rows, Spread
+from ..kernels.mask import Mask, SequenceShards, TokenIndex
 
 _NEVER = 1 << 62
 """Order of a row that only fills up a batch: no query comes after it."""
 
 
 @dataclass(frozen=True)
-class Choice:
+class RowSelection:
     """Some of n rows of each sequence, in their order, in equally many columns.
 
     Args:
@@ -46,7 +46,7 @@ class Choice:
     filled: tuple[Tensor, Tensor, Tensor] | None = None
 
     @staticmethod
-    def of(chosen: Tensor) -> Choice:
+    def of(chosen: Tensor) -> RowSelection:
         """From (B or 1, n) booleans."""
         counts = chosen.sum(1)
         count = int(counts.max())
@@ -56,10 +56,10 @@ class Choice:
         if not padding.any():
             start = int(index[0, 0]) if count else 0
             if torch.equal(index, (start + columns).expand_as(index)):
-                return Choice(count, start)
-            return Choice(count, 0, index)
+                return RowSelection(count, start)
+            return RowSelection(count, 0, index)
         sequences, used = (~padding).nonzero(as_tuple=True)
-        return Choice(count, 0, index, padding, (sequences, used, index[sequences, used]))
+        return RowSelection(count, 0, index, padding, (sequences, used, index[sequences, used]))
 
     def take(self, x: Tensor) -> Tensor:
         """(B, n, …) → (B, count, …); a view where rows are neighbours; anything in the padding."""
@@ -82,7 +82,7 @@ class Choice:
             at = (slice(None), slice(self.start, self.start + self.count))
         x[at] = x[at] + part if add else part
 
-    def rows(self, rows: Rows) -> Rows:
+    def rows(self, rows: TokenIndex) -> TokenIndex:
         """Of these rows; padding comes after every query."""
         order, documents = rows.order, rows.documents
         if self.index is not None and len(self.index) > 1:
@@ -90,7 +90,7 @@ class Choice:
         order = self.take(order)
         if self.padding is not None:
             order = order.masked_fill(self.padding, _NEVER)
-        return Rows(order, None if documents is None else self.take(documents))
+        return TokenIndex(order, None if documents is None else self.take(documents))
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ class Stop:
     step: int
     source: int
     following: int | None
-    carried: Choice
-    rows: Rows
-    onward: Choice | None
-    complete: Choice | None
-    complete_at_home: Choice | None
-    used: Choice
-    used_at_home: Choice
+    carried: RowSelection
+    rows: TokenIndex
+    onward: RowSelection | None
+    complete: RowSelection | None
+    complete_at_home: RowSelection | None
+    used: RowSelection
+    used_at_home: RowSelection
     mine: tuple[int, int]
 
 
@@ -136,7 +136,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Timetable:
+class RingPlan:
     """What one rank does. Index 0 of the lists is the local block's step, in which nothing arrives or leaves.
 
     Args:
@@ -169,9 +169,9 @@ class Timetables:
 
     def __init__(self, *, down: bool, keys: bool) -> None:
         self._sign, self._keys = -1 if down else 1, keys
-        self._known: dict[tuple[int, int | None], tuple[weakref.ref[Spread], Timetable]] = {}
+        self._known: dict[tuple[int, int | None], tuple[weakref.ref[SequenceShards], RingPlan]] = {}
 
-    def of(self, spread: Spread, window: int | None) -> Timetable:
+    def of(self, spread: SequenceShards, window: int | None) -> RingPlan:
         """This rank's timetable."""
         key = (id(spread), window)
         found = self._known.get(key)
@@ -182,7 +182,7 @@ class Timetables:
         return found[1]
 
 
-def _timetable(spread: Spread, window: int | None, sign: int, keys: bool) -> Timetable:
+def _timetable(spread: SequenceShards, window: int | None, sign: int, keys: bool) -> RingPlan:
     places, length = _places(spread.ranks)
     ranks, me = len(places), spread.rank
     sorted_places = [place.sort(dim=1).values for place in places]
@@ -202,15 +202,15 @@ def _timetable(spread: Spread, window: int | None, sign: int, keys: bool) -> Tim
                     own[rank] = stop
     masks = {0: Mask.of(spread.mine, window)}
     masks |= {stop.step: _mask(stop, spread.mine, window, keys) for stop in stops if stop is not None}
-    return Timetable(tuple(stops), masks, own, *_messages(routes, sign, me))
+    return RingPlan(tuple(stops), masks, own, *_messages(routes, sign, me))
 
 
-def _mask(stop: Stop, mine: Rows, window: int | None, keys: bool) -> Mask:
+def _mask(stop: Stop, mine: TokenIndex, window: int | None, keys: bool) -> Mask:
     here = mine.part(*stop.mine)
     return Mask(here, stop.rows, window) if keys else Mask(stop.used.rows(stop.rows), here, window)
 
 
-def _places(ranks: Sequence[Rows]) -> tuple[list[Tensor], int]:
+def _places(ranks: Sequence[TokenIndex]) -> tuple[list[Tensor], int]:
     """(B or 1, n) of each rank: document · length + order; and a length above every order."""
     length = 1 + max(int(rows.order.max()) for rows in ranks)
     found = []
@@ -234,7 +234,7 @@ def _partnered(places: Tensor, others: Tensor, length: int, window: int | None, 
 
 
 def _stop(
-    rows: Rows, owner: int, route: Sequence[int], index: int, business: Sequence[Tensor], mine: Tensor, sign: int
+    rows: TokenIndex, owner: int, route: Sequence[int], index: int, business: Sequence[Tensor], mine: Tensor, sign: int
 ) -> Stop:
     rank = route[index]
     following = route[index + 1] if index + 1 < len(route) else None
@@ -242,7 +242,7 @@ def _stop(
     later = torch.zeros_like(needed)
     if following is not None:
         later = torch.stack([business[later] for later in route[index + 1 :]]).any(dim=0)
-    carried = Choice.of(needed)
+    carried = RowSelection.of(needed)
 
     def among(chosen: Tensor) -> Tensor:
         return carried.take(chosen) if carried.padding is None else carried.take(chosen) & ~carried.padding
@@ -258,11 +258,11 @@ def _stop(
         following=following,
         carried=carried,
         rows=carried.rows(rows),
-        onward=Choice.of(among(later)) if following is not None else None,
-        complete=Choice.of(among(done)) if done.any() else None,
-        complete_at_home=Choice.of(done) if done.any() else None,
-        used=Choice.of(among(used)),
-        used_at_home=Choice.of(used),
+        onward=RowSelection.of(among(later)) if following is not None else None,
+        complete=RowSelection.of(among(done)) if done.any() else None,
+        complete_at_home=RowSelection.of(done) if done.any() else None,
+        used=RowSelection.of(among(used)),
+        used_at_home=RowSelection.of(used),
         mine=(int(touched[0]), int(touched[-1]) + 1),
     )
 

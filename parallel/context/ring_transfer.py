@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..comm.collectives import Handle, receive, send
 from ..comm.mesh import Axis
-from .parcel import Like, Parcel
-from .routes import Message, Stop, Timetable
+from .packed_tensors import Like, PackedTensors
+from .ring_plan import Message, RingPlan, Stop
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Lines:
         return self.along if neighbours or not message.home else self.against
 
 
-class Journey:
+class RingTransfer:
     """All ranks' rows under way. While a rank works on those of one step, those of the next arrive.
 
     Args:
@@ -42,9 +42,9 @@ class Journey:
         home: (B, n, …) what goes round of this rank's own rows; tensors of wide types first.
     """
 
-    def __init__(self, table: Timetable, lines: Lines, home: Sequence[Tensor]) -> None:
+    def __init__(self, table: RingPlan, lines: Lines, home: Sequence[Tensor]) -> None:
         self._table, self._lines, self._home = table, lines, home
-        self._held: dict[int, Parcel] = {}
+        self._held: dict[int, PackedTensors] = {}
         self._arriving: Handle | None = None
         self._sends: list[Handle] = []
 
@@ -64,12 +64,12 @@ class Journey:
     def _outgoing(self, owner: int, rank: int) -> Tensor:
         if owner == rank:
             carried = min(self._table.own.values(), key=lambda stop: stop.step).carried
-            return Parcel.of(*(carried.take(x) for x in self._home)).buffer
+            return PackedTensors.of(*(carried.take(x) for x in self._home)).buffer
         stop = self._table.at(owner)
         parcel = self._held.pop(owner)
         if stop.onward is None or (stop.onward.index is None and stop.onward.count == stop.rows.count):
             return parcel.buffer
-        return Parcel.of(*(stop.onward.take(x) for x in parcel.parts)).buffer
+        return PackedTensors.of(*(stop.onward.take(x) for x in parcel.parts)).buffer
 
     def arrived(self, step: int) -> tuple[Stop, tuple[Tensor, ...]] | None:
         """The rows of the step, complete, if there are any."""
@@ -88,9 +88,9 @@ class Journey:
         finish(self._sends)
 
 
-def empty_like(tensors: Sequence[Tensor], count: int) -> Parcel:
+def empty_like(tensors: Sequence[Tensor], count: int) -> PackedTensors:
     """For `count` rows of tensors (B, n, …)."""
-    return Parcel.empty([Like.of(x) for x in tensors], count, tensors[0].device)
+    return PackedTensors.empty([Like.of(x) for x in tensors], count, tensors[0].device)
 
 
 def finish(handles: list[Handle]) -> None:

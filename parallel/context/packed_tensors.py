@@ -31,7 +31,7 @@ class Like:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class PackedTensors:
     """Tensors one after the other in one buffer.
 
     Args:
@@ -43,7 +43,7 @@ class Parcel:
     parts: tuple[Tensor, ...]
 
     @staticmethod
-    def empty(likes: Sequence[Like], count: int, device: torch.device) -> Parcel:
+    def empty(likes: Sequence[Like], count: int, device: torch.device) -> PackedTensors:
         """For tensors of `count` rows; those of wide types first, so that each stands at a multiple of its width."""
         kinds = {like.dtype for like in likes}
         kind = kinds.pop() if len(kinds) == 1 else torch.uint8
@@ -54,12 +54,12 @@ class Parcel:
             part.view(like.dtype).view(shape)
             for part, shape, like in zip(buffer.split(sizes), shapes, likes, strict=True)
         )
-        return Parcel(buffer, parts)
+        return PackedTensors(buffer, parts)
 
     @staticmethod
-    def of(*tensors: Tensor) -> Parcel:
+    def of(*tensors: Tensor) -> PackedTensors:
         """A copy of tensors (B, n, …)."""
-        parcel = Parcel.empty([Like.of(x) for x in tensors], tensors[0].shape[1], tensors[0].device)
+        parcel = PackedTensors.empty([Like.of(x) for x in tensors], tensors[0].shape[1], tensors[0].device)
         for part, x in zip(parcel.parts, tensors, strict=True):
             part.copy_(x)
         return parcel
