@@ -21,7 +21,7 @@ from pentad.parallel.record.ring import ABORTED, ENTRY, ENTRY_BYTES, FAILED, Rec
 _WRITER = """
 import sys, time
 from pathlib import Path
-from pentad.parallel.record import Recorder
+from pentad.parallel.record.ring import Recorder
 
 path, mode, entries = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 r = Recorder(path, rank=3, world=8, entries=entries, epoch=2)
