@@ -23,6 +23,9 @@ from tests.fuzz.corpora import make_corpora
 from tests.fuzz.run import run_case
 from tests.fuzz.tally import Tally, line_of
 
+RENEW_AFTER = 50
+"""Cases after which new worker processes are started: torch keeps every fsdp job's process groups and threads."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """0: every case trained the same under its layouts."""
@@ -86,6 +89,8 @@ def _go_on(args: argparse.Namespace, work: Path) -> int:
         outcome = run_case(case, work / "case")
         tally.add(line_of(case, outcome))
         count += 1
+        if count % RENEW_AFTER == 0:
+            close_pool()
         if outcome.reason is not None:
             failures += 1
             print(f"seed {seed} failed: {'  '.join(outcome.reason.splitlines()[-4:])}", file=sys.stderr, flush=True)
