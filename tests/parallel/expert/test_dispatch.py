@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -178,5 +178,10 @@ def test_gradients_become_final_without_tokens():
 def test_an_impossible_dispatcher_names_the_key():
     alone = Axis.single("x")
     with pytest.raises(UserError) as error:
-        make_dispatcher(MoeConfig(experts=E, dispatcher="deepep"), alone, alone)
+        make_dispatcher(MoeConfig(experts=E, dispatcher="deepep"), replace(alone, size=2, ranks=(0, 1)), alone)
     assert error.value.problems[0].key == "model.moe.dispatcher"
+
+
+def test_a_rank_with_all_experts_needs_no_deepep():
+    alone = Axis.single("x")
+    assert isinstance(make_dispatcher(MoeConfig(experts=E, dispatcher="deepep"), alone, alone), AllToAll)
