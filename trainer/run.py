@@ -27,6 +27,7 @@ from .checkpoint.hugging_face import load_initial
 from .data.dataset import open_data
 from .metrics.curves import draw_curves
 from .metrics.introduction import introduction
+from .metrics.notices import or_without
 from .metrics.peak import MeasuredPeaks, Peak, peak_tflops
 from .metrics.sinks import EventLog, make_sinks
 from .metrics.summary import summarize
@@ -104,7 +105,8 @@ def _in_mesh(cfg: Config, start: Start, ranks: Ranks, mesh: Mesh, device: torch.
         _keep_record(run_dir, ranks, rings)
         raise
     if ranks.local_rank == 0:
-        files.collect(run_dir, rings, remove=True)
+        with or_without(f"{run_dir}/record"):
+            files.collect(run_dir, rings, remove=True)
 
 
 def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: StopRequest) -> None:
@@ -153,7 +155,8 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
         print(hide(cfg, "\n".join([*introduction(cfg, trainer, peak), _beginning(cfg, trainer, found)])), flush=True)
         sinks = make_sinks(cfg.log, run_dir, as_dict(cfg), cfg.train.steps, trainer.step)
         outputs = Outputs(sinks, events)
-        (run_dir / "program.json").write_text(trainer.program.to_json() + "\n")
+        with or_without(f"{run_dir}/program.json"):
+            (run_dir / "program.json").write_text(trainer.program.to_json() + "\n")
         events.log("start", step=trainer.step, world=mesh.degrees.world, program=trainer.program.hash)
     began_at, finished = trainer.step, False
     try:
@@ -194,9 +197,10 @@ def _close(cfg: Config, run_dir: Path, step: int, began_at: int, finished: bool)
     if step == began_at:
         return
     print("\n".join(summarize(run_dir)), flush=True)
-    picture = draw_curves(run_dir)
-    if picture is not None:
-        print(f"curves {picture}", flush=True)
+    with or_without(f"{run_dir}/curves.png"):
+        picture = draw_curves(run_dir)
+        if picture is not None:
+            print(f"curves {picture}", flush=True)
 
 
 def _peak(cfg: Config, mesh: Mesh, device: torch.device, kept: MeasuredPeaks) -> Peak:
@@ -216,7 +220,8 @@ def _peak(cfg: Config, mesh: Mesh, device: torch.device, kept: MeasuredPeaks) ->
     total = all_reduce(torch.tensor([peak.tflops], dtype=torch.float64), world).wait()
     mean = total.item() / world.size
     if mesh.is_first:
-        kept.keep(cfg.train.dtype, world.size, mean)
+        with or_without("the measured peak"):
+            kept.keep(cfg.train.dtype, world.size, mean)
     return Peak(mean, peak.source)
 
 
