@@ -183,7 +183,7 @@ class Setup:
                 report.step_s.append(time.perf_counter() - start)
         report.rss_mib, report.libraries_mib = peak_rss_mib(), self.libraries_mib
         report.live = self.watch.peaks if self.watch else {}
-        self.parts.replicas.settle()
+        self.parts.replicas.wait_gathers()
         self.finish(report)
 
     def finish(self, report: Report) -> None:

@@ -82,7 +82,7 @@ def build(
 ) -> tuple[Transformer, dict[str, Sharding]]:
     """This rank's part of the model, uninitialised, and where each of its parameters lives.
 
-    The order: build on meta, cut, allocate, replace the seams. Data parallelism comes after (`parallel.replicas.flat`).
+    The order: build on meta, cut, allocate, replace the seams. Data parallelism comes after (`parallel.replicas`).
 
     Args:
         part: what this rank's stages hold; none: everything.

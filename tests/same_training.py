@@ -40,7 +40,7 @@ def train(rank: int, world: int, cfg: Config, masked: bool) -> Trained:
     run = Run(rank, cfg, masked=masked)
     try:
         results = [run.issue(step) for step in range(cfg.train.steps)]
-        run.parts.replicas.settle()
+        run.parts.replicas.wait_gathers()
         where = run.parts.where
         return Trained(
             [(float(r.loss), float(r.grad_norm), float(r.skipped)) for r in results],

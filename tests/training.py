@@ -168,7 +168,7 @@ class Run:
         return mine, sum(b.valid for b in everyone)
 
     def close(self) -> None:
-        self.parts.replicas.settle()
+        self.parts.replicas.wait_gathers()
         self.stepper.close()
         self.mesh.close()
 

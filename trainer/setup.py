@@ -19,8 +19,9 @@ from ..parallel.comm.collectives import all_gather
 from ..parallel.comm.mesh import Degrees, Mesh
 from ..parallel.gradients import WeightGradients, slot_of
 from ..parallel.record import ring
-from ..parallel.replicas.flat import FlatReplicas, Replicas, expect_uses
+from ..parallel.replicas.flat import FlatReplicas
 from ..parallel.replicas.fsdp import FsdpReplicas
+from ..parallel.replicas.protocol import Replicas, expect_uses
 from ..parallel.sharding_rules import Sharding
 from .programs import Pipeline
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..configs.schema import Config
 from ..models.parallelize import close
-from ..models.routing.balance import collect, settle
+from ..models.routing.balance import collect, rebalance
 from ..models.stages import run_stage
 from ..parallel.comm.collectives import Handle, all_reduce
 from ..parallel.comm.mesh import Mesh
@@ -200,7 +200,7 @@ class Stepper:
         self._skip = (~torch.isfinite(total).all()).float()
         self._routed = whole[3:].view_as(routed) if routed is not None else None
         if self._routed is not None:
-            settle(self.model, self._routed, self._skip)
+            rebalance(self.model, self._routed, self._skip)
         self.updates = self.updates + (1 - self._skip)
         clip = self.cfg.optim.clip
         factor = (clip / (self._grad_norm + 1e-6)).clamp(max=1.0) if clip else torch.ones_like(self._grad_norm)

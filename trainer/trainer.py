@@ -116,7 +116,7 @@ class Trainer:
         if problems:
             raise UserError(*problems)
         self.checkpointer.load(path, all_tensors(self.parts, self.optimizer))
-        self.parts.replicas.publish()
+        self.parts.replicas.sync_params()
         was = Progress.of(state, path)
         self.step, self.meter.tokens, self.meter.skipped = was.step, was.tokens, was.skipped
         self.stepper.updates.fill_(float(was.updates))
@@ -151,7 +151,7 @@ class Trainer:
             while self.step < train.steps and not stopped:
                 stopped = self._one(loader, stop)
         self._drain()
-        self.parts.replicas.settle()
+        self.parts.replicas.wait_gathers()
         self.stepper.close()
         if cfg.checkpoint.final or stopped or self._due(cfg.checkpoint.every):
             self.save()

@@ -12,7 +12,7 @@ from ..transformer import Transformer
 from .router import Router
 from .tally import FIELDS, columns
 
-__all__ = ["FIELDS", "collect", "columns", "settle"]
+__all__ = ["FIELDS", "collect", "columns", "rebalance"]
 
 
 def _routers(model: Transformer) -> Iterator[tuple[int, Router]]:
@@ -46,7 +46,7 @@ def collect(model: Transformer, device: torch.device) -> Tensor | None:
 
 
 @torch.no_grad()
-def settle(model: Transformer, totals: Tensor, skip: Tensor) -> None:
+def rebalance(model: Transformer, totals: Tensor, skip: Tensor) -> None:
     """Moves the selection biases against the load of the step, and remembers the load for the next one.
 
     Args:
@@ -55,4 +55,4 @@ def settle(model: Transformer, totals: Tensor, skip: Tensor) -> None:
     """
     go = (1 - skip).double()
     for row, router in _routers(model):
-        router.settle(totals[row, len(FIELDS) :], go)
+        router.rebalance(totals[row, len(FIELDS) :], go)

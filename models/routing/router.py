@@ -103,7 +103,7 @@ class Router(nn.Module):
         return Routing(decision.experts, weights, decision.capacity, decision.memo)
 
     @torch.no_grad()
-    def settle(self, counts: Tensor, go: Tensor) -> None:
+    def rebalance(self, counts: Tensor, go: Tensor) -> None:
         """Follows a step in which the choices were taken so often.
 
         Args:

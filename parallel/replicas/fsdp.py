@@ -19,7 +19,7 @@ from ..comm import collectives
 from ..comm.collectives import Handle
 from ..comm.mesh import Axis, Mesh
 from ..sharding_rules import Sharding
-from .flat import OptimizerShard, ShardSlice, partial_axes
+from .protocol import OptimizerShard, ShardSlice, partial_axes
 
 
 class _Comm:
@@ -154,10 +154,10 @@ class FsdpReplicas:
             start = self._start(params[name])
             local.view(-1).copy_(value.reshape(-1)[start : start + local.numel()])
 
-    def publish(self) -> None:
+    def sync_params(self) -> None:
         """Nothing to do: the units are the parameters."""
 
-    def settle(self) -> None:
+    def wait_gathers(self) -> None:
         """Nothing to do: FSDP2 leaves nothing in flight after backward."""
 
 

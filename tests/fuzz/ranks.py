@@ -96,7 +96,7 @@ def _nudge(trainer: Trainer, seed: int) -> None:
         towards = torch.where(up, torch.inf, -torch.inf).to(unit.value.dtype)
         moved = torch.nextafter(unit.value, towards)
         unit.value.copy_(torch.where(unit.value == 0, unit.value, moved))
-    trainer.parts.replicas.publish()
+    trainer.parts.replicas.sync_params()
 
 
 class _SignalIn(StopRequest):

@@ -41,7 +41,7 @@ def _recorded(rank: int, world: int, path: str) -> list[dict]:
     run = Run(rank, cfg, record=Path(path) / f"{rank}.ring")
     run.step(0)
     run.step(1)
-    run.parts.replicas.settle()
+    run.parts.replicas.wait_gathers()
     ring = reader.read(Path(path) / f"{rank}.ring")
     rows = [
         {

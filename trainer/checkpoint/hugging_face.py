@@ -169,7 +169,7 @@ def load_initial(
     tensors = {name: tensor for name, tensor in model_tensors(parts).items() if not name.endswith(_REMEMBERED)}
     # Masters of a bf16 run are fp32, imported weights what their files held: any of them may start any run.
     checkpointer.load(verified, tensors, prefix="model/", cast=True, left=_REMEMBERED)
-    parts.replicas.publish()
+    parts.replicas.sync_params()
 
 
 def _check_initial(given: ModelConfig, parts: Parts, path: Path, upcycle: bool) -> int:

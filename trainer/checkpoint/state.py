@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...parallel.global_tensor import GlobalTensor
-from ...parallel.replicas.flat import OptimizerShard, Replicas
+from ...parallel.replicas.protocol import OptimizerShard, Replicas
 from ..optim.optimizer import Optimizer
 from ..setup import Parts
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...configs.errors import UserError
 from ...configs.schema import AdamWConfig, OptimConfig, SgdConfig
-from ...parallel.replicas.flat import OptimizerShard
+from ...parallel.replicas.protocol import OptimizerShard
 from .adamw_kernels import Kernel, adamw_kernel, without_bad
 
 

@@ -15,7 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from pentad.configs.schema import ModelConfig, MoeConfig, RouterConfig
 from pentad.models.dropout import Draws
 from pentad.models.recompute import run_layer_again
-from pentad.models.routing.balance import FIELDS, collect, columns, settle
+from pentad.models.routing.balance import FIELDS, collect, columns, rebalance
 from pentad.models.routing.router import Router
 from pentad.models.transformer import Part, RunLayer, Transformer, run_layer
 from pentad.models.weights.initialise import initialise
@@ -140,7 +140,7 @@ def test_balancing_loss_is_one_where_the_load_is_even(level, score):
     assert float(column(totals_of(model), "aux")) == pytest.approx(1.0, abs=1e-12)
     uneven = x.clone()
     uneven[:10] = x[0]
-    settle(model, _loads(cfg, [9, 9, 1, 1, 1, 1, 1, 1]), GO)
+    rebalance(model, _loads(cfg, [9, 9, 1, 1, 1, 1, 1, 1]), GO)
     router(uneven, seq)
     assert float(column(totals_of(model), "aux")) > 1.02
 
@@ -153,7 +153,7 @@ def test_global_balance_follows_the_step_before():
     model(tokens, labels, share=1.0)
     first = totals_of(model)
     assert float(column(first, "aux")) == pytest.approx(1.0, abs=1e-12)
-    settle(model, first, GO)
+    rebalance(model, first, GO)
     model(tokens, labels, share=1.0)
     counts = first[0, len(FIELDS) :]
     loads = (counts / counts.sum()).float().double()
@@ -188,14 +188,14 @@ def test_selection_bias_moves_against_the_load():
     cfg = model_config({"selection_bias": True, "bias_rate": 0.5})
     model = model_of(cfg)
     totals = _loads(cfg, [9, 1, 5, 5, 5, 5, 5, 5], [0, 0, 0, 0, 0, 0, 0, 16])
-    settle(model, totals, GO)
+    rebalance(model, totals, GO)
     assert kept(model, "selection_bias") == [
         [-0.5, 0.5, 0, 0, 0, 0, 0, 0],
         [*[0.5] * 7, -0.5],
     ]
-    settle(model, totals, GO)
+    rebalance(model, totals, GO)
     assert kept(model, "selection_bias")[0] == [-1, 1, 0, 0, 0, 0, 0, 0]
-    settle(model, totals, SKIP)
+    rebalance(model, totals, SKIP)
     assert kept(model, "selection_bias")[0] == [-1, 1, 0, 0, 0, 0, 0, 0]
 
 
@@ -203,17 +203,17 @@ def test_null_experts_move_together():
     """Their mean load 4 is below the mean 5; which of them was taken means nothing."""
     cfg = model_config({"selection_bias": True, "bias_rate": 1.0, "null_experts": 2}, layers=1)
     model = model_of(cfg)
-    settle(model, _loads(cfg, [7, 5, 4, 5, 6, 5, 5, 5, 0, 8]), GO)
+    rebalance(model, _loads(cfg, [7, 5, 4, 5, 6, 5, 5, 5, 0, 8]), GO)
     assert kept(model, "selection_bias")[0] == [-1, 0, 1, 0, -1, 0, 0, 0, 1, 1]
 
 
 def test_skipped_step_leaves_the_load():
     cfg = model_config({"aux_loss": 0.1, "aux_level": "global_batch"}, layers=1)
     model = model_of(cfg)
-    settle(model, _loads(cfg, [4, 2, 2, 2, 2, 2, 1, 1]), GO)
+    rebalance(model, _loads(cfg, [4, 2, 2, 2, 2, 2, 1, 1]), GO)
     expected = [0.25, 0.125, 0.125, 0.125, 0.125, 0.125, 0.0625, 0.0625]
     assert kept(model, "load")[0] == expected
-    settle(model, _loads(cfg, [16, 0, 0, 0, 0, 0, 0, 0]), SKIP)
+    rebalance(model, _loads(cfg, [16, 0, 0, 0, 0, 0, 0, 0]), SKIP)
     assert kept(model, "load")[0] == expected
 
 
@@ -226,7 +226,7 @@ def test_selection_bias_evens_out_the_load():
         model(tokens, labels, share=1.0)
         totals = totals_of(model)
         loads.append(totals[0, len(FIELDS) :] / (TOKENS * TOP_K / EXPERTS))
-        settle(model, totals, GO)
+        rebalance(model, totals, GO)
     assert loads[0].max() > 1.5
     assert torch.stack(loads[-10:]).mean(0).max() < 1.25
 

@@ -10,7 +10,7 @@ import torch
 
 from pentad.configs.errors import UserError
 from pentad.configs.schema import AdamWConfig, ConstantSchedule, CosineSchedule, LinearSchedule, SgdConfig, WsdSchedule
-from pentad.parallel.replicas.flat import OptimizerShard
+from pentad.parallel.replicas.protocol import OptimizerShard
 from pentad.trainer.optim.learning_rate import learning_rate
 from pentad.trainer.optim.optimizer import make_optimizer, sum_of_squares
 from tests.training import Run, job

@@ -1,0 +1,80 @@
+"""Data parallelism: how replicas share parameters, gradients and optimizer states.
+
+Whatever the kind, the trainer sees the same few verbs, which are operations of the step's program: begin a backward,
+reduce a bucket, hand out the pieces to optimize, gather a bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ..comm.mesh import Axis, Mesh
+from ..gradients import slot_of
+from ..sharding_rules import Partial, Sharding
+
+
+@dataclass(frozen=True)
+class OptimizerShard:
+    """A flat piece of the model that this rank optimizes.
+
+    Args:
+        key: names the unit, the same in every step.
+        value: what the optimizer updates (1-D): the fp32 master, or the parameters themselves.
+        grad: its reduced gradient (1-D).
+        rounded: bf16 parameters that follow `value`, or None.
+        decay: whether weight decay applies.
+        counted: whether this rank counts the piece in the global norm.
+    """
+
+    key: str
+    value: Tensor
+    grad: Tensor
+    rounded: Tensor | None
+    decay: bool
+    counted: bool
+
+
+@dataclass(frozen=True)
+class ShardSlice:
+    """A run of a parameter's elements inside a unit: parameter elements [start, stop) are unit elements [at, …)."""
+
+    name: str
+    sharding: Sharding
+    start: int
+    stop: int
+    unit: str
+    at: int
+
+
+class Replicas(Protocol):
+    """One model's data parallelism."""
+
+    buckets: int
+    """Number of buckets, which the program reduces, optimizes and gathers one by one."""
+
+    def start_step(self, microbatches: int) -> None: ...
+    def begin_microbatch(self) -> None: ...
+    def reduce(self, bucket: int) -> None: ...
+    def units(self, bucket: int) -> list[OptimizerShard]: ...
+    def gather(self, bucket: int) -> None: ...
+    def pieces(self) -> Iterator[ShardSlice]: ...
+    def load(self, values: Iterable[tuple[str, Tensor]]) -> None: ...
+    def sync_params(self) -> None: ...
+    def wait_gathers(self) -> None: ...
+
+
+def partial_axes(mesh: Mesh) -> dict[str, Axis]:
+    """The axis over which gradients of each kind of partial sum are added up."""
+    names: tuple[Partial, ...] = ("", "tp", "tp_replica", "ends", "etp")
+    return {name: mesh.axis(name) if name else Axis.single("") for name in names}
+
+
+def expect_uses(weight: Tensor, uses: int) -> None:
+    """This rank uses the weight so often in every microbatch: its gradient is final after as many additions each."""
+    slot = slot_of(weight)
+    if slot is not None:
+        slot.uses = uses
