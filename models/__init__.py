@@ -1,18 +1,15 @@
-"""Single-device model maths, a declarative sharding plan per family, and Hugging Face names."""
+"""Single-device model maths, how each kind of layer is sharded, and Hugging Face folders."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..trainer.text.model_source import load_checkpoint
     from .hf.folder import load_hf
     from .transformer import Transformer
 
-__all__ = ["Transformer", "load_checkpoint", "load_hf"]
+__all__ = ["Transformer", "load_hf"]
 
-# Checkpoints belong to the trainer's room, which this one does not know otherwise: for users the name stands here,
-# beside `load_hf`.
-_WHERE = {"Transformer": ".transformer", "load_hf": ".hf.folder", "load_checkpoint": "..trainer.text.model_source"}
+_WHERE = {"Transformer": ".transformer", "load_hf": ".hf.folder"}
 
 
 def __getattr__(name: str) -> Any:

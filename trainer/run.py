@@ -141,9 +141,8 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
     if found is not None:
         trainer.restore(found)
     elif cfg.checkpoint.init:
-        init = Path(cfg.checkpoint.init)
+        init, upcycle, seed = Path(cfg.checkpoint.init), cfg.checkpoint.upcycle, cfg.train.seed
         notice = to_stderr if mesh.is_first else (lambda _: None)
-        upcycle, seed = cfg.checkpoint.upcycle, cfg.train.seed
         load_initial(init, parts, checkpointer, upcycle=upcycle, seed=seed, notice=notice)
     trainer.tokenizer = _tokenizer(cfg, found)
     checkpointer.beside = trainer.tokenizer.files

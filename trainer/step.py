@@ -19,7 +19,8 @@ from ..models.stages import run_stage
 from ..parallel.comm.collectives import Handle, all_reduce
 from ..parallel.comm.mesh import Mesh
 from ..parallel.pipeline.execute import Handler, execute
-from ..parallel.pipeline.needs import Kind, Kinds
+from ..parallel.pipeline.kind import Kind
+from ..parallel.pipeline.needs import Kinds
 from ..parallel.pipeline.program import Op, Program
 from ..parallel.pipeline.runtime import Hidden, Runtime
 from ..parallel.vocab import Look

@@ -27,8 +27,9 @@ from .communication import (
     releases,
 )
 from .deadlock import deadlock
+from .kind import Acts, Kind, Role
 from .memory import peak_activations
-from .needs import KINDS, Acts, Kind, Kinds, Role
+from .needs import KINDS, Kinds
 from .program import Op, Program
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
-from .needs import KINDS, Acts, Kind, Need, Place, Role, flows, stands_for
+from .kind import Acts, Kind, Need, Place, Role
+from .needs import KINDS, flows, stands_for
 from .program import Op, Ops, Program
 
 Key = tuple[Kind, int, int]

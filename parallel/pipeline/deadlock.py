@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .communication import Key, awaited, channel, is_lowered, key, producer
-from .needs import Role
+from .kind import Role
 from .program import OUTSTANDING_SENDS, Op, Program
 
 

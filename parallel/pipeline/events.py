@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .communication import applies, lanes, stage_of
-from .needs import KINDS, Acts, Kind, Kinds, Place, Role, flows, stands_for
+from .kind import Acts, Kind, Place, Role
+from .needs import KINDS, Kinds, flows, stands_for
 from .program import OUTSTANDING_SENDS, Op, Ops, Program
 from .times import Times
 

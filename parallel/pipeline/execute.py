@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ..record.ring import Recorder
-from .needs import Kind
+from .kind import Kind
 from .program import Op
 
 Handler = Callable[[Op], None]

@@ -26,7 +26,8 @@ from .communication import (
     producer,
 )
 from .deadlock import run, waits
-from .needs import Kinds, Role
+from .kind import Role
+from .needs import Kinds
 from .program import OUTSTANDING_SENDS, Op, Ops, Program
 from .simulate import simulate
 from .times import Times

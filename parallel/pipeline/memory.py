@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from .needs import Acts, Hold, Kind
+from .kind import Acts, Hold, Kind
 from .program import Ops, Program
 from .simulate import Timeline
 from .times import spread

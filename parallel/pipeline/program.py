@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ...configs.strict_json import expect_int, expect_list, expect_object, expect_text, parse_json
-from .needs import Kind, Kinds, kind_of
+from .kind import Kind
+from .needs import Kinds, kind_of
 
 OUTSTANDING_SENDS = 2
 """Sends under way per directed channel; a further one waits until the oldest is complete, so outputs cannot pile up."""

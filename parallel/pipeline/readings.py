@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
 from .events import ALWAYS, Graph, build
-from .needs import Role
+from .kind import Role
 from .program import Op
 from .simulate import Timeline
 

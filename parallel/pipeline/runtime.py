@@ -25,7 +25,8 @@ from ..comm.mesh import Axis
 from ..gradients import WeightGradients
 from ..record.ring import Recorder
 from .execute import Handler
-from .needs import Kind, Kinds
+from .kind import Kind
+from .needs import Kinds
 from .program import OUTSTANDING_SENDS, Op, Program
 
 Forward = Callable[[int, int, Tensor | None], Tensor]

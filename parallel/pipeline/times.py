@@ -9,7 +9,8 @@ from statistics import median
 from typing import Any
 
 from ...configs.errors import Problem, UserError
-from .needs import KINDS, Acts, Kind, Kinds
+from .kind import Acts, Kind
+from .needs import KINDS, Kinds
 from .program import Op
 
 _ZERO = (0.0,)

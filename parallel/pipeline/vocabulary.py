@@ -22,7 +22,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ...configs.errors import Problem, UserError
-from .needs import KINDS, Kind, Kinds
+from .kind import Kind
+from .needs import KINDS, Kinds
 from .program import Op, Program
 from .schedules import SCHEDULES, generate
 from .schedules.base import Shape

@@ -22,10 +22,10 @@ from ..metrics.notices import warn
 from ..processes.threads import Beside
 from . import files
 from .check import all_damaged, missing
-from .index import Stored
 from .io import Save, read_full, read_together, write_full, write_together
 from .manifest import Damaged, differences, is_finite, read_manifest, read_state, resume_order, verify
 from .names import step_folder
+from .stored import Stored
 from .team import CheckpointError, Team
 from .tensors import PlannedFile, index_of, plan_files
 from .writers import Holding, HostBuffers, Write, assign

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ...configs.fields import short
 from ...configs.strict_json import JsonError, expect_file_name, expect_int
-from .index import ITEM_BYTES, Stored, StoredBox, checked_box, checked_name
 from .manifest import OLD_INDEX, Damaged, FileSum
+from .stored import ITEM_BYTES, Stored, StoredBox, checked_box, checked_name
 
 _DTYPES = {
     "float64": "F64",

@@ -31,45 +31,9 @@ from ...configs.strict_json import (
     parse_json,
 )
 from .manifest import FORMAT, INDEX, Damaged, FileSum, read_manifest, read_state, read_verified
+from .stored import ITEM_BYTES, Stored, StoredBox, checked_box, checked_name
 
-ITEM_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
-"""Bytes of an element by the names that safetensors gives to dtypes."""
 _MAX_INDEX_BYTES = 1 << 30
-_MAX_NAME = 512
-
-
-@dataclass(frozen=True)
-class StoredBox:
-    """A part of a tensor in a file."""
-
-    file: str
-    start: int
-    """First byte."""
-    nbytes: int
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of a checkpoint."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    boxes: tuple[StoredBox, ...]
 
 
 @dataclass(frozen=True)
@@ -148,31 +112,3 @@ def _ints(value: Any, what: str) -> tuple[int, ...]:
     if len(expect_list(value, what)) > 64:
         raise JsonError(f"{what} has {len(value)} dimensions")
     return tuple(expect_int(item, what) for item in value)
-
-
-def checked_name(name: Any) -> str:
-    """`name`, if it can be a tensor's: messages print it.
-
-    Raises:
-        JsonError: it cannot.
-    """
-    if len(expect_text(name, "the name of a tensor")) > _MAX_NAME or not name.isprintable():
-        raise JsonError(f"{short(name)} is not the name of a tensor")
-    return name
-
-
-def checked_box(name: str, shape: tuple[int, ...], box: StoredBox, files: Mapping[str, FileSum]) -> StoredBox:
-    """`box`, if it lies inside its tensor and its bytes inside their file.
-
-    Raises:
-        JsonError: it does not.
-    """
-    inside = len(box.offsets) == len(box.sizes) == len(shape) and all(
-        o >= 0 and n >= 1 and o + n <= whole for o, n, whole in zip(box.offsets, box.sizes, shape, strict=True)
-    )
-    if not inside:
-        raise JsonError(f"a box of {name} at {box.offsets} of {box.sizes} is not inside its shape {shape}")
-    if box.start < 0 or box.start + box.nbytes > files[box.file].size:
-        end, size = box.start + box.nbytes, files[box.file].size
-        raise JsonError(f"a box of {name} ends at byte {end} of {box.file}, which has {size}")
-    return box

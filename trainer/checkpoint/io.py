@@ -15,9 +15,10 @@ from torch import Tensor
 from ...configs.errors import Problem, UserError
 from ...parallel.global_tensor import GlobalTensor
 from . import files
-from .index import Contents, Stored, read_contents, write_index
+from .index import Contents, read_contents, write_index
 from .manifest import INDEX, Damaged, FileSum, differences, write_file, write_manifest
 from .names import step_of
+from .stored import Stored
 from .team import CheckpointError, Team
 from .tensors import DTYPES, PlannedFile, TensorFiles, index_of, plan_files, write_files
 from .writers import Write

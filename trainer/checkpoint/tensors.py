@@ -19,8 +19,9 @@ from ...configs.strict_json import JsonError, open_regular
 from ...parallel.global_tensor import GlobalTensor
 from ..processes.threads import spread
 from .format1 import decode_box
-from .index import Contents, Stored, StoredBox
+from .index import Contents
 from .manifest import FORMAT, Damaged, FileSum, SummedFile
+from .stored import Stored, StoredBox
 from .writers import Write
 
 DTYPES = {

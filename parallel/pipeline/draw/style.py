@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..needs import Kind
+from ..kind import Kind
 
 INK, MUTED, FAINT = "#1f2430", "#667085", "#98a1b0"
 PAPER, LANE, GRID, FRAME = "#ffffff", "#dfe4ec", "#cbd2dc", "#d0d5dd"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..needs import KINDS, Kind
+from ..kind import Kind
+from ..needs import KINDS
 from ..simulate import Timeline
 from .figures import Box, boxes, chunk_of, figures
 from .layout import ticks

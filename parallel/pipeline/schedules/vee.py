@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
-from ..needs import Kind, Kinds
+from ..kind import Kind
+from ..needs import Kinds
 from ..program import Op, Ops
 from .base import Orders, Shape, first, forward, input_grad, weight_grad
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from pentad.launch.cli import main
-from pentad.models import load_checkpoint, load_hf
+from pentad.models import load_hf
+from pentad.trainer import load_checkpoint
 from pentad.trainer.__main__ import main as run_rank
 from tests.models.hf.random_hf import save_random
 

@@ -6,8 +6,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
+from pentad.parallel.pipeline.kind import Role
 from pentad.parallel.pipeline.lower import lower
-from pentad.parallel.pipeline.needs import Role
 from pentad.parallel.pipeline.program import Op, Program
 from pentad.parallel.pipeline.schedules import SCHEDULES, generate
 from pentad.parallel.pipeline.vocabulary import balanced

@@ -6,7 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from pentad.parallel.pipeline.communication import data_needs
-from pentad.parallel.pipeline.needs import Kind, Kinds, Role
+from pentad.parallel.pipeline.kind import Kind, Role
+from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.pipeline.program import Op, Program
 from pentad.parallel.pipeline.times import Times
 

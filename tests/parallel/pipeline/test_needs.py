@@ -11,9 +11,10 @@ import pytest
 from pentad.parallel.pipeline import needs
 from pentad.parallel.pipeline.check import ProgramError, check
 from pentad.parallel.pipeline.draw import svg, terminal
+from pentad.parallel.pipeline.kind import Acts, Hold, Kind, Need, Place, Role
 from pentad.parallel.pipeline.lower import lower
 from pentad.parallel.pipeline.memory import ActivationBytes, peak_bytes
-from pentad.parallel.pipeline.needs import KINDS, Acts, Hold, Kind, Kinds, Need, Place, Role, kind_of, register
+from pentad.parallel.pipeline.needs import KINDS, Kinds, kind_of, register
 from pentad.parallel.pipeline.program import Op, Program, update
 from pentad.parallel.pipeline.schedules import generate
 from pentad.parallel.pipeline.simulate import StuckError, simulate

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pentad.configs.errors import UserError
 from pentad.configs.schema_parallel import BALANCED, GROUPED, ONE_CHUNK, VEE
-from pentad.parallel.pipeline.needs import KINDS, Kind, Kinds
+from pentad.parallel.pipeline.kind import Kind
+from pentad.parallel.pipeline.needs import KINDS, Kinds
 from pentad.parallel.pipeline.program import Program
 from pentad.parallel.pipeline.schedules import SCHEDULES, generate, placement
 from pentad.parallel.pipeline.simulate import simulate
