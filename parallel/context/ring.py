@@ -31,7 +31,7 @@ from ..kernels.interfaces import LocalAttention
 from ..kernels.mask import SequenceShards
 from ..kernels.merge import add_sinks, merge_, precise, sinks_grad
 from .packed_tensors import PackedTensors
-from .ring_plan import RingPlan, Stop, Timetables
+from .ring_plan import RingPlan, RingPlans, Stop
 from .ring_transfer import Lines, RingTransfer, empty_like, finish
 
 
@@ -47,8 +47,8 @@ class Ring:
 
     def __init__(self, axis: Axis, back: Axis, local: LocalAttention, duplex: bool = False) -> None:
         self._local = local
-        self._down = Timetables(down=True, keys=True)
-        self._up = Timetables(down=False, keys=True) if duplex else None
+        self._down = RingPlans(down=True, keys=True)
+        self._up = RingPlans(down=False, keys=True) if duplex else None
         self._axis, self._back = axis, back
 
     def __call__(

@@ -2,7 +2,7 @@
 
 A ring takes each rank's rows (keys to the queries of others, or queries to their keys) once round the ranks, toward
 lower ones or higher ones. A row has business at a rank if one of the rank's tokens can see it, or be seen by it; all
-ranks know all rows, so each can work out the whole timetable:
+ranks know all rows, so each can work out the whole plan:
 
 - Rows go from one rank where some of them have business to the next such rank. Others are passed by.
 - A hop takes the rows with business at any of the ranks still to come, no others. Toward lower ranks and with zigzag
@@ -48,12 +48,15 @@ class RowSelection:
     @staticmethod
     def of(chosen: Tensor) -> RowSelection:
         """From (B or 1, n) booleans."""
+        # One shape for all sequences, which batched products need: the shorter ones are filled up.
         counts = chosen.sum(1)
         count = int(counts.max())
+        # A stable sort of "not chosen" puts the chosen rows first and leaves them in their order.
         index = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
         columns = torch.arange(count)
         padding = columns >= counts[:, None]
         if not padding.any():
+            # The usual case by far (zigzag halves, whole blocks): a slice, which copies nothing.
             start = int(index[0, 0]) if count else 0
             if torch.equal(index, (start + columns).expand_as(index)):
                 return RowSelection(count, start)
@@ -74,6 +77,7 @@ class RowSelection:
         """Writes, or adds, (B, count, …) without the padding into the rows of x (B, n, …)."""
         if self.filled is not None:
             sequences, columns, rows = (y.to(x.device) for y in self.filled)
+            # Padding points at some row too: written there, it would overwrite or add to a real one.
             part, at = part[sequences, columns], (sequences, rows)
         elif self.index is not None:
             index = self.index.to(x.device)
@@ -86,6 +90,7 @@ class RowSelection:
         """Of these rows; padding comes after every query."""
         order, documents = rows.order, rows.documents
         if self.index is not None and len(self.index) > 1:
+            # Sequences chose different rows, so they need an order each where one did for all.
             order = order.expand(len(self.index), -1)
         order = self.take(order)
         if self.padding is not None:
@@ -159,8 +164,8 @@ class RingPlan:
         return next(stop for stop in self.stops if stop is not None and stop.owner == owner)
 
 
-class Timetables:
-    """Makes timetables and keeps those of the dealings-out in use.
+class RingPlans:
+    """Makes plans and keeps those of the ways of dealing out that are in use.
 
     Args:
         down: whether rows travel toward lower ranks.
@@ -172,20 +177,23 @@ class Timetables:
         self._known: dict[tuple[int, int | None], tuple[weakref.ref[SequenceShards], RingPlan]] = {}
 
     def of(self, spread: SequenceShards, window: int | None) -> RingPlan:
-        """This rank's timetable."""
+        """This rank's plan."""
         key = (id(spread), window)
         found = self._known.get(key)
         if found is None:
             known = self._known
+            # By identity, since comparing all tokens each time costs more than planning; an id is used again once its
+            # object is gone, hence the entry goes with it.
             gone = weakref.ref(spread, lambda _: known.pop(key, None))
-            found = known[key] = gone, _timetable(spread, window, self._sign, self._keys)
+            found = known[key] = gone, _ring_plan(spread, window, self._sign, self._keys)
         return found[1]
 
 
-def _timetable(spread: SequenceShards, window: int | None, sign: int, keys: bool) -> RingPlan:
+def _ring_plan(spread: SequenceShards, window: int | None, sign: int, keys: bool) -> RingPlan:
     places, length = _places(spread.ranks)
     ranks, me = len(places), spread.rank
     sorted_places = [place.sort(dim=1).values for place in places]
+    # Of every owner at every rank, worked out by all alike: no rank has to be told what it will be sent.
     business = [[_partnered(place, others, length, window, ahead=keys) for others in sorted_places] for place in places]
     routes = [[(owner + sign * step) % ranks for step in range(1, ranks)] for owner in range(ranks)]
     routes = [[rank for rank in route if business[owner][rank].any()] for owner, route in enumerate(routes)]
@@ -200,6 +208,7 @@ def _timetable(spread: SequenceShards, window: int | None, sign: int, keys: bool
                     stops[stop.step] = stop
                 else:
                     own[rank] = stop
+    # Each mask is that of the very rows that meet: of those here with business, and of those that arrived.
     masks = {0: Mask.of(spread.mine, window)}
     masks |= {stop.step: _mask(stop, spread.mine, window, keys) for stop in stops if stop is not None}
     return RingPlan(tuple(stops), masks, own, *_messages(routes, sign, me))
@@ -212,6 +221,7 @@ def _mask(stop: Stop, mine: TokenIndex, window: int | None, keys: bool) -> Mask:
 
 def _places(ranks: Sequence[TokenIndex]) -> tuple[list[Tensor], int]:
     """(B or 1, n) of each rank: document · length + order; and a length above every order."""
+    # One number per token, so that one sorted search finds neighbours and a change of document alike.
     length = 1 + max(int(rows.order.max()) for rows in ranks)
     found = []
     for rows in ranks:
@@ -222,6 +232,7 @@ def _places(ranks: Sequence[TokenIndex]) -> tuple[list[Tensor], int]:
 
 def _partnered(places: Tensor, others: Tensor, length: int, window: int | None, *, ahead: bool) -> Tensor:
     """(B or 1, n) which rows can see one of the others, which are sorted, or (`ahead`) be seen by one."""
+    # The nearest partner is enough: if it is of another document or outside the window, so are all beyond it.
     at = torch.searchsorted(others, places.contiguous(), right=not ahead)
     if not ahead:
         at -= 1
@@ -247,8 +258,8 @@ def _stop(
     def among(chosen: Tensor) -> Tensor:
         return carried.take(chosen) if carried.padding is None else carried.take(chosen) & ~carried.padding
 
-    done = needed & ~later
-    used = business[rank]
+    done = needed & ~later  # nobody further on adds to these: what was made of them goes home from here
+    used = business[rank]  # what passes through to later ranks is carried too, and not multiplied here
     touched = mine.any(dim=0).nonzero()
     return Stop(
         owner=owner,
@@ -278,6 +289,7 @@ def _messages(
         for index, rank in enumerate(route):
             step = (sign * (rank - owner)) % ranks
             moves[step].append(Message(owner, route[index - 1] if index else owner, rank))
+            # Sums of what is not complete travel on with the rows they belong to; both in the step that made them.
             returns[step].append(Message(owner, rank, owner, home=True))
             if index + 1 < len(route):
                 returns[step].append(Message(owner, rank, route[index + 1]))
@@ -295,6 +307,7 @@ def _in_rounds(messages: Sequence[Message]) -> list[Message]:
     rounds = []
     for message in messages:
         taken = busy.setdefault(message.source, set()) | busy.setdefault(message.to, set())
+        # Greedy edge colouring: at most twice as many rounds as one rank has transfers, and usually just as many.
         turn = next(turn for turn in range(len(taken) + 1) if turn not in taken)
         busy[message.source].add(turn)
         busy[message.to].add(turn)

@@ -27,7 +27,7 @@ from ..kernels.interfaces import LocalAttention
 from ..kernels.mask import SequenceShards
 from ..kernels.merge import add_sinks, merge_, row_sums, sinks_grad
 from .packed_tensors import Like, PackedTensors
-from .ring_plan import RingPlan, RowSelection, Timetables
+from .ring_plan import RingPlan, RingPlans, RowSelection
 from .ring_transfer import Lines, RingTransfer, finish
 
 
@@ -42,7 +42,7 @@ class TokenRing:
 
     def __init__(self, axis: Axis, back: Axis, local: LocalAttention) -> None:
         self._lines, self._local = Lines(axis, back, -1), local
-        self._tables = Timetables(down=True, keys=False)
+        self._tables = RingPlans(down=True, keys=False)
 
     def __call__(
         self,

@@ -53,6 +53,8 @@ class Graph:
     def free(self, event: int, known: list[float]) -> float:
         """When the lane or the link of an event was free for it, given when the events before it came."""
         before = self.before.get(event, ALWAYS)
+        # A link carries one message at a time but is busy only while it sends: the hop at the end of a latency is
+        # travel, during which the next message may already leave. A lane is busy to the very end.
         return known[before] - self.unoccupied if before and event < self.collectives else known[before]
 
 
@@ -124,6 +126,8 @@ class _Builder:
         self.where, self.m, self.p = program.placement, program.microbatches, len(program.ranks)
         self.last = program.stages - 1
         kinds = {op.kind for ops in program.ranks for op in ops}
+        # A program of compute alone has no operation that would bring anything to another rank: the end of the compute
+        # does, and is then the only contributor of the event. Transfers and collectives may be missing separately.
         self.lowered = any(kind.transfers for kind in kinds)
         self.explicit = any(kind.role is Role.COLLECTIVE for kind in kinds)
         self.sends: dict[tuple[int, int], _Line] = {}
@@ -143,6 +147,7 @@ class _Builder:
 
     def _set_events(self) -> None:
         m, stages, times = self.m, self.program.stages, self.times
+        # Event ALWAYS waits for nobody, event NEVER for a contributor that no operation is: both need no special case.
         self.contributors, self.latency, self.before = [0, 1], [0.0, 0.0], {}
         self.hop, self.queues = times.hop, times.link > 0
         self.blocks: dict[Kind, int] = {}
@@ -152,13 +157,17 @@ class _Builder:
                 self.blocks[kind] = len(self.contributors)
                 for stage, rank in enumerate(self.where):
                     other = stage + kind.toward
+                    # At the turn of a V two neighbouring stages share a rank: what one makes is there for the other.
                     remote = 0 <= other < stages and self.where[other] != rank
+                    # Memory to memory, thus a transfer happens when both ends have posted it.
                     self.contributors += [2 if remote and self.lowered else 1] * m
                     self.latency += [times.hop + times.link if remote else 0.0] * m
         self.collectives = len(self.contributors)
         for kind in KINDS.values():
             if kind.role is Role.COLLECTIVE:
                 self.blocks[kind] = len(self.contributors)
+                # A broadcast from one stage has one source, a sum has all ranks; where the collective is an operation,
+                # every rank has to join it whatever it brings.
                 of_one = flows(kind.token)[0].source.acts is Acts.STAGE and not self.explicit
                 self.contributors += [1 if of_one else self.p] * m
                 self.latency += [times.collective] * m
@@ -175,6 +184,7 @@ class _Builder:
         self.passes: dict[tuple[Kind, int], _Pass] = {}
         for lane in self.lanes.values():
             lane.append(_Line())
+        # Loops over hundreds of thousands of operations: three flat lists instead of an object for each.
         needs, feeds, durations = [], [], []
         for op in ops:
             need, feed, duration = _ADD[op.kind.role](self, op)
@@ -193,9 +203,11 @@ class _Builder:
         if found is None:
             if self._is_foreign(op):
                 return _FOREIGN
+            # What the m microbatches of a pass need differs by their number alone, which is added below.
             found = self.passes[op.kind, op.stage] = self._pass(op)
         if not 0 <= i < self.m:
             return _FOREIGN
+        # Needs of the rank's own are met by the order of its list, or never: they cost no event.
         for mark in found.after:
             if mark + i not in self.done:
                 return _FOREIGN
@@ -217,6 +229,7 @@ class _Builder:
             if not applies(each, program, s):
                 continue
             stage = stage_of(each.place, program, s)
+            # A collective brings what all ranks have made, its own part included: that one is a matter of order too.
             if each.place is Place.SAME or (each.place is Place.EVERYWHERE and kind.acts is Acts.RANK):
                 after.append(self._mark(KINDS[each.kind], stage))
             if each.by:
@@ -237,7 +250,7 @@ class _Builder:
                 flow = flows(carrier.token)[0]
                 of_one = flow.source.acts is Acts.STAGE
                 if of_one and stage != stage_of(flow.need.place, self.program, stage):
-                    continue
+                    continue  # another stage than the one whose result is broadcast
                 if self.program.vocab_barriers and not self.explicit and self._carries(carrier):
                     return self.blocks[carrier]
             elif 0 <= (to := stage + carrier.toward) <= self.last and (not self.lowered or self.where[to] == self.rank):
@@ -262,9 +275,11 @@ class _Builder:
             return ALWAYS, event, 0.0
         if self._mark(flows(kind.token)[0].source, s) + op.index not in self.done:
             return _FOREIGN
+        # The event is the arrival, numbered by where it arrives: send and receive find each other in it.
         event = self._event(kind.token, other) + op.index
         channel = (self.rank, self.where[other])
         line = self.sends.get(channel) or self.sends.setdefault(channel, _Line())
+        # A rank holds on when too many of its sends have not been taken: then it waits for the oldest one's arrival.
         need = line.events[-OUTSTANDING_SENDS] if len(line.events) >= OUTSTANDING_SENDS else ALWAYS
         if self.queues and line.events:
             self.before[event] = line.events[-1]
@@ -276,6 +291,7 @@ class _Builder:
             return _FOREIGN
         flow = flows(op.kind.token)[0]
         stage = -1 if flow.source.acts is Acts.RANK else stage_of(flow.need.place, self.program, -1)
+        # In a broadcast only the source has to be ready; the others join to be given something.
         mine = stage < 0 or self.where[stage] == self.rank
         if mine and self._mark(flow.source, stage) + op.index not in self.done:
             return _FOREIGN
@@ -289,6 +305,7 @@ class _Builder:
     def update(self, op: Op) -> tuple[int, int, float]:
         kind = op.kind
         if kind is Kinds.NORM:
+            # A program may leave it out on some ranks, or all: who has none in its list is not waited for.
             self.contributors[self.norm] += 1
             self.done.add(-1)
             return ALWAYS, self.norm, 0.0
@@ -321,6 +338,8 @@ class _Builder:
 
     def _disorders(self) -> Iterator[str]:
         for (source, to), sent in self.sends.items():
+            # Transfers of a channel carry no tag: the n-th send meets the n-th receive. A list that is merely shorter
+            # stops the program only if something waits for the rest, which is found by running it.
             received = self.receives.get((source, to), _Line())
             at = sent.differs(received)
             if at is not None:

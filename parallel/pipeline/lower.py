@@ -55,6 +55,7 @@ def lower(program: Program, *, ahead: int = 1, times: Times = Times()) -> Progra
         return program
     training = is_training(program)
     compute = [tuple(op for op in ops if op.kind.computes) for ops in program.ranks]
+    # The update waits for every microbatch, so nothing that is added here has its place behind it.
     tails = [tuple(op for op in ops if not op.kind.computes) for ops in program.ranks]
     if not training:
         # Nothing but waiting senders bounds how far fast first stages run ahead; at equal times they hardly do.
@@ -88,6 +89,7 @@ def forward_only(placement: tuple[int, ...], microbatches: int, vocab_barriers: 
     done = [0] * len(placement)
     embedded = headed = arrived = 0
     while done[last] < microbatches or (vocab_barriers and headed < microbatches):
+        # All ranks decide by what was done when the round began: within a round nothing reaches another rank.
         before = tuple(done)
         wanted = min(microbatches, before[0] + 2) if vocab_barriers else 0
         scored, arrived = arrived, before[last] if vocab_barriers else 0
@@ -97,6 +99,7 @@ def forward_only(placement: tuple[int, ...], microbatches: int, vocab_barriers: 
         embedded, headed = wanted, scored
         busy: set[int] = set()
         for stage in range(last, -1, -1):
+            # From the last stage down: the deepest of a rank's stages goes first, and takes the rank for this round.
             if placement[stage] not in busy and before[stage] < (before[stage - 1] if stage else microbatches):
                 ops[placement[stage]].append(Op(Kinds.FORWARD, before[stage], stage))
                 done[stage] += 1
@@ -145,6 +148,7 @@ def _lane_orders(program: Program, plan: _Plan, training: bool) -> list[Ops]:
     for rank, place in enumerate(plan.places):
         for op in expected(program, rank, training):
             if op.kind.role is Role.COLLECTIVE:
+                # On a rank that only receives (a broadcast), the collective waits for nothing: turn −1.
                 made = producer(program, op, rank)
                 ready[op] = max(ready.get(op, -1), -1 if made is None else plan.turns[rank][place[made]])
     return [tuple(sorted((op for op in ready if op.kind.lane == lane), key=ready.__getitem__)) for lane in lanes()]
@@ -154,7 +158,7 @@ def _joins(program: Program, rank: int, place: dict[Key, int], orders: list[Ops]
     """The collectives that a rank joins before its n-th compute operation."""
     joins: dict[int, list[Op]] = {}
     for order in orders:
-        at = 0
+        at = 0  # never falls: a lane's order holds on every rank, also where a later one could be joined earlier
         for op in order:
             made = producer(program, op, rank)
             at = at if made is None else max(at, place[made] + 1)
@@ -183,6 +187,7 @@ class _Post:
 
 def _posts(program: Program, plan: _Plan, sends: list[dict[int, Op]], ahead: int, hop: float) -> list[list[_Post]]:
     """The receives of each rank, in the order in which they are posted; per channel that of the sends."""
+    # Receives carry no tag, so they take the order in which the other end sends; that of consumption may differ.
     channels: dict[tuple[int, int], list[tuple[int, Op]]] = {}
     for rank, mine in enumerate(sends):
         for made, op in mine.items():
@@ -190,6 +195,7 @@ def _posts(program: Program, plan: _Plan, sends: list[dict[int, Op]], ahead: int
     posts: list[list[_Post]] = [[] for _ in sends]
     for (source, destination), row in channels.items():
         starts, ends, turns = plan.starts[destination], plan.ends[destination], plan.turns[destination]
+        # From the channel's last receive to its first, each no later than the one after it: `latest` only falls.
         latest, limits = len(starts), []
         for n in reversed(range(len(row))):
             (consumer,) = consumers(program, counterpart(row[n][1]), destination)
@@ -198,6 +204,8 @@ def _posts(program: Program, plan: _Plan, sends: list[dict[int, Op]], ahead: int
             # a hop before the consumer starts, it delays nothing.
             in_time = bisect_right(ends, min(plan.ends[source][row[n][0]], starts[user] - hop))
             latest = min(latest, max(0, user - ahead), in_time)
+            # A source that sends further ahead than the limit waits for this receive: it must be posted before the
+            # operation that sends so far ahead has its turn, or both ranks could wait for each other.
             if n + OUTSTANDING_SENDS < len(row):
                 waiting = row[n + OUTSTANDING_SENDS][0]
                 latest = min(latest, bisect_left(turns, plan.turns[source][waiting]))
@@ -216,6 +224,7 @@ def _assemble(compute: Ops, sends: dict[int, Op], joins: dict[int, list[Op]], po
         receives.setdefault(post.at, []).append(post.op)
     result: list[Op] = []
     for n in range(len(compute) + 1):
+        # What others wait for goes out before this rank asks for anything itself.
         result += [sends[n - 1]] if n - 1 in sends else []
         result += joins.get(n, [])
         result += receives.get(n, [])

@@ -41,6 +41,7 @@ def utilization(timeline: Timeline) -> Utilization:
     """Spans, work and bubble rates."""
     span, work = [], []
     for ops, spans in zip(timeline.program.ranks, timeline.spans, strict=True):
+        # A rank's list is in order of time, so its first and last computation are the ends of its span.
         busy = [times for op, times in zip(ops, spans, strict=True) if op.kind.computes]
         span.append(busy[-1][1] - busy[0][0] if busy else 0.0)
         work.append(sum(end - start for start, end in busy))
@@ -112,12 +113,13 @@ def _bubble(replayed: _Replay, rank: int) -> Bubble:
     first, last = computes[0], computes[-1]
     causes = ("dependency", "communication", "barrier", "queue", "update", "overhead")
     parts: dict[str, float] = dict.fromkeys(causes, 0.0)
-    clock = spans[first][1]
+    clock = spans[first][1]  # until when the rank is accounted for
     for position in range(first + 1, last + 1):
         start, end = spans[position]
         if start > clock:
             for cause, amount in replayed.causes(rank, position, clock):
                 parts[cause] += amount
+        # What is only started takes none of the rank's time: its end lies beside the compute, and may come much later.
         if ops[position].kind.started:
             clock = max(clock, start)
             continue
@@ -177,16 +179,19 @@ class _Replay:
         size = len(self.graph.contributors)
         self.latest = [0.0] * size
         self.last: list[tuple[int, int]] = [(-1, -1)] * size
+        # The timeline may be a recorded one: what came last is read off its spans, not computed from durations.
         latest, last = self.latest, self.last
         for rank, (feeds, spans) in enumerate(zip(self.graph.feeds, timeline.spans, strict=True)):
             ops = timeline.program.ranks[rank]
             for position, event in enumerate(feeds):
                 if event:
+                    # A started operation contributes by starting, a computation by ending.
                     when = spans[position][not ops[position].kind.started]
                     if when >= latest[event]:
                         latest[event] = when
                         last[event] = (rank, position)
         self.known = [when + latency for when, latency in zip(latest, self.graph.latency, strict=True)]
+        # `before` was filled in the order of the lists, in which an event's predecessor always stands before it.
         for event in self.graph.before:
             self.known[event] = max(latest[event], self.graph.free(event, self.known)) + self.graph.latency[event]
 
@@ -195,12 +200,14 @@ class _Replay:
         event, start = self.graph.needs[rank][position], self.timeline.spans[rank][position][0]
         if event == ALWAYS:
             return [("overhead", start - since)]
+        # Clipped to the wait: an event from before it explains nothing, and clocks of recorded ranks may disagree.
         come = min(max(self.known[event], since), start)
         if event >= self.graph.collectives:
             cause = "barrier" if event < self.graph.updates else "update"
             return [(cause, come - since), ("overhead", start - come)]
         if self.timeline.program.ranks[rank][position].kind.role is Role.SEND:
             return [("queue", come - since), ("overhead", start - come)]
+        # Until the other end had it ready the rank waited for a computation, from then on for the link.
         sent = min(max(self.latest[event], since), come)
         return [("dependency", sent - since), ("communication", come - sent), ("overhead", start - come)]
 
@@ -212,15 +219,18 @@ class _Replay:
             return ()
         end, rank, position = max(ends, key=lambda each: each[0])
         steps: list[Step] = []
+        # A makespan that ends with something in flight (a gather): the path begins with who brought it about.
         if self._op(rank, position).kind.started:
             rank, position, end = self._source(self.graph.feeds[rank][position], steps)
         while True:
             op, start = self._op(rank, position), spans[rank][position][0]
             event = self.graph.needs[rank][position]
+            # Whichever came later held the operation up: the event, or the rank's own list.
             if event and self.known[event] > self._clock(rank, position):
                 steps.append(Step(rank, position, op, start, end, self._edge(event, op)))
                 rank, position, end = self._source(event, steps)
                 continue
+            # Tokens that only start something take no time and explain nothing, unless the path came in by their end.
             if not op.kind.started or end > start:
                 steps.append(Step(rank, position, op, start, end, Edge.ORDER))
             if position == 0:
@@ -234,6 +244,7 @@ class _Replay:
         end = self.known[event]
         while True:
             rank, position = self.last[event]
+            # While the lane was busy longer than the last contributor took, the event before it is to blame.
             free = self.graph.free(event, self.known)
             if free <= self.latest[event]:
                 break

@@ -11,7 +11,7 @@ import torch
 from pentad.configs.errors import UserError
 from pentad.parallel.comm.mesh import Axis, Mesh
 from pentad.parallel.context.ring import Ring
-from pentad.parallel.context.ring_plan import RowSelection, Timetables
+from pentad.parallel.context.ring_plan import RingPlans, RowSelection
 from pentad.parallel.context.tokenring import TokenRing
 from pentad.parallel.kernels.blockwise import Blockwise
 from pentad.parallel.kernels.device import PlainMaths
@@ -189,8 +189,8 @@ def test_one_rank_alone(make):
         check(case, [attend(case, make(single, single, PlainMaths()), 1, 0)])
 
 
-def test_timetables_live_as_long_as_their_dealing_out():
-    tables = Timetables(down=True, keys=True)
+def test_plans_live_as_long_as_their_dealing_out():
+    tables = RingPlans(down=True, keys=True)
     dealt = spread(CASES[0], 4, 1)
     assert tables.of(dealt, None) is tables.of(dealt, None)
     assert tables.of(dealt, 7) is not tables.of(dealt, None)
