@@ -62,7 +62,7 @@ class Placement:
         return Placement(self.global_shape, tuple(offsets), tuple(sizes))
 
     def of(self, whole: Tensor) -> Tensor:
-        """The view of the whole tensor that this slice is."""
+        """The view, of shape `local_shape` (…,), of the whole tensor that this slice is."""
         for dim, (start, size) in enumerate(zip(self.offsets, self.local_shape, strict=True)):
             whole = whole.narrow(dim, start, size)
         return whole
@@ -149,7 +149,7 @@ class GlobalTensor:
 
     @staticmethod
     def of(tensor: Tensor) -> GlobalTensor:
-        """A whole tensor, contiguous, that this rank has all of."""
+        """A whole tensor (…,), contiguous, that this rank has all of."""
         return GlobalTensor(Placement.whole(tuple(tensor.shape)), 0, tensor.numel(), tensor.detach().view(-1))
 
     @property
@@ -166,7 +166,7 @@ class GlobalTensor:
         return f"GlobalTensor({self.placement}, {len(self.boxes)} boxes, {self.local.numel()} elements, {self.dtype})"
 
     def view_of(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        """A view of `local` with the elements of a box that lies inside one of `boxes`.
+        """A view (sizes[0], sizes[1], …) of `local` with the elements of a box that lies inside one of `boxes`.
 
         Raises:
             KeyError: this rank does not hold it.

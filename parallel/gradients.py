@@ -45,7 +45,7 @@ class Slot:
         self.fresh, self.remaining = True, self.uses * microbatches
 
     def add(self, grad: Tensor) -> None:
-        """sum += grad."""
+        """sum += grad, of the parameter's shape (out, in) or (…,)."""
         add(self.buffer, grad, self.fresh)
         self.fresh = False
 
@@ -55,12 +55,12 @@ class Slot:
         self.fresh = False
 
     def add_grouped(self, dy: Tensor, x: Tensor, gemms: Gemms) -> None:
-        """sum[e] += dyᵀ x over the rows of each expert e."""
+        """sum[e] += dyᵀ x over the rows of each expert e, for dy (R, out), x (R, in) and the sum (E, out, in)."""
         gemms.add_weight(dy, x, self.buffer, self.fresh)
         self.fresh = False
 
     def add_rows(self, rows: Tensor, grad: Tensor) -> None:
-        """sum[rows] += grad: an embedding's gradient."""
+        """sum[rows] += grad: an embedding's gradient, for rows (N,) and grad (N, hidden)."""
         if self.fresh:
             self.buffer.zero_()
             self.fresh = False
@@ -81,7 +81,7 @@ class Deferred(Protocol):
         ...
 
     def finish(self, whole: Tensor) -> object:
-        """Computes them; `whole` is what `start` gave."""
+        """Computes them; `whole` (N, in) is what `start` gave."""
         ...
 
 
@@ -152,7 +152,10 @@ def slot_of(param: Tensor | None) -> Slot | None:
 
 
 def matmul_grad(param: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
-    """Weight gradient of y = x paramᵀ: added to the slot (returns None), or returned for autograd."""
+    """Weight gradient (out, in) of y = x paramᵀ, for dy (N, out) and x (N, in).
+
+    Added to the slot (returns None), or returned for autograd.
+    """
     slot = slot_of(param)
     if slot is None:
         return dy.t() @ x
@@ -174,7 +177,7 @@ def grouped_grad(param: Tensor, dy: Tensor, x: Tensor, gemms: Gemms) -> Tensor |
 
 
 def plain_grad(param: Tensor, grad: Tensor) -> Tensor | None:
-    """Any other gradient: added to the slot (returns None), or returned for autograd."""
+    """Any other gradient, of the shape (…,) of its parameter: added to the slot (returns None), or returned."""
     slot = slot_of(param)
     if slot is None:
         return grad.to(param.dtype)

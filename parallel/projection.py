@@ -34,12 +34,12 @@ class Projection(Protocol):
 
 
 def local(x: Tensor, linears: Sequence[HasWeight]) -> tuple[Tensor, ...]:
-    """y_i = x W_iᵀ + b_i on one device."""
+    """y_i (N, out_i) = x (N, in) W_iᵀ + b_i on one device."""
     return run(x, linears, ProjectionComm())
 
 
 def run(x: Tensor, linears: Sequence[HasWeight], around: ProjectionComm) -> tuple[Tensor, ...]:
-    """The projection with communication `around` it."""
+    """The projection of x (N, in) with communication `around` it → (N, out) per linear."""
     weights = [linear.weight for linear in linears]
     biases = [linear.bias for linear in linears]
     out = _Project.apply(around, len(weights), x, *weights, *biases)
@@ -53,23 +53,23 @@ class ProjectionComm:
     """False: the bias is added once, after `leave` has summed the partial outputs."""
 
     def enter(self, x: Tensor) -> Tensor:
-        """The input of the GEMMs from the input of the projection."""
+        """The input of the GEMMs (N, in) from that of the projection, which may be a part of it (n, in)."""
         return x
 
     def leave(self, y: Tensor) -> Tensor:
-        """The output of the projection from the output of a GEMM."""
+        """The output of the projection, (N, out) or a part (n, out), from that of a GEMM (N, out)."""
         return y
 
     def enter_backward(self, dx: Tensor) -> Handle:
-        """The gradient of the projection's input from that of the GEMMs' input."""
+        """The gradient of the projection's input, (N, in) or (n, in), from that of the GEMMs' input (N, in)."""
         return Handle(dx)
 
     def leave_backward(self, dy: Tensor) -> Tensor:
-        """The gradient of a GEMM's output from that of the projection's output."""
+        """The gradient of a GEMM's output (N, out) from that of the projection's, (N, out) or (n, out)."""
         return dy
 
     def regather(self, x: Tensor) -> Handle:
-        """The input of the GEMMs once more, for the weight gradients."""
+        """The input of the GEMMs (N, in) once more, for the weight gradients."""
         return Handle(x)
 
 

@@ -45,7 +45,7 @@ class Handle:
         return self._finish is None or (self._test is not None and self._test())
 
     def wait(self) -> Tensor:
-        """The result, complete (on CUDA: complete for work enqueued after this call).
+        """The result, of the shape that the collective names, complete (on CUDA: for work enqueued after this call).
 
         Raises:
             Aborted, TimeoutError: see `waiting.Abort.wait`.
@@ -203,7 +203,10 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Handle:
 def all_to_all(
     x: Tensor, axis: Axis, send: list[int] | None = None, receive: list[int] | None = None, out: Tensor | None = None
 ) -> Handle:
-    """Part i of x goes to rank i. `send` and `receive` are rows per rank; none: equal parts."""
+    """Part i of x (rows, …) goes to rank i → (rows received, …), by rank.
+
+    `send` and `receive` are rows per rank; none: equal parts.
+    """
     if axis.size == 1:
         return Handle(x if out is None else out.copy_(x))
     x = x.contiguous()
@@ -221,7 +224,7 @@ def all_to_all(
 
 
 def broadcast(x: Tensor, axis: Axis, source: int) -> Handle:
-    """In place: x becomes that of the rank at index `source` of the axis."""
+    """In place: x (…) becomes that of the rank at index `source` of the axis."""
     if axis.size == 1:
         return Handle(x)
     if axis.local is not None:
@@ -232,13 +235,13 @@ def broadcast(x: Tensor, axis: Axis, source: int) -> Handle:
 
 
 def broadcast_blocks(x: Tensor, axis: Axis, sources: Sequence[int]) -> Handle:
-    """In place: block j of x (len(sources) equal blocks) becomes that of the rank at index `sources[j]` of the axis."""
+    """In place: block j of x (len(sources) · n, …) becomes that of the rank at index `sources[j]` of the axis."""
     handles = [broadcast(part, axis, source) for part, source in zip(x.chunk(len(sources)), sources, strict=True)]
     return Handle(x, lambda: ([handle.wait() for handle in handles], x)[1])
 
 
 def reduce(x: Tensor, axis: Axis, to: int) -> Handle:
-    """Sum over the axis, on the rank at index `to`; an empty tensor on the others. x is spent."""
+    """Sum of x (n, …) over the axis → (n, …) on the rank at index `to`, (0, …) on the others. x is spent."""
     return reduce_blocks(x, axis, (to,))
 
 
@@ -294,7 +297,7 @@ def _torch_reduce(x: Tensor, to: int, axis: Axis) -> dist.Work | None:
 
 
 def send(x: Tensor, axis: Axis, to: int) -> Handle:
-    """Sends x to the rank at index `to` of the axis; x must not change until the handle is done.
+    """Sends x (…) to the rank at index `to` of the axis; x must not change until the handle is done.
 
     Sends from one rank to another are received in their order. On NCCL the two directions between two ranks need an
     axis each: `Mesh.channel`.
@@ -306,7 +309,7 @@ def send(x: Tensor, axis: Axis, to: int) -> Handle:
 
 
 def receive(out: Tensor, axis: Axis, source: int) -> Handle:
-    """Receives into `out`, contiguous, from the rank at index `source` of the axis."""
+    """Receives into `out` (…), contiguous, what the rank at index `source` of the axis sends of the same shape."""
     if not out.is_contiguous():
         raise ValueError("a tensor is received into contiguous memory")
     if axis.local is not None:
@@ -370,15 +373,15 @@ class _AllReduce(torch.autograd.Function):
 
 
 def all_gather_autograd(x: Tensor, axis: Axis) -> Tensor:
-    """`all_gather` whose backward is `reduce_scatter`."""
+    """(n, …) of each rank → (size · n, …): `all_gather` whose backward is `reduce_scatter`."""
     return x if axis.size == 1 else _AllGather.apply(x, axis)
 
 
 def reduce_scatter_autograd(x: Tensor, axis: Axis) -> Tensor:
-    """`reduce_scatter` whose backward is `all_gather`."""
+    """(size · n, …) of each rank → (n, …): `reduce_scatter` whose backward is `all_gather`."""
     return x if axis.size == 1 else _ReduceScatter.apply(x, axis)
 
 
 def all_reduce_autograd(x: Tensor, axis: Axis) -> Tensor:
-    """Sum over the axis, forward and backward (the sum of the ranks' gradients)."""
+    """Sum of x (…) over the axis, forward and backward (the sum of the ranks' gradients)."""
     return x if axis.size == 1 else _AllReduce.apply(x, axis)

@@ -57,7 +57,7 @@ def reduce_scatter(local: LocalAxis, x: Tensor, out: Tensor) -> Flight:
 
 
 def all_reduce(local: LocalAxis, x: Tensor, op: str) -> Flight:
-    """x (…) in place, for small x: every rank reads all the others'."""
+    """x (n, …) in place, for small x: every rank reads all the others'."""
     parts, peers = _parts(local, x), _others(local)
     own = parts[local.rank]
     exchange = local.exchange("all_reduce", [Part(p, own) for p in peers], [Part(p, parts[p]) for p in peers])
@@ -71,7 +71,7 @@ def all_reduce(local: LocalAxis, x: Tensor, op: str) -> Flight:
 
 
 def all_reduce_in_two(local: LocalAxis, x: Tensor) -> Flight:
-    """x (…) in place, contiguous, in equal parts: every rank sums one part, then all read the sums. For large x.
+    """x (n, …) in place, contiguous, in equal parts: every rank sums one part, then all read the sums. For large x.
 
     Both steps take their places in the order of the axis's collectives now, and the second follows the first by itself,
     so that neither depends on when which rank waits for it.
@@ -99,7 +99,7 @@ def all_reduce_in_two(local: LocalAxis, x: Tensor) -> Flight:
 def all_to_all(
     local: LocalAxis, x: Tensor, out: Tensor, send: Sequence[int] | None, receive: Sequence[int] | None
 ) -> Flight:
-    """Rows of x to all ranks; `send` and `receive` are rows per rank, none: equal parts."""
+    """x (rows, …) to all ranks, out (rows, …) from all; `send` and `receive` are rows per rank, none: equal parts."""
     size = len(local.ranks)
     sent = x.split(send or [x.shape[0] // size] * size)
     parts, peers = out.split(receive or [out.shape[0] // size] * size), _others(local)
@@ -109,7 +109,7 @@ def all_to_all(
 
 
 def broadcast(local: LocalAxis, x: Tensor, source: int) -> Flight:
-    """x in place: that of `source`."""
+    """x (n, …) in place: that of `source`."""
     if source == local.rank:
         return _flight(local.exchange("broadcast", [Part(p, x) for p in _others(local)], ()), lambda: x)
     return _flight(local.exchange("broadcast", (), [Part(source, x)]), lambda: x)
@@ -139,12 +139,12 @@ def _parts(local: LocalAxis, mine: Tensor) -> Tensor:
 
 
 def send(local: LocalAxis, x: Tensor, to: int) -> Flight:
-    """x to one rank."""
+    """x (n, …), contiguous, to one rank."""
     return _flight(local.send(x, to), lambda: x)
 
 
 def receive(local: LocalAxis, out: Tensor, source: int) -> Flight:
-    """From one rank into `out`."""
+    """From one rank into `out` (n, …), contiguous."""
     return _flight(local.receive(out, source), lambda: out)
 
 

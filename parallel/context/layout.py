@@ -33,12 +33,12 @@ def contiguous(length: int, ranks: int, rank: int, documents: Tensor | None = No
 
 
 def zigzag(length: int, ranks: int, rank: int, documents: Tensor | None = None) -> SequenceShards:
-    """Every document shared by all ranks (`owners.zigzag`); arguments as of `contiguous`."""
+    """Every document of (B, length) shared by all ranks (`owners.zigzag`); arguments as of `contiguous`."""
     return _dealt(owners.zigzag, length, ranks, rank, documents)
 
 
 def by_length(length: int, ranks: int, rank: int, documents: Tensor | None = None) -> SequenceShards:
-    """Documents shared by as few ranks as need be (`owners.by_length`); arguments as of `contiguous`."""
+    """Documents of (B, length) shared by as few ranks as need be (`owners.by_length`); arguments as of `contiguous`."""
     return _dealt(owners.by_length, length, ranks, rank, documents)
 
 

@@ -21,7 +21,7 @@ class TokenGroup:
 
     @torch.no_grad()
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' x."""
+        """The sum of all ranks' x (…,)."""
         return x if self.axis.size == 1 else all_reduce(x.clone(), self.axis).wait()
 
     @torch.no_grad()

@@ -38,17 +38,17 @@ class AsyncAllToAll:
         return x if self.axis.size == 1 else _Start.apply(x, self)
 
     def finish(self, flying: Tensor) -> Tensor:
-        """What `start` returned, arrived."""
+        """What `start` returned, arrived: (rows received, …) by rank."""
         return flying if self.axis.size == 1 else _Finish.apply(flying, self)
 
     def launch(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Starts the collective; returns what it fills."""
+        """Starts the collective of x (rows sent, …); returns what it fills, (rows received, …)."""
         out = x.new_empty((sum(receive), *x.shape[1:]))
         self._handle = all_to_all(x, self.axis, send, receive, out)
         return out
 
     def land(self) -> Tensor:
-        """Waits; nothing of the collective is kept."""
+        """Waits for what `launch` returned, (rows received, …); nothing of the collective is kept."""
         assert self._handle is not None
         handle, self._handle = self._handle, None
         return handle.wait()

@@ -139,12 +139,12 @@ class Bucket:
 
     @property
     def owned_grad(self) -> Tensor:
-        """The reduced gradient of this rank's share."""
+        """The reduced gradient of this rank's share, flat (n,)."""
         return self.grads[self.start : self.stop]
 
     @property
     def owned(self) -> Tensor:
-        """The parameters of this rank's share."""
+        """The parameters of this rank's share, flat (n,)."""
         return self.flat[self.start : self.stop]
 
     @property
