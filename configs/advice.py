@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 
 from .errors import Problem
+from .fields import value_of, with_value
+from .inert import inert_keys
 from .output import hide
+from .resolve import resolve
 from .schema import Config
-from .schema_parallel import PipelineConfig
 
 Rule = Callable[[Config], list[Problem]]
 
@@ -43,15 +44,28 @@ def _context_placement(config: Config) -> list[Problem]:
     return [Problem("parallel.context.placement", message)]
 
 
-def _no_pipeline(config: Config) -> list[Problem]:
-    """Keys of the pipeline in a job without one."""
-    p = config.parallel
-    plain = PipelineConfig(schedule="1f1b", chunks=1)
-    named = [f.name for f in fields(plain) if getattr(p.pipeline, f.name) not in (None, getattr(plain, f.name))]
-    if p.pp > 1 or not named:
+def _inert(config: Config) -> list[Problem]:
+    """Keys that the user wrote and that change nothing, in one line."""
+    reasons, origin = inert_keys(config), config.origin
+    if not any(key in reasons for key in origin.given):
         return []
-    return [Problem("parallel.pipeline", f"{', '.join(named)} have no effect with parallel.pp=1")]
+    without = config
+    for key in set(reasons) & set(origin.otherwise):
+        without = with_value(without, key, origin.otherwise[key])
+    without = resolve(without)
+    named: dict[str, list[str]] = {}
+    for key in origin.given:
+        if key in reasons and key in origin.otherwise and value_of(config, key) != value_of(without, key):
+            named.setdefault(reasons[key], []).append(key)
+    parts = [
+        f"{', '.join(keys)} {'have' if len(keys) > 1 else 'has'} no effect with {why}" for why, keys in named.items()
+    ]
+    return [Problem("", "; ".join(parts))] if parts else []
 
 
-RULES: tuple[Rule, ...] = (_context_method, _context_placement, _no_pipeline)
+def _have(keys: Sequence[str]) -> str:
+    return "have" if len(keys) > 1 else "has"
+
+
+RULES: tuple[Rule, ...] = (_context_method, _context_placement, _inert)
 """Each looks at one thing; a new warning is a new function here."""

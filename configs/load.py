@@ -28,7 +28,19 @@ from .reading.yaml_file import read_text
 from .resolve import resolve
 from .schedule_length import fit_schedule
 from .schema import Config
-from .sources import Given, Layer, find_config, find_preset, locate, plain, read_overrides, read_yaml, select, shown
+from .sources import (
+    Given,
+    Layer,
+    comes_with_pentad,
+    find_config,
+    find_preset,
+    locate,
+    plain,
+    read_overrides,
+    read_yaml,
+    select,
+    shown,
+)
 from .validation.general import validate
 
 
@@ -59,7 +71,14 @@ def load(
     values, origin = convert_all(given, chosen, reading)
     values, notes = fit_schedule(values, given, defaults(chosen))
     config = build(values, chosen, reading)
-    config = dataclasses.replace(config, origin=dataclasses.replace(origin, notes=notes))
+    presets = layers[: len(layers) - (1 if comes_with_pentad(path) else len(user))]
+    origin = dataclasses.replace(
+        origin,
+        notes=notes,
+        given=tuple(key for key, last in given.items() if last.layer >= len(presets)),
+        otherwise=_otherwise(presets, chosen),
+    )
+    config = dataclasses.replace(config, origin=origin)
     config = resolve(config, world_size)
     found = validate(config, world_size) + check_files(config)
     reading.problems += [
@@ -107,6 +126,13 @@ def _yaml_value(given: Given, value: Any) -> Any:
     """The value as it was written where it has interpolations, otherwise as it was read."""
     written = plain(given.node)
     return written if is_interpolated(written) else list(value) if isinstance(value, tuple) else value
+
+
+def _otherwise(presets: list[Layer], chosen: Mapping[str, type]) -> dict[str, Any]:
+    """The value of every key that has one where nobody but these layers gives any."""
+    unheard = Reading()  # whatever is wrong with a preset's value, the whole has been told
+    values, _ = convert_all(_merge(presets, chosen, unheard), chosen, unheard)
+    return {**defaults(chosen), **values}
 
 
 def _user_layers(path: str | Path | None, overrides: Sequence[str], reading: Reading) -> list[Layer]:

@@ -272,6 +272,10 @@ class Origin:
     """Dotted keys whose values come from outside (`${oc.env:…}`), as they were written."""
     secrets: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     """(value, interpolation) of each part that came from outside."""
+    given: tuple[str, ...] = ()
+    """Dotted keys that the user wrote, and no preset alone."""
+    otherwise: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """The values that dotted keys would have if the user had written none, before `resolve`."""
     notes: tuple[Problem, ...] = ()
     """What was changed on the way, and why."""
 

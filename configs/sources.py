@@ -51,6 +51,12 @@ def find_config(path: str | Path) -> Path | Problem:
     return Problem(given, _no_config(given, file))
 
 
+def comes_with_pentad(path: str | Path | None) -> bool:
+    """Whether CONFIG is a job of presets/jobs, which no user wrote."""
+    file = None if path is None else find_config(path)
+    return isinstance(file, Path) and file.resolve().parent == (PRESETS / "jobs").resolve()
+
+
 def _no_config(given: str, file: Path) -> str:
     """Why there is no job by this name, and what to give instead."""
     jobs = preset_names("jobs")

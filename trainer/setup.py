@@ -89,7 +89,7 @@ def make_recorder(cfg: Config, ranks: Ranks) -> ring.Recorder:
 
 def mesh_of(cfg: Config, *, store: dist.Store | None, rank: int, device: str, recorder: ring.Recorder) -> Mesh:
     """The mesh that the job's layout and pipeline need; arguments as of `Mesh`."""
-    pipeline = Pipeline.of(cfg)
+    pipeline, context = Pipeline.of(cfg), cfg.parallel.context
     balanced = pipeline.split.balanced
     return Mesh(
         degrees_of(cfg),
@@ -100,7 +100,7 @@ def mesh_of(cfg: Config, *, store: dist.Store | None, rank: int, device: str, re
         timeout_s=cfg.faults.timeout_s,
         channels=pipeline.channels,
         vocab=balanced,
-        context=cfg.parallel.context.inner or 1,
+        context=(context.inner or 1) if context.method == "usp" else 1,
         ends=pipeline.ends if (cfg.model.tied or cfg.model.mtp) and not balanced else None,
     )
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from ...configs.errors import Problem, UserError
 from ...configs.fields import short
+from ...configs.inert import differences
 from ...configs.output import as_dict
-from ...configs.same_model import differences
 from ...configs.schema import Config, SgdConfig
 from ...configs.strict_json import JsonError, expect_int, expect_object
 from .saved_model import model_config_from_state

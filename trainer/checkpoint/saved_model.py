@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from ...configs.errors import Problem, UserError
 from ...configs.fields import field_types, nearest, short
+from ...configs.inert import differences
 from ...configs.reading.convert import WrongType, convert, expected, written
-from ...configs.same_model import differences
 from ...configs.schema import ModelConfig
 
 Section = TypeVar("Section")

@@ -1,0 +1,189 @@
+"""Which keys decide nothing, given the others: one table for the warnings of a job and for the identity of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from .fields import all_keys, short, value_of
+from .schema import BinData, BlendData, Config, ModelConfig, MoeConfig
+
+_Section = TypeVar("_Section")
+
+
+@dataclass(frozen=True)
+class Inert(Generic[_Section]):
+    """Keys that change nothing as long as other keys have certain values."""
+
+    keys: tuple[str, ...]
+    """Those that are inert; a section stands for all its keys."""
+    by: tuple[str, ...]
+    """Those that make them so: the warning shows their values."""
+    holds: Callable[[_Section], bool]
+    """Whether these values do."""
+
+    def covers(self, key: str) -> bool:
+        """Whether the row is about a key."""
+        return _covered(key, self.keys)
+
+
+def _unscaled(*kinds: str) -> Callable[[ModelConfig], bool]:
+    """Whether the rotary embedding is scaled in none of these ways."""
+    return lambda m: m.rope.scaling not in kinds
+
+
+_ROUTED_ONLY = tuple(f"moe.{f.name}" for f in dataclasses.fields(MoeConfig) if f.name not in ("experts", "every"))
+_SOFTMAX_ONLY = ("rope", "qk_norm", "qk_norm_whole", "sinks", "qkv_bias", "out_bias", "window", "window_every")
+
+MODEL: tuple[Inert[ModelConfig], ...] = (
+    Inert(("rope",), ("position",), lambda m: m.position != "rope"),
+    Inert(("rope.factor",), ("rope.scaling",), _unscaled("linear", "llama3", "yarn")),
+    Inert(("rope.original_positions",), ("rope.scaling",), _unscaled("llama3", "yarn")),
+    Inert(("rope.low_freq_factor", "rope.high_freq_factor"), ("rope.scaling",), _unscaled("llama3")),
+    Inert(
+        ("rope.beta_fast", "rope.beta_slow", "rope.attention_factor", "rope.truncate"),
+        ("rope.scaling",),
+        _unscaled("yarn"),
+    ),
+    Inert(("qk_norm_whole",), ("qk_norm",), lambda m: not m.qk_norm),
+    Inert(
+        ("mla.q_rank", "mla.nope_dim", "mla.rope_dim", "mla.value_dim"), ("mla.kv_rank",), lambda m: not m.mla.kv_rank
+    ),
+    Inert(("window_every",), ("window",), lambda m: m.window is None),
+    Inert(("linear",), ("attention_every",), lambda m: not m.linear_layers),
+    Inert(_SOFTMAX_ONLY, ("attention_every", "layers"), lambda m: len(m.linear_layers) == m.layers and not m.mtp),
+    Inert(("mtp_loss",), ("mtp",), lambda m: not m.mtp),
+    Inert(("ffn_bias",), ("moe.experts",), lambda m: len(m.moe_layers) == m.layers and not m.moe.shared),
+    Inert(("moe.every",), ("moe.experts",), lambda m: not m.moe.experts),
+    Inert(_ROUTED_ONLY, ("moe.experts",), lambda m: not m.moe.experts),
+    Inert(("moe.shared_gate",), ("moe.shared",), lambda m: not m.moe.shared),
+    Inert(("moe.drop", "moe.capacity_scope"), ("moe.capacity_factor",), lambda m: m.moe.capacity_factor is None),
+    Inert(
+        ("moe.drop", "moe.capacity_scope", "moe.pad", "moe.router.normalize"),
+        ("moe.router.name",),
+        lambda m: m.moe.router.name == "expert_choice",
+    ),
+    Inert(("moe.pad", "moe.overlap_chunks"), ("moe.dispatcher",), lambda m: m.moe.dispatcher == "all_gather"),
+    Inert(
+        ("moe.router.score", "moe.router.normalize"),
+        ("moe.router.name", "moe.top_k"),
+        lambda m: m.moe.router.name == "sinkhorn" and m.moe.top_k == 1,
+    ),
+    Inert(
+        ("moe.router.groups_kept", "moe.router.group_members"),
+        ("moe.router.groups",),
+        lambda m: m.moe.router.groups == 1,
+    ),
+    Inert(("moe.router.bias_rate",), ("moe.router.selection_bias",), lambda m: not m.moe.router.selection_bias),
+    Inert(("moe.router.aux_level",), ("moe.router.aux_loss",), lambda m: not m.moe.router.aux_loss),
+)
+"""Keys relative to `model`."""
+
+JOB: tuple[Inert[Config], ...] = (
+    Inert(
+        ("model.moe.pad", "model.moe.overlap_chunks"),
+        ("model.moe.dispatcher",),
+        lambda c: c.model.moe.dispatcher == "deepep" and c.parallel.ep > 1,
+    ),
+    Inert(("parallel.pipeline",), ("parallel.pp",), lambda c: c.parallel.pp == 1),
+    Inert(
+        ("parallel.pipeline.vocab_barriers",),
+        ("parallel.pipeline.vocab",),
+        lambda c: c.parallel.pipeline.vocab == "ends",
+    ),
+    Inert(("parallel.context",), ("parallel.cp",), lambda c: c.parallel.cp == 1),
+    Inert(("parallel.context.inner",), ("parallel.context.method",), lambda c: c.parallel.context.method != "usp"),
+    Inert(("parallel.data.bucket_mib",), ("parallel.data.sharding",), lambda c: c.parallel.data.sharding == "fsdp"),
+    Inert(("data.tokenizer.eod",), ("data.tokenizer.path",), lambda c: c.data.tokenizer.path is None),
+    Inert(("data.cache",), ("data.name",), lambda c: isinstance(c.data, (BinData, BlendData))),
+    Inert(("eval.steps",), ("eval.every",), lambda c: c.eval.every == 0),
+    Inert(("eval.prompt_tokens",), ("eval.prompts",), lambda c: not c.eval.prompts),
+    Inert(("log.wandb_project",), ("log.wandb",), lambda c: not c.log.wandb),
+)
+"""Keys of a whole job that more than its model decides about."""
+
+_FREE = {
+    "preset",
+    "family",
+    "init_std",
+    "dropout",
+    "mtp_loss",
+    "linear.chunk",
+    "moe.dispatcher",
+    "moe.capacity_factor",
+    "moe.capacity_scope",
+    "moe.drop",
+    "moe.pad",
+    "moe.weigh",
+    "moe.compute",
+    "moe.overlap_chunks",
+    "moe.router.bias_rate",
+    "moe.router.jitter",
+    "moe.router.aux_loss",
+    "moe.router.aux_level",
+    "moe.router.z_loss",
+}
+"""Names, and choices of a job that leave the function of the weights alone."""
+
+
+def inert_keys(config: Config) -> dict[str, str]:
+    """The keys that change nothing in a resolved job, each with what makes it so: `parallel.pp=1`."""
+    found: dict[str, str] = {}
+    holding = [(row.keys, row.by) for row in JOB if row.holds(config)]
+    holding += [(_in_model(row.keys), _in_model(row.by)) for row in MODEL if row.holds(config.model)]
+    for keys, by in holding:
+        why = " ".join(f"{key}={short(value_of(config, key))}" for key in by)
+        found |= {key: why for key in all_keys() if _covered(key, keys) and key not in found}
+    return found
+
+
+def _in_model(keys: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"model.{key}" for key in keys)
+
+
+def _covered(key: str, by: tuple[str, ...]) -> bool:
+    return any(key == mine or key.startswith(f"{mine}.") for mine in by)
+
+
+def differences(one: ModelConfig, other: ModelConfig, *, padded: bool = False) -> dict[str, tuple[Any, Any]]:
+    """The keys (`moe.router.scale`) that decide what a model computes and in which two differ, with both values.
+
+    Keys whose values mean nothing in either model are left out.
+
+    Args:
+        one, other: resolved.
+        padded: vocabularies are the same that have the same ids in use, whatever padding they have.
+    """
+    values = [_flat(dataclasses.asdict(config)) for config in (one, other)]
+    for config, flat in zip((one, other), values, strict=True):
+        flat["vocab_used"] = config.used_vocab
+        if padded:
+            flat["vocab"] = flat.pop("vocab_used")
+        if flat["rope.attention_factor"] is None:  # not resolved: made by hand, or from an older checkpoint
+            flat["rope.attention_factor"] = 0.1 * math.log(max(1.0, flat["rope.factor"])) + 1
+    means_nothing = _FREE | (_undecisive(one) & _undecisive(other))
+    if one.moe_layers == other.moe_layers:
+        means_nothing |= {"moe.every", "moe.dense_layers"}
+    pairs = {key: (value, values[1][key]) for key, value in values[0].items() if key not in means_nothing}
+    return {key: (a, b) for key, (a, b) in pairs.items() if a != b}
+
+
+def _undecisive(model: ModelConfig) -> set[str]:
+    """Keys of a model that leave the function of its weights alone."""
+    holding = [row for row in MODEL if row.holds(model)]
+    found = {key for key in _flat(dataclasses.asdict(model)) if any(row.covers(key) for row in holding)}
+    if model.position == "rope":
+        found.add("max_positions")  # the length that an export records
+    if len(model.moe_layers) == model.layers:
+        found.add("ffn")  # the default of moe.ffn, no more
+    return found
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
