@@ -15,15 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..parallel.gradients import plain_grad
+from ..parallel.kernels.precision import precise
 
 _AT_ONCE = 1 << 17
 """Elements of a half-precision tensor that are held in fp32 at once on a CPU: they stay in a core's cache."""
 _AT_ONCE_ON_GPU = 1 << 25
 """128 MiB: enough to fill a GPU, little beside what the layer keeps."""
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _parts(x: Tensor) -> list[slice]:
@@ -41,7 +38,7 @@ def _times(x: Tensor, factor: Tensor) -> Tensor:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, size: int, total: Total | None) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_sum_dtype(x.dtype)).square_()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise(x.dtype)).square_()
         if total is not None:
             norm = total(norm)
         rstd = norm.div_(size).add_(eps).rsqrt_()
@@ -172,12 +169,12 @@ def _clipped_grads(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
 def _in_parts(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, results: int = 1) -> tuple[Tensor, ...]:
     """An elementwise function of tensors (N, n) of one type and shape, computed in fp32 or better and rounded once."""
     x = inputs[0]
-    precise = _sum_dtype(x.dtype)
-    if x.dtype == precise:
+    dtype = precise(x.dtype)
+    if x.dtype == dtype:
         return function(*inputs)
     found = tuple(torch.empty_like(x) for _ in range(results))
     for rows in _parts(x):
-        for whole, part in zip(found, function(*(y[rows].to(precise) for y in inputs)), strict=True):
+        for whole, part in zip(found, function(*(y[rows].to(dtype) for y in inputs)), strict=True):
             whole[rows] = part
     return found
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..configs.schema import ModelConfig
+from ..parallel.kernels.precision import precise
 from .functional import swiglu
 from .linear import Linear, project
 from .norms import RmsNorm
@@ -131,8 +132,8 @@ class _Chunks:
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor, g: Tensor, documents: Tensor | None, chunk: int) -> _Chunks:
         size = min(chunk, 1 << max(0, q.shape[1] - 1).bit_length())
-        precise = torch.float64 if q.dtype == torch.float64 else torch.float32
-        q, k, v, g = (_chunked(x.to(precise), size) for x in (q, k, v, g))
+        dtype = precise(q.dtype)
+        q, k, v, g = (_chunked(x.to(dtype), size) for x in (q, k, v, g))
         segment = None
         if documents is not None:
             begins = _chunked(_begins(documents)[:, :, None, None], size)[..., 0]
@@ -351,12 +352,11 @@ class LinearAttention(nn.Module):
         low = self.decay_up(self.decay_down(x))
         q, k, v, gate = project(x, self.q, self.k, self.v, self.gate)
         d, e = self.widths
-        precise = torch.float64 if x.dtype == torch.float64 else torch.float32
-        g = F.logsigmoid(low.to(precise)) / GATE_DIVISOR
+        g = F.logsigmoid(low.to(precise(x.dtype))) / GATE_DIVISOR
         q, k, g = (y.view(seq.batch, seq.length, -1, d) for y in (q, k, g))
         v = v.view(seq.batch, seq.length, -1, e)
         documents, joined = (
-            None if y is None else y.to(x.device) for y in (seq.spread.mine.documents, seq.spread.joined)
+            None if y is None else y.to(x.device) for y in (seq.layout.mine.documents, seq.layout.joined)
         )
         y = gated_linear_attention(q, k, v, g, documents, joined, chunk=self.chunk, neighbours=self.neighbours)
         y = self.head_norm(y)

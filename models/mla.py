@@ -75,7 +75,7 @@ class LatentAttention(nn.Module):
         turning = turning.view(*shape, self.mla.rope_dim)
         if seq.cos is not None and seq.sin is not None:
             q, turning = (rotate(y, seq.cos, seq.sin, self.interleaved) for y in (q, turning))
-        rest = seq.spread, self.window, self.scale
+        rest = seq.layout, self.window, self.scale
         if self.latent_core is not None:
             y = self.latent_core(q, latent, turning.squeeze(2), self.kv_up, self.keys_values, *rest)
         else:

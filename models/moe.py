@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..configs.schema import ModelConfig
-from ..parallel.comm.mesh import Axis
-from ..parallel.expert.dispatch import AllToAll, Dispatcher
+from ..parallel.expert.dispatch import Dispatcher
+from ..parallel.expert.make import local_dispatcher
 from ..parallel.grouped_projection import Groups, Local, RecomputedInput
 from .dropout import Draws
 from .feed_forward import FeedForward
@@ -61,8 +61,7 @@ class Moe(nn.Module):
         self.experts = Experts(cfg)
         self.shared = FeedForward(cfg, moe.shared) if moe.shared else None
         self.shared_gate = Linear(cfg.hidden, 1) if moe.shared and moe.shared_gate else None
-        alone = Axis.single("ep")
-        self.dispatch: Dispatcher = AllToAll(moe.experts, alone, alone, weigh_before=moe.weigh == "before")
+        self.dispatch: Dispatcher = local_dispatcher(moe)
 
     def forward(self, x: Tensor, seq: Sequences, draws: Draws | None = None) -> Tensor:
         """x (n, h) → (n, h)."""

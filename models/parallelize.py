@@ -18,7 +18,7 @@ from ..parallel.context.make import make_core, make_latent_core
 from ..parallel.expert.biases import without_bias
 from ..parallel.expert.dispatch import AllToAll
 from ..parallel.expert.make import make_dispatcher
-from ..parallel.expert.tokens import TokenGroup
+from ..parallel.expert.tokens import TokenPool
 from ..parallel.gradients import slot_of
 from ..parallel.kernels.device import check_local_attention, local_attention
 from ..parallel.sharding_rules import Axes, Column, Plan, Row, Rule, Sharding, place
@@ -143,12 +143,12 @@ def _replace_dispatchers(model: Transformer, mesh: Mesh) -> None:
     """The experts' ranks are those of the expert mesh, whatever the dense one is."""
     if not model.cfg.moe.experts:
         return
-    etp, tokens = mesh.axis("etp"), TokenGroup(mesh.axis("tokens"))
+    etp, tokens = mesh.axis("etp"), TokenPool(mesh.axis("tokens"))
     dispatcher = make_dispatcher(model.cfg.moe, mesh.axis("ep"), etp)
     for module in model.modules():
         if isinstance(module, Moe):
             module.dispatch = dispatcher
-            module.router.tokens = tokens
+            module.router.tokens, module.router.fixed_width = tokens, dispatcher.fixed_width
             if etp.rank > 0:
                 module.experts.down.apply_weights = without_bias(module.experts.down.apply_weights)
 

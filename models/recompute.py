@@ -18,7 +18,7 @@ def run_layer_again(layer: Layer, x: Tensor, seq: Sequences, draws: Draws | None
     The graph is that of the first run; the second one only fills in the tensors that it needs. No random state is
     saved: every draw of a layer is keyed (`dropout.Draws`), so the second run makes the same ones. What a router
     decides is kept (`Sequences.kept`), for it could turn on the last bit of a score, and neither counted nor
-    communicated twice.
+    agreed on twice.
     """
     if layer.moe is not None:
         seq = replace(seq, kept={})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..configs.schema import RopeConfig
+from ..parallel.kernels.precision import precise
 
 
 def frequencies(cfg: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
@@ -53,7 +54,6 @@ def angles(freq: Tensor, factor: float, positions: Tensor, dtype: torch.dtype) -
 
     The angle is a product in fp64: in fp32 it loses 1e-3 radians at position 10⁴ and more beyond.
     """
-    dtype = torch.promote_types(dtype, torch.float32)
     angle = positions.double()[..., None] * freq
     angle = angle[None, :, None] if positions.dim() == 1 else angle[:, :, None]
-    return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
+    return (angle.cos() * factor).to(precise(dtype)), (angle.sin() * factor).to(precise(dtype))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..parallel.kernels.mask import SequenceShards
+from ..parallel.kernels.mask import TokenLayout
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Sequences:
     length: int
     cos: Tensor | None
     sin: Tensor | None
-    spread: SequenceShards
+    layout: TokenLayout
     """Which tokens of the sequences these are, their documents, and who has the others."""
     rows: Tensor | None = None
     """(n,) which sequence of the batch each of this device's rows of the residual stream belongs to; mixture-of-experts

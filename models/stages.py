@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..parallel.kernels.mask import SequenceShards
+from ..parallel.kernels.mask import TokenLayout
 from .dropout import Draws
 from .transformer import Part, Transformer
 
@@ -50,7 +50,7 @@ class Inputs:
     documents: Tensor | None = None
     draws: Draws | None = None
     share: float = 0.0
-    spread: SequenceShards | None = None
+    layout: TokenLayout | None = None
 
 
 def run_stage(
@@ -74,12 +74,12 @@ def run_stage(
             documents=inputs.documents,
             draws=draws,
             share=inputs.share,
-            spread=inputs.spread,
+            layout=inputs.layout,
         )
     if stage == 0:
         x = model.embed_tokens(tokens, positions, draws) if x is None else model.begin(x, tokens, positions, draws)
     assert x is not None
-    seq = model.sequences(tokens, positions, inputs.documents, dtype, inputs.share, inputs.spread)
+    seq = model.sequences(tokens, positions, inputs.documents, dtype, inputs.share, inputs.layout)
     x = model.run_layers(x, seq, draws, split.layers[stage])
     if stage < last:
         return x

@@ -1,4 +1,4 @@
-"""The decoder-only transformer, as configured: Llama, Qwen, Mistral, GPT-2.
+"""The decoder-only transformer, as the config says.
 
 Shapes: B sequences of T tokens, N = B · T, h hidden width, V vocabulary. The residual stream is (N, h). The embedding,
 the head with its loss, every projection and the attention core are seams: objects that can be replaced from outside.
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..configs.schema import ModelConfig
-from ..parallel.kernels.mask import SequenceShards
-from ..parallel.vocab import Look, VocabEmbedding, VocabHead, VocabShard, look_up
+from ..parallel.kernels.mask import TokenLayout
+from ..parallel.vocab import Look, look_up, whole_vocabulary
 from .attention import Attention
 from .dropout import Draws
 from .feed_forward import FeedForward
@@ -130,9 +130,9 @@ class Transformer(nn.Module):
         self.norm = make_norm(cfg) if part.ends else None
         self.mtp = nn.ModuleList(Prediction(cfg, Layer(cfg, cfg.layers + k)) for k in range(depth))
         self.head = Table(cfg.vocab, cfg.hidden) if part.predicts and not cfg.tied else None
-        whole = VocabShard.whole(cfg.vocab, cfg.used_vocab)
-        self.embedding_op: EmbeddingOp = VocabEmbedding(whole)
-        self.head_op: HeadOp = VocabHead(whole)
+        self.embedding_op: EmbeddingOp
+        self.head_op: HeadOp
+        self.embedding_op, self.head_op = whole_vocabulary(cfg.vocab, cfg.used_vocab)
         self.run_layer: RunLayer = run_layer
         turning = cfg.mla.rope_dim if cfg.mla.kv_rank else cfg.head_dim
         self._frequencies = frequencies(cfg.rope, turning) if cfg.position == "rope" else None
@@ -155,7 +155,7 @@ class Transformer(nn.Module):
         documents: Tensor | None,
         dtype: torch.dtype,
         share: float = 0.0,
-        spread: SequenceShards | None = None,
+        layout: TokenLayout | None = None,
     ) -> Sequences:
         """What the layers know of a batch of tokens (B, T); arguments as of `forward`."""
         batch, length = tokens.shape
@@ -164,15 +164,15 @@ class Transformer(nn.Module):
             where = torch.arange(length, device=tokens.device) if positions is None else positions
             freq, factor = self._frequencies
             cos, sin = angles(freq.to(tokens.device), factor, where, dtype)
-        spread = spread or SequenceShards.whole(length, documents)
+        layout = layout or TokenLayout.whole(length, documents)
         rows = places = None
         if self.cfg.moe.experts:
             sequence = torch.arange(batch, device=tokens.device)[:, None]
-            whole = len(spread.ranks) * length
-            everywhere = sequence * whole + spread.mine.order.to(tokens.device)
+            whole = layout.length
+            everywhere = sequence * whole + layout.mine.order.to(tokens.device)
             places = self.embedding_op.local_tokens(everywhere.reshape(-1))
             rows = places // whole
-        return Sequences(batch, length, cos, sin, spread, rows, share, places=places)
+        return Sequences(batch, length, cos, sin, layout, rows, share, places=places)
 
     def embed_tokens(self, tokens: Tensor, positions: Tensor | None, draws: Draws | None) -> Tensor:
         """tokens (B, T) → (N, h)."""
@@ -211,7 +211,7 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         draws: Draws | None = None,
         share: float = 0.0,
-        spread: SequenceShards | None = None,
+        layout: TokenLayout | None = None,
     ) -> Tensor:
         """Logits (B, T, V), or with labels (B, T) the summed cross-entropy times `scale` (a scalar).
 
@@ -224,11 +224,11 @@ class Transformer(nn.Module):
             documents: (B, T) document ids of packed sequences; none: one document each.
             draws: the dropout of this step; none: no dropout.
             share: this microbatch's share in the step's balancing losses; 0: evaluation.
-            spread: which tokens of their sequences `tokens` are, with their documents, and who has the others; none:
+            layout: which tokens of their sequences `tokens` are, with their documents, and who has the others; none:
                 all of them, with these `documents`.
         """
         x = self.embed_tokens(tokens, positions, draws)
-        seq = self.sequences(tokens, positions, documents, x.dtype, share, spread)
+        seq = self.sequences(tokens, positions, documents, x.dtype, share, layout)
         x = self.run_layers(x, seq, draws, self.part.layers)
         if labels is None:
             return self.head_op.logits(self.end(x), self.head_weight).view(*tokens.shape, -1)

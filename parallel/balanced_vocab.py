@@ -30,6 +30,7 @@ from .comm.collectives import all_gather, broadcast_blocks, reduce_blocks
 from .comm.lane import Lane, Pending
 from .comm.mesh import Axis
 from .gradients import matmul_grad, plain_grad, slot_of
+from .kernels.precision import precise
 from .vocab import IGNORED, Look, VocabShard
 
 _CHUNK = 1024
@@ -134,7 +135,7 @@ class BalancedHead:
         if self.look is not None:
             self.look(part, labels, self.shard)
         mine = (labels >= self.shard.start) & (labels < self.shard.stop)
-        factor = (labels != IGNORED).to(_precise(part.dtype)) * scale
+        factor = (labels != IGNORED).to(precise(part.dtype)) * scale
         known = _Labels(torch.where(mine, labels - self.shard.start, 0), mine, factor)
         values = _exponentials(part, known)
         early = with_grad and self.barriers == 1
@@ -264,7 +265,7 @@ class BalancedEmbedding:
             slot.add_rows(rows, grad)
             slot.done()
             return
-        table = torch.zeros(weight.shape, dtype=_precise(grad.dtype), device=grad.device)
+        table = torch.zeros(weight.shape, dtype=precise(grad.dtype), device=grad.device)
         _keep(weight, plain_grad(weight, table.index_add_(0, rows, grad.to(table.dtype))))
 
     def _local(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,19 +277,15 @@ class BalancedEmbedding:
         return (tokens - self.shard.start).remainder(self.shard.stop - self.shard.start), mine
 
 
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _chunks(part: Tensor) -> list[slice]:
     """The tokens that are worked on at once: all of them where nothing has to be converted."""
-    step = max(part.shape[0], 1) if part.dtype == _precise(part.dtype) else _CHUNK
+    step = max(part.shape[0], 1) if part.dtype == precise(part.dtype) else _CHUNK
     return [slice(first, first + step) for first in range(0, part.shape[0], step)]
 
 
 def _exponentials(part: Tensor, labels: _Labels) -> Tensor:
     """Turns the logits (N, V/P) into exp(Y - m') in place; returns m', s' and the label's logit (3, N)."""
-    values = part.new_empty((3, part.shape[0]), dtype=_precise(part.dtype))
+    values = part.new_empty((3, part.shape[0]), dtype=precise(part.dtype))
     for rows in _chunks(part):
         wide = part[rows].to(values.dtype)
         peak, total, picked = values[:, rows].unbind(0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -83,6 +84,21 @@ class Deferred(Protocol):
     def finish(self, whole: Tensor) -> object:
         """Computes them; `whole` (N, in) is what `start` gave."""
         ...
+
+
+@dataclass(frozen=True)
+class DeferredMatmul:
+    """The `Deferred` of y = x weightᵀ whose x (N, in) is at hand, with dy (N, out); multiplied in dy's precision."""
+
+    weight: Tensor
+    dy: Tensor
+    x: Tensor
+
+    def start(self) -> Handle:
+        return Handle(self.x)
+
+    def finish(self, whole: Tensor) -> Tensor | None:
+        return matmul_grad(self.weight, self.dy, whole.to(self.dy.dtype))
 
 
 class WeightGradients:

@@ -19,6 +19,7 @@ from torch import Tensor
 from .comm.collectives import Handle
 from .gradients import grouped_grad, open_store, plain_grad
 from .kernels.grouped_gemm import Gemms, Groups, gemms
+from .kernels.precision import precise
 from .projection import HasWeight
 
 __all__ = ["GroupedProjection", "Groups", "Local", "RecomputedInput", "local"]
@@ -160,8 +161,7 @@ def _make_again(
         made = call.function(*leaves)
     x, dscales = made.detach(), None
     if scales is not None:
-        precise = torch.promote_types(dx.dtype, torch.float32)
-        dscales = torch.mul(x, dx).sum(-1, dtype=precise)
+        dscales = torch.mul(x, dx).sum(-1, dtype=precise(dx.dtype))
         dx = dx.mul_(scales.unsqueeze(-1))
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     grads = iter(torch.autograd.grad(made, wanted, dx) if wanted else ())
@@ -184,12 +184,11 @@ def _bias_grad(
     """The bias's gradient; adds to that of the rows' weights what the bias contributes to it."""
     if bias is None:
         return None
-    precise = torch.promote_types(dy.dtype, torch.float32)
-    grad = torch.zeros(bias.shape, dtype=precise, device=dy.device)
+    grad = torch.zeros(bias.shape, dtype=precise(dy.dtype), device=dy.device)
     for expert, start, stop in call.groups.runs():
         rows = dy[start:stop]
         weighted = rows if scales is None else rows * scales[start:stop].unsqueeze(-1)
-        torch.sum(weighted, 0, dtype=precise, out=grad[expert])
+        torch.sum(weighted, 0, dtype=grad.dtype, out=grad[expert])
         if dscales is not None:
             dscales[start:stop].add_(torch.mv(rows, bias[expert]))
     return plain_grad(bias, grad)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .comm.collectives import Handle
 from .gradients import matmul_grad, open_store, plain_grad
+from .kernels.precision import precise
 
 
 class HasWeight(Protocol):
@@ -133,5 +134,5 @@ class _Project(torch.autograd.Function):
         for i, bias in enumerate(biases):
             if bias is not None:
                 dy = dys[i] if around.bias_before_leave else outer[i]
-                bias_grads[i] = plain_grad(bias, dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)))
+                bias_grads[i] = plain_grad(bias, dy.sum(0, dtype=precise(dy.dtype)))
         return None, None, scattering.wait() if scattering else None, *weight_grads, *bias_grads

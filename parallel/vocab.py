@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from .comm.collectives import all_gather, all_reduce, reduce_scatter, reduce_scatter_autograd
 from .comm.mesh import Axis
 from .gradients import plain_grad, slot_of
+from .kernels.precision import precise
 from .kernels.weight_products import add_product
 
 IGNORED = -1
@@ -106,7 +107,7 @@ class _Lookup(torch.autograd.Function):
             slot.add_rows(rows, grad)
             slot.done()
             return None, None, None
-        table = grad.new_zeros((ctx.rows, grad.shape[1]), dtype=torch.promote_types(grad.dtype, torch.float32))
+        table = grad.new_zeros((ctx.rows, grad.shape[1]), dtype=precise(grad.dtype))
         table.index_add_(0, rows, grad.to(table.dtype))
         return None, plain_grad(ctx.weight, table), None
 
@@ -147,6 +148,12 @@ class VocabHead:
         return _Loss.apply(x, weight, labels, scale, self.shard, self.chunk, torch.is_grad_enabled(), self.look)
 
 
+def whole_vocabulary(vocab: int, used: int | None = None) -> tuple[VocabEmbedding, VocabHead]:
+    """Embedding and head of one device, which has all rows; arguments as of `VocabShard`."""
+    whole = VocabShard.whole(vocab, used)
+    return VocabEmbedding(whole), VocabHead(whole)
+
+
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -162,7 +169,7 @@ class _Loss(torch.autograd.Function):
     ) -> Tensor:
         axis, slot = shard.axis, slot_of(weight)
         whole = all_gather(x, axis).wait()
-        total = whole.new_zeros((), dtype=_precise(x.dtype))
+        total = whole.new_zeros((), dtype=precise(x.dtype))
         dx = torch.empty_like(whole) if with_grad else None
         dw = torch.zeros(weight.shape, dtype=total.dtype, device=x.device) if with_grad and slot is None else None
         for first in range(0, whole.shape[0], chunk):
@@ -196,16 +203,12 @@ class _Loss(torch.autograd.Function):
         return dx, dw.to(ctx.weight.dtype), None, None, None, None, None, None
 
 
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _cross_entropy(
     logits: Tensor, labels: Tensor, scale: Tensor | float, shard: VocabShard, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Summed loss of one chunk and the gradient of its logits (n, V/tp), which reuses the logits' memory."""
     axis = shard.axis
-    logits32 = logits if logits.dtype == _precise(logits.dtype) else logits.float()
+    logits32 = logits.to(precise(logits.dtype))
     valid = labels != IGNORED
     mine = (labels >= shard.start) & (labels < shard.stop)
     target = torch.where(mine, labels - shard.start, 0)[:, None]

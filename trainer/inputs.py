@@ -11,7 +11,7 @@ from ..models.mtp import ahead
 from ..models.stages import Inputs
 from ..parallel.comm.mesh import Mesh
 from ..parallel.context.layout import deal_of
-from ..parallel.kernels.mask import SequenceShards
+from ..parallel.kernels.mask import TokenLayout
 from .data.dataset import Microbatch
 
 
@@ -28,7 +28,7 @@ class InputMaker:
         self.cfg, self.device = cfg, device
         self._cp, self._tp = mesh.axis("cp"), mesh.axis("tp")
         self._deal = deal_of(cfg.parallel.context.placement or "zigzag")
-        self._plain: SequenceShards | None = None
+        self._plain: TokenLayout | None = None
 
     def make(self, batch: Microbatch, step: int, scale: float) -> Inputs:
         """This rank's part of a microbatch.
@@ -41,13 +41,13 @@ class InputMaker:
         share = self.cfg.train.micro_batch / self.cfg.train.global_batch if step >= 0 else 0.0
         depth = self.cfg.model.mtp
         labels = ahead(batch.labels, depth) if depth and step >= 0 else batch.labels
-        spread = self._spread(batch)
-        if spread is None:
+        layout = self._layout(batch)
+        if layout is None:
             # Documents stay on the host, where masks are planned.
             moved, draws = batch.to(self.device), self._draws(batch, step, torch.arange(batch.tokens.numel()))
             labels = labels.to(self.device)
             return Inputs(moved.tokens, labels, scale, moved.positions, batch.documents, draws, share)
-        order = spread.mine.order.expand(len(batch.tokens), -1)
+        order = layout.mine.order.expand(len(batch.tokens), -1)
         positions = order if batch.positions is None else batch.positions.gather(1, order)
         places = order + torch.arange(len(order))[:, None] * batch.tokens.shape[1]
         return Inputs(
@@ -55,19 +55,19 @@ class InputMaker:
             labels.gather(-1, order.expand(labels.shape[:-1] + order.shape[-1:])).to(self.device),
             scale,
             positions.to(self.device),
-            None,  # the spread has them
+            None,  # the layout has them
             self._draws(batch, step, places.reshape(-1)),
             share,
-            spread,
+            layout,
         )
 
-    def _spread(self, batch: Microbatch) -> SequenceShards | None:
+    def _layout(self, batch: Microbatch) -> TokenLayout | None:
         """None where one rank has whole sequences."""
         if self._cp.size == 1:
             return None
         if batch.documents is not None:
             return self._deal(batch.tokens.shape[1], self._cp.size, self._cp.rank, batch.documents)
-        # One object for all such batches: methods keep what they plan for a spread.
+        # One object for all such batches: methods keep what they plan for a layout.
         self._plain = self._plain or self._deal(batch.tokens.shape[1], self._cp.size, self._cp.rank, None)
         return self._plain
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...configs.schema import ModelConfig
 from ...parallel.kernels.attention import attention
 from ...parallel.kernels.device import local_attention
-from ...parallel.kernels.mask import Mask, SequenceShards, TokenIndex
+from ...parallel.kernels.mask import Mask, TokenIndex, TokenLayout
 from ..attention import Attention
 from ..linear_attention import Coming, LinearAttention
 from ..mla import LatentAttention
@@ -123,7 +123,7 @@ class _CachedCore:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        spread: SequenceShards,
+        layout: TokenLayout,
         window: int | None,
         scale: float,
         sinks: Tensor | None = None,

@@ -16,7 +16,7 @@ __all__ = ["FIELDS", "collect", "columns", "rebalance"]
 
 
 def _routers(model: Transformer) -> Iterator[tuple[int, Router]]:
-    """The routers of this rank, each with its row of the totals."""
+    """The routers of this part of the model, each with its row of the totals."""
     rows = {layer: row for row, layer in enumerate(model.cfg.routed_layers)}
     for module in model.modules():
         if isinstance(module, Router):
@@ -25,14 +25,14 @@ def _routers(model: Transformer) -> Iterator[tuple[int, Router]]:
 
 @torch.no_grad()
 def collect(model: Transformer, device: torch.device) -> Tensor | None:
-    """What this rank's routers counted since the last call, and forgets it.
+    """What the routers of this part of the model counted since the last call, and forgets it.
 
     Args:
-        model: this rank's part, which may be nothing at all.
+        model: a part of the model, which may be nothing at all.
         device: of the totals.
 
     Returns:
-        (mixture-of-experts layers of the whole model, columns) as fp64, zeros for layers that are on other ranks; the
+        (mixture-of-experts layers of the whole model, columns) as fp64, zeros for layers of other parts; the
         columns are `FIELDS`, then the choices. None for a model without such layers.
     """
     cfg: ModelConfig = model.cfg
@@ -50,7 +50,7 @@ def rebalance(model: Transformer, totals: Tensor, skip: Tensor) -> None:
     """Moves the selection biases against the load of the step, and remembers the load for the next one.
 
     Args:
-        totals: the sum of `collect` over all ranks.
+        totals: the sum of `collect` over all parts and their copies.
         skip: (scalar) 1 where the step was skipped, after which nothing moves.
     """
     go = (1 - skip).double()

@@ -60,8 +60,8 @@ def top_k(logits: Tensor, scores: Tensor, moe: MoeConfig, bias: Tensor | None) -
 def coarse(x: Tensor) -> Tensor:
     """Integers in the order of x ≥ 0, which keep half of its mantissa, rounded.
 
-    Tokens with the same text before them have the same scores but for rounding, which differs between layouts; such
-    tokens shall count as equal everywhere.
+    Tokens with the same text before them have the same scores but for rounding, which depends on how they are computed;
+    such tokens shall count as equal everywhere.
     """
     double = x.dtype == torch.float64
     bits, dropped = (x.contiguous().view(torch.int64), 26) if double else (x.float().contiguous().view(torch.int32), 12)

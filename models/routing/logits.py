@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...parallel.comm.collectives import Handle
-from ...parallel.gradients import matmul_grad, open_store, plain_grad
-
-
-def precise(dtype: torch.dtype) -> torch.dtype:
-    """The precision of logits, scores and weights for hidden states of `dtype`: fp32, or fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from ...parallel.gradients import DeferredMatmul, open_store, plain_grad
+from ...parallel.kernels.precision import precise
 
 
 def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -24,19 +18,6 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     once more.
     """
     return _Logits.apply(x, weight, bias)
-
-
-@dataclass(frozen=True)
-class _WeightGrad:
-    x: Tensor
-    weight: Tensor
-    dlogits: Tensor
-
-    def start(self) -> Handle:
-        return Handle(self.x)
-
-    def finish(self, whole: Tensor) -> Tensor | None:
-        return matmul_grad(self.weight, self.dlogits, whole.to(self.dlogits.dtype))
 
 
 class _Logits(torch.autograd.Function):
@@ -51,7 +32,7 @@ class _Logits(torch.autograd.Function):
     def backward(ctx: Any, dlogits: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias = ctx.saved_tensors
         dx = torch.mm(dlogits, weight.to(dlogits.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        deferred, store = _WeightGrad(x, weight, dlogits), open_store((weight,))
+        deferred, store = DeferredMatmul(weight, dlogits, x), open_store((weight,))
         dweight = None
         if store is not None:
             store.put(deferred)

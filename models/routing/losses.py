@@ -1,7 +1,7 @@
 """Losses that keep the experts' load even, and how they join the training loss.
 
 Every device adds up the part of its own tokens; loads are those of the whole microbatch, whoever has its tokens. The
-sum over devices and microbatches is thus the same in every layout.
+sum over devices and microbatches is thus the same however these are dealt out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...configs.schema import MoeConfig
-from ...parallel.expert.tokens import TokenGroup
+from ...parallel.expert.tokens import TokenPool
 from ..sequences import Sequences
 from .choice import choices_of
 
@@ -31,7 +31,7 @@ class Losses:
     z: Tensor
 
 
-def fractions(chosen: Tensor, seq: Sequences, tokens: TokenGroup, moe: MoeConfig, load: Tensor | None) -> Tensor:
+def fractions(chosen: Tensor, seq: Sequences, tokens: TokenPool, moe: MoeConfig, load: Tensor | None) -> Tensor:
     """The load of each choice, as fractions whose sum is 1: (C,), or (B, C) for each sequence of the microbatch.
 
     A null expert's load is the mean of theirs (AdaMoE, arXiv 2406.13233, section 3.3): which one is taken means

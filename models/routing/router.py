@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ...configs.schema import ModelConfig
-from ...parallel.comm.mesh import Axis
 from ...parallel.expert.routing import Routing
-from ...parallel.expert.tokens import TokenGroup
+from ...parallel.expert.tokens import TokenPool
 from ..dropout import Draws
 from ..sequences import Sequences
 from .choice import as_columns, capacity, choices_of, expert_choice, is_plain, sinkhorn_prices, top_k, within_capacity
@@ -50,8 +49,10 @@ class Router(nn.Module):
     """Scores every choice for every token, and picks.
 
     Training forwards (`Sequences.share` above 0) count what happens in `tally` (fp64, see `routing_tally`) and run the
-    backward of the balancing losses with that of the weights. `tokens` is a seam: the devices that share the tokens of
-    a microbatch.
+    backward of the balancing losses with that of the weights.
+
+    Replaceable from outside: `tokens`, who has the other tokens of a microbatch, and `fixed_width`, whether K has to be
+    the same for every microbatch.
 
     With name=expert_choice the weights are the scores themselves, whatever `normalize` says; sinkhorn with one expert
     per token has sigmoid scores, as it would have weight 1 otherwise.
@@ -72,7 +73,8 @@ class Router(nn.Module):
         self.register_buffer("selection_bias", torch.zeros(choices) if self.cfg.selection_bias else None)
         self.register_buffer("load", torch.zeros(choices) if remembers else None)
         self.register_buffer("tally", torch.zeros(columns(moe), dtype=torch.float64), persistent=False)
-        self.tokens = TokenGroup(Axis.single("tokens"))
+        self.tokens = TokenPool.whole()
+        self.fixed_width = False
         sinkhorn, name = self.cfg.name == "sinkhorn", self.cfg.name
         self._has_losses = self.cfg.aux_loss > 0 or self.cfg.z_loss > 0
         self._score = "sigmoid" if sinkhorn and moe.top_k == 1 else self.cfg.score
@@ -136,8 +138,8 @@ class Router(nn.Module):
     def _losses(self, logits: Tensor, scores: Tensor, loads: Tensor | None, seq: Sequences) -> Losses:
         """This device's part of the losses; those without a coefficient are only counted."""
         shares = None if loads is None else probabilities(scores, self._score)
-        everyone = len(logits) * self.tokens.axis.size
-        return losses(logits if self.cfg.z_loss else logits.detach(), shares, loads, seq, everyone)
+        count = self.tokens.count(len(logits))
+        return losses(logits if self.cfg.z_loss else logits.detach(), shares, loads, seq, count)
 
     def _attached(self, weights: Tensor, terms: Losses, share: float) -> Tensor:
         loss = None
@@ -185,13 +187,10 @@ class Router(nn.Module):
     def _taken(self, scores: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """(n, K) experts that take each token, and which of them count.
 
-        K is what the most wanted token of the microbatch has; dispatchers other than all_to_all need the same K on all
-        ranks, whatever microbatch these have.
+        K is what the most wanted token of the microbatch has, or with `fixed_width` all that it could have.
         """
         everywhere = expert_choice(self.tokens.gather(scores, places), self.moe)
-        width = self.moe.experts
-        if self.moe.dispatcher == "all_to_all":
-            width = max(int(everywhere.sum(1).max()), 1)
+        width = self.moe.experts if self.fixed_width else max(int(everywhere.sum(1).max()), 1)
         return as_columns(self.tokens.mine(everywhere, places), width)
 
     def _room(self, experts: Tensor, weights: Tensor | None, places: Tensor) -> tuple[Tensor, int]:

@@ -25,8 +25,9 @@ from ..comm.collectives import all_gather, all_to_all
 from ..comm.mesh import Axis
 from ..gradients import at_once
 from ..kernels.interfaces import LocalAttention
-from ..kernels.mask import Mask, SequenceShards
-from ..kernels.merge import add_sinks, merge_, precise, sinks_grad
+from ..kernels.mask import Mask, TokenLayout
+from ..kernels.merge import add_sinks, merge_, sinks_grad
+from ..kernels.precision import precise
 
 KeysValues = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -47,13 +48,13 @@ class AllGather:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        spread: SequenceShards,
+        layout: TokenLayout,
         window: int | None,
         scale: float,
         sinks: Tensor | None = None,
     ) -> Tensor:
         """See `Core`. Saved for backward: q, k, v, out and lse of this rank's tokens."""
-        return _Gathered.apply(q, k, v, sinks, _Job(self._axis, self._local, spread, window, scale))
+        return _Gathered.apply(q, k, v, sinks, _Job(self._axis, self._local, layout, window, scale))
 
 
 class GatherLatent:
@@ -69,7 +70,7 @@ class GatherLatent:
         turning: Tensor,
         up: nn.Module,
         keys_values: KeysValues,
-        spread: SequenceShards,
+        layout: TokenLayout,
         window: int | None,
         scale: float,
     ) -> Tensor:
@@ -77,7 +78,7 @@ class GatherLatent:
 
         The weight of `up` gets as many gradients a microbatch as there are ranks (`Slot.uses`).
         """
-        job = _Job(self._axis, self._local, spread, window, scale, up, keys_values)
+        job = _Job(self._axis, self._local, layout, window, scale, up, keys_values)
         return _Gathered.apply(q, latent, turning, None, job)
 
 
@@ -87,7 +88,7 @@ class _Job:
 
     axis: Axis
     local: LocalAttention
-    spread: SequenceShards
+    layout: TokenLayout
     window: int | None
     scale: float
     up: nn.Module | None = None
@@ -108,7 +109,7 @@ class _Job:
                 yield rank, self._mask(rank), ones[rank], twos[rank]
 
     def _mask(self, rank: int) -> Mask:
-        return self.spread.once(Mask, self.spread.mine, self.spread.ranks[rank], self.window)
+        return self.layout.once(Mask, self.layout.mine, self.layout.ranks[rank], self.window)
 
     def attend(self, one: Tensor, two: Tensor, mask: Mask, q: Tensor) -> tuple[Tensor, Tensor]:
         """out and lse of this block."""

@@ -12,7 +12,7 @@ from ..kernels.mask import TokenIndex
 
 class GatheredTokens:
     """The tokens of P ranks with n tokens of each of B sequences, which were dealt out in any way. Made once for all
-    layers: `spread.once(GatheredTokens, spread.ranks)`.
+    layers: `layout.once(GatheredTokens, layout.ranks)`.
 
     Args:
         parts: the ranks' rows.

@@ -28,8 +28,9 @@ from ...configs.errors import Problem, UserError
 from ..comm.collectives import Handle, receive, send
 from ..comm.mesh import Axis
 from ..kernels.interfaces import LocalAttention
-from ..kernels.mask import SequenceShards
-from ..kernels.merge import add_sinks, merge_, precise, sinks_grad
+from ..kernels.mask import TokenLayout
+from ..kernels.merge import add_sinks, merge_, sinks_grad
+from ..kernels.precision import precise
 from .packed_tensors import PackedTensors
 from .ring_plan import RingPlan, RingPlans, Stop
 from .ring_transfer import Lines, RingTransfer, empty_like, finish
@@ -56,7 +57,7 @@ class Ring:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        spread: SequenceShards,
+        layout: TokenLayout,
         window: int | None,
         scale: float,
         sinks: Tensor | None = None,
@@ -66,12 +67,12 @@ class Ring:
         Raises:
             UserError: duplex with one key-value head.
         """
-        return _Ring.apply(q, k, v, sinks, self._courses(k.shape[2], spread, window, scale))
+        return _Ring.apply(q, k, v, sinks, self._courses(k.shape[2], layout, window, scale))
 
-    def _courses(self, heads: int, spread: SequenceShards, window: int | None, scale: float) -> list[_Course]:
+    def _courses(self, heads: int, layout: TokenLayout, window: int | None, scale: float) -> list[_Course]:
         down = Lines(self._axis, self._back, -1)
         if self._up is None or self._axis.size == 1:
-            return [_Course(self._down.of(spread, window), self._local, scale, down, slice(0, heads))]
+            return [_Course(self._down.of(layout, window), self._local, scale, down, slice(0, heads))]
         if heads == 1:
             raise UserError(
                 Problem(
@@ -82,8 +83,8 @@ class Ring:
             )
         half, up = (heads + 1) // 2, Lines(self._back, self._axis, 1)
         return [
-            _Course(self._down.of(spread, window), self._local, scale, down, slice(0, half)),
-            _Course(self._up.of(spread, window), self._local, scale, up, slice(half, heads)),
+            _Course(self._down.of(layout, window), self._local, scale, down, slice(0, half)),
+            _Course(self._up.of(layout, window), self._local, scale, up, slice(half, heads)),
         ]
 
 

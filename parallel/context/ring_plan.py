@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.mask import Mask, SequenceShards, TokenIndex
+from ..kernels.mask import Mask, TokenIndex, TokenLayout
 
 _NEVER = 1 << 62
 """Order of a row that only fills up a batch: no query comes after it."""
@@ -174,24 +174,24 @@ class RingPlans:
 
     def __init__(self, *, down: bool, keys: bool) -> None:
         self._sign, self._keys = -1 if down else 1, keys
-        self._known: dict[tuple[int, int | None], tuple[weakref.ref[SequenceShards], RingPlan]] = {}
+        self._known: dict[tuple[int, int | None], tuple[weakref.ref[TokenLayout], RingPlan]] = {}
 
-    def of(self, spread: SequenceShards, window: int | None) -> RingPlan:
+    def of(self, layout: TokenLayout, window: int | None) -> RingPlan:
         """This rank's plan."""
-        key = (id(spread), window)
+        key = (id(layout), window)
         found = self._known.get(key)
         if found is None:
             known = self._known
             # By identity, since comparing all tokens each time costs more than planning; an id is used again once its
             # object is gone, hence the entry goes with it.
-            gone = weakref.ref(spread, lambda _: known.pop(key, None))
-            found = known[key] = gone, _ring_plan(spread, window, self._sign, self._keys)
+            gone = weakref.ref(layout, lambda _: known.pop(key, None))
+            found = known[key] = gone, _ring_plan(layout, window, self._sign, self._keys)
         return found[1]
 
 
-def _ring_plan(spread: SequenceShards, window: int | None, sign: int, keys: bool) -> RingPlan:
-    places, length = _places(spread.ranks)
-    ranks, me = len(places), spread.rank
+def _ring_plan(layout: TokenLayout, window: int | None, sign: int, keys: bool) -> RingPlan:
+    places, length = _places(layout.ranks)
+    ranks, me = len(places), layout.rank
     sorted_places = [place.sort(dim=1).values for place in places]
     # Of every owner at every rank, worked out by all alike: no rank has to be told what it will be sent.
     business = [[_partnered(place, others, length, window, ahead=keys) for others in sorted_places] for place in places]
@@ -203,14 +203,14 @@ def _ring_plan(spread: SequenceShards, window: int | None, sign: int, keys: bool
         for index, rank in enumerate(route):
             if me in (owner, rank):
                 mine = _partnered(places[rank], sorted_places[owner], length, window, ahead=not keys)
-                stop = _stop(spread.ranks[owner], owner, route, index, business[owner], mine, sign)
+                stop = _stop(layout.ranks[owner], owner, route, index, business[owner], mine, sign)
                 if rank == me:
                     stops[stop.step] = stop
                 else:
                     own[rank] = stop
     # Each mask is that of the very rows that meet: of those here with business, and of those that arrived.
-    masks = {0: Mask.of(spread.mine, window)}
-    masks |= {stop.step: _mask(stop, spread.mine, window, keys) for stop in stops if stop is not None}
+    masks = {0: Mask.of(layout.mine, window)}
+    masks |= {stop.step: _mask(stop, layout.mine, window, keys) for stop in stops if stop is not None}
     return RingPlan(tuple(stops), masks, own, *_messages(routes, sign, me))
 
 

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from ..comm.collectives import Handle, receive, send
 from ..comm.mesh import Axis
 from ..kernels.interfaces import LocalAttention
-from ..kernels.mask import SequenceShards
+from ..kernels.mask import TokenLayout
 from ..kernels.merge import add_sinks, merge_, row_sums, sinks_grad
 from .packed_tensors import Like, PackedTensors
 from .ring_plan import RingPlan, RingPlans, RowSelection
@@ -49,13 +49,13 @@ class TokenRing:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        spread: SequenceShards,
+        layout: TokenLayout,
         window: int | None,
         scale: float,
         sinks: Tensor | None = None,
     ) -> Tensor:
         """See `local.Core`."""
-        course = _Course(self._tables.of(spread, window), self._lines, self._local, scale)
+        course = _Course(self._tables.of(layout, window), self._lines, self._local, scale)
         return _TokenRing.apply(q, k, v, sinks, course)
 
 

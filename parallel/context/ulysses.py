@@ -25,8 +25,8 @@ from ..comm.collectives import all_to_all
 from ..comm.mesh import Axis
 from ..kernels.attention import attention
 from ..kernels.interfaces import LocalAttention
-from ..kernels.mask import Mask, SequenceShards
-from ..kernels.merge import precise
+from ..kernels.mask import Mask, TokenLayout
+from ..kernels.precision import precise
 from .gathered_tokens import GatheredTokens
 
 _MOST_PIECES = 16
@@ -51,7 +51,7 @@ class Ulysses:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        spread: SequenceShards,
+        layout: TokenLayout,
         window: int | None,
         scale: float,
         sinks: Tensor | None = None,
@@ -61,10 +61,10 @@ class Ulysses:
         Raises:
             UserError: see `check_heads`.
         """
-        tokens = spread.once(GatheredTokens, spread.ranks)
+        tokens = layout.once(GatheredTokens, layout.ranks)
         exchange = Exchange(self._axis, tokens, self._piece_bytes)
         q, k, v, sinks = exchange.split_heads(q, k, v, sinks)
-        out = attention(self._local, q, k, v, spread.once(Mask.of, tokens.rows, window), scale, sinks)
+        out = attention(self._local, q, k, v, layout.once(Mask.of, tokens.rows, window), scale, sinks)
         return exchange.join_heads(out)
 
 

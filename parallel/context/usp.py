@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..comm.mesh import Axis
 from ..kernels.interfaces import Core
-from ..kernels.mask import SequenceShards, TokenIndex
+from ..kernels.mask import TokenIndex, TokenLayout
 from .gathered_tokens import GatheredTokens
 from .ulysses import PIECE_BYTES, Exchange
 
@@ -35,7 +35,7 @@ class Usp:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        spread: SequenceShards,
+        layout: TokenLayout,
         window: int | None,
         scale: float,
         sinks: Tensor | None = None,
@@ -46,11 +46,11 @@ class Usp:
             UserError: see `ulysses.check_heads`, for the ranks of `inner`.
         """
         size = self._inner.size
-        lines = spread.once(_lines, spread.ranks, size)
-        line = spread.rank // size
+        lines = layout.once(_lines, layout.ranks, size)
+        line = layout.rank // size
         exchange = Exchange(self._inner, lines[line], self._piece_bytes)
         q, k, v, sinks = exchange.split_heads(q, k, v, sinks)
-        out = self._outer(q, k, v, spread.once(_as_ranks, lines, line), window, scale, sinks)
+        out = self._outer(q, k, v, layout.once(_as_ranks, lines, line), window, scale, sinks)
         return exchange.join_heads(out)
 
 
@@ -59,5 +59,5 @@ def _lines(ranks: tuple[TokenIndex, ...], size: int) -> tuple[GatheredTokens, ..
     return tuple(GatheredTokens(ranks[first : first + size]) for first in range(0, len(ranks), size))
 
 
-def _as_ranks(lines: tuple[GatheredTokens, ...], line: int) -> SequenceShards:
-    return SequenceShards(tuple(tokens.rows for tokens in lines), line)
+def _as_ranks(lines: tuple[GatheredTokens, ...], line: int) -> TokenLayout:
+    return TokenLayout(tuple(tokens.rows for tokens in lines), line)

@@ -42,6 +42,11 @@ class Dispatcher(Protocol):
         The weighted sum of the experts' outputs (n, h), and what `beside` returned.
     """
 
+    @property
+    def fixed_width(self) -> bool:
+        """Whether the experts per token have to be equally many in all calls of a step, on whatever rank."""
+        ...
+
     def __call__(self, x: Tensor, routing: Routing, experts: Experts, beside: Callable[[], T]) -> tuple[Tensor, T]: ...
 
 
@@ -56,6 +61,8 @@ class Arrived:
 
 class Phases(Generic[Journey]):
     """The order of the phases. A journey is what one chunk of rows carries from phase to phase."""
+
+    fixed_width = True
 
     def __call__(self, x: Tensor, routing: Routing, experts: Experts, beside: Callable[[], T]) -> tuple[Tensor, T]:
         journeys = self.prepare(x, routing)
@@ -120,6 +127,7 @@ class AllToAll(Phases[_Rows]):
 
     def __init__(self, experts: int, ep: Axis, etp: Axis, *, weigh_before: bool = False) -> None:
         self.experts, self.ep, self.etp, self.weigh_before = experts, ep, etp, weigh_before
+        self.fixed_width = False
         self.chunks = 1
         """Rows travel in so many parts, each behind the compute of another one; may change between steps."""
 

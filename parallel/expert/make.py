@@ -9,6 +9,12 @@ from .dispatch import AllToAll, Dispatcher
 from .gather import AllGather
 
 
+def local_dispatcher(moe: MoeConfig) -> Dispatcher:
+    """The dispatcher of one device, which has all experts."""
+    alone = Axis.single("ep")
+    return AllToAll(moe.experts, alone, alone, weigh_before=moe.weigh == "before")
+
+
 def make_dispatcher(moe: MoeConfig, ep: Axis, etp: Axis) -> Dispatcher:
     """One dispatcher for all layers. With overlap_chunks=auto it starts with one chunk (`search.ChunkSearch`). Where a
     rank has all experts, deepep has nothing to carry and all_to_all does the rest.

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels.precision import precise
+
 
 def spread(x: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
     """Copies tokens into rows.
@@ -59,11 +61,11 @@ def _weigh_places(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
         return rows.new_zeros(len(places), rows.shape[1])
     weights = torch.where(places >= 0, weights, 0)
     places = places.clamp(min=0)
-    precise = torch.promote_types(rows.dtype, torch.float32)
-    if rows.dtype == precise:
-        return F.embedding_bag(places, rows, mode="sum", per_sample_weights=weights.to(precise))
+    dtype = precise(rows.dtype)
+    if rows.dtype == dtype:
+        return F.embedding_bag(places, rows, mode="sum", per_sample_weights=weights.to(dtype))
     # embedding_bag would round the weights to 16 bits.
-    weights = weights.to(precise)
+    weights = weights.to(dtype)
     y = torch.mul(rows.index_select(0, places[:, 0]), weights[:, :1])
     for k in range(1, places.shape[1]):
         y.addcmul_(rows.index_select(0, places[:, k]), weights[:, k : k + 1])
@@ -116,9 +118,9 @@ def _weights_grad(dy: Tensor, rows: Tensor, places: Tensor, weights: Tensor) -> 
     """dweights[t, k] = rows[places[t, k]] · dy[t]."""
     if not len(rows) or not places.numel():
         return torch.zeros_like(weights)
-    precise = torch.promote_types(rows.dtype, torch.float32)
-    dy, index = dy.to(precise), places.clamp(min=0)
-    dots = [rows.index_select(0, index[:, k]).to(precise).mul_(dy).sum(-1) for k in range(index.shape[1])]
+    dtype = precise(rows.dtype)
+    dy, index = dy.to(dtype), places.clamp(min=0)
+    dots = [rows.index_select(0, index[:, k]).to(dtype).mul_(dy).sum(-1) for k in range(index.shape[1])]
     return torch.where(places >= 0, torch.stack(dots, 1), 0).to(weights.dtype)
 
 

@@ -9,15 +9,24 @@ from ..comm.collectives import all_gather, all_reduce
 from ..comm.mesh import Axis
 
 
-class TokenGroup:
-    """The ranks that share the tokens of a microbatch, equally many each. Nothing here has a gradient.
+class TokenPool:
+    """The tokens of a microbatch, of which each rank has equally many. Nothing here has a gradient.
 
     Args:
-        axis: these ranks.
+        axis: the ranks that share them.
     """
 
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
+
+    @staticmethod
+    def whole() -> TokenPool:
+        """Of one device, which has all tokens."""
+        return TokenPool(Axis.single("tokens"))
+
+    def count(self, mine: int) -> int:
+        """Tokens of the microbatch where this rank has `mine`."""
+        return mine * self.axis.size
 
     @torch.no_grad()
     def sum(self, x: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .mask import Mask, TokenIndex
-from .merge import precise, row_sums
+from .merge import row_sums
+from .precision import precise
 
 _ROWS = 64
 """Queries per block: with fp32 scores of a few heads the block stays in a core's cache."""

@@ -11,7 +11,8 @@ from .fused_attention import Fused, pieces
 from .fused_kernels import CpuFlash, Cudnn, Efficient, Flash
 from .interfaces import LocalAttention
 from .mask import Mask, TokenIndex
-from .merge import precise, row_sums
+from .merge import row_sums
+from .precision import precise
 
 _LONG = 1024
 """Queries of a block without a mask from which on torch's CPU operator is the faster."""

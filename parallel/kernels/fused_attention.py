@@ -17,7 +17,8 @@ from torch import Tensor
 from .blockwise import blocks
 from .fused_kernels import Kernel
 from .mask import Mask, TokenIndex
-from .merge import merge, precise
+from .merge import merge
+from .precision import precise
 
 _MASKED_ROWS = 512
 """Queries per block with a mask."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from .mask import Mask, SequenceShards
+from .mask import Mask, TokenLayout
 
 
 class LocalAttention(Protocol):
@@ -34,7 +34,7 @@ class Core(Protocol):
     → (B, n, H, e), with autograd.
 
     Args:
-        spread: which tokens these are, and who has the others.
+        layout: which tokens these are, and who has the others.
         window: sliding window, or none.
         scale: multiplier of the scores.
         sinks: (H,) scores that join each softmax of their head and have no value, or none.
@@ -45,7 +45,7 @@ class Core(Protocol):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        spread: SequenceShards,
+        layout: TokenLayout,
         window: int | None,
         scale: float,
         sinks: Tensor | None = None,
@@ -60,7 +60,7 @@ class LatentCore(Protocol):
         latent: (n', r), from which `up` makes the rows (B · n, ·) of keys and values.
         turning: (B, n, p) the keys' other part.
         keys_values: k (B, n, H, d) and v (B, n, H, e) from those rows and `turning`.
-        spread, window, scale: as of `Core`.
+        layout, window, scale: as of `Core`.
     """
 
     def __call__(
@@ -70,7 +70,7 @@ class LatentCore(Protocol):
         turning: Tensor,
         up: nn.Module,
         keys_values: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        spread: SequenceShards,
+        layout: TokenLayout,
         window: int | None,
         scale: float,
     ) -> Tensor: ...

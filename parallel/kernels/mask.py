@@ -61,7 +61,7 @@ class TokenIndex:
 
 
 @dataclass(frozen=True)
-class SequenceShards(_Remembers):
+class TokenLayout(_Remembers):
     """How the tokens of a microbatch are dealt out: every rank of the context axis knows every rank's rows.
 
     Args:
@@ -73,9 +73,14 @@ class SequenceShards(_Remembers):
     rank: int = 0
 
     @staticmethod
-    def whole(length: int, documents: Tensor | None = None) -> SequenceShards:
+    def whole(length: int, documents: Tensor | None = None) -> TokenLayout:
         """All tokens of sequences of this length on one device; without documents the same object every time."""
-        return _whole(length) if documents is None else SequenceShards((TokenIndex.whole(length, documents),))
+        return _whole(length) if documents is None else TokenLayout((TokenIndex.whole(length, documents),))
+
+    @property
+    def length(self) -> int:
+        """Tokens of a whole sequence."""
+        return len(self.ranks) * self.mine.count
 
     @property
     def mine(self) -> TokenIndex:
@@ -94,8 +99,8 @@ class SequenceShards(_Remembers):
 
 
 @lru_cache(maxsize=16)
-def _whole(length: int) -> SequenceShards:
-    return SequenceShards((TokenIndex.whole(length),))
+def _whole(length: int) -> TokenLayout:
+    return TokenLayout((TokenIndex.whole(length),))
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def precise(dtype: torch.dtype) -> torch.dtype:
-    """The type of log-sum-exps and of sums for tensors of this type."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from .precision import precise
 
 
 def per_value(lse: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..comm.mesh import Mesh
+from ..kernels.precision import precise
 from ..sharding_rules import Sharding
 from .buckets import Bucket, make_buckets
 from .protocol import OptimizerShard, ShardSlice, partial_axes
@@ -29,7 +30,7 @@ class FlatReplicas:
     ) -> None:
         params = [(name, param, where[name]) for name, param in model.named_parameters()]
         dtype = params[0][1].dtype if params else torch.float32  # a rank of empty stages has none
-        self._precise = torch.float32 if dtype == torch.bfloat16 else dtype
+        self._precise = precise(dtype)
         self._buckets = make_buckets(
             params,
             data_axes={"dense": mesh.axis("data"), "expert": mesh.axis("edp")},

@@ -12,7 +12,7 @@ from pentad.configs.schema import ModelConfig, RopeConfig
 from pentad.models.attention import Attention
 from pentad.models.rope import angles, frequencies
 from pentad.models.sequences import Sequences
-from pentad.parallel.kernels.mask import SequenceShards, TokenIndex
+from pentad.parallel.kernels.mask import TokenIndex, TokenLayout
 
 BATCH, LENGTH, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 2, 21, 32, 4, 2, 8
 SIZES = {"hidden": HIDDEN, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "layers": 2, "ffn": 8}
@@ -64,7 +64,7 @@ def _compare(cfg: ModelConfig, layer: int, theirs: Any, rotary: nn.Module, doubl
     mask = torch.zeros(LENGTH, LENGTH, dtype=torch.float64).masked_fill_(gone, float("-inf"))[None, None]
     x.requires_grad_()
     expected = theirs(x, embeddings, mask)[0]
-    found = mine(x.reshape(-1, HIDDEN), Sequences(BATCH, LENGTH, cos, sin, SequenceShards((TokenIndex.whole(LENGTH),))))
+    found = mine(x.reshape(-1, HIDDEN), Sequences(BATCH, LENGTH, cos, sin, TokenLayout((TokenIndex.whole(LENGTH),))))
     torch.testing.assert_close(found, expected.reshape(-1, HIDDEN), rtol=10 * tolerance, atol=tolerance)
     ours, others = _grads(mine, found, x), _grads(theirs, expected, x)
     assert len(ours) == len(others)

@@ -16,7 +16,7 @@ from pentad.models.linear_attention import LinearAttention, gated_linear_attenti
 from pentad.models.sequences import Sequences
 from pentad.models.transformer import Transformer
 from pentad.models.weights.initialise import initialise
-from pentad.parallel.kernels.mask import SequenceShards, TokenIndex
+from pentad.parallel.kernels.mask import TokenIndex, TokenLayout
 from tests.same_training import check
 from tests.training import TINY
 
@@ -134,14 +134,14 @@ def test_layer_is_causal_and_keeps_documents_apart():
     draws = torch.Generator().manual_seed(1)
     x = torch.randn(2 * 20, 32, generator=draws, dtype=torch.float64)
     documents = torch.tensor([0] * 9 + [1] * 11).expand(2, -1)
-    seq = Sequences(2, 20, None, None, SequenceShards((TokenIndex.whole(20, documents),)))
+    seq = Sequences(2, 20, None, None, TokenLayout((TokenIndex.whole(20, documents),)))
     changed = x.clone()
     changed[5] += 1.0  # in document 0 of the first sequence
     moved = (layer(changed, seq) - layer(x, seq)).abs().amax(-1).view(2, 20) > 1e-9
     assert moved[0, 5:9].all() and not moved[0, :5].any() and not moved[0, 9:].any() and not moved[1].any()
     # The second document alone gives the same.
     alone = layer(
-        x.view(2, 20, -1)[:, 9:].reshape(-1, 32), Sequences(2, 11, None, None, SequenceShards((TokenIndex.whole(11),)))
+        x.view(2, 20, -1)[:, 9:].reshape(-1, 32), Sequences(2, 11, None, None, TokenLayout((TokenIndex.whole(11),)))
     )
     torch.testing.assert_close(layer(x, seq).view(2, 20, -1)[:, 9:].reshape(-1, 32), alone, rtol=1e-12, atol=1e-13)
 

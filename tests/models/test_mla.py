@@ -12,7 +12,7 @@ from pentad.configs.schema import MlaConfig, ModelConfig, RopeConfig
 from pentad.models.mla import LatentAttention
 from pentad.models.rope import angles, frequencies
 from pentad.models.sequences import Sequences
-from pentad.parallel.kernels.mask import SequenceShards, TokenIndex
+from pentad.parallel.kernels.mask import TokenIndex, TokenLayout
 
 BATCH, LENGTH, HIDDEN, HEADS = 2, 19, 24, 3
 NOPE, ROPE, VALUE, RANK, Q_RANK = 6, 4, 5, 10, 14
@@ -48,7 +48,7 @@ def batch(cfg: ModelConfig, documents: Tensor | None = None) -> tuple[Tensor, Se
     cos, sin = angles(freq, factor, torch.arange(LENGTH), torch.float64)
     draws = torch.Generator().manual_seed(1)
     x = torch.randn(BATCH * LENGTH, HIDDEN, generator=draws, dtype=torch.float64, requires_grad=True)
-    return x, Sequences(BATCH, LENGTH, cos, sin, SequenceShards((TokenIndex.whole(LENGTH, documents),)))
+    return x, Sequences(BATCH, LENGTH, cos, sin, TokenLayout((TokenIndex.whole(LENGTH, documents),)))
 
 
 def _linear(x: Tensor, linear: Any) -> Tensor:
@@ -78,7 +78,7 @@ def plain(m: LatentAttention, x: Tensor, seq: Sequences, cfg: ModelConfig) -> Te
     gone = distance < 0
     if cfg.window is not None:
         gone |= distance >= cfg.window
-    documents = seq.spread.mine.documents
+    documents = seq.layout.mine.documents
     if documents is not None:
         gone = gone | (documents[:, :, None] != documents[:, None, :])
     heads = []

@@ -14,7 +14,7 @@ from pentad.configs.schema_model import MoeConfig, RouterConfig
 from pentad.models.moe import Experts, Moe
 from pentad.models.sequences import Sequences
 from pentad.parallel.grouped_projection import Groups, RecomputedInput
-from pentad.parallel.kernels.mask import SequenceShards, TokenIndex
+from pentad.parallel.kernels.mask import TokenIndex, TokenLayout
 
 BATCH, LENGTH, HIDDEN, INNER, EXPERTS = 2, 20, 32, 48, 8
 CONFIG = ModelConfig(
@@ -40,7 +40,7 @@ def _batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Sequence
     return (
         x.requires_grad_(),
         dy,
-        Sequences(BATCH, LENGTH, None, None, SequenceShards((TokenIndex.whole(LENGTH),)), rows),
+        Sequences(BATCH, LENGTH, None, None, TokenLayout((TokenIndex.whole(LENGTH),)), rows),
     )
 
 

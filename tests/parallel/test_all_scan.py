@@ -60,11 +60,11 @@ def scanned(
     mesh = Mesh(Degrees(cp=world), store=job_store(), rank=rank, device="cpu", recorder=recorder, timeout_s=60)
     cp = mesh.axis("cp") if in_memory else replace(mesh.axis("cp"), local=None)
     scan = AllScan(cp, cp, "cpu", blocks=blocks)
-    spread = contiguous(LENGTH, world, rank, documents_of(kind))
+    layout = contiguous(LENGTH, world, rank, documents_of(kind))
     tensors = [x.chunk(world, 1)[rank] for x in inputs()]
     found = []
     for _ in range(repeats):
-        found = gradients(tensors, spread.mine.documents, spread.joined, neighbours=scan)
+        found = gradients(tensors, layout.mine.documents, layout.joined, neighbours=scan)
     scan.close()
     mesh.close()
     return found

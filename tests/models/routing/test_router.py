@@ -21,7 +21,7 @@ from pentad.models.routing.choice import capacity, coarse, sinkhorn_prices, with
 from pentad.models.routing.router import Router
 from pentad.models.sequences import Sequences
 from pentad.parallel.expert.routing import Routing
-from pentad.parallel.kernels.mask import SequenceShards, TokenIndex
+from pentad.parallel.kernels.mask import TokenIndex, TokenLayout
 from tests.training import TINY
 
 HIDDEN, BATCH, LENGTH, EXPERTS = TINY.hidden, 3, 8, 8
@@ -47,8 +47,8 @@ def inputs(dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
 
 
 def sequences(share: float = 0.0, kept: dict | None = None) -> Sequences:
-    places, spread = torch.arange(TOKENS), SequenceShards((TokenIndex.whole(LENGTH),))
-    return Sequences(BATCH, LENGTH, None, None, spread, places // LENGTH, share, kept, places)
+    places, layout = torch.arange(TOKENS), TokenLayout((TokenIndex.whole(LENGTH),))
+    return Sequences(BATCH, LENGTH, None, None, layout, places // LENGTH, share, kept, places)
 
 
 def chosen(routing: Routing) -> list[dict[int, float]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pentad.parallel.comm.mesh import Degrees, Mesh
 from pentad.parallel.context.layout import deal_of
 from pentad.parallel.kernels.interfaces import Core
-from pentad.parallel.kernels.mask import SequenceShards, TokenIndex
+from pentad.parallel.kernels.mask import TokenIndex, TokenLayout
 from pentad.parallel.record import reader
 from pentad.parallel.record.ring import Recorder
 from tests.distributed import job_store
@@ -107,7 +107,7 @@ def documents(case: Case) -> Tensor | None:
     return torch.stack([torch.repeat_interleave(torch.arange(len(x)), torch.tensor(x)) for x in case.documents])
 
 
-def spread(case: Case, ranks: int, rank: int = 0) -> SequenceShards:
+def layout(case: Case, ranks: int, rank: int = 0) -> TokenLayout:
     """How the case's tokens are dealt out."""
     ids = documents(case)
     if case.dealing != "random":
@@ -115,7 +115,7 @@ def spread(case: Case, ranks: int, rank: int = 0) -> SequenceShards:
     draws = torch.Generator().manual_seed(3)
     places = torch.stack([torch.randperm(case.length, generator=draws) for _ in range(case.batch)])
     orders = [part.sort(1).values for part in places.chunk(ranks, 1)]
-    return SequenceShards(tuple(TokenIndex(o, None if ids is None else ids.gather(1, o)) for o in orders), rank)
+    return TokenLayout(tuple(TokenIndex(o, None if ids is None else ids.gather(1, o)) for o in orders), rank)
 
 
 def reference(case: Case) -> list[Tensor]:
@@ -144,18 +144,18 @@ def take(x: Tensor, rows: TokenIndex) -> Tensor:
     return x[torch.arange(len(x))[:, None], rows.order]
 
 
-def put_together(parts: Sequence[Tensor], spread: SequenceShards) -> Tensor:
+def put_together(parts: Sequence[Tensor], layout: TokenLayout) -> Tensor:
     """(B, n, …) of each rank → (B, S, …)."""
     whole = torch.cat(list(parts), 1)
     result = torch.full_like(whole, float("nan"))
-    for part, rows in zip(parts, spread.ranks, strict=True):
+    for part, rows in zip(parts, layout.ranks, strict=True):
         result[torch.arange(len(part))[:, None], rows.order] = part
     return result
 
 
 def attend(case: Case, core: Core, ranks: int, rank: int) -> list[Tensor]:
     """This rank's out, dq, dk, dv and, with sinks, its part of their gradient."""
-    given, dealt = inputs(case), spread(case, ranks, rank)
+    given, dealt = inputs(case), layout(case, ranks, rank)
     q, k, v = (take(x, dealt.mine).requires_grad_() for x in (given.q, given.k, given.v))
     sinks = None if given.sinks is None else given.sinks.clone().requires_grad_()
     out = core(q, k, v, dealt, case.window, case.scale, sinks)
@@ -165,7 +165,7 @@ def attend(case: Case, core: Core, ranks: int, rank: int) -> list[Tensor]:
 
 def check(case: Case, found: Sequence[list[Tensor]], tolerance: float = TOLERANCE) -> None:
     """Compares what `attend` gave on every rank with the reference."""
-    dealt = spread(case, len(found))
+    dealt = layout(case, len(found))
     for place, expected in enumerate(reference(case)):
         parts = [results[place] for results in found]
         mine = torch.stack(parts).sum(0) if place == 4 else put_together(parts, dealt)
@@ -226,7 +226,7 @@ def sent_bytes(record: Path, rank: int, sizes: dict[str, int], step: int = 0) ->
     return total
 
 
-def saved_bytes(case: Case, core: Core, dealt: SequenceShards) -> int:
+def saved_bytes(case: Case, core: Core, dealt: TokenLayout) -> int:
     """What autograd keeps for backward, in the memory of the saved tensors; a collective call."""
     given = inputs(case)
     q, k, v = (take(x, dealt.mine).requires_grad_() for x in (given.q, given.k, given.v))

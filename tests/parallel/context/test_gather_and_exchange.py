@@ -20,10 +20,10 @@ from pentad.parallel.context.ulysses import Ulysses, check_heads
 from pentad.parallel.context.usp import Usp
 from pentad.parallel.kernels.device import PlainMaths, local_attention
 from pentad.parallel.kernels.interfaces import Core
-from pentad.parallel.kernels.mask import Mask, SequenceShards, TokenIndex
+from pentad.parallel.kernels.mask import Mask, TokenIndex, TokenLayout
 from pentad.parallel.record.ring import Recorder
 from tests.distributed import job_store, run_distributed
-from tests.parallel.context.cases import CASES, Case, attend, check, inputs, on_ranks, saved_bytes, sent_bytes, spread
+from tests.parallel.context.cases import CASES, Case, attend, check, inputs, layout, on_ranks, saved_bytes, sent_bytes
 
 UNEVEN = (Case("repeated thrice", heads=12, kv_heads=3), Case("repeated twice", heads=12, kv_heads=6, documents=None))
 """Key-value heads that the ranks neither divide nor are a multiple of."""
@@ -110,7 +110,7 @@ def kept(rank: int, world: int) -> list[int]:
     mesh = Mesh(Degrees(cp=world), store=job_store(), rank=rank, device="cpu", recorder=recorder, context=2)
     case = Case("kept", heads=8, kv_heads=4, value=5)
     found = [
-        saved_bytes(case, make(mesh), spread(case, world, rank)) for make in (gathered, exchanged, in_two_directions)
+        saved_bytes(case, make(mesh), layout(case, world, rank)) for make in (gathered, exchanged, in_two_directions)
     ]
     mesh.close()
     return found
@@ -155,7 +155,7 @@ class Watched(PlainMaths):
 def test_what_layers_share_is_made_once(make: Callable[..., Core]):
     """Masks, with what kernels derive from them, of a microbatch."""
     case = replace(CASES[0], heads=2, kv_heads=2)
-    given, dealt, local = inputs(case), spread(case, 1), Watched()
+    given, dealt, local = inputs(case), layout(case, 1), Watched()
     core = make(Axis.single("cp"), local)
     for _ in range(2):
         core(given.q, given.k, given.v, dealt, None, case.scale)
@@ -196,6 +196,6 @@ def test_heads_that_ranks_cannot_share():
     case = Case("three heads", heads=3, kv_heads=3)
     given = inputs(case)
     core = Ulysses(Axis("cp", 0, 2, (0, 1)), PlainMaths())
-    half = SequenceShards((TokenIndex(torch.arange(24)[None]), TokenIndex(torch.arange(24, 48)[None])))
+    half = TokenLayout((TokenIndex(torch.arange(24)[None]), TokenIndex(torch.arange(24, 48)[None])))
     with pytest.raises(UserError, match="2 ranks cannot share 3 query heads"):
         core(given.q[:, :24], given.k[:, :24], given.v[:, :24], half, None, case.scale)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from pentad.parallel.comm.mesh import Axis, Degrees, Mesh
 from pentad.parallel.context.gather import AllGather, GatherLatent
 from pentad.parallel.kernels.device import PlainMaths
-from pentad.parallel.kernels.mask import SequenceShards
+from pentad.parallel.kernels.mask import TokenLayout
 from pentad.parallel.record.ring import Recorder
 from tests.distributed import job_store, run_distributed
-from tests.parallel.context.cases import CASES, Case, documents, put_together, sent_bytes, spread, take
+from tests.parallel.context.cases import CASES, Case, documents, layout, put_together, sent_bytes, take
 
 NARROW, STILL, TURNING, VALUE = 5, 4, 2, 3
 LATENT_CASES = [case for case in CASES if not case.sinks and case.key == case.value]
@@ -43,7 +43,7 @@ def _keys_values(expanded: Tensor, turning: Tensor) -> tuple[Tensor, Tensor]:
 def _expected(case: Case) -> list[Tensor]:
     up, given, dout = _inputs(case)
     q, latent, turning = (x.requires_grad_() for x in given)
-    core, whole = AllGather(Axis.single("cp"), PlainMaths()), SequenceShards.whole(case.length, documents(case))
+    core, whole = AllGather(Axis.single("cp"), PlainMaths()), TokenLayout.whole(case.length, documents(case))
     out = core(q, *_keys_values(up(latent), turning), whole, case.window, case.scale)
     return [out.detach(), *torch.autograd.grad(out, (q, latent, turning, up.weight), dout)]
 
@@ -51,7 +51,7 @@ def _expected(case: Case) -> list[Tensor]:
 def _attend(case: Case, core: GatherLatent, ranks: int, rank: int) -> tuple[list[Tensor], int]:
     """out, the gradients, and the bytes that are kept for backward."""
     up, given, dout = _inputs(case)
-    dealt = spread(case, ranks, rank)
+    dealt = layout(case, ranks, rank)
     q, latent, turning = (take(x, dealt.mine).requires_grad_() for x in given)
     kept: dict[int, int] = {}
 
@@ -83,7 +83,7 @@ def test_equals_one_device(world, tmp_path):
     ranks = run_distributed(_on_ranks, world, LATENT_CASES, tmp_path, group=False)
     assert len(LATENT_CASES) >= 8
     for step, case in enumerate(LATENT_CASES):
-        dealt = spread(case, world)
+        dealt = layout(case, world)
         for place, expected in enumerate(_expected(case)):
             parts = [found[step][0][place] for found in ranks]
             mine = torch.stack(parts).sum(0) if place == 4 else put_together(parts, dealt)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pentad.parallel.context.layout import by_length, contiguous, zigzag
-from pentad.parallel.kernels.mask import SequenceShards
+from pentad.parallel.kernels.mask import TokenLayout
 
 
 def documents_of(lengths: list[int]) -> torch.Tensor:
@@ -15,13 +15,13 @@ def documents_of(lengths: list[int]) -> torch.Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
 
 
-def work(spread: SequenceShards, documents: torch.Tensor | None, length: int) -> np.ndarray:
+def work(layout: TokenLayout, documents: torch.Tensor | None, length: int) -> np.ndarray:
     """(B, ranks) unmasked pairs, counted key by key."""
     ids = torch.zeros(1, length, dtype=torch.long) if documents is None else documents
     place = torch.zeros_like(ids)
     for token in range(1, length):
         place[:, token] = torch.where(ids[:, token] == ids[:, token - 1], place[:, token - 1] + 1, 0)
-    parts = [(place.gather(1, rows.order.expand(len(ids), -1)) + 1).sum(1) for rows in spread.ranks]
+    parts = [(place.gather(1, rows.order.expand(len(ids), -1)) + 1).sum(1) for rows in layout.ranks]
     return torch.stack(parts, 1).numpy()
 
 
@@ -33,23 +33,23 @@ def random_documents(seed: int, length: int, mean: float) -> torch.Tensor:
     return documents_of(lengths)
 
 
-def check_partition(spread: SequenceShards, length: int) -> None:
-    counts = {rows.count for rows in spread.ranks}
-    assert counts == {length // len(spread.ranks)}
-    orders = torch.cat([rows.order for rows in spread.ranks], 1)
+def check_partition(layout: TokenLayout, length: int) -> None:
+    counts = {rows.count for rows in layout.ranks}
+    assert counts == {length // len(layout.ranks)}
+    orders = torch.cat([rows.order for rows in layout.ranks], 1)
     assert torch.equal(orders.sort(1).values, torch.arange(length).expand_as(orders))
-    assert all((rows.order.diff(dim=1) > 0).all() for rows in spread.ranks)
+    assert all((rows.order.diff(dim=1) > 0).all() for rows in layout.ranks)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("length", [64, 4096, 4096 + 8])
 def test_one_document(ranks, length):
-    spread = zigzag(length, ranks, 0)
-    check_partition(spread, length)
-    done = work(spread, None, length)
+    layout = zigzag(length, ranks, 0)
+    check_partition(layout, length)
+    done = work(layout, None, length)
     assert done.max() / done.mean() <= 1.02
     if length == 64:
-        assert spread.ranks[0].order[0, : length // ranks // 2].tolist() == list(range(length // ranks // 2))
+        assert layout.ranks[0].order[0, : length // ranks // 2].tolist() == list(range(length // ranks // 2))
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -59,9 +59,9 @@ def test_documents_of_random_lengths(ranks, mean):
     length = 4096 * ranks
     for seed in range(3):
         documents = random_documents(seed, length, mean)
-        spread = zigzag(length, ranks, 0, documents)
-        check_partition(spread, length)
-        done = work(spread, documents, length)
+        layout = zigzag(length, ranks, 0, documents)
+        check_partition(layout, length)
+        done = work(layout, documents, length)
         assert done.max() / done.mean() <= 1.05
 
 
@@ -72,19 +72,19 @@ def test_by_length(ranks, mean):
     length = 4096 * ranks
     for seed in range(3):
         documents = random_documents(seed, length, mean)
-        spread = by_length(length, ranks, 0, documents)
-        check_partition(spread, length)
-        done = work(spread, documents, length)
+        layout = by_length(length, ranks, 0, documents)
+        check_partition(layout, length)
+        done = work(layout, documents, length)
         assert done.max() / done.mean() <= 1.05
-        shared = sharers(spread, documents)
+        shared = sharers(layout, documents)
         others = ((shared - 1) * np.bincount(documents[0])).sum() / length
         assert others <= {3: 0, 60: 0.1, 700: 0.6, 5000: 1}[mean] * (ranks - 1)
 
 
-def sharers(spread: SequenceShards, documents: torch.Tensor) -> np.ndarray:
+def sharers(layout: TokenLayout, documents: torch.Tensor) -> np.ndarray:
     """How many ranks have tokens of each document of one sequence."""
     found = np.zeros(int(documents.max()) + 1, dtype=np.int64)
-    for rows in spread.ranks:
+    for rows in layout.ranks:
         assert rows.documents is not None
         found[rows.documents[0].unique().numpy()] += 1
     return found
@@ -93,9 +93,9 @@ def sharers(spread: SequenceShards, documents: torch.Tensor) -> np.ndarray:
 def test_by_length_shares_what_is_too_long():
     """The cp size that each length needs: 4, 2 and 1 ranks."""
     documents = documents_of([700, 400, 400, 130, 130, 130, 130, 10, 10, 4, 4])
-    spread = by_length(2048, 4, 0, documents)
-    check_partition(spread, 2048)
-    assert sharers(spread, documents).tolist()[:7] == [4, 2, 2, 1, 1, 1, 1]
+    layout = by_length(2048, 4, 0, documents)
+    check_partition(layout, 2048)
+    assert sharers(layout, documents).tolist()[:7] == [4, 2, 2, 1, 1, 1, 1]
     one = by_length(64, 4, 0)
     assert all(torch.equal(a.order, b.order) for a, b in zip(one.ranks, zigzag(64, 4, 0).ranks, strict=True))
 
@@ -108,16 +108,16 @@ def test_the_case_that_torch_deals_out_unevenly():
 
 def test_documents_of_one_token_and_several_sequences():
     documents = torch.cat([documents_of([1] * 32), documents_of([5, 1, 1, 25])])
-    spread = zigzag(32, 4, 1, documents)
-    check_partition(spread, 32)
-    done = work(spread, documents, 32)
+    layout = zigzag(32, 4, 1, documents)
+    check_partition(layout, 32)
+    done = work(layout, documents, 32)
     assert done[0].tolist() == [8] * 4
-    for rows in spread.ranks:
+    for rows in layout.ranks:
         assert rows.documents is not None
         assert torch.equal(rows.documents, documents.gather(1, rows.order))
 
 
 def test_contiguous():
-    spread = contiguous(12, 3, 2)
-    assert spread.mine.order.tolist() == [[8, 9, 10, 11]]
-    check_partition(spread, 12)
+    layout = contiguous(12, 3, 2)
+    assert layout.mine.order.tolist() == [[8, 9, 10, 11]]
+    check_partition(layout, 12)

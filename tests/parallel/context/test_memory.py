@@ -21,11 +21,11 @@ from pentad.parallel.context.ulysses import Ulysses
 from pentad.parallel.context.usp import Usp
 from pentad.parallel.kernels.attention import attention
 from pentad.parallel.kernels.interfaces import Core
-from pentad.parallel.kernels.mask import Mask, SequenceShards
-from pentad.parallel.kernels.merge import precise
+from pentad.parallel.kernels.mask import Mask, TokenLayout
+from pentad.parallel.kernels.precision import precise
 from pentad.parallel.record.ring import Recorder
 from tests.distributed import job_store, run_distributed
-from tests.parallel.context.cases import Case, inputs, saved_bytes, spread, take
+from tests.parallel.context.cases import Case, inputs, layout, saved_bytes, take
 
 
 class Held(TorchDispatchMode):
@@ -98,12 +98,12 @@ class Bytes:
 def measured(rank: int, world: int, cases: list[Case]) -> list[dict[str, Bytes]]:
     recorder = Recorder(None, rank=rank, world=world)
     mesh = Mesh(Degrees(cp=world), store=job_store(), rank=rank, device="cpu", recorder=recorder, context=2)
-    found = [{name: one_call(core_of(name, mesh), case, spread(case, world, rank)) for name in PEAKS} for case in cases]
+    found = [{name: one_call(core_of(name, mesh), case, layout(case, world, rank)) for name in PEAKS} for case in cases]
     mesh.close()
     return found
 
 
-def one_call(core: Core, case: Case, dealt: SequenceShards) -> Bytes:
+def one_call(core: Core, case: Case, dealt: TokenLayout) -> Bytes:
     saved, given = saved_bytes(case, core, dealt), inputs(case)
     q, k, v = leaves = [take(x, dealt.mine).requires_grad_() for x in (given.q, given.k, given.v)]
     dout = take(given.dout, dealt.mine)
@@ -164,12 +164,12 @@ def alone(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    spread: SequenceShards,
+    layout: TokenLayout,
     window: int | None,
     scale: float,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    return attention(Results(), q, k, v, Mask.of(spread.mine, window), scale, sinks)
+    return attention(Results(), q, k, v, Mask.of(layout.mine, window), scale, sinks)
 
 
 @pytest.mark.distributed
@@ -178,7 +178,7 @@ def test_memory_of_each_method(ranks):
     found = run_distributed(measured, ranks, SHAPES, group=False)
     least = 0.85 if ranks > 2 else 0.6  # with two ranks nothing arrives while a ring works on the only other block
     for index, case in enumerate(SHAPES):
-        whole, tokens = saved_bytes(case, alone, spread(case, 1)), case.batch * case.length // ranks
+        whole, tokens = saved_bytes(case, alone, layout(case, 1)), case.batch * case.length // ranks
         sizes = Sizes(tokens * 2 * case.kv_heads * 8 * 4, tokens * case.heads * 8 * 4, tokens * case.heads * 4, ranks)
         for name, (forward, backward) in PEAKS.items():
             each = [by_case[index][name] for by_case in found]

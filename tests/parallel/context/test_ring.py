@@ -18,7 +18,7 @@ from pentad.parallel.kernels.device import PlainMaths
 from pentad.parallel.kernels.mask import Mask, TokenIndex
 from pentad.parallel.record import reader
 from tests.distributed import run_distributed
-from tests.parallel.context.cases import CASES, MANY, Case, attend, check, on_ranks, sent_bytes, spread
+from tests.parallel.context.cases import CASES, MANY, Case, attend, check, layout, on_ranks, sent_bytes
 
 DOUBLE = 8
 WORLDS = [2, 4, pytest.param(8, marks=pytest.mark.slow)]
@@ -51,7 +51,7 @@ def queries(mesh: Mesh) -> TokenRing:
 def traffic(case: Case, world: int, rank: int, *, keys: bool, sign: int = -1) -> tuple[int, int, int]:
     """Rows that a rank sends, per sequence: keys, or queries, toward lower ranks (`sign`); gradients of keys, onward
     and home; and queries for which it sends something home."""
-    ranks = spread(case, world).ranks
+    ranks = layout(case, world).ranks
     moved = followed = used = 0
     for owner in range(world):
         route = []
@@ -191,7 +191,7 @@ def test_one_rank_alone(make):
 
 def test_plans_live_as_long_as_their_dealing_out():
     tables = RingPlans(down=True, keys=True)
-    dealt = spread(CASES[0], 4, 1)
+    dealt = layout(CASES[0], 4, 1)
     assert tables.of(dealt, None) is tables.of(dealt, None)
     assert tables.of(dealt, 7) is not tables.of(dealt, None)
     del dealt
