@@ -11,6 +11,13 @@ class Problem:
 
     key: str
     message: str
+    follows: tuple[str, ...] = ()
+    """Other keys whose values it follows from: if one of these is wrong itself, there may be no such mistake."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys that it concerns."""
+        return (self.key, *self.follows)
 
     def __str__(self) -> str:
         return f"{self.key}: {self.message}" if self.key else self.message

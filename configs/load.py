@@ -294,11 +294,9 @@ def _top(sections: Mapping[str, type]) -> str:
 
 def _consequence(problem: Problem, untrusted: set[str]) -> bool:
     """Whether a cross-field problem only follows from a value that was already reported (or is a stand-in for it)."""
-    text = f"{problem.key} {problem.message}"
-    suspects = {k for k in untrusted if "." in k} | {f"{k}." for k in untrusted if "." not in k}
     # Sizes of a model are derived from each other, so one wrong size makes all of them suspect.
-    suspects |= {"model."} if any(k.startswith("model.") for k in untrusted) else set()
-    return any(s in text for s in suspects)
+    suspects = untrusted | ({"model"} if any(key.startswith("model.") for key in untrusted) else set())
+    return any(key == suspect or key.startswith(f"{suspect}.") for key in problem.keys for suspect in suspects)
 
 
 def _located(problem: Problem, values: Mapping[str, Given]) -> Problem:

@@ -25,7 +25,7 @@ def indivisible_vocab(vocab: int, divisor_key: str, divisor: int) -> list[Proble
         f"{vocab} is not a multiple of {divisor_key}={divisor} (it is split over the tensor ranks); set "
         f"model.vocab={padded(vocab, divisor)}: weights that start the run are padded, and an export is cut"
     )
-    return [Problem("model.vocab", message)]
+    return [Problem("model.vocab", message, (divisor_key,))]
 
 
 def initial_vocab(path: str) -> int | None:

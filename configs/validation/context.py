@@ -19,14 +19,14 @@ def _tokens(config: Config) -> list[Problem]:
     if t.seq_len % cp:
         up = -(-t.seq_len // cp) * cp
         message = f"{t.seq_len} is not a multiple of parallel.cp={cp}, whose ranks share it; set train.seq_len={up}"
-        return [Problem("train.seq_len", message)]
+        return [Problem("train.seq_len", message, ("parallel.cp",))]
     tokens = t.micro_batch * t.seq_len // cp
     if tp > 1 and tokens % tp:
         message = (
             f"train.micro_batch={t.micro_batch} x train.seq_len={t.seq_len} / parallel.cp={cp} = {tokens} tokens are "
             f"not a multiple of parallel.tp={tp}; set train.seq_len={-(-t.seq_len // (cp * tp)) * cp * tp}"
         )
-        return [Problem("train.seq_len", message)]
+        return [Problem("train.seq_len", message, ("train.micro_batch", "parallel.cp", "parallel.tp"))]
     return []
 
 
@@ -35,6 +35,7 @@ def _heads(config: Config) -> list[Problem]:
     if m.kv_heads is None or p.tp < 1 or m.kv_heads < 1:
         return []
     heads, kv_heads = m.heads // p.tp, max(1, m.kv_heads // p.tp)
+    sizes = ("model.heads", "model.kv_heads", "parallel.tp", "parallel.cp")
     where = f"of model.heads={m.heads} and model.kv_heads={m.kv_heads} over parallel.tp={p.tp}"
     if context.method == "ulysses" and not divides(p.cp, heads, kv_heads):
         message = (
@@ -42,20 +43,20 @@ def _heads(config: Config) -> list[Problem]:
             f"key-value heads ({where}): parallel.cp must divide the first and divide the second or be a multiple of "
             "it; set parallel.context.method=ring"
         )
-        return [Problem("parallel.context.method", message)]
+        return [Problem("parallel.context.method", message, sizes)]
     inner = context.inner or 1
     if context.method == "usp" and (p.cp % inner or not divides(inner, heads, kv_heads)):
         message = (
             f"{inner} must divide parallel.cp={p.cp} and the {heads} query heads of a rank, and fit its {kv_heads} "
             f"key-value heads ({where}); leave it out"
         )
-        return [Problem("parallel.context.inner", message)]
+        return [Problem("parallel.context.inner", message, sizes)]
     if context.duplex and context.method != "ring":
         message = f"sends both ways round a ring, and parallel.context.method={context.method}; set it to ring"
-        return [Problem("parallel.context.duplex", message)]
+        return [Problem("parallel.context.duplex", message, ("parallel.context.method",))]
     if context.duplex and kv_heads % 2:
         message = f"each way carries half of the key-value heads, and a rank has {kv_heads} ({where}); set it to false"
-        return [Problem("parallel.context.duplex", message)]
+        return [Problem("parallel.context.duplex", message, sizes)]
     return []
 
 
@@ -67,5 +68,5 @@ def _placement(config: Config) -> list[Problem]:
             f"{context.placement}, but linear attention (model.linear) hands its state from rank to rank in the "
             "order of the tokens; set parallel.context.placement=contiguous"
         )
-        problems.append(Problem("parallel.context.placement", message))
+        problems.append(Problem("parallel.context.placement", message, ("model.attention_every",)))
     return problems

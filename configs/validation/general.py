@@ -12,6 +12,7 @@ from ..schema import BinData, BlendData, Config, TextData, WsdSchedule
 from ..tokenized import META_SUFFIX
 from ..vocabulary import indivisible_vocab, padded
 from .context import validate_context
+from .divisible import indivisible
 from .kernels import validate_kernels
 from .moe import validate_moe
 from .pipeline import validate_pipeline
@@ -139,7 +140,7 @@ def validate(config: Config, world_size: int | None = None) -> list[Problem]:
         *_run(config),
     ]
     # A size that is out of its range makes the divisions by it meaningless; the range says enough.
-    return ranges + [p for p in found if not any(key in f"{p.key} {p.message}" for key in broken)]
+    return ranges + [p for p in found if broken.isdisjoint(p.keys)]
 
 
 def _ranges(config: Config) -> list[Problem]:
@@ -159,18 +160,6 @@ def _ranges(config: Config) -> list[Problem]:
     return problems
 
 
-def _indivisible(key: str, value: int, divisor_key: str, divisor: int, why: str) -> list[Problem]:
-    if divisor < 1 or value % divisor == 0:
-        return []
-    up = -(-value // divisor) * divisor
-    return [
-        Problem(
-            key,
-            f"{value} is not a multiple of {divisor_key}={divisor} ({why}); set {key}={up} or change {divisor_key}",
-        )
-    ]
-
-
 def _layout(config: Config, world_size: int | None) -> list[Problem]:
     p = config.parallel
     problems: list[Problem] = []
@@ -183,13 +172,13 @@ def _layout(config: Config, world_size: int | None) -> list[Problem]:
             f"{degrees} = {inner} does not divide the world size {world_size}; start {inner} ranks or a multiple of "
             f"{inner}, or set smaller degrees"
         )
-        problems.append(Problem("parallel.tp", message))
+        problems.append(Problem("parallel.tp", message, ("parallel.pp", "parallel.cp")))
     elif p.dp is not None and inner * p.dp != world_size:
         message = (
             f"{degrees} x parallel.dp={p.dp} = {inner * p.dp} ranks, but the world size is {world_size}; "
             f"set parallel.dp={world_size // max(inner, 1)} or leave it out"
         )
-        problems.append(Problem("parallel.dp", message))
+        problems.append(Problem("parallel.dp", message, ("parallel.tp", "parallel.pp", "parallel.cp")))
     return problems
 
 
@@ -197,9 +186,9 @@ def _model(config: Config) -> list[Problem]:
     m, seq_len = config.model, config.train.seq_len
     problems: list[Problem] = []
     if m.head_dim is None and m.heads > 0:
-        problems += _indivisible("model.hidden", m.hidden, "model.heads", m.heads, "or give model.head_dim")
+        problems += indivisible("model.hidden", m.hidden, "model.heads", m.heads, "or give model.head_dim")
     if m.kv_heads:
-        problems += _indivisible(
+        problems += indivisible(
             "model.heads", m.heads, "model.kv_heads", m.kv_heads, "each key head serves whole groups of query heads"
         )
     chunk = m.linear.chunk
@@ -213,7 +202,7 @@ def _model(config: Config) -> list[Problem]:
             f"{m.max_positions} learned positions are fewer than train.seq_len={seq_len}; "
             f"set train.seq_len={m.max_positions} or less"
         )
-        problems.append(Problem("model.max_positions", message))
+        problems.append(Problem("model.max_positions", message, ("train.seq_len",)))
     return problems + _vocab(config)
 
 
@@ -224,16 +213,17 @@ def _rope(config: Config) -> list[Problem]:
         message = (
             f"must be even, rotary embedding turns pairs; got {m.head_dim} (by default model.hidden / model.heads)"
         )
-        problems.append(Problem("model.head_dim", message))
+        problems.append(Problem("model.head_dim", message, ("model.hidden", "model.heads")))
     low, high = m.rope.low_freq_factor, m.rope.high_freq_factor
     if m.rope.scaling == "llama3" and not low < high:
         message = f"must be above model.rope.low_freq_factor={low}, got {high}"
-        problems.append(Problem("model.rope.high_freq_factor", message))
+        problems.append(Problem("model.rope.high_freq_factor", message, ("model.rope.low_freq_factor",)))
     if m.rope.scaling == "yarn" and not m.rope.beta_slow <= m.rope.beta_fast:
         message = f"must be at least model.rope.beta_slow={m.rope.beta_slow}, got {m.rope.beta_fast}"
-        problems.append(Problem("model.rope.beta_fast", message))
+        problems.append(Problem("model.rope.beta_fast", message, ("model.rope.beta_slow",)))
     if m.rope.scaling != "none" and m.rope.factor < 1:
-        problems.append(Problem("model.rope.factor", f"must be at least 1 with scaling, got {m.rope.factor}"))
+        message = f"must be at least 1 with scaling, got {m.rope.factor}"
+        problems.append(Problem("model.rope.factor", message, ("model.rope.scaling",)))
     return problems
 
 
@@ -246,15 +236,17 @@ def _vocab(config: Config) -> list[Problem]:
                 reason += f", and data.tokenizer.path={data.tokenizer.path} cannot be read"
         else:
             reason = f"data.tokenizer.path={data.tokenizer.path} is not a tokenizer.json that can be read"
-        return [Problem("model.vocab", f"missing, and {reason}; set model.vocab")]
+        message = f"missing, and {reason}; set model.vocab"
+        return [Problem("model.vocab", message, ("data.name", "data.paths", "data.weights", "data.tokenizer.path"))]
     used = config.model.vocab_used
     if used is not None and used > vocab:
-        return [Problem("model.vocab_used", f"{used} is more than model.vocab={vocab}; set model.vocab={padded(used)}")]
+        message = f"{used} is more than model.vocab={vocab}; set model.vocab={padded(used)}"
+        return [Problem("model.vocab_used", message, ("model.vocab",))]
     tokenized = isinstance(data, (BinData, BlendData))  # whose largest token counts, not what its tokenizer has
     if not tokenized and data.tokenizer.path is None and config.model.used_vocab < BYTE_TOKENS:
         key, size = ("model.vocab", 320) if used is None else ("model.vocab_used", BYTE_TOKENS)
         message = f"{config.model.used_vocab} is smaller than the byte tokenizer's {BYTE_TOKENS} tokens"
-        return [Problem(key, f"{message}; set {key}={size}")]
+        return [Problem(key, f"{message}; set {key}={size}", ("data.name", "data.tokenizer.path"))]
     return []
 
 
@@ -262,15 +254,15 @@ def _tensor_parallel(config: Config) -> list[Problem]:
     m, t, tp = config.model, config.train, config.parallel.tp
     if tp <= 1:
         return []
-    problems = _indivisible("model.heads", m.heads, "parallel.tp", tp, "heads are split over the tensor ranks")
+    problems = indivisible("model.heads", m.heads, "parallel.tp", tp, "heads are split over the tensor ranks")
     if m.kv_heads and m.kv_heads % tp and tp % m.kv_heads:
         message = (
             f"{m.kv_heads} and parallel.tp={tp}: one must be a multiple of the other; "
             f"set parallel.tp={m.kv_heads} or change model.kv_heads"
         )
-        problems.append(Problem("model.kv_heads", message))
+        problems.append(Problem("model.kv_heads", message, ("model.heads", "parallel.tp")))
     if m.moe.every < 1 or len(m.moe_layers) < m.layers:
-        problems += _indivisible("model.ffn", m.ffn, "parallel.tp", tp, "it is split over the tensor ranks")
+        problems += indivisible("model.ffn", m.ffn, "parallel.tp", tp, "it is split over the tensor ranks")
     if m.vocab is not None:
         problems += indivisible_vocab(m.vocab, "parallel.tp", tp)
     tokens = t.micro_batch * t.seq_len
@@ -279,7 +271,7 @@ def _tensor_parallel(config: Config) -> list[Problem]:
             f"train.micro_batch={t.micro_batch} x train.seq_len={t.seq_len} = {tokens} tokens are not a multiple of "
             f"parallel.tp={tp} (sequence parallelism splits them); set train.seq_len={-(-t.seq_len // tp) * tp}"
         )
-        problems.append(Problem("train.seq_len", message))
+        problems.append(Problem("train.seq_len", message, ("train.micro_batch", "parallel.tp")))
     return problems
 
 
@@ -294,20 +286,20 @@ def _batches(config: Config) -> list[Problem]:
         f"{t.global_batch} is not a multiple of train.micro_batch={t.micro_batch} x "
         f"parallel.dp={dp} = {unit}; set train.global_batch={-(-t.global_batch // unit) * unit}"
     )
-    return [Problem("train.global_batch", message)]
+    return [Problem("train.global_batch", message, ("train.micro_batch", "parallel.dp"))]
 
 
 def _schedule(config: Config) -> list[Problem]:
     s, steps = config.optim.schedule, config.train.steps
     if s.warmup_steps > steps:
         message = f"{s.warmup_steps} is more than train.steps={steps}; set it to {steps} or less"
-        return [Problem("optim.schedule.warmup_steps", message)]
+        return [Problem("optim.schedule.warmup_steps", message, ("train.steps",))]
     if isinstance(s, WsdSchedule) and s.warmup_steps + s.decay_steps > steps:
         message = (
             f"optim.schedule.warmup_steps={s.warmup_steps} + optim.schedule.decay_steps={s.decay_steps} are more than "
             f"train.steps={steps}; set optim.schedule.decay_steps={max(1, steps - s.warmup_steps)} or less"
         )
-        return [Problem("optim.schedule.decay_steps", message)]
+        return [Problem("optim.schedule.decay_steps", message, ("optim.schedule.warmup_steps", "train.steps"))]
     return []
 
 
@@ -324,10 +316,10 @@ def _data(config: Config) -> list[Problem]:
             problems.append(Problem("data.weights", f"must hold a weight above 0, got {dict(data.weights)}"))
     if config.eval.prompts and config.eval.every == 0:
         message = "are continued by evaluations, and eval.every=0 makes none; set eval.every, or eval.prompts=[]"
-        problems.append(Problem("eval.prompts", message))
+        problems.append(Problem("eval.prompts", message, ("eval.every",)))
     if config.eval.every > 0 and data.holdout == 0:
         message = "0 keeps nothing to evaluate on; set data.holdout above 0 or eval.every=0"
-        problems.append(Problem("data.holdout", message))
+        problems.append(Problem("data.holdout", message, ("eval.every",)))
     return problems
 
 
@@ -342,14 +334,15 @@ def _run(config: Config) -> list[Problem]:
     outside = [s for s in config.log.profile if not 1 <= s <= config.train.steps]
     if outside:
         message = f"steps {outside} are not among the run's 1 to train.steps={config.train.steps}"
-        problems.append(Problem("log.profile", message))
+        problems.append(Problem("log.profile", message, ("train.steps",)))
     c = config.checkpoint
     if c.init is not None and c.resume is not None and c.resume != "latest":
         message = "checkpoint.init and a path in checkpoint.resume exclude each other; set one of them to null"
-        problems.append(Problem("checkpoint.init", message))
+        problems.append(Problem("checkpoint.init", message, ("checkpoint.resume",)))
     if c.upcycle and c.init is None:
         message = "true needs the dense model's weights; set checkpoint.init to a checkpoint or a Hugging Face folder"
-        problems.append(Problem("checkpoint.upcycle", message))
+        problems.append(Problem("checkpoint.upcycle", message, ("checkpoint.init",)))
     if c.upcycle and not config.model.moe.experts:
-        problems.append(Problem("checkpoint.upcycle", "true needs a model with experts; set model.moe.experts"))
+        message = "true needs a model with experts; set model.moe.experts"
+        problems.append(Problem("checkpoint.upcycle", message, ("model.moe.experts",)))
     return problems

@@ -30,7 +30,7 @@ def grouped_mm_problem(dtype: str, out: int, inner: int) -> Problem | None:
     """Why grouped_mm cannot multiply by matrices (out, inner) of a type (`train.dtype`), if it cannot."""
     if dtype == "fp64":
         message = "grouped_mm has no fp64: set it to loop or auto, or set train.dtype to fp32"
-        return Problem(_COMPUTE, message)
+        return Problem(_COMPUTE, message, ("train.dtype",))
     step = _GROUPED_BYTES // _BYTES[dtype]
     if out % step == 0 and inner % step == 0:
         return None
@@ -38,7 +38,7 @@ def grouped_mm_problem(dtype: str, out: int, inner: int) -> Problem | None:
         f"grouped_mm needs widths that are multiples of {step} in this precision, the experts' matrices are"
         f" {out} × {inner}: set it to loop or auto, or change model.hidden or model.moe.ffn"
     )
-    return Problem(_COMPUTE, message)
+    return Problem(_COMPUTE, message, ("model.hidden", "model.ffn", "model.moe.ffn", "parallel.etp", "train.dtype"))
 
 
 def bmm_problem(rows: str) -> Problem:
@@ -47,15 +47,16 @@ def bmm_problem(rows: str) -> Problem:
         f"bmm needs equally many rows for every expert, {rows}: set it to auto, or set model.moe.pad and"
         " model.moe.capacity_factor"
     )
-    return Problem(_COMPUTE, message)
+    return Problem(_COMPUTE, message, ("model.moe.pad", "model.moe.capacity_factor", "model.moe.router.name"))
 
 
 def deepep_problem(dtype: str, etp: int) -> Problem | None:
     """Why DeepEP cannot carry tokens of a type, if it cannot."""
     if etp > 1:
-        return Problem(_DISPATCHER, f"deepep needs parallel.etp=1, got {etp}; set all_to_all")
+        return Problem(_DISPATCHER, f"deepep needs parallel.etp=1, got {etp}; set all_to_all", ("parallel.etp",))
     if dtype != "bf16":
-        return Problem(_DISPATCHER, f"deepep moves bfloat16, the model has {dtype}; set train.dtype=bf16")
+        message = f"deepep moves bfloat16, the model has {dtype}; set train.dtype=bf16"
+        return Problem(_DISPATCHER, message, ("train.dtype",))
     return None
 
 
@@ -99,7 +100,8 @@ def _deepep(config: Config) -> list[Problem]:
         return []
     problem = deepep_problem(train.dtype, config.parallel.etp)
     if problem is None and train.device == "cpu":
-        problem = Problem(_DISPATCHER, "deepep needs CUDA devices, and train.device=cpu; set all_to_all")
+        message = "deepep needs CUDA devices, and train.device=cpu; set all_to_all"
+        problem = Problem(_DISPATCHER, message, ("train.device",))
     return [] if problem is None else [problem]
 
 
@@ -107,7 +109,9 @@ def _apex(config: Config) -> list[Problem]:
     if getattr(config.optim, "impl", "auto") != "apex":
         return []
     if config.train.device == "cpu":
-        return [Problem("optim.impl", "apex has kernels for GPUs only, and train.device=cpu; set optim.impl=fused")]
+        message = "apex has kernels for GPUs only, and train.device=cpu; set optim.impl=fused"
+        return [Problem("optim.impl", message, ("train.device",))]
     if config.train.dtype == "fp64":
-        return [Problem("optim.impl", "apex computes in fp32, and train.dtype=fp64; set optim.impl=fused")]
+        message = "apex computes in fp32, and train.dtype=fp64; set optim.impl=fused"
+        return [Problem("optim.impl", message, ("train.dtype",))]
     return []

@@ -24,10 +24,10 @@ def _chunks(config: Config) -> list[Problem]:
         message = (
             f"{_SECTION}.schedule={schedule} has 1 chunk per rank, got {chunks}; set {key}=1 or {_SECTION}.schedule=gis"
         )
-        return [Problem(key, message)]
+        return [Problem(key, message, (f"{_SECTION}.schedule",))]
     if schedule in VEE and chunks != 2:
         message = f"{_SECTION}.schedule={schedule} has 2 chunks per rank, got {chunks}; set {key}=2"
-        return [Problem(key, message)]
+        return [Problem(key, message, (f"{_SECTION}.schedule",))]
     return []
 
 
@@ -41,7 +41,7 @@ def _vocab(config: Config) -> list[Problem]:
             f"balanced has no passes for {_SECTION}.schedule={pipeline.schedule}, only for "
             f"{', '.join(sorted(BALANCED))}; set {key}=ends or one of these schedules"
         )
-        problems.append(Problem(key, message))
+        problems.append(Problem(key, message, (f"{_SECTION}.schedule",)))
     ranks = p.tp * p.pp
     # A vocabulary that parallel.tp alone does not divide is another check's problem.
     if vocab is not None and ranks > 0 and vocab % ranks and vocab % p.tp == 0:
@@ -50,7 +50,7 @@ def _vocab(config: Config) -> list[Problem]:
             f"({key}=balanced splits it over both); set model.vocab={padded(vocab, ranks)}: weights that start the run "
             f"are padded, and an export is cut; or {key}=ends"
         )
-        problems.append(Problem("model.vocab", message))
+        problems.append(Problem("model.vocab", message, ("parallel.tp", "parallel.pp", key)))
     return problems
 
 
@@ -63,12 +63,13 @@ def _group(config: Config) -> list[Problem]:
         message = (
             f"only gis and interleaved have groups, not {_SECTION}.schedule={schedule}, got {group}; set it to null"
         )
-        return [Problem(key, message)]
+        return [Problem(key, message, (f"{_SECTION}.schedule",))]
     low, high = (-(-pp // 2), pp) if schedule == "gis" else (pp, None)
     if group >= low and (high is None or group <= high):
         return []
     allowed = f"at least parallel.pp={pp}" if high is None else f"from {low} to parallel.pp={pp}"
-    return [Problem(key, f"must be {allowed} for {_SECTION}.schedule={schedule}, got {group}; set {key}={pp} or null")]
+    message = f"must be {allowed} for {_SECTION}.schedule={schedule}, got {group}; set {key}={pp} or null"
+    return [Problem(key, message, ("parallel.pp", f"{_SECTION}.schedule"))]
 
 
 def _layers(config: Config) -> list[Problem]:
@@ -82,14 +83,14 @@ def _layers(config: Config) -> list[Problem]:
             f"has {len(given)} counts, but parallel.pp={pp} x {_SECTION}.chunks={pipeline.chunks} are {stages} stages; "
             "give one count per stage, or auto"
         )
-        problems.append(Problem(key, message))
+        problems.append(Problem(key, message, ("parallel.pp", f"{_SECTION}.chunks")))
     if any(count < 0 for count in given):
         problems.append(Problem(key, f"counts must be at least 0, got {list(given)}"))
     elif sum(given) != config.model.layers:
         message = (
             f"{list(given)} sums to {sum(given)}, but model.layers={config.model.layers}; change the counts, or auto"
         )
-        problems.append(Problem(key, message))
+        problems.append(Problem(key, message, ("model.layers",)))
     return problems
 
 
@@ -101,4 +102,4 @@ def _sharding(config: Config) -> list[Problem]:
         f"fsdp does not go with parallel.pp={p.pp}: every microbatch of every stage would gather its parameters "
         "again; set parallel.data.sharding=zero1 or parallel.pp=1"
     )
-    return [Problem("parallel.data.sharding", message)]
+    return [Problem("parallel.data.sharding", message, ("parallel.pp",))]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from pentad.configs import UserError, load
+from pentad.configs import Config, Problem, UserError, load, validate
+from pentad.configs.fields import all_keys
 from tests.jobs import DENSE
 
 # Override(s) of the dense job (4 ranks: tp 2 x dp 2), the key of the line, and fragments that the line must contain.
@@ -222,6 +226,30 @@ def test_one_mistake_is_one_line(overrides: list[str], key: str, fragments: list
     assert all("\n" not in str(p) and len(str(p)) < 400 for p in caught.value.problems)
     # The two files of a .bin/.idx pair are two lines; nothing else follows from one mistake.
     assert len(caught.value.problems) == (2 if "data.name=bin" in overrides else 1), caught.value
+
+
+def test_a_problem_carries_every_key_whose_value_it_blames(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Problem] = []
+
+    def recorded(config: Config, world_size: int | None) -> list[Problem]:
+        found.extend(validate(config, world_size))
+        return []
+
+    monkeypatch.setattr(sys.modules["pentad.configs.load"], "validate", recorded)
+    for overrides, *_ in WRONG:
+        with suppress(UserError):
+            load(DENSE, overrides, world_size=4)
+    for problem in found:
+        blamed, *_ = re.split("; (?:set|leave|give|change|or)", problem.message)
+        keys = {key for key in re.findall(r"([a-z_]+(?:\.[a-z_]+)+)=", blamed) if key in all_keys()}
+        assert keys <= set(problem.keys), problem
+    assert sum(bool(problem.follows) for problem in found) > 50
+
+
+def test_a_mistake_hides_no_other_that_only_names_its_key() -> None:
+    with pytest.raises(UserError) as caught:
+        load(DENSE, ["model.moe.experts=4", "parallel.data.sharding=fsdp", "parallel.ep=0"])
+    assert {p.key for p in caught.value.problems} == {"parallel.ep", "parallel.data.sharding"}
 
 
 def test_tensor_degree_that_divides_nothing_names_every_size() -> None:
