@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -79,6 +79,7 @@ def build(
     balanced: bool = False,
     recompute: bool = False,
     context: ContextConfig | None = None,
+    memory: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[Transformer, dict[str, Sharding]]:
     """This rank's part of the model, uninitialised, and where each of its parameters lives.
 
@@ -89,6 +90,7 @@ def build(
         balanced: embedding and head are cut over the tensor and pipeline ranks, which the pipeline's program runs.
         recompute: each layer keeps its input only, and runs again in backward.
         context: how attention spans the context ranks; none: they are one.
+        memory: of parameters that exist already, by name; none is made for these.
     """
     with torch.device("meta"):
         model = Transformer(cfg, part)
@@ -97,7 +99,9 @@ def build(
         model.run_layer = run_layer_again
     for name, sharding in where.items():
         owner, leaf = _owner(model, name)
-        local = torch.empty(sharding.placement.local_shape, device=device, dtype=dtype)
+        local = (memory or {}).get(name)
+        if local is None:
+            local = torch.empty(sharding.placement.local_shape, device=device, dtype=dtype)
         setattr(owner, leaf, nn.Parameter(local))
     for name, buffer in model.named_buffers():
         owner, leaf = _owner(model, name)

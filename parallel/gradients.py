@@ -108,6 +108,11 @@ class WeightGradients:
         self._waiting: dict[int, deque[Deferred]] = {}
         self._open: deque[Deferred] | None = None
 
+    def clear(self) -> None:
+        """Drops everything, after a step that was left half-way."""
+        self._waiting.clear()
+        self._open = None
+
     @contextmanager
     def deferring(self, index: int) -> Iterator[None]:
         """A backward inside this block leaves its weight gradients here, under the microbatch's number."""

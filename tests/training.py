@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,13 @@ from pentad.configs.schema import (
 )
 from pentad.parallel.comm.mesh import Mesh
 from pentad.parallel.record.ring import Recorder
-from pentad.trainer.checkpoint.state import units_by_key
-from pentad.trainer.data.dataset import Microbatch
-from pentad.trainer.optim.optimizer import make_optimizer
-from pentad.trainer.programs import training_program
-from pentad.trainer.setup import buckets_per_rank, make_model, mesh_of
-from pentad.trainer.step import Stepper, StepResult
+from pentad.trainer.checkpoint.checkpointer import Checkpointer
+from pentad.trainer.data.dataset import Dataset, Microbatch, open_data
+from pentad.trainer.metrics.peak import Peak
+from pentad.trainer.session import Here, Session
+from pentad.trainer.setup import mesh_of
+from pentad.trainer.step import StepResult
+from pentad.trainer.trainer import Trainer
 from tests.distributed import job_store
 
 TINY = ModelConfig(
@@ -123,33 +125,73 @@ def microbatches(cfg: Config, step: int, rank: int, size: int, *, masked: bool =
     return batches
 
 
+def world_of(cfg: Config) -> int:
+    """Ranks of the job."""
+    return cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp * (cfg.parallel.dp or 1)
+
+
+def make_here(rank: int, cfg: Config, record: Path | None = None) -> Here:
+    """This process, inside a worker of `run_distributed(…, group=False)` or alone."""
+    world = world_of(cfg)
+    recorder = Recorder(record, rank=rank, world=world, entries=4096)
+    return Here(rank, job_store() if world > 1 else None, torch.device("cpu"), recorder)
+
+
 def open_mesh(rank: int, cfg: Config, record: Path | None = None) -> Mesh:
-    """The mesh of a test job, inside a worker of `run_distributed(…, group=False)` or alone."""
-    world = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp * (cfg.parallel.dp or 1)
-    return mesh_of(
-        cfg,
-        store=job_store() if world > 1 else None,
+    """The mesh of a test job without anything built on it."""
+    here = make_here(rank, cfg, record)
+    return mesh_of(cfg, store=here.store, rank=rank, device="cpu", recorder=here.recorder)
+
+
+def open_session(rank: int, cfg: Config, record: Path | None = None, **given: Any) -> Session:
+    """The first session of a test job; `given` goes to `Session.open`."""
+    return Session.open(cfg, range(world_of(cfg)), 0, here=make_here(rank, cfg, record), **given)
+
+
+def open_training(rank: int, cfg: Config, peak: Peak | None = None) -> Session:
+    """The first session of a test job that reads its own data, for a `Trainer`."""
+
+    def data() -> Dataset:
+        train = cfg.train
+        return open_data(cfg.data, seq_len=train.seq_len, vocab=cfg.model.used_vocab, seed=train.seed, progress=False)
+
+    return open_session(rank, cfg, data=data, peak=lambda mesh: peak or Peak(None, ""))
+
+
+def open_trainer(
+    rank: int,
+    cfg: Config,
+    folder: Path,
+    *,
+    keep: int = 0,
+    asynchronous: bool = False,
+    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    peak: Peak | None = None,
+) -> tuple[Session, Trainer]:
+    """A test job that trains in a folder, and its session, to be closed after its checkpointer."""
+    session = open_training(rank, cfg, peak)
+    checkpointer = Checkpointer(
+        folder / "checkpoints",
+        group=session.mesh.checkpoint_group,
         rank=rank,
-        device="cpu",
-        recorder=Recorder(record, rank=rank, world=world, entries=4096),
+        world=world_of(cfg),
+        keep=keep,
+        asynchronous=asynchronous,
+        on_event=on_event,
     )
+    return session, Trainer(session, checkpointer, run_dir=folder)
 
 
 class Run:
     """A job set up on one rank, to be stepped by a test."""
 
-    def __init__(self, rank: int, cfg: Config, *, masked: bool = False, record: Path | None = None) -> None:
+    def __init__(
+        self, rank: int, cfg: Config, *, masked: bool = False, record: Path | None = None, **given: Any
+    ) -> None:
         self.cfg, self.masked = cfg, masked
-        self.mesh = open_mesh(rank, cfg, record)
-        self.parts = make_model(cfg, self.mesh, torch.device("cpu"))
-        self.optimizer = make_optimizer(cfg.optim, torch.device("cpu"))
-        for unit in units_by_key(self.parts.replicas).values():
-            self.optimizer.prepare(unit)
-        dp = self.mesh.axis("dp")
-        count = cfg.train.global_batch // (cfg.train.micro_batch * dp.size)
-        buckets = buckets_per_rank(self.parts.replicas, self.mesh)
-        program = training_program(cfg, self.parts.pipeline, count, buckets)
-        self.stepper = Stepper(cfg, self.parts, self.optimizer, self.mesh, program)
+        self.session = open_session(rank, cfg, record, **given)
+        self.mesh, self.parts, self.stepper = self.session.mesh, self.session.parts, self.session.stepper
+        self.optimizer = self.session.optimizer
 
     def step(self, step: int) -> tuple[float, float, float]:
         """(loss, grad norm, skipped) of one step."""
@@ -168,9 +210,7 @@ class Run:
         return mine, sum(b.valid for b in everyone)
 
     def close(self) -> None:
-        self.parts.replicas.wait_gathers()
-        self.stepper.close()
-        self.mesh.close()
+        self.session.close()
 
 
 def curve(rank: int, world: int, cfg: Config, masked: bool = False) -> list[tuple[float, float, float]]:

@@ -23,13 +23,16 @@ class OverlapTuner:
         cfg: the job.
         parts: this rank's part of the model, and its device.
         mesh: whose ranks agree on the slowest one's times.
+        search: one that was begun over another mesh, to go on with.
     """
 
-    def __init__(self, cfg: Config, parts: Parts, mesh: Mesh) -> None:
+    def __init__(self, cfg: Config, parts: Parts, mesh: Mesh, search: ChunkSearch | None = None) -> None:
         moe = cfg.model.moe
         wanted = moe.experts > 0 and moe.overlap_chunks == "auto" and moe.dispatcher == "all_to_all"
-        self.search = ChunkSearch() if wanted else None
+        self.search = (search or ChunkSearch()) if wanted else None
         self._model, self._device, self._mesh = parts.model, parts.device, mesh
+        if self.search is not None and self.search.chosen is not None:
+            set_overlap_chunks(self._model, self.search.chosen)
 
     @contextmanager
     def step(self) -> Iterator[None]:

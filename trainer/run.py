@@ -7,6 +7,7 @@ import json
 import os
 import socket
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..parallel.record import files
 from ..parallel.record.files import RingFile
 from .checkpoint.checkpointer import Checkpointer
 from .checkpoint.hugging_face import load_initial
-from .data.dataset import open_data
+from .data.dataset import Dataset, open_data
 from .metrics.curves import draw_curves
 from .metrics.introduction import introduction
 from .metrics.notices import or_without
@@ -35,7 +36,8 @@ from .processes.meeting import Stopped
 from .processes.signals import StopRequest
 from .processes.start import Start
 from .run_folder import checkpoint_folder, run_folder
-from .setup import DTYPES, Ranks, make_model, make_recorder, mesh_of, prepare_device
+from .session import Here, Session
+from .setup import DTYPES, Ranks, make_recorder, prepare_device
 from .text.prompts import make_coder
 from .text.samples import Sampler
 from .text.tokenizer_files import TokenizerFiles, of_checkpoint, of_job
@@ -58,8 +60,8 @@ def run(cfg: Config, start: Start) -> int:
     ranks = Ranks.from_environment(start.env)
     with ExitStack() as open_things:
         try:
-            mesh, device = meet(cfg, start, ranks, open_things)
-            _in_mesh(cfg, start, ranks, mesh, device)
+            here = arrive(cfg, start, ranks, open_things)
+            _in_mesh(cfg, start, ranks, here, open_things)
         except Exception as error:
             if not isinstance(error, Stopped):
                 start.report(error, cfg)  # closing takes seconds, and makes other ranks fail
@@ -67,8 +69,8 @@ def run(cfg: Config, start: Start) -> int:
     return 0
 
 
-def meet(cfg: Config, start: Start, ranks: Ranks, open_things: ExitStack) -> tuple[Mesh, torch.device]:
-    """Everything that can fail on one rank alone, then the mesh, in which the others would wait for it."""
+def arrive(cfg: Config, start: Start, ranks: Ranks, open_things: ExitStack) -> Here:
+    """Everything that can fail on one rank alone, before the mesh, in which the others would wait for it."""
     store = start.meeting.open(cfg.faults.timeout_s)
     device = prepare_device(cfg, ranks)
     if ranks.local_rank == 0:
@@ -80,9 +82,7 @@ def meet(cfg: Config, start: Start, ranks: Ranks, open_things: ExitStack) -> tup
         raise Stopped
     start.stop.listen()
     open_things.callback(start.stop.close)
-    mesh = mesh_of(cfg, store=store, rank=ranks.rank, device=device.type, recorder=recorder)
-    open_things.callback(mesh.close)
-    return mesh, device
+    return Here(ranks.rank, store, device, recorder)
 
 
 def _about(cfg: Config) -> str:
@@ -91,17 +91,30 @@ def _about(cfg: Config) -> str:
     return json.dumps({key: hashlib.sha256(repr(part).encode()).hexdigest()[:8] for key, part in parts.items()})
 
 
-def _in_mesh(cfg: Config, start: Start, ranks: Ranks, mesh: Mesh, device: torch.device) -> None:
-    run_dir = run_folder(cfg)
-    if mesh.is_first:
-        _write_configs(run_dir, cfg, start.given)
-    rings = _index_record(run_dir, mesh, ranks.run_id)
+def _in_mesh(cfg: Config, start: Start, ranks: Ranks, here: Here, open_things: ExitStack) -> None:
+    run_dir, rings = run_folder(cfg), list[RingFile]()
+
+    def met(mesh: Mesh) -> None:
+        if mesh.is_first:
+            _write_configs(run_dir, cfg, start.given)
+        rings.extend(_index_record(run_dir, mesh, ranks.run_id))
+
     try:
-        _train(cfg, mesh, device, run_dir, start.stop)
-        _barrier(mesh)  # every ring is complete
+        session = Session.open(
+            cfg,
+            range(ranks.world),
+            0,
+            here=here,
+            met=met,
+            data=partial(_open_data, cfg, here),
+            peak=partial(_peak, cfg, here.device, MeasuredPeaks(run_dir / "peaks.json")),
+            outer=open_things,
+        )
+        _train(session, run_dir, start.stop)
+        _barrier(session.mesh)  # every ring is complete
     except Exception as error:
         start.report(error, cfg)
-        mesh.recorder.close()
+        here.recorder.close()
         _keep_record(run_dir, ranks, rings)
         raise
     if ranks.local_rank == 0:
@@ -109,16 +122,19 @@ def _in_mesh(cfg: Config, start: Start, ranks: Ranks, mesh: Mesh, device: torch.
             files.collect(run_dir, rings, remove=True)
 
 
-def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: StopRequest) -> None:
-    data = open_data(
+def _open_data(cfg: Config, here: Here) -> Dataset:
+    return open_data(
         cfg.data,
         seq_len=cfg.train.seq_len,
         vocab=cfg.model.used_vocab,
         seed=cfg.train.seed,
         windows=layer_windows(cfg.model),
-        progress=mesh.is_first,
+        progress=here.rank == 0,
     )
-    parts = make_model(cfg, mesh, device)
+
+
+def _train(session: Session, run_dir: Path, stop: StopRequest) -> None:
+    cfg, mesh, parts = session.cfg, session.mesh, session.parts
     events = EventLog(run_dir / "events.jsonl") if mesh.is_first else None
 
     def report(event: dict[str, Any]) -> None:
@@ -135,8 +151,7 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
         on_event=report,
         abort=mesh.abort,
     )
-    peak = _peak(cfg, mesh, device, MeasuredPeaks(run_dir / "peaks.json"))
-    trainer = Trainer(cfg, mesh, parts, data, checkpointer, peak=peak, run_dir=run_dir)
+    trainer = Trainer(session, checkpointer, run_dir=run_dir)
     found = checkpointer.find_resume(cfg.checkpoint.resume) if cfg.checkpoint.resume else None
     if found is not None:
         trainer.restore(found)
@@ -151,7 +166,8 @@ def _train(cfg: Config, mesh: Mesh, device: torch.device, run_dir: Path, stop: S
         trainer.sampler = Sampler(cfg, mesh, parts.pipeline, trainer.stepper, coder, trainer.tokenizer.stops)
     outputs = None
     if mesh.is_first and events is not None:
-        print(hide(cfg, "\n".join([*introduction(cfg, trainer, peak), _beginning(cfg, trainer, found)])), flush=True)
+        lines = [*introduction(cfg, trainer, trainer.peak), _beginning(cfg, trainer, found)]
+        print(hide(cfg, "\n".join(lines)), flush=True)
         sinks = make_sinks(cfg.log, run_dir, as_dict(cfg), cfg.train.steps, trainer.step)
         outputs = Outputs(sinks, events)
         with or_without(f"{run_dir}/program.json"):
@@ -202,7 +218,7 @@ def _close(cfg: Config, run_dir: Path, step: int, began_at: int, finished: bool)
             print(f"curves {picture}", flush=True)
 
 
-def _peak(cfg: Config, mesh: Mesh, device: torch.device, kept: MeasuredPeaks) -> Peak:
+def _peak(cfg: Config, device: torch.device, kept: MeasuredPeaks, mesh: Mesh) -> Peak:
     """The peak of one device; where it is measured, the mean over the ranks, so that all compute the same MFU.
 
     It is measured once in a run's life on the same kind of machine: a resumed run goes on with the same denominator.

@@ -21,7 +21,7 @@ from ..parallel.gradients import WeightGradients, slot_of
 from ..parallel.record import ring
 from ..parallel.replicas.flat import FlatReplicas
 from ..parallel.replicas.fsdp import FsdpReplicas
-from ..parallel.replicas.protocol import Replicas, expect_uses
+from ..parallel.replicas.protocol import OtherSlices, Replicas, ShardSlice, adopt, expect_uses
 from ..parallel.sharding_rules import Sharding
 from .programs import Pipeline
 
@@ -87,7 +87,9 @@ def make_recorder(cfg: Config, ranks: Ranks) -> ring.Recorder:
     )
 
 
-def mesh_of(cfg: Config, *, store: dist.Store | None, rank: int, device: str, recorder: ring.Recorder) -> Mesh:
+def mesh_of(
+    cfg: Config, *, store: dist.Store | None, rank: int, device: str, recorder: ring.Recorder, epoch: int = 0
+) -> Mesh:
     """The mesh that the job's layout and pipeline need; arguments as of `Mesh`."""
     pipeline, context = Pipeline.of(cfg), cfg.parallel.context
     balanced = pipeline.split.balanced
@@ -97,6 +99,7 @@ def mesh_of(cfg: Config, *, store: dist.Store | None, rank: int, device: str, re
         rank=rank,
         device=device,
         recorder=recorder,
+        epoch=epoch,
         timeout_s=cfg.faults.timeout_s,
         channels=pipeline.channels,
         vocab=balanced,
@@ -116,6 +119,8 @@ class Parts:
     pipeline: Pipeline
     stores: dict[int, WeightGradients]
     """Deferred weight gradients of each of this rank's stages."""
+    dtype: torch.dtype
+    """In which the model holds its parameters."""
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -137,8 +142,58 @@ class Parts:
         self.replicas.load(parameters())
 
 
-def make_model(cfg: Config, mesh: Mesh, device: torch.device) -> Parts:
-    """Builds, cuts and initialises the model, then applies data parallelism."""
+@dataclass(frozen=True)
+class KeptModel:
+    """What outlives a mesh of a rank's part of the model; the next one's part takes it over, without a second copy.
+
+    Args:
+        dtype: of the parameters.
+        where: sharding of each parameter.
+        slices: what each unit of the optimizer holds.
+        params: parameters that lie in memory of the replicas, by name.
+        memory: of the replicas (`Replicas.keep`).
+        buffers: what the model keeps beside its parameters.
+    """
+
+    dtype: torch.dtype
+    where: dict[str, Sharding]
+    slices: tuple[ShardSlice, ...]
+    params: dict[str, Tensor]
+    memory: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+    @staticmethod
+    def of(parts: Parts) -> KeptModel:
+        """Of a model that does nothing any more."""
+        flat = isinstance(parts.replicas, FlatReplicas)
+        params = {name: param.data for name, param in parts.model.named_parameters()} if flat else {}
+        slices, memory = tuple(parts.replicas.pieces()), parts.replicas.keep()
+        return KeptModel(parts.dtype, parts.where, slices, params, memory, parts.buffers)
+
+    def fill(self, parts: Parts) -> None:
+        """Ends the taking over.
+
+        Raises:
+            OtherSlices: the new part is not of the same slices.
+        """
+        if tuple(parts.replicas.pieces()) != self.slices or parts.buffers.keys() != self.buffers.keys():
+            raise OtherSlices("the optimizer's units hold other parts of the parameters")
+        for name, buffer in parts.buffers.items():
+            buffer.copy_(adopt(self.buffers, name, buffer.shape, buffer.dtype, buffer.device))
+
+
+def make_model(cfg: Config, mesh: Mesh, device: torch.device, kept: KeptModel | None = None) -> Parts:
+    """Builds, cuts and initialises the model, then applies data parallelism.
+
+    Args:
+        cfg: the job.
+        mesh: of this rank.
+        device: where its part is.
+        kept: of a former mesh; then nothing is drawn.
+
+    Raises:
+        OtherSlices: this rank's part is of other slices than `kept`.
+    """
     dtype = DTYPES[cfg.train.dtype]
     # One replica alone has nothing to shard.
     fsdp = cfg.parallel.data.sharding == "fsdp" and mesh.axis("data").size > 1
@@ -155,9 +210,13 @@ def make_model(cfg: Config, mesh: Mesh, device: torch.device) -> Parts:
         balanced=pipeline.split.balanced,
         recompute=cfg.memory.recompute == "full",
         context=cfg.parallel.context,
+        memory=kept.params if kept is not None else {},
     )
+    if kept is not None and (kept.dtype, kept.where) != (held, where):
+        raise OtherSlices("the parameters are cut in another way")
+    memory = None if kept is None else kept.memory
     if fsdp:
-        replicas: Replicas = FsdpReplicas(model, model.layers.values(), where, mesh, dtype)
+        replicas: Replicas = FsdpReplicas(model, model.layers.values(), where, mesh, dtype, memory)
     else:
         replicas = FlatReplicas(
             model,
@@ -165,12 +224,17 @@ def make_model(cfg: Config, mesh: Mesh, device: torch.device) -> Parts:
             mesh,
             sharded=cfg.parallel.data.sharding == "zero1",
             bucket_mib=cfg.parallel.data.bucket_mib,
+            kept=memory,
         )
         _expect_uses(model, mesh)
     if cfg.model.moe.experts and cfg.model.moe.overlap_chunks != "auto":
         set_overlap_chunks(model, cfg.model.moe.overlap_chunks)
-    replicas.load(initial_values(model, where, cfg.train.seed))
-    return Parts(model, where, replicas, device, pipeline, _stores(model, pipeline, stages))
+    parts = Parts(model, where, replicas, device, pipeline, _stores(model, pipeline, stages), held)
+    if kept is not None:
+        kept.fill(parts)
+    else:
+        replicas.load(initial_values(model, where, cfg.train.seed))
+    return parts
 
 
 def _expect_uses(model: Transformer, mesh: Mesh) -> None:

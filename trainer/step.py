@@ -2,12 +2,21 @@
 
 Nothing here asks the device for a number. Loss, gradient norm and the decision to skip are tensors on the device; the
 loop reads them after the step was issued.
+
+A step commits at the end of the collective of its NORM operation. Until then it changes nothing that outlives it: what
+forward and backward passes leave (graphs, tensors on their way, gradient sums, counts of the routers) is its own, and
+`Stepper.reset` drops it. From then on its outcome is decided on every rank that has the sums, and what is left to do is
+local: selection biases, the count of updates, and each bucket's update; `reset` does what had not been done yet. Only
+the gathers of parameters are not: those are handed out anew when the next session opens.
+
+    F … B … reduce │ NORM: sum over all ranks ║ biases, count │ OPT 0 │ gather 0 │ OPT 1 │ gather 1
+                   nothing has changed        ║ commit            goes on where it stopped
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +24,7 @@ from torch import Tensor
 from ..configs.schema import Config
 from ..models.parallelize import close
 from ..models.routing.balance import collect, rebalance
-from ..models.stages import run_stage
+from ..models.stages import Inputs, run_stage
 from ..parallel.comm.collectives import Handle, all_reduce
 from ..parallel.comm.mesh import Mesh
 from ..parallel.pipeline.execute import Handler, execute
@@ -49,8 +58,41 @@ class StepResult:
     """What the routers counted in the step, over all ranks: (mixture-of-experts layers, `balance` columns)."""
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What all ranks know of a step once it has committed."""
+
+    result: StepResult
+    factor: Tensor
+    """Of the gradients."""
+
+
+@dataclass
+class _Step:
+    """What the operations of one step, or of one evaluation, hand to each other; nothing of it outlives the step.
+
+    Args:
+        inputs: of each microbatch.
+        lr: learning rate.
+        stop: 1 where this rank was asked to stop.
+        watched: see `Stepper.run`.
+        outcome: none before the commit.
+        updated: the buckets that were updated since.
+    """
+
+    inputs: list[Inputs]
+    lr: float
+    stop: Tensor
+    watched: Callable[[], Sequence[float]]
+    outcome: _Outcome | None = None
+    updated: set[int] = field(default_factory=set)
+
+
 class Stepper:
     """Runs the programs of one rank.
+
+    An error may leave a step half-way; then `reset` comes first, and a rank that is not alone needs a new session: in
+    the old mesh a peer's message of the broken step may still arrive.
 
     Args:
         cfg: the job.
@@ -75,7 +117,7 @@ class Stepper:
         self._vocabulary: BalancedVocabulary | None = None
         if parts.pipeline.split.balanced:
             barriers = cfg.parallel.pipeline.vocab_barriers
-            self._vocabulary = BalancedVocabulary(parts, mesh, barriers, self.dtype, lambda index: self._inputs[index])
+            self._vocabulary = BalancedVocabulary(parts, mesh, barriers, self.dtype, self.inputs)
         self._runtime = self._make_runtime(program)
         self._handlers: dict[Kind, Handler] = self._runtime.handlers | {
             Kinds.REDUCE: lambda op: self.replicas.reduce(op.index),
@@ -84,6 +126,27 @@ class Stepper:
             Kinds.GATHER: lambda op: self.replicas.gather(op.index),
         }
         self._evaluation: tuple[Runtime, Program] | None = None
+        self._step: _Step | None = None
+        """The step or evaluation that is under way or was left half-way."""
+        self.committed = False
+        """Whether the step that began last has committed, and so is not to be repeated."""
+        self.spent = False
+        """Whether the mesh may still bring something of a step that was left half-way."""
+
+    @property
+    def half_way(self) -> bool:
+        """Whether a step or evaluation has begun and not ended."""
+        return self._step is not None
+
+    def inputs(self, index: int) -> Inputs:
+        """A microbatch of the step under way."""
+        return self._now.inputs[index]
+
+    @property
+    def _now(self) -> _Step:
+        if self._step is None:
+            raise RuntimeError("no step is under way")
+        return self._step
 
     def _make_runtime(self, program: Program) -> Runtime:
         train = self.cfg.train
@@ -119,14 +182,46 @@ class Stepper:
             stop: whether this rank was asked to stop; the ranks agree inside the step.
             watched: numbers of this rank whose largest over all ranks is wanted, as many on each; asked for after
                 the last backward pass.
+
+        Raises:
+            RuntimeError: the step before was left half-way.
         """
-        self._watched = watched
-        self._stop = torch.full_like(self._zero, float(stop))
-        self._lr = lr
-        self._begin(step, batches, 1.0 / max(valid, 1))
+        self._begin(step, batches, 1.0 / max(valid, 1), lr, stop, watched)
+        self.committed = False
         self.replicas.start_step(len(batches))
         execute(self.ops, self._handlers, self.mesh.recorder)
-        return StepResult(self._loss, self._grad_norm, self._skip, self._stop, self._worst, self._routed)
+        outcome, self._step = self._now.outcome, None
+        assert outcome is not None  # the program was checked: it has one NORM
+        return outcome.result
+
+    def reset(self) -> StepResult | None:
+        """After a step or evaluation that was left half-way: as before it, or, where it had committed, as after it.
+
+        Waits for nobody. Gathers of parameters that were under way are forgotten: a session that goes on from here
+        hands them out anew.
+
+        Returns:
+            The result of a step that had committed; `worst` is then this rank's own. None: repeat it.
+        """
+        left, self._step = self._step, None
+        if left is None:
+            return None
+        self.spent = self.mesh.degrees.world > 1
+        for runtime in (self._runtime, *(() if self._evaluation is None else self._evaluation[:1])):
+            runtime.clear()
+        for store in self.parts.stores.values():
+            store.clear()
+        if self._vocabulary is not None:
+            self._vocabulary.clear()
+        if left.outcome is None:
+            collect(self.model, self.device)  # and forget it
+            self.replicas.clear()
+            return None
+        for op in self.ops:
+            if op.kind == Kinds.OPTIMIZE and op.index not in left.updated:
+                self._update(op.index, left, left.outcome)
+        self.replicas.clear()
+        return replace(left.outcome.result, worst=Handle(self._own(left)))
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Microbatch], program: Program, look: Look | None = None) -> Tensor:
@@ -136,6 +231,9 @@ class Stepper:
             batches: one per microbatch of the program.
             program: forward passes only.
             look: shown the logits, where this rank makes some.
+
+        Raises:
+            RuntimeError: the step before was left half-way.
         """
         if self._evaluation is None or self._evaluation[1] is not program:
             self._evaluation = self._make_runtime(program), program
@@ -147,7 +245,8 @@ class Stepper:
             runtime.finish()
         finally:
             self._show(None)
-        return self._counted(runtime)
+        counted, self._step = self._counted(runtime), None
+        return counted
 
     def _show(self, look: Look | None) -> None:
         self.model.head_op.look = look
@@ -160,8 +259,20 @@ class Stepper:
         if self._vocabulary is not None:
             self._vocabulary.close()
 
-    def _begin(self, step: int, batches: Sequence[Microbatch], scale: float) -> None:
-        self._inputs = [self._maker.make(batch, step, scale) for batch in batches]
+    def _begin(
+        self,
+        step: int,
+        batches: Sequence[Microbatch],
+        scale: float,
+        lr: float = 0.0,
+        stop: bool = False,
+        watched: Callable[[], Sequence[float]] = tuple,
+    ) -> None:
+        if self._step is not None or self.spent:
+            what = "open a new session" if self.spent else "reset it"
+            raise RuntimeError(f"a step was left half-way: {what} before the next one")
+        inputs = [self._maker.make(batch, step, scale) for batch in batches]
+        self._step = _Step(inputs, lr, torch.full_like(self._zero, float(stop)), watched)
         if step >= 0:
             self.mesh.recorder.step = step
 
@@ -176,40 +287,61 @@ class Stepper:
 
     def _forward(self, stage: int, index: int, x: Tensor | None) -> Tensor:
         self.replicas.begin_microbatch()
-        return run_stage(self.model, self.parts.pipeline.split, stage, x, self._inputs[index], self.dtype)
+        return run_stage(self.model, self.parts.pipeline.split, stage, x, self.inputs(index), self.dtype)
 
     # Update ---------------------------------------------------------------------------------------------------
 
     def _norm(self, op: Op) -> None:
         """One collective for the norm, the loss, the wish to stop and the routers' counts; replicas count once."""
+        now = self._now
         self._runtime.finish()
         square = self._zero
         for bucket in range(self.replicas.buckets):
             for unit in self.replicas.units(bucket):
                 if unit.counted:
                     square = square + sum_of_squares(unit.grad)
-        mine = torch.stack((square, self._counted(self._runtime), self._stop)).double()
+        mine = torch.stack((square, self._counted(self._runtime), now.stop)).double()
         routed = collect(self.model, self.device)  # of all layers, those of other stages zero
         if routed is not None:
             mine = torch.cat((mine, routed.flatten()))
-        # Nobody waits for this one inside the step. Filled in by kernels: a copy would make the host wait for the GPU.
-        worst = [torch.full((), value, dtype=torch.float64, device=self.device) for value in self._watched()]
-        self._worst = all_reduce(torch.stack(worst), self.mesh.axis("world"), "max") if worst else Handle(mine[:0])
+        # Nobody waits for this one inside the step.
+        own = self._own(now)
+        worst = all_reduce(own, self.mesh.axis("world"), "max") if len(own) else Handle(own)
         whole = all_reduce(mine, self.mesh.axis("world")).wait()
+        now.outcome = self._outcome(whole, worst, routed)
+        self._commit(now.outcome.result)
+
+    def _own(self, step: _Step) -> Tensor:
+        """What is watched of this rank. Filled in by kernels: a copy would make the host wait for the GPU."""
+        own = [torch.full((), value, dtype=torch.float64, device=self.device) for value in step.watched()]
+        return torch.stack(own) if own else torch.empty(0, dtype=torch.float64, device=self.device)
+
+    def _outcome(self, whole: Tensor, worst: Handle, routed: Tensor | None) -> _Outcome:
+        """What follows from the sums over all ranks: square norm, loss, wishes to stop, counts shaped as `routed`."""
         total = whole[:3].to(self._zero.dtype)
-        self._grad_norm, self._loss, self._stop = total[0].sqrt(), total[1], total[2]
-        self._skip = (~torch.isfinite(total).all()).float()
-        self._routed = whole[3:].view_as(routed) if routed is not None else None
-        if self._routed is not None:
-            rebalance(self.model, self._routed, self._skip)
-        self.updates = self.updates + (1 - self._skip)
+        norm, loss, stop = total[0].sqrt(), total[1], total[2]
+        skip = (~torch.isfinite(total).all()).float()
+        counts = whole[3:].view_as(routed) if routed is not None else None
         clip = self.cfg.optim.clip
-        factor = (clip / (self._grad_norm + 1e-6)).clamp(max=1.0) if clip else torch.ones_like(self._grad_norm)
-        self._factor = torch.where(self._skip.bool(), torch.ones_like(factor), factor)
+        factor = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else torch.ones_like(norm)
+        factor = torch.where(skip.bool(), torch.ones_like(factor), factor)
+        return _Outcome(StepResult(loss, norm, skip, stop, worst, counts), factor)
+
+    def _commit(self, result: StepResult) -> None:
+        self.committed = True
+        if result.moe is not None:
+            rebalance(self.model, result.moe, result.skipped)
+        self.updates = self.updates + (1 - result.skipped)
 
     def _optimize(self, op: Op) -> None:
-        units = self.replicas.units(op.index)
-        self.optimizer.step(units, lr=self._lr, factor=self._factor, skip=self._skip, count=self.updates)
+        now = self._now
+        assert now.outcome is not None
+        self._update(op.index, now, now.outcome)
+
+    def _update(self, bucket: int, step: _Step, outcome: _Outcome) -> None:
+        units, skip = self.replicas.units(bucket), outcome.result.skipped
+        self.optimizer.step(units, lr=step.lr, factor=outcome.factor, skip=skip, count=self.updates)
         for unit in units:
             if unit.rounded is not None:
                 unit.rounded.copy_(unit.value)
+        step.updated.add(bucket)

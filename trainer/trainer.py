@@ -12,27 +12,21 @@ from typing import Any
 import torch
 
 from ..configs.errors import UserError
-from ..configs.schema import Config
 from ..models.costs.flops import flops_again, flops_per_step, parameter_count
 from ..parallel.comm.collectives import all_reduce
-from ..parallel.comm.mesh import Mesh
 from .checkpoint.checkpointer import Checkpointer
 from .checkpoint.same_run import Progress, facts, run_problems
-from .checkpoint.state import all_tensors, units_by_key
-from .data.dataset import Dataset
+from .checkpoint.state import all_tensors
 from .data.loader import Loader, heldout_batches
-from .metrics.peak import Peak
 from .metrics.profiling import Profiler
 from .metrics.routing import heat_map, is_pictured, sparse_flops, summarize
 from .metrics.sinks import EventLog, SampleText, SinkSet
 from .metrics.step import Meter, StepFlops, peak_memory_gib
 from .optim.learning_rate import learning_rate
-from .optim.optimizer import make_optimizer
-from .overlap import OverlapTuner
 from .processes.signals import StopRequest
-from .programs import evaluation_program, training_program
-from .setup import Parts, buckets_per_rank
-from .step import Stepper, StepResult
+from .programs import evaluation_program
+from .session import Session
+from .step import StepResult
 from .text.samples import Sampler
 from .text.tokenizer_files import TokenizerFiles
 
@@ -64,36 +58,23 @@ class Trainer:
     """Trains one rank.
 
     Args:
-        cfg: the job.
-        mesh, parts, data: what `setup` and the data room made.
+        session: this rank's, opened with the job's data and a peak.
         checkpointer: of the run's checkpoints.
-        peak: of one device.
         run_dir: the run's folder.
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        mesh: Mesh,
-        parts: Parts,
-        data: Dataset,
-        checkpointer: Checkpointer,
-        *,
-        peak: Peak,
-        run_dir: Path,
-    ) -> None:
-        self.cfg, self.mesh, self.parts, self.data, self.checkpointer = cfg, mesh, parts, data, checkpointer
+    def __init__(self, session: Session, checkpointer: Checkpointer, *, run_dir: Path) -> None:
+        if session.data is None or session.peak is None:
+            raise ValueError("training needs a session with data and a peak")
+        self.cfg, self.mesh, self.parts, self.data = session.cfg, session.mesh, session.parts, session.data
+        self.optimizer, self.program, self.stepper = session.optimizer, session.program, session.stepper
+        self.overlap, self.device, self.checkpointer = session.overlap, session.device, checkpointer
+        cfg, mesh = self.cfg, self.mesh
         self.dp = mesh.axis("dp")
-        self.device = parts.device
-        self.optimizer = make_optimizer(cfg.optim, self.device)
-        for unit in units_by_key(parts.replicas).values():
-            self.optimizer.prepare(unit)
-        microbatches = cfg.train.global_batch // (cfg.train.micro_batch * self.dp.size)
-        self.program = training_program(cfg, parts.pipeline, microbatches, buckets_per_rank(parts.replicas, mesh))
-        self.stepper = Stepper(cfg, parts, self.optimizer, mesh, self.program)
-        self.overlap = OverlapTuner(cfg, parts, mesh)
-        self._evaluation = evaluation_program(cfg, parts.pipeline, microbatches) if cfg.eval.every else None
-        self.meter = Meter(devices=mesh.degrees.world, peak=peak)
+        microbatches = self.program.microbatches
+        self._evaluation = evaluation_program(cfg, self.parts.pipeline, microbatches) if cfg.eval.every else None
+        self.peak = session.peak
+        self.meter = Meter(devices=mesh.degrees.world, peak=self.peak)
         self.profiler = Profiler(cfg.log.profile, run_dir / "profile", mesh.rank)
         self.tokenizer = TokenizerFiles()
         """What the run's checkpoints say about text."""
@@ -152,7 +133,6 @@ class Trainer:
                 stopped = self._one(loader, stop)
         self._drain()
         self.parts.replicas.wait_gathers()
-        self.stepper.close()
         if cfg.checkpoint.final or stopped or self._due(cfg.checkpoint.every):
             self.save()
         self.checkpointer.wait()

@@ -43,6 +43,11 @@ class BalancedVocabulary:
         """Whom the head shows its logits from now on."""
         self._head.look = look
 
+    def clear(self) -> None:
+        """Drops everything, after a step that was left half-way."""
+        self._head.clear()
+        self._embedding.clear()
+
     def close(self) -> None:
         """Ends the lanes."""
         for lane in self._lanes:

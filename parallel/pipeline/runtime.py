@@ -160,6 +160,11 @@ class Runtime:
             while queue:
                 queue.popleft()[0].wait()
 
+    def clear(self) -> None:
+        """Drops everything, after a program that was left half-way."""
+        for held in (self._arriving, self._outputs, self._graphs, self._grads, self._sends, self._losses):
+            held.clear()
+
     # Compute --------------------------------------------------------------------------------------------------
 
     def _run_forward(self, op: Op) -> None:

@@ -12,7 +12,7 @@ equal share of both each data parallel rank owns:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +23,7 @@ from ..comm.collectives import Handle, all_gather, all_reduce, reduce_scatter
 from ..comm.mesh import Axis
 from ..gradients import Slot, route
 from ..sharding_rules import Family, Partial, Sharding
+from .protocol import adopt
 
 _ALIGN = 16
 """Elements; every rank's share is a multiple, so that vectorised kernels start aligned."""
@@ -61,6 +62,7 @@ class Bucket:
         sharded: zero1 (each rank owns a share) or ddp (each rank owns everything).
         partial: the axis over which the gradients are partial sums besides (size 1: none).
         grad_dtype: precision of gradient sums.
+        flat: memory that holds the parameters already (`flat` of another such bucket); called with its size.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Bucket:
         sharded: bool,
         partial: Axis,
         grad_dtype: torch.dtype,
+        flat: Callable[[int, nn.Parameter], Tensor] | None = None,
     ) -> None:
         self.kind, self.data, self.partial_axis = kind, data, partial
         self.sharded = sharded and data.size > 1
@@ -83,7 +86,8 @@ class Bucket:
         unit = data.size * _ALIGN
         size = math.ceil(start / unit) * unit
         first = params[0][1]
-        self.flat = torch.zeros(size, dtype=first.dtype, device=first.device)
+        self._adopts = flat is not None
+        self.flat = flat(size, first) if flat else torch.zeros(size, dtype=first.dtype, device=first.device)
         self.grads = torch.zeros(size, dtype=grad_dtype, device=first.device)
         share = size // data.size if self.sharded else size
         self.start = data.rank * share if self.sharded else 0
@@ -95,7 +99,8 @@ class Bucket:
 
     def _adopt(self, member: Member) -> Slot:
         view = self.flat[member.start : member.stop].view_as(member.param)
-        view.copy_(member.param.data)
+        if not self._adopts:
+            view.copy_(member.param.data)
         member.param.data = view
         slot = Slot(self.grads[member.start : member.stop].view_as(view), self._one_final)
         member.param.slot = slot  # pyright: ignore[reportAttributeAccessIssue]
@@ -152,6 +157,12 @@ class Bucket:
         """Whether this rank's share enters the global norm; replicas enter it once."""
         return self.partial_axis.rank == 0 and (self.sharded or self.data.rank == 0)
 
+    def clear(self) -> None:
+        """Drops the step's gradients and forgets what is in flight, after a step that was left half-way."""
+        self._reducing = self._gathering = None
+        for member in self.members:
+            member.param.grad = None
+
     # Parameters -----------------------------------------------------------------------------------------------
 
     def gather(self) -> None:
@@ -173,6 +184,15 @@ class Bucket:
                 yield member, low - member.start, high - member.start, low - self.start
 
 
+def bucket_key(index: int) -> str:
+    """Names a bucket of a rank."""
+    return f"bucket{index}"
+
+
+def _kept(kept: Mapping[str, Tensor], key: str, size: int, like: nn.Parameter) -> Tensor:
+    return adopt(kept, key, (size,), like.dtype, like.device)
+
+
 def _decays(name: str, sharding: Sharding) -> bool:
     """Matrices do; vectors do not, nor the biases of experts, which are stacked."""
     return len(sharding.placement.global_shape) > 1 and not name.endswith("bias")
@@ -186,19 +206,21 @@ def make_buckets(
     sharded: bool,
     grad_dtype: torch.dtype,
     bucket_bytes: int,
+    kept: Mapping[str, Tensor] | None = None,
 ) -> list[Bucket]:
     """Buckets of at most about `bucket_bytes` of parameters, in the order in which backward finishes them.
 
-    `params` come in the order of the forward pass.
+    `params` come in the order of the forward pass. `kept`: the memory of such buckets, by `bucket_key`, that these take
+    over with the parameters in it.
     """
     make = partial(Bucket, sharded=sharded, grad_dtype=grad_dtype)
     open_kinds: dict[Kind, list[tuple[str, nn.Parameter, Sharding]]] = {}
     buckets: list[Bucket] = []
 
     def close(kind: Kind) -> None:
-        buckets.append(
-            make(kind, open_kinds.pop(kind), data=data_axes[kind.family], partial=partial_axes[kind.partial])
-        )
+        key, axes = bucket_key(len(buckets)), (data_axes[kind.family], partial_axes[kind.partial])
+        flat = None if kept is None else partial(_kept, kept, key)
+        buckets.append(make(kind, open_kinds.pop(kind), data=axes[0], partial=axes[1], flat=flat))
 
     for name, param, sharding in reversed(params):
         kind = Kind(sharding.family, sharding.partial, decay=_decays(name, sharding))

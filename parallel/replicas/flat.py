@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..comm.mesh import Mesh
 from ..kernels.precision import precise
 from ..sharding_rules import Sharding
-from .buckets import Bucket, make_buckets
-from .protocol import OptimizerShard, ShardSlice, partial_axes
+from .buckets import Bucket, bucket_key, make_buckets
+from .protocol import OptimizerShard, ShardSlice, adopt, partial_axes
 
 
 class FlatReplicas:
@@ -23,10 +23,21 @@ class FlatReplicas:
         mesh: the mesh.
         sharded: zero1 if true, ddp if not.
         bucket_mib: MiB of parameters per bucket.
+        kept: what `keep` gave, of replicas with the same slices, whose memory these take over; none: new memory.
+
+    Raises:
+        OtherSlices: `kept` is of other ones.
     """
 
     def __init__(
-        self, model: nn.Module, where: dict[str, Sharding], mesh: Mesh, *, sharded: bool, bucket_mib: float
+        self,
+        model: nn.Module,
+        where: dict[str, Sharding],
+        mesh: Mesh,
+        *,
+        sharded: bool,
+        bucket_mib: float,
+        kept: Mapping[str, Tensor] | None = None,
     ) -> None:
         params = [(name, param, where[name]) for name, param in model.named_parameters()]
         dtype = params[0][1].dtype if params else torch.float32  # a rank of empty stages has none
@@ -38,11 +49,19 @@ class FlatReplicas:
             sharded=sharded,
             grad_dtype=self._precise,
             bucket_bytes=int(bucket_mib * 2**20),
+            kept=kept,
         )
         self.buckets = len(self._buckets)
-        rounds = dtype != self._precise
-        self._masters = [b.owned.to(self._precise) if rounds else None for b in self._buckets]
+        self._masters: list[Tensor | None] = [None for _ in self._buckets]
+        if dtype != self._precise:
+            self._masters = [self._master(i, b, kept) for i, b in enumerate(self._buckets)]
         self._wait_before_use(model)
+
+    def _master(self, index: int, bucket: Bucket, kept: Mapping[str, Tensor] | None) -> Tensor:
+        """A bucket's owned parameters in full precision."""
+        if kept is None:
+            return bucket.owned.to(self._precise)
+        return adopt(kept, _master_key(index), bucket.owned.shape, self._precise, bucket.flat.device)
 
     def _wait_before_use(self, model: nn.Module) -> None:
         """Each layer waits for the gathers of its own parameters, and only those."""
@@ -73,7 +92,7 @@ class FlatReplicas:
     def units(self, bucket: int) -> list[OptimizerShard]:
         b, master = self._buckets[bucket], self._masters[bucket]
         value, rounded = (b.owned, None) if master is None else (master, b.owned)
-        return [OptimizerShard(f"bucket{bucket}", value, b.owned_grad, rounded, b.kind.decay, b.counted)]
+        return [OptimizerShard(bucket_key(bucket), value, b.owned_grad, rounded, b.kind.decay, b.counted)]
 
     def gather(self, bucket: int) -> None:
         self._buckets[bucket].gather()
@@ -81,7 +100,7 @@ class FlatReplicas:
     def pieces(self) -> Iterator[ShardSlice]:
         for i, bucket in enumerate(self._buckets):
             for member, start, stop, at in bucket.owned_pieces():
-                yield ShardSlice(member.name, member.sharding, start, stop, f"bucket{i}", at)
+                yield ShardSlice(member.name, member.sharding, start, stop, bucket_key(i), at)
 
     def load(self, values: Iterable[tuple[str, Tensor]]) -> None:
         """Sets parameters and masters from (name, value of this rank's slice)."""
@@ -108,6 +127,21 @@ class FlatReplicas:
         """Returns when no gather is in flight: a communicator must not be closed before."""
         for bucket in self._buckets:
             bucket.wait_params()
+
+    def clear(self) -> None:
+        """Drops a step's gradients and forgets what is in flight, after a step that was left half-way."""
+        for bucket in self._buckets:
+            bucket.clear()
+
+    def keep(self) -> dict[str, Tensor]:
+        """The memory of parameters and masters, for replicas that take this one's place."""
+        flats = {bucket_key(i): bucket.flat for i, bucket in enumerate(self._buckets)}
+        masters = {_master_key(i): master for i, master in enumerate(self._masters) if master is not None}
+        return flats | masters
+
+
+def _master_key(index: int) -> str:
+    return f"{bucket_key(index)}.master"
 
 
 def _waiter(buckets: list[Bucket]) -> Callable[..., None]:

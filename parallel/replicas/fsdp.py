@@ -6,7 +6,7 @@ be aborted, and sum in rank order. Its own division of gradients is switched off
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..comm import collectives
 from ..comm.collectives import Handle
 from ..comm.mesh import Axis, Mesh
 from ..sharding_rules import Sharding
-from .protocol import OptimizerShard, ShardSlice, partial_axes
+from .protocol import OptimizerShard, ShardSlice, adopt, partial_axes
 
 
 class _Comm:
@@ -55,13 +55,20 @@ class _ReduceScatter(_Comm):
 class FsdpReplicas:
     """FSDP2 over the data axis, one group per layer and one for the rest.
 
-    The model's parameters are the masters (fp32 for bf16 training, which casts as it gathers).
+    The model's parameters are the masters (fp32 for bf16 training, which casts as it gathers). What was `kept` is
+    copied: FSDP2 makes its own memory.
     """
 
     buckets = 1
 
     def __init__(
-        self, model: nn.Module, layers: Iterable[nn.Module], where: dict[str, Sharding], mesh: Mesh, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        layers: Iterable[nn.Module],
+        where: dict[str, Sharding],
+        mesh: Mesh,
+        dtype: torch.dtype,
+        kept: Mapping[str, Tensor] | None = None,
     ) -> None:
         data = mesh.device_mesh("data")
         precise = next(model.parameters()).dtype
@@ -78,6 +85,10 @@ class FsdpReplicas:
                 if self._axis.size > 1:
                     part.set_custom_all_gather(_AllGather(self._axis))  # pyright: ignore[reportArgumentType]
                     part.set_custom_reduce_scatter(_ReduceScatter(self._axis))  # pyright: ignore[reportArgumentType]
+
+        for name, param in self._params() if kept is not None else ():
+            local = param.to_local().detach()
+            local.copy_(adopt(kept or {}, name, local.shape, local.dtype, local.device))
 
     def _params(self) -> Iterator[tuple[str, DTensor]]:
         """The sharded parameters. FSDP2 leaves the root's gathered after a forward that no backward followed, as those
@@ -159,6 +170,15 @@ class FsdpReplicas:
 
     def wait_gathers(self) -> None:
         """Nothing to do: FSDP2 leaves nothing in flight after backward."""
+
+    def clear(self) -> None:
+        """Drops a step's gradients, after a step that was left half-way."""
+        for _, param in self._params():
+            param.grad = None
+
+    def keep(self) -> dict[str, Tensor]:
+        """This rank's shards, for replicas that take this one's place."""
+        return {name: param.to_local().detach() for name, param in self._params()}
 
 
 def _local(grad: Tensor | None) -> Tensor:

@@ -6,10 +6,11 @@ reduce a bucket, hand out the pieces to optimize, gather a bucket.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..comm.mesh import Axis, Mesh
@@ -50,6 +51,24 @@ class ShardSlice:
     at: int
 
 
+class OtherSlices(ValueError):
+    """What was kept of a model are not the slices that are wanted now."""
+
+
+def adopt(
+    kept: Mapping[str, Tensor], key: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The memory that was kept under `key`.
+
+    Raises:
+        OtherSlices: there is none, or it is not what is wanted.
+    """
+    found = kept.get(key)
+    if found is None or (tuple(found.shape), found.dtype, found.device) != (tuple(shape), dtype, device):
+        raise OtherSlices(f"{key} is not {tuple(shape)} of {dtype} on {device}")
+    return found
+
+
 class Replicas(Protocol):
     """One model's data parallelism."""
 
@@ -65,6 +84,8 @@ class Replicas(Protocol):
     def load(self, values: Iterable[tuple[str, Tensor]]) -> None: ...
     def sync_params(self) -> None: ...
     def wait_gathers(self) -> None: ...
+    def clear(self) -> None: ...
+    def keep(self) -> dict[str, Tensor]: ...
 
 
 def partial_axes(mesh: Mesh) -> dict[str, Axis]:

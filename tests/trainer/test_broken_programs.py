@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 
 from pentad.configs.errors import UserError
+from pentad.configs.schema import Config
+from pentad.parallel.comm.mesh import Mesh
 from pentad.parallel.pipeline.check import check
 from pentad.parallel.pipeline.program import Program, update
-from pentad.trainer.setup import buckets_per_rank
+from pentad.trainer.optim.optimizer import Optimizer
+from pentad.trainer.setup import Parts, buckets_per_rank
 from pentad.trainer.step import Stepper
 from tests.distributed import run_distributed
 from tests.parallel.pipeline.broken import broken_programs
@@ -51,12 +54,14 @@ def _settings(program: Program) -> dict:
 
 def _curve(rank: int, world: int, program: Program) -> list[tuple[float, float, float]]:
     """Two steps: what the first leaves behind would show in the second."""
-    run = Run(rank, job(**_settings(program)))
-    try:
-        buckets = buckets_per_rank(run.parts.replicas, run.mesh)
+
+    def make(cfg: Config, parts: Parts, optimizer: Optimizer, mesh: Mesh, _: Program) -> Stepper:
+        buckets = buckets_per_rank(parts.replicas, mesh)
         lists = tuple(ops + update(count) for ops, count in zip(program.ranks, buckets, strict=True))
-        run.stepper.close()
-        run.stepper = Stepper(run.cfg, run.parts, run.optimizer, run.mesh, replace(program, ranks=lists))
+        return Stepper(cfg, parts, optimizer, mesh, replace(program, ranks=lists))
+
+    run = Run(rank, job(**_settings(program)), stepper=make)
+    try:
         return [run.step(0), run.step(1)]
     finally:
         run.close()

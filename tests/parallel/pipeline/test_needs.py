@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -19,8 +20,6 @@ from pentad.parallel.pipeline.program import Op, Program, update
 from pentad.parallel.pipeline.schedules import generate
 from pentad.parallel.pipeline.simulate import StuckError, simulate
 from pentad.parallel.pipeline.times import Times
-from pentad.trainer.programs import training_program
-from pentad.trainer.setup import buckets_per_rank
 from pentad.trainer.step import Stepper
 from tests.training import Run, job
 
@@ -134,17 +133,18 @@ def test_it_is_drawn(squeeze: Kind) -> None:
 
 
 def test_it_is_executed(squeeze: Kind) -> None:
-    cfg = job(steps=1)
-    run = Run(0, cfg)
-    try:
-        buckets = buckets_per_rank(run.parts.replicas, run.mesh)
-        program = _squeezed(training_program(cfg, run.parts.pipeline, 4, buckets), squeeze)
-        check(program)
-        stepper = Stepper(cfg, run.parts, run.optimizer, run.mesh, program)
-        done: list[str] = []
+    done: list[str] = []
+
+    def make(cfg: Any, parts: Any, optimizer: Any, mesh: Any, program: Program) -> Stepper:
+        squeezed = _squeezed(program, squeeze)
+        check(squeezed)
+        stepper = Stepper(cfg, parts, optimizer, mesh, squeezed)
         stepper._handlers[squeeze] = lambda op: done.append(str(op))
-        result = stepper.run(0, *run.batches(0), 1e-3)
-        stepper.close()
+        return stepper
+
+    run = Run(0, job(steps=1), stepper=make)
+    try:
+        result = run.issue(0)
     finally:
         run.close()
     assert done == [f"SQ{i}@0" for i in range(4)] and float(result.loss) > 0

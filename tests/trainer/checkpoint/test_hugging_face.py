@@ -19,9 +19,8 @@ from pentad.models.hf.names import links
 from pentad.trainer.checkpoint.checkpointer import Checkpointer, read_full, write_full
 from pentad.trainer.checkpoint.hugging_face import export_hf, import_hf, load_initial
 from pentad.trainer.checkpoint.saved_model import check_same_model, model_config_from_state
-from pentad.trainer.setup import make_model
 from tests.distributed import run_distributed
-from tests.training import job, open_mesh
+from tests.training import job, open_session
 
 SIZES: dict[str, Any] = {
     "layers": 2,
@@ -156,8 +155,8 @@ def first_logits(rank: int, world: int, path: Path, config: ModelConfig, shardin
     tp = 2 if world > 1 else 1
     ep = 2 if config.moe.experts and world > 1 else 1
     cfg = job(model=vars(config), tp=tp, dp=world // tp, ep=ep, sharding=sharding, dtype=dtype)
-    mesh = open_mesh(rank, cfg)
-    group: Any = mesh.host_group if world > 1 else None
+    session = open_session(rank, cfg, trains=False)
+    group: Any = session.mesh.host_group if world > 1 else None
     checkpointer = Checkpointer(
         path.parent / "run",
         group=group,
@@ -168,13 +167,12 @@ def first_logits(rank: int, world: int, path: Path, config: ModelConfig, shardin
         on_event=lambda event: None,
     )
     try:
-        parts = make_model(cfg, mesh, torch.device("cpu"))
-        load_initial(path, parts, checkpointer)
+        load_initial(path, session.parts, checkpointer)
         with torch.no_grad():
-            return parts.model(TOKENS).clone()
+            return session.parts.model(TOKENS).clone()
     finally:
         checkpointer.close()
-        mesh.close()
+        session.close()
 
 
 TOKENS = torch.arange(40).reshape(2, 20) % 96

@@ -6,17 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from pentad.configs.schema import CheckpointConfig, Config, MoeConfig, RouterConfig, TextData
-from pentad.trainer.checkpoint.checkpointer import Checkpointer
-from pentad.trainer.data.dataset import open_data
-from pentad.trainer.metrics.peak import Peak
 from pentad.trainer.processes.signals import StopRequest
-from pentad.trainer.setup import make_model
 from pentad.trainer.trainer import Outputs, Trainer
 from tests.distributed import run_distributed
-from tests.training import job, open_mesh
+from tests.training import job, open_trainer
 
 
 class Curve:
@@ -50,30 +45,16 @@ class StopAt(StopRequest):
 
 def train(rank: int, world: int, cfg: Config, folder: Path, until: int) -> tuple[list, list]:
     """Trains to step `until`, from the newest checkpoint in `folder` if there is one; curve and events of rank 0."""
-    mesh = open_mesh(rank, cfg)
     curve = Curve()
+    session, trainer = open_trainer(rank, cfg, folder, asynchronous=True, on_event=curve.events.append)
     try:
-        data = open_data(
-            cfg.data, seq_len=cfg.train.seq_len, vocab=cfg.model.vocab or 0, seed=cfg.train.seed, progress=False
-        )
-        parts = make_model(cfg, mesh, torch.device("cpu"))
-        checkpointer = Checkpointer(
-            folder / "checkpoints",
-            group=mesh.checkpoint_group,
-            rank=rank,
-            world=world,
-            keep=0,
-            asynchronous=True,
-            on_event=lambda event: curve.events.append(event),
-        )
-        trainer = Trainer(cfg, mesh, parts, data, checkpointer, peak=Peak(None, ""), run_dir=folder)
-        found = checkpointer.find_resume("latest")
+        found = trainer.checkpointer.find_resume("latest")
         if found is not None:
             trainer.restore(found)
         trainer.train(Outputs(curve, curve), StopAt(trainer, until))  # type: ignore[arg-type]
-        checkpointer.close()
+        trainer.checkpointer.close()
     finally:
-        mesh.close()
+        session.close()
     return curve.rows, curve.events
 
 

@@ -11,25 +11,16 @@ import torch
 
 from pentad.configs.schema import CheckpointConfig, Config, FaultsConfig
 from pentad.trainer.checkpoint import io
-from pentad.trainer.checkpoint.checkpointer import Checkpointer, CheckpointError, verify
+from pentad.trainer.checkpoint.checkpointer import CheckpointError, verify
 from pentad.trainer.checkpoint.names import checkpoints
-from pentad.trainer.data.dataset import open_data
-from pentad.trainer.metrics.peak import Peak
 from pentad.trainer.processes.signals import StopRequest
-from pentad.trainer.setup import make_model
 from pentad.trainer.trainer import DivergedError, Outputs, Trainer
 from tests.trainer.checkpoint.test_resume import Curve, text_job
-from tests.training import open_mesh
+from tests.training import open_trainer
 
 
 def _trainer(cfg: Config, folder: Path, curve: Curve) -> Trainer:
-    data = open_data(cfg.data, seq_len=16, vocab=cfg.model.used_vocab, seed=0, progress=False)
-    mesh = open_mesh(0, cfg)
-    parts = make_model(cfg, mesh, torch.device("cpu"))
-    checkpointer = Checkpointer(
-        folder, group=None, rank=0, world=1, keep=1, asynchronous=True, on_event=curve.events.append
-    )
-    return Trainer(cfg, mesh, parts, data, checkpointer, peak=Peak(None, ""), run_dir=folder)
+    return open_trainer(0, cfg, folder.parent, keep=1, asynchronous=True, on_event=curve.events.append)[1]
 
 
 def _cfg(folder: Path, *, steps: int = 4, final: bool = True) -> Config:

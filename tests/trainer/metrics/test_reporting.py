@@ -8,21 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pentad.configs.schema import Config, EvalConfig, LogConfig
 from pentad.trainer import trainer as trainer_module
-from pentad.trainer.checkpoint.checkpointer import Checkpointer
-from pentad.trainer.data.dataset import open_data
 from pentad.trainer.data.loader import Loader
-from pentad.trainer.metrics.peak import Peak
 from pentad.trainer.metrics.sinks import EventLog, SinkSet, make_sinks
 from pentad.trainer.processes.signals import StopRequest
-from pentad.trainer.setup import make_model
-from pentad.trainer.trainer import Outputs, Trainer
+from pentad.trainer.trainer import Outputs
 from tests.distributed import run_distributed
 from tests.trainer.checkpoint.test_resume import text_job
-from tests.training import open_mesh
+from tests.training import open_trainer
 
 
 class Rows:
@@ -40,27 +35,15 @@ class Rows:
 
 
 def _train(rank: int, world: int, cfg: Config, folder: Path) -> list[Any]:
-    mesh = open_mesh(rank, cfg)
     rows = Rows()
+    session, trainer = open_trainer(rank, cfg, folder)
     try:
-        data = open_data(cfg.data, seq_len=cfg.train.seq_len, vocab=cfg.model.vocab or 0, seed=0, progress=False)
-        parts = make_model(cfg, mesh, torch.device("cpu"))
-        checkpointer = Checkpointer(
-            folder / "checkpoints",
-            group=mesh.checkpoint_group,
-            rank=rank,
-            world=world,
-            keep=0,
-            asynchronous=False,
-            on_event=lambda event: None,
-        )
-        trainer = Trainer(cfg, mesh, parts, data, checkpointer, peak=Peak(None, ""), run_dir=folder)
         sinks = make_sinks(cfg.log, folder, {}, cfg.train.steps) if rank == 0 else SinkSet([], cfg.train.steps)
         sinks.sinks.append(rows)
         trainer.train(Outputs(sinks, EventLog(folder / "events.jsonl")) if rank == 0 else None, StopRequest())
         sinks.close()
     finally:
-        mesh.close()
+        session.close()
     return rows.rows
 
 

@@ -19,18 +19,15 @@ from pentad.configs.load import load
 from pentad.configs.schema import Config, LogConfig, MoeConfig, RouterConfig, TextData
 from pentad.models.costs.flops import s_mfu_flops_per_step, step_flops
 from pentad.models.routing.balance import FIELDS, columns
-from pentad.trainer.checkpoint.checkpointer import Checkpointer
-from pentad.trainer.data.dataset import open_data
 from pentad.trainer.metrics import routing
 from pentad.trainer.metrics.peak import Peak
 from pentad.trainer.metrics.routing import HeatMap, heat_map, is_pictured, sparse_flops, summarize
 from pentad.trainer.metrics.sinks import ConsoleSink, WandbSink, make_sinks, tracker_values
 from pentad.trainer.metrics.step import Meter, StepFlops, StepMetrics, console_header, console_line, finite
 from pentad.trainer.processes.signals import StopRequest
-from pentad.trainer.setup import make_model
-from pentad.trainer.trainer import Outputs, Trainer
+from pentad.trainer.trainer import Outputs
 from tests.distributed import run_distributed
-from tests.training import job, open_mesh
+from tests.training import job, open_trainer
 
 TOKENS = 100
 JOB = [
@@ -276,24 +273,13 @@ class _Kept:
 def _train(
     rank: int, world: int, cfg: Config, folder: Path
 ) -> list[tuple[Mapping[str, Any] | None, Mapping[str, Any]]]:
-    mesh, kept = open_mesh(rank, cfg), _Kept()
+    kept = _Kept()
+    session, trainer = open_trainer(rank, cfg, folder, peak=Peak(1.0, "test"))
     try:
-        data = open_data(cfg.data, seq_len=cfg.train.seq_len, vocab=cfg.model.vocab or 0, seed=0, progress=False)
-        parts = make_model(cfg, mesh, torch.device("cpu"))
-        checkpointer = Checkpointer(
-            folder / "checkpoints",
-            group=mesh.checkpoint_group,
-            rank=rank,
-            world=world,
-            keep=0,
-            asynchronous=False,
-            on_event=lambda event: None,
-        )
-        trainer = Trainer(cfg, mesh, parts, data, checkpointer, peak=Peak(1.0, "test"), run_dir=folder)
         trainer.train(Outputs(kept, kept), StopRequest())  # type: ignore[arg-type]
-        checkpointer.close()
+        trainer.checkpointer.close()
     finally:
-        mesh.close()
+        session.close()
     return kept.steps
 
 

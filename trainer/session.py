@@ -1,0 +1,265 @@
+"""One rank's session: its mesh, its part of the model, its optimizer and its program, from `open` to `close`.
+
+This is the only way in which they come about: when a job starts, in tests and benchmarks, and again after a failure,
+when the ranks that are left, or others in their place, meet in a new epoch:
+
+    state = session.leave()                                  nothing of the old mesh is left
+    session = Session.open(cfg, ranks, epoch + 1, here=here, state=state)
+
+What cost something stays with the process and goes from one session to the next: parameters, masters and moments (the
+same memory), the open data, the measured peak, the number of chunks that was searched.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..configs.errors import Problem, UserError
+from ..configs.schema import Config
+from ..parallel.comm.collectives import all_reduce
+from ..parallel.comm.mesh import Mesh
+from ..parallel.expert.search import ChunkSearch
+from ..parallel.pipeline.program import Program
+from ..parallel.record.ring import Recorder
+from ..parallel.replicas.protocol import OtherSlices
+from .checkpoint.state import units_by_key
+from .data.dataset import Dataset
+from .metrics.peak import Peak
+from .optim.optimizer import Optimizer, make_optimizer
+from .overlap import OverlapTuner
+from .programs import training_program
+from .setup import KeptModel, Parts, buckets_per_rank, degrees_of, make_model, mesh_of
+from .step import Stepper
+
+MakeStepper = Callable[[Config, Parts, Optimizer, Mesh, Program], Stepper]
+
+
+@dataclass(frozen=True)
+class Here:
+    """What a process brings to every session.
+
+    Args:
+        rank: its number in the job.
+        store: where the ranks of the job meet; each epoch uses keys of its own. None: it is alone.
+        device: of its part of the model.
+        recorder: its record.
+    """
+
+    rank: int
+    store: dist.Store | None
+    device: torch.device
+    recorder: Recorder
+
+
+@dataclass(frozen=True)
+class SessionState:
+    """What a session leaves to the next one of the same process. Its tensors change as soon as that one trains."""
+
+    model: KeptModel
+    moments: dict[str, dict[str, Tensor]]
+    updates: Tensor
+    search: ChunkSearch | None
+    data: Dataset | None
+    peak: Peak | None
+
+
+class Session:
+    """What a rank has while its mesh stands.
+
+    Args:
+        cfg: the job.
+        ranks: the rank in each slot of the mesh.
+        mesh, parts, stepper: of this rank.
+        data: opened, where the job reads some.
+        peak: of one device, where somebody wants it.
+        before: of the session before.
+        closing: closes what is open.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        ranks: tuple[int, ...],
+        mesh: Mesh,
+        parts: Parts,
+        stepper: Stepper,
+        *,
+        data: Dataset | None,
+        peak: Peak | None,
+        before: SessionState | None,
+        closing: ExitStack,
+    ) -> None:
+        self.cfg, self.ranks, self.mesh, self.parts, self.stepper = cfg, ranks, mesh, parts, stepper
+        self.optimizer, self.program, self.device = stepper.optimizer, stepper.program, parts.device
+        self.data, self.peak = data, peak
+        self.overlap = OverlapTuner(cfg, parts, mesh, before.search if before is not None else None)
+        self._closing = closing
+
+    @staticmethod
+    def open(
+        cfg: Config,
+        ranks: Sequence[int],
+        epoch: int,
+        *,
+        here: Here,
+        state: SessionState | None = None,
+        trains: bool = True,
+        met: Callable[[Mesh], object] | None = None,
+        data: Callable[[], Dataset] | None = None,
+        peak: Callable[[Mesh], Peak] | None = None,
+        stepper: MakeStepper = Stepper,
+        outer: ExitStack | None = None,
+    ) -> Session:
+        """Meets the other ranks and makes this one ready to train. All call it with the same arguments but `here`,
+        `state` and what is called.
+
+        Args:
+            cfg: the job.
+            ranks: the rank in each slot of the mesh; the slots' order is that of `parallel.comm.mesh`.
+            epoch: how many meshes the job had before.
+            here: this process.
+            state: of the session before, whose memory this one takes over. Without it parameters are drawn.
+            trains: whether the optimizer gets states.
+            met: called when the ranks have met, before anything is built.
+            data, peak: make them, where `state` brings none.
+            stepper: makes the stepper, of the job's program.
+            outer: closes the session if opening it fails, in its own time; without it that is done at once.
+
+        Raises:
+            UserError: the job cannot be built, or some rank's slices of the model are not those of its `state`.
+        """
+        slots = tuple(ranks)
+        closing = ExitStack()
+        if outer is not None:
+            outer.push(closing)
+        try:
+            closing.callback(gc.collect)  # torch's groups hang in cycles, each with its threads and sockets
+            mesh = _meet(cfg, slots, epoch, here, closing)
+            if met is not None:
+                met(mesh)
+            opened = state.data if state is not None else None
+            if opened is None and data is not None:
+                opened = data()
+            parts = _model(cfg, mesh, here.device, state)
+            measured = state.peak if state is not None else None
+            if measured is None and peak is not None:
+                measured = peak(mesh)
+            made = _stepper(cfg, parts, mesh, state, stepper, trains=trains)
+            closing.push(_Leaving(mesh, parts, made))
+            if state is not None:
+                parts.replicas.sync_params()
+            return Session(cfg, slots, mesh, parts, made, data=opened, peak=measured, before=state, closing=closing)
+        except BaseException:
+            if outer is None:
+                closing.close()
+            raise
+
+    def leave(self) -> SessionState:
+        """Closes the session and hands on what the next one can take over.
+
+        Raises:
+            RuntimeError: a step was left half-way and not reset.
+        """
+        if self.stepper.half_way:
+            raise RuntimeError("a step was left half-way: reset it, then leave the session")
+        if not self.stepper.spent:
+            self.parts.replicas.wait_gathers()
+        state = SessionState(
+            KeptModel.of(self.parts),
+            self.optimizer.states,
+            self.stepper.updates,
+            self.overlap.search,
+            self.data,
+            self.peak,
+        )
+        self.close()
+        return state
+
+    def close(self) -> None:
+        """Ends it; no thread, group, descriptor or shared memory of it is left. After the first time: nothing."""
+        self._closing.close()
+
+
+class _Leaving:
+    """The way out of a session, as of a `with`: in good order, or in the middle of something."""
+
+    def __init__(self, mesh: Mesh, parts: Parts, stepper: Stepper) -> None:
+        self._mesh, self._parts, self._stepper = mesh, parts, stepper
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and not self._stepper.half_way and not self._stepper.spent:
+            self._parts.replicas.wait_gathers()
+        else:
+            # The others will not do their part of what is in flight: whoever waits for it here is to give up.
+            self._mesh.abort.trigger("the session was closed in the middle of a step")
+        self._stepper.close()
+
+
+def _meet(cfg: Config, slots: tuple[int, ...], epoch: int, here: Here, closing: ExitStack) -> Mesh:
+    if here.rank not in slots:
+        raise ValueError(f"rank {here.rank} has no slot in the mesh of the ranks {slots}")
+    world = degrees_of(cfg).world
+    if world != len(slots):
+        raise ValueError(f"the layout has {world} slots, and there are {len(slots)} ranks")
+    here.recorder.epoch = epoch
+    mesh = mesh_of(
+        cfg,
+        store=here.store if len(slots) > 1 else None,
+        rank=slots.index(here.rank),
+        device=here.device.type,
+        recorder=here.recorder,
+        epoch=epoch,
+    )
+    closing.callback(mesh.close)
+    return mesh
+
+
+def _model(cfg: Config, mesh: Mesh, device: torch.device, state: SessionState | None) -> Parts:
+    """This rank's part of the model, if the ranks' states, or that there are none, fit together."""
+    parts, wrong = None, ""
+    try:
+        parts = make_model(cfg, mesh, device, state.model if state is not None else None)
+    except OtherSlices as error:
+        wrong = str(error)
+    mine = torch.tensor([state is not None, bool(wrong)], dtype=torch.float64, device=device)
+    having, differing = (int(each) for each in all_reduce(mine, mesh.axis("world")).wait().tolist())
+    world = mesh.degrees.world
+    if parts is not None and having in (0, world) and not differing:
+        return parts
+    wrong = wrong or ("" if state is not None else "it has none")
+    raise UserError(
+        Problem(
+            "parallel",
+            f"{having - differing} of {world} ranks hold the slices of the model that the layout gives them now"
+            f"{f'; rank {mesh.rank} does not: {wrong}' if wrong else ''}; go through a checkpoint: set "
+            "checkpoint.resume=latest",
+        )
+    )
+
+
+def _stepper(
+    cfg: Config, parts: Parts, mesh: Mesh, state: SessionState | None, make: MakeStepper, *, trains: bool
+) -> Stepper:
+    optimizer = make_optimizer(cfg.optim, parts.device)
+    if state is not None:
+        optimizer.states = state.moments
+    for unit in units_by_key(parts.replicas).values() if trains else ():
+        optimizer.prepare(unit)
+    microbatches = cfg.train.global_batch // (cfg.train.micro_batch * mesh.axis("dp").size)
+    program = training_program(cfg, parts.pipeline, microbatches, buckets_per_rank(parts.replicas, mesh))
+    made = make(cfg, parts, optimizer, mesh, program)
+    if state is not None:
+        made.updates = state.updates
+    return made
