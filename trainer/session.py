@@ -141,7 +141,6 @@ class Session:
         if outer is not None:
             outer.push(closing)
         try:
-            closing.callback(gc.collect)  # torch's groups hang in cycles, each with its threads and sockets
             mesh = _meet(cfg, slots, epoch, here, closing)
             if met is not None:
                 met(mesh)
@@ -184,8 +183,14 @@ class Session:
         return state
 
     def close(self) -> None:
-        """Ends it; no thread, group, descriptor or shared memory of it is left. After the first time: nothing."""
+        """Ends it; no thread, group, descriptor or shared memory of it is left. Nothing happens the second time.
+
+        FSDP2's modules keep groups of their own: these end with the last reference to the model.
+        """
         self._closing.close()
+        for part in ("mesh", "parts", "stepper", "optimizer", "overlap"):
+            vars(self).pop(part, None)
+        gc.collect()  # torch's groups hang in cycles
 
 
 class _Leaving:
@@ -205,6 +210,7 @@ class _Leaving:
             # The others will not do their part of what is in flight: whoever waits for it here is to give up.
             self._mesh.abort.trigger("the session was closed in the middle of a step")
         self._stepper.close()
+        self._parts.replicas.close()
 
 
 def _meet(cfg: Config, slots: tuple[int, ...], epoch: int, here: Here, closing: ExitStack) -> Mesh:

@@ -64,6 +64,28 @@ class Degrees:
         return (self.pp, stage // (self.ep * self.etp), self.ep, self.etp)
 
 
+class Communicator:
+    """One of torch's groups while its mesh stands; nothing else keeps it, and it ends with its last reference."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group: dist.ProcessGroup | None = group
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """torch's.
+
+        Raises:
+            RuntimeError: the mesh was closed. (torch would take its default group for None.)
+        """
+        if self._group is None:
+            raise RuntimeError("the mesh of this communicator was closed")
+        return self._group
+
+    def cut(self) -> None:
+        """Gives the communicator up."""
+        self._group = None
+
+
 @dataclass(frozen=True)
 class Axis:
     """One direction of the mesh, seen from one rank. Axes of size 1 have no group and communicate nothing."""
@@ -72,7 +94,7 @@ class Axis:
     rank: int
     size: int
     ranks: tuple[int, ...]
-    group: dist.ProcessGroup | None = field(repr=False, default=None)
+    link: Communicator | None = field(repr=False, default=None)
     recorder: Recorder | None = field(repr=False, default=None)
     abort: Abort | None = field(repr=False, default=None)
     code: int = 0
@@ -83,6 +105,11 @@ class Axis:
     """Where its ranks can read each other's memory."""
     waiters: dict[tuple[str, int], Waiter] = field(repr=False, default_factory=dict, compare=False)
     """What watches this rank's sends to, and receives from, each peer (gloo)."""
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Of several ranks."""
+        return self.link.group if self.link is not None else None
 
     @staticmethod
     def single(name: str) -> Axis:
@@ -265,8 +292,8 @@ class Mesh:
         self, name: str, ranks: tuple[int, ...], group: dist.ProcessGroup | None, recorder: Recorder | None = None
     ) -> Axis:
         code = self.recorder.intern(name)
-        recorder = recorder or self.recorder
-        return Axis(name, ranks.index(self.rank), len(ranks), ranks, group, recorder, self.abort, code)
+        recorder, link = recorder or self.recorder, Communicator(group) if group is not None else None
+        return Axis(name, ranks.index(self.rank), len(ranks), ranks, link, recorder, self.abort, code)
 
     def axis(self, name: str) -> Axis:
         """The axis called `name`.
@@ -301,6 +328,9 @@ class Mesh:
                 axis.local.close()
             for waiter in axis.waiters.values():
                 waiter.close()
+            if axis.link is not None:
+                axis.link.cut()
+        self.host_group = self.checkpoint_group = None
         if dist.is_initialized():
             dist.destroy_process_group()
         self._axes.clear()

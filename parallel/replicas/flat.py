@@ -133,6 +133,9 @@ class FlatReplicas:
         for bucket in self._buckets:
             bucket.clear()
 
+    def close(self) -> None:
+        """Nothing to do: what is in flight is waited for elsewhere."""
+
     def keep(self) -> dict[str, Tensor]:
         """The memory of parameters and masters, for replicas that take this one's place."""
         flats = {bucket_key(i): bucket.flat for i, bucket in enumerate(self._buckets)}

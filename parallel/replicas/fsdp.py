@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from ..comm import collectives
 from ..comm.collectives import Handle
@@ -175,6 +176,10 @@ class FsdpReplicas:
         """Drops a step's gradients, after a step that was left half-way."""
         for _, param in self._params():
             param.grad = None
+
+    def close(self) -> None:
+        """Lets torch forget the mesh, which its cache of DTensor's shardings keeps, with all its groups and threads."""
+        _clear_sharding_prop_cache()
 
     def keep(self) -> dict[str, Tensor]:
         """This rank's shards, for replicas that take this one's place."""
