@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import operator
 import types
 from collections.abc import Iterable, Mapping
 from functools import cache, reduce
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from .errors import nearest
 from .schema import DATASETS, OPTIMIZERS, SCHEDULES, Config
+from .tables.named import named
 
 _Node = TypeVar("_Node")
 
@@ -25,7 +26,7 @@ SELECTORS: dict[str, tuple[dict[str, type], str]] = {
 @cache
 def field_types(cls: type) -> Mapping[str, Any]:
     """Name to evaluated annotation of every key, in the order of declaration."""
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.metadata.get("key", True)}
 
 
@@ -88,7 +89,8 @@ def free_text_keys() -> frozenset[str]:
         for cls in registry.values():
             for key, annotation in flatten_schema({section: cls})[0].items():
                 inner, _ = optional(annotation)
-                if inner is str or str in get_args(inner):
+                mark = named(inner)
+                if inner is str or (mark.file if mark else str in get_args(inner)):
                     names.add(key)
     return frozenset(names)
 
@@ -125,7 +127,9 @@ def describe(annotation: Any) -> str:
     """What a key accepts, for messages: 'an integer or null'."""
     inner, nullable = optional(annotation)
     origin, args = get_origin(inner), get_args(inner)
-    if origin is Literal:
+    if (mark := named(inner)) is not None:
+        text = f"one of {mark}"
+    elif origin is Literal:
         text = str(args[0]) if len(args) == 1 else "one of " + ", ".join(map(str, args))
     elif origin in (tuple, list):
         text = f"a list of {_PLURAL.get(args[0], 'values')}"
@@ -144,12 +148,6 @@ def short(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     text = " ".join((repr(value) if isinstance(value, str) else str(value)).split())
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def nearest(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate most like `word`, or None when none is alike."""
-    matches = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
-    return matches[0] if matches else None
 
 
 def nearest_key(key: str, valid: Iterable[str]) -> str | None:

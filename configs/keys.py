@@ -12,8 +12,9 @@ from typing import Any
 from omegaconf import MISSING
 
 from .errors import Problem, UserError
-from .fields import SELECTORS, field_types, nearest_key
+from .fields import SELECTORS, field_types, nearest_key, optional
 from .schema import Config
+from .tables.named import named
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class KeyDoc:
     """What it does, with its unit."""
     when: str
     """`optim.name=adamw` for keys that only one class of a section has; empty otherwise."""
+    names: tuple[tuple[str, str], ...] = ()
+    """The names that the key chooses from, each with a line on it; empty where `type` says all."""
 
 
 def document(section: str | None = None) -> list[KeyDoc]:
@@ -64,6 +67,8 @@ def render(docs: list[KeyDoc]) -> str:
             lines += ["", f"with {when}:"] if when else [""]
         default = "required" if d.default == "required" else f"= {d.default}"
         lines += [f"{d.key}  {d.type}  {default}", f"    {d.doc}"]
+        width = max((len(name) for name, _ in d.names), default=0)
+        lines += [f"      {name:<{width}}  {text}" for name, text in d.names]
     return "\n".join(lines).lstrip("\n")
 
 
@@ -75,7 +80,8 @@ def _section(cls: type, prefix: str, when: str) -> list[KeyDoc]:
         key = prefix + field.name
         annotation = field_types(cls)[field.name]
         if not dataclasses.is_dataclass(annotation):
-            docs.append(KeyDoc(key, _type(cls, field.name), _default(field), _docs(cls)[field.name], when))
+            kind, names = _type(cls, field.name, annotation)
+            docs.append(KeyDoc(key, kind, _default(field), _docs(cls)[field.name], when, names))
         elif key in SELECTORS:
             docs += _polymorphic(key, when)
         elif isinstance(annotation, type):
@@ -117,8 +123,14 @@ def _docs(cls: type) -> dict[str, str]:
     return {name: doc for name, (_, doc) in _declarations(cls).items()}
 
 
-def _type(cls: type, name: str) -> str:
-    return _declarations(cls)[name][0]
+def _type(cls: type, name: str, annotation: Any) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """A key's type as declared, and the names that it chooses from, where these are rows of a table."""
+    inner, nullable = optional(annotation)
+    mark = named(inner)
+    if mark is None:
+        return _declarations(cls)[name][0], ()
+    kind = f"Literal[{', '.join(map(repr, mark.table))}]" + (f" | '…{mark.file}'" if mark.file else "")
+    return f"{kind} | None" if nullable else kind, tuple((row, found.text) for row, found in mark.table.items())
 
 
 @cache

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from .errors import Problem, UserError
-from .fields import SELECTORS, describe, field_types, flatten_schema, is_mapping, nearest, nearest_key
+from .errors import Problem, UserError, nearest
+from .fields import SELECTORS, describe, field_types, flatten_schema, is_mapping, nearest_key
 from .output import hide
 from .paths import check_files
 from .reading.build import Reading, build, convert_all, defaults

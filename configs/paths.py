@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .errors import Problem
-from .fields import nearest, value_of, with_value
+from .errors import Problem, nearest
+from .fields import value_of, with_value
 from .schema import BinData, BlendData, Config, TextData
 
 PATHS = (

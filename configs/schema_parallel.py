@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-ONE_CHUNK = frozenset({"gpipe", "1f1b", "zb-h1", "zb-h2"})
-"""Schedules with one stage per rank."""
-VEE = frozenset({"zb-v", "v-half", "v-min", "dualpipev"})
-"""Schedules with two stages per rank, placed like a V."""
-GROUPED = frozenset({"interleaved", "gis"})
-"""Schedules with any number of stages per rank, which microbatches pass in groups."""
-BALANCED = frozenset({"1f1b", "interleaved", "gis", "v-half"})
-"""Schedules that have passes for a balanced vocabulary."""
+from .tables.named import Named
+from .tables.schedules import SCHEDULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +23,10 @@ class DataParallelConfig:
 class PipelineConfig:
     """How the layers and microbatches pass through the pipeline ranks; unused with parallel.pp=1."""
 
-    schedule: (
-        Literal["gpipe", "1f1b", "interleaved", "gis", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipev"] | None
-    ) = None
+    schedule: Annotated[str, Named(SCHEDULES)] | None = None
     """Order of forward and backward passes (docs/pipeline.md); derived: gis with several chunks, else 1f1b."""
     chunks: int | None = None
-    """Stages per rank; derived: 2 for interleaved, gis and the V schedules (zb-v, v-half, v-min, dualpipev), else 1."""
+    """Stages per rank; derived: what the schedule needs, 2 where it leaves the choice (interleaved, gis)."""
     vocab: Literal["ends", "balanced"] = "ends"
     """ends: embedding on the first stage, head and loss on the last; balanced: shared by all pipeline ranks."""
     vocab_barriers: Literal[1, 2] = 1

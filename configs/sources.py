@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import Problem, UserError
-from .fields import all_keys, nearest, section_keys, short
+from .errors import Problem, UserError, nearest
+from .fields import all_keys, section_keys, short
 from .reading.convert import display, raw
 from .reading.interpolation import is_interpolated, lookup
 from .reading.written import Argument, Node, Unreadable, flow, is_mapping_text, unquote

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..configs import UserError
+from ..configs.tables.schedules import SCHEDULES
 from .mistakes import unknown_arguments, unknown_verb
 from .verbs.generate import generate_parser
 
@@ -148,7 +149,7 @@ def _version() -> str:
 
 
 def _schedule_parser(parser: argparse.ArgumentParser) -> None:
-    names = "gpipe, 1f1b, interleaved, gis, zb-h1, zb-h2, zb-v, v-half, v-min, dualpipev"
+    names = ", ".join(SCHEDULES)
     parser.description = (
         "Make, check, simulate and draw the program of a pipeline. Times are for one microbatch of one rank's whole "
         "share, in any one unit: a chunk takes 1/chunks of F, B and W, a fused backward pass takes B + W."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..configs.fields import nearest
+from ..configs.errors import nearest
 
 _ELSEWHERE = {
     "train": "run launch fit pretrain finetune start resume",

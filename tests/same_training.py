@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,12 +111,18 @@ def reference(cfg: Config, masked: bool) -> Trained:
     return _REFERENCES[key]
 
 
-def check(masked: bool = False, alone_model: dict[str, Any] | None = None, **wanted: Any) -> list[Trained]:
+def check(
+    masked: bool = False,
+    alone_model: dict[str, Any] | None = None,
+    trains: Callable[..., Trained] = train,
+    **wanted: Any,
+) -> list[Trained]:
     """Trains the job and its single-process twin, and compares curves, parameters, buffers and routing.
 
     Args:
         masked: packed documents, some labels without a loss.
         alone_model: what the twin's model has instead.
+        trains: what each of the job's ranks runs: `train`, or a function that prepares for it.
         wanted: arguments of `job`.
 
     Returns:
@@ -135,7 +142,7 @@ def check(masked: bool = False, alone_model: dict[str, Any] | None = None, **wan
     }
     alone = job(**{**wanted, **one, "model": {**wanted.get("model", {}), **(alone_model or {})}})
     world = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp * (cfg.parallel.dp or 1)
-    ranks = run_distributed(train, world, cfg, masked, group=False)
+    ranks = run_distributed(trains, world, cfg, masked, group=False)
     expected = reference(alone, masked)
     tolerance = TOLERANCE[cfg.train.dtype]
     _compare_routing(ranks, expected, tolerance)

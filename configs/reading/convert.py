@@ -9,6 +9,7 @@ from decimal import Decimal
 from typing import Any, Literal, Union, get_args, get_origin
 
 from ..fields import describe, optional
+from ..tables.named import named
 from .written import Argument, Node, Scalar, Unreadable, flow, is_list, is_mapping_text, unquote
 
 LARGEST_INT = 2**63 - 1
@@ -124,6 +125,11 @@ def _any_of(union: Any, node: Node) -> Any:
 def _scalar(inner: Any, node: Scalar) -> Any:
     text = node.text if inner is str else node.text.strip()
     if inner is str:
+        return text
+    mark = named(inner)
+    if mark is not None:
+        if not mark.takes(text):
+            raise WrongType(odd_character(text))
         return text
     if get_origin(inner) is Literal:
         found = [choice for choice in get_args(inner) if str(choice) == text]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args, get_origin
 
-from ..fields import nearest, optional
+from ..errors import nearest
+from ..fields import optional
+from ..tables.named import named
 
 _KEYS: dict[str, str] = {
     "parallel.tp": "tensor_parallel_size tensor_model_parallel_size tensor_parallel tensor_parallel_degree tp_size",
@@ -111,7 +113,10 @@ def foreign_value(key: str, annotation: Any, value: object) -> str:
     if known is not None:
         return meant(known)
     inner, _ = optional(annotation)
-    choices = [c for c in get_args(inner) if isinstance(c, str)] if get_origin(inner) is Literal else []
+    mark = named(inner)
+    choices = list(mark.table) if mark is not None else []
+    if get_origin(inner) is Literal:
+        choices = [c for c in get_args(inner) if isinstance(c, str)]
     return meant(nearest(word.replace("_", "-"), choices) or nearest(word, choices))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import Problem
-from ..resolve_context import divides
+from ..resolve import divides
 from ..schema import Config
 
 

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from ...configs import Problem, UserError
-from ...configs.fields import nearest, short
+from ...configs.errors import nearest
+from ...configs.fields import short
 from ...configs.strict_json import read_bytes
+from ...configs.tables.schedules import SCHEDULES, default_chunks, find_schedule, schedule_problems
 from ...parallel.pipeline.check import check
 from ...parallel.pipeline.lower import lower
 from ...parallel.pipeline.memory import peak_activations
 from ...parallel.pipeline.program import Program
 from ...parallel.pipeline.readings import Bubble, Utilization, bubbles, critical_path, utilization
 from ...parallel.pipeline.recorded import actual, last_step
-from ...parallel.pipeline.schedules import SCHEDULES, generate
+from ...parallel.pipeline.schedules import generate
 from ...parallel.pipeline.simulate import Timeline, simulate
 from ...parallel.pipeline.times import Times, by_rank
 from ...parallel.pipeline.vocabulary import balanced
@@ -116,25 +118,27 @@ def make(args: argparse.Namespace) -> Plan:
         raise UserError(
             *(Problem(f"--{option}", f"is missing: how many {option}? for example --{option} 4") for option in missing)
         )
-    problems = [
+    find_schedule(args.name, "NAME")
+    size = {
+        "ranks": args.ranks,
+        "chunks": default_chunks(args.name) if args.chunks is None else args.chunks,
+        "group": args.group,
+    }
+    barriers = args.vocab_barriers if args.vocab == "balanced" else None
+    problems = schedule_problems(args.name, **size, barriers=barriers, called=_OPTIONS)
+    problems += [
         Problem(option, f"must be at least 1, got {value}")
-        for option, value in (("--ranks", args.ranks), ("--microbatches", args.microbatches), ("--width", args.width))
+        for option, value in (("--microbatches", args.microbatches), ("--width", args.width))
         if value is not None and value < 1
     ]
     if problems:
         raise UserError(*problems)
-    size = {"ranks": args.ranks, "microbatches": args.microbatches, "chunks": args.chunks, "group": args.group}
+    size["microbatches"] = args.microbatches
     given = _given_times(args.times_file, args.time, args.ranks)
-    try:
-        plain = generate(args.name, **size)
-        times = _times(given, plain)
-        program = plain
-        if args.vocab == "balanced":
-            program = balanced(args.name, **size, barriers=args.vocab_barriers, times=times)
-    except UserError as error:
-        raise UserError(
-            *(Problem(_OPTIONS.get(p.key, p.key), _as_options(p.message)) for p in error.problems)
-        ) from None
+    program = plain = generate(args.name, **size)
+    times = _times(given, plain)
+    if barriers is not None:
+        program = balanced(args.name, **size, barriers=barriers, times=times)
     program = lower(program, times=times)
     check(program)
     timeline = simulate(program, times)
@@ -215,7 +219,7 @@ def _summary(plan: Plan) -> str:
     parts = ", ".join(f"{name.replace('_', '-')} {value:.4g}" for name, value in total.items() if value > 1e-9)
     worst = plan.peaks.index(max(plan.peaks))
     extra = f", {plan.extra:+.4g} for the vocabulary" if program.vocab_barriers and plan.extra is not None else ""
-    about = f": {SCHEDULES[plan.name].description}" if plan.name in SCHEDULES else ""
+    about = f": {SCHEDULES[plan.name].text}" if plan.name in SCHEDULES else ""
     rows = [
         ("schedule", f"{plan.name}, {vocab}{about}"),
         ("program", f"{program.hash}, {sum(map(len, program.ranks)):,} operations, checked"),
@@ -326,9 +330,3 @@ def _read(file: str) -> Mapping[str, object]:
     if not isinstance(content, dict):
         raise UserError(Problem("--times-file", f'{file} must hold an object of times, {{"F": [1, 1], …}}'))
     return content
-
-
-def _as_options(message: str) -> str:
-    for key in sorted(_OPTIONS, key=len, reverse=True):
-        message = message.replace(key, _OPTIONS[key])
-    return message

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ...configs import Config, ModelConfig, Problem, UserError, load, preset_names
-from ...configs.fields import nearest
+from ...configs.errors import nearest
 from ...configs.sources import find_config
 from .parameters import active_experts, parameter_count, sizes
 

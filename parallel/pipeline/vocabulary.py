@@ -21,11 +21,12 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ...configs.errors import Problem, UserError
+from ...configs.errors import UserError
+from ...configs.tables.schedules import SCHEDULES, default_chunks, find_schedule, schedule_problems
 from .kind import Kind
 from .needs import KINDS, Kinds
 from .program import Op, Program
-from .schedules import SCHEDULES, generate
+from .schedules import generate, order_of
 from .schedules.base import Shape
 from .simulate import Timeline, simulate
 from .times import Times
@@ -71,16 +72,16 @@ def balanced(
     Raises:
         UserError: the schedule cannot be balanced, or a number that does not fit it.
     """
-    if name in SCHEDULES and not SCHEDULES[name].balanced:
-        able = ", ".join(s.name for s in SCHEDULES.values() if s.balanced)
-        raise UserError(Problem("parallel.pipeline.vocab", f"{name} cannot be balanced; set ends, or use {able}"))
-    if barriers not in (1, 2):
-        raise UserError(Problem("parallel.pipeline.vocab_barriers", f"{barriers} is no algorithm; set 1 or 2"))
+    find_schedule(name)
+    stages = default_chunks(name) if chunks is None else chunks
+    problems = schedule_problems(name, ranks=ranks, chunks=stages, group=group, barriers=barriers)
+    if problems:
+        raise UserError(*problems)
     plain = generate(name, ranks=ranks, microbatches=microbatches, chunks=chunks, group=group)
     times = times or _usual_times(plain.chunks)
     if ranks == 1:
         return _inserted(plain, barriers, times)
-    if name in ("1f1b", "v-half"):
+    if SCHEDULES[name].group is None:
         return _inserted(_delayed(name, plain, group, barriers), barriers, times)
     reach = _reach(plain, times)
     tried: list[tuple[float, Program]] = []
@@ -113,7 +114,7 @@ def _usual_times(chunks: int) -> Times:
 def _delayed(name: str, plain: Program, group: int | None, delay: int) -> Program:
     ranks = len(plain.ranks)
     shape = Shape(ranks, plain.microbatches, plain.chunks, ranks if group is None else group, delay)
-    return replace(plain, ranks=SCHEDULES[name].orders(shape))
+    return replace(plain, ranks=order_of(name)(shape))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pentad.configs.resolve_context import resolve_context
+from pentad.configs.resolve import resolve_context
 from pentad.configs.schema_model import MlaConfig, ModelConfig
 from pentad.configs.schema_parallel import ContextConfig, ParallelConfig
 

@@ -8,6 +8,7 @@ import pytest
 
 from pentad.configs import KeyDoc, UserError, document, render
 from pentad.configs.fields import SELECTORS, flatten_schema
+from pentad.configs.tables.schedules import SCHEDULES
 
 
 def test_every_key_has_a_text_a_type_and_a_default() -> None:
@@ -37,6 +38,13 @@ def test_types_and_defaults() -> None:
     assert docs["log.profile"].default == "[]"
     assert docs["parallel.pipeline.layers"].default == "auto"
     assert "'dualpipev'" in docs["parallel.pipeline.schedule"].type
+
+
+def test_names_of_a_table_are_listed_with_what_they_stand_for() -> None:
+    (doc,) = document("parallel.pipeline.schedule")
+    assert dict(doc.names) == {name: schedule.text for name, schedule in SCHEDULES.items()}
+    lines = render([doc]).splitlines()
+    assert len(lines) == 2 + len(SCHEDULES) and lines[2].split(maxsplit=1) == ["gpipe", SCHEDULES["gpipe"].text]
 
 
 def test_polymorphic_sections_list_every_class() -> None:

@@ -12,6 +12,7 @@ import pytest
 from pentad.configs import UserError, load, to_yaml
 from pentad.configs.fields import SELECTORS, flatten_schema, is_mapping, optional
 from pentad.configs.paths import PATHS, find_paths
+from pentad.configs.tables.named import named
 
 TINY = ["model.layers=2", "model.hidden=64", "model.heads=4", "model.ffn=128", "model.vocab=320"]
 
@@ -28,7 +29,8 @@ def test_every_text_of_the_schema_is_known_to_be_a_path_or_none() -> None:
         for cls in registry.values():
             for key, annotation in flatten_schema({section: cls})[0].items():
                 inner, _ = optional(annotation)
-                if inner is str or str in get_args(inner) or is_mapping(inner):
+                mark = named(inner)
+                if inner is str or is_mapping(inner) or (mark.file if mark else str in get_args(inner)):
                     texts.add(key)
     assert texts - NOT_PATHS == set(PATHS)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pentad.configs.tables.schedules import SCHEDULES
 from tests.fuzz.draws import Draws, Keys, common_divisors
 
-SCHEDULES = ["gpipe", "1f1b", "interleaved", "gis", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipev"]
-TWO_CHUNKS = {"zb-v", "v-half", "v-min", "dualpipev"}
 METHODS = ["auto", "allgather", "ulysses", "ring", "usp", "tokenring"]
 WORLDS = {1: 0.4, 2: 2, 3: 0.5, 4: 3, 5: 0.2, 6: 0.8, 7: 0.1, 8: 3}
 
@@ -49,12 +48,13 @@ def _experts(draws: Draws, degrees: Mapping[str, int], experts: int, ffn: int) -
 
 
 def _pipeline(draws: Draws, pp: int, layers: int) -> Keys:
-    schedule = draws.choice(SCHEDULES)
-    chunks = 2 if schedule in TWO_CHUNKS else draws.choice([2, 2, 3, 1]) if schedule in ("interleaved", "gis") else 1
+    schedule = draws.choice(list(SCHEDULES))
+    fixed = SCHEDULES[schedule].chunks
+    chunks = draws.choice([2, 2, 3, 1]) if fixed is None else fixed
     keys: Keys = {"schedule": schedule}
-    if schedule in ("interleaved", "gis") or draws.maybe(0.3):
+    if fixed is None or draws.maybe(0.3):
         keys["chunks"] = chunks
-    if schedule in ("1f1b", "interleaved", "gis", "v-half") and draws.maybe(0.5):
+    if SCHEDULES[schedule].balanced and draws.maybe(0.5):
         keys |= {"vocab": "balanced", "vocab_barriers": draws.choice([1, 2])}
     if schedule == "gis" and draws.maybe(0.4):
         keys["group"] = draws.randint(-(-pp // 2), pp)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ...configs.errors import Problem, UserError
-from ...configs.fields import field_types, nearest, short
+from ...configs.errors import Problem, UserError, nearest
+from ...configs.fields import field_types, short
 from ...configs.inert import differences
 from ...configs.reading.convert import WrongType, convert, expected, written
 from ...configs.schema import ModelConfig

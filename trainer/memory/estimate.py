@@ -43,6 +43,7 @@ from dataclasses import dataclass
 
 from ...configs import Config, ModelConfig
 from ...configs.schema import AdamWConfig, SgdConfig
+from ...configs.tables.schedules import SCHEDULES
 from ...models.costs.parameters import active_experts, matrices_of
 from ...models.transformer import Part
 from ...parallel.pipeline.memory import ActivationBytes, peak_bytes
@@ -301,8 +302,8 @@ def _activations(cfg: Config, pipeline: Pipeline) -> list[int]:
     p, t = cfg.parallel, cfg.train
     bits, layers = _BYTES[t.dtype], pipeline.split.layers
     microbatches = max(1, t.global_batch // (t.micro_batch * (p.dp or 1)))
-    if p.pipeline.schedule != "gpipe":
-        # All others are in their steady state by then.
+    if SCHEDULES[p.pipeline_in_use.schedule or ""].steady:
+        # By then every rank is in its steady state.
         microbatches = min(microbatches, 4 * p.pp + 2 * (p.pipeline.group or 0))
     head = 0
     if pipeline.split.balanced:

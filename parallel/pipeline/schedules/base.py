@@ -1,10 +1,9 @@
-"""What every schedule has in common: its description and the small words its order is written in."""
+"""What every schedule has in common: what its order depends on, and the small words that it is written in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from ..needs import Kinds
 from ..program import Op, Ops
@@ -33,27 +32,8 @@ class Shape:
     delay: int = 0
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """A schedule.
-
-    Args:
-        name: what users write.
-        orders: makes each rank's order.
-        description: one line.
-        placement: "straight", stage c·p + r on rank r, or "vee", stages r and 2p - 1 - r on rank r.
-        chunks: stages per rank, or None where the user chooses.
-        splits: the input gradient (B) and the weight gradient (W) are separate operations.
-        balanced: the vocabulary may be balanced over all ranks.
-    """
-
-    name: str
-    orders: Callable[[Shape], Orders]
-    description: str
-    placement: Literal["straight", "vee"] = "straight"
-    chunks: int | None = 1
-    splits: bool = False
-    balanced: bool = False
+Order = Callable[[Shape], Orders]
+"""What makes the order of a schedule."""
 
 
 def forward(microbatch: int, stage: int) -> Op:

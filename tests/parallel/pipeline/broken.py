@@ -6,10 +6,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
+from pentad.configs.tables.schedules import SCHEDULES
 from pentad.parallel.pipeline.kind import Role
 from pentad.parallel.pipeline.lower import lower
 from pentad.parallel.pipeline.program import Op, Program
-from pentad.parallel.pipeline.schedules import SCHEDULES, generate
+from pentad.parallel.pipeline.schedules import generate
 from pentad.parallel.pipeline.vocabulary import balanced
 
 KINDS = ("dropped", "retargeted", "swapped")

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pentad.configs.tables.schedules import SCHEDULES
 from pentad.parallel.pipeline.check import ProgramError, check
 from pentad.parallel.pipeline.communication import channel, counterpart, slots
 from pentad.parallel.pipeline.kind import Role
 from pentad.parallel.pipeline.lower import forward_only, lower
 from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.pipeline.program import Op, Program, update
-from pentad.parallel.pipeline.schedules import SCHEDULES, generate
+from pentad.parallel.pipeline.schedules import generate
 from pentad.parallel.pipeline.simulate import simulate
 from pentad.parallel.pipeline.times import Times
 from pentad.parallel.pipeline.vocabulary import balanced

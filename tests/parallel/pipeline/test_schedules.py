@@ -11,11 +11,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pentad.configs.errors import UserError
-from pentad.configs.schema_parallel import BALANCED, GROUPED, ONE_CHUNK, VEE
+from pentad.configs.tables.schedules import SCHEDULES
 from pentad.parallel.pipeline.kind import Kind
 from pentad.parallel.pipeline.needs import KINDS, Kinds
 from pentad.parallel.pipeline.program import Program
-from pentad.parallel.pipeline.schedules import SCHEDULES, generate, placement
+from pentad.parallel.pipeline.schedules import generate, order_of, placement
 from pentad.parallel.pipeline.simulate import simulate
 from pentad.parallel.pipeline.times import Times
 
@@ -295,13 +295,18 @@ def test_placements():
     assert placement("v-half", 3, 2) == (0, 1, 2, 2, 1, 0)
 
 
-def test_the_registry_agrees_with_the_configuration():
+def test_the_table():
     assert tuple(SCHEDULES) == NAMES
-    assert {name for name, s in SCHEDULES.items() if s.chunks == 1} == ONE_CHUNK
-    assert {name for name, s in SCHEDULES.items() if s.placement == "vee"} == VEE
-    assert {name for name, s in SCHEDULES.items() if s.chunks is None} == GROUPED
-    assert {name for name, s in SCHEDULES.items() if s.balanced} == BALANCED
-    assert all(name == s.name and s.description and "\n" not in s.description for name, s in SCHEDULES.items())
+    assert all(name == s.name and s.text and "\n" not in s.text for name, s in SCHEDULES.items())
+    assert all(callable(order_of(name)) for name in SCHEDULES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_steady_schedules_hold_no_more_with_more_microbatches(name, chunks):
+    chunks = SCHEDULES[name].chunks or chunks
+    few, many = (generate(name, ranks=4, microbatches=m, chunks=chunks) for m in (4 * 4 + 2 * 4, 80))
+    assert (peaks(few) == peaks(many)) == SCHEDULES[name].steady
 
 
 @pytest.mark.parametrize(
@@ -309,15 +314,15 @@ def test_the_registry_agrees_with_the_configuration():
     (
         ("zb-h3", {}, "parallel.pipeline.schedule", "did you mean zb-h"),
         ("nonsense", {}, "parallel.pipeline.schedule", "there are gpipe, 1f1b"),
-        ("1f1b", {"chunks": 2}, "parallel.pipeline.chunks", "has 1 per rank, not 2"),
-        ("v-half", {"chunks": 3}, "parallel.pipeline.chunks", "has 2 per rank, not 3"),
-        ("gis", {"chunks": 0}, "parallel.pipeline.chunks", "0 is no number"),
-        ("gis", {"group": 1}, "parallel.pipeline.group", "set 2 to 4"),
-        ("gis", {"group": 5}, "parallel.pipeline.group", "set 2 to 4"),
-        ("interleaved", {"group": 3}, "parallel.pipeline.group", "less than the 4 ranks"),
-        ("1f1b", {"group": 4}, "parallel.pipeline.group", "no groups"),
+        ("1f1b", {"chunks": 2}, "parallel.pipeline.chunks", "has 1 chunk per rank, got 2"),
+        ("v-half", {"chunks": 3}, "parallel.pipeline.chunks", "has 2 chunks per rank, got 3"),
+        ("gis", {"chunks": 0}, "parallel.pipeline.chunks", "at least 1, got 0"),
+        ("gis", {"group": 1}, "parallel.pipeline.group", "must be 2 to 4"),
+        ("gis", {"group": 5}, "parallel.pipeline.group", "must be 2 to 4"),
+        ("interleaved", {"group": 3}, "parallel.pipeline.group", "must be at least 4"),
+        ("1f1b", {"group": 4}, "parallel.pipeline.group", "only gis and interleaved have groups"),
         ("1f1b", {"microbatches": 0}, "", "0 microbatches"),
-        ("1f1b", {"ranks": 0}, "parallel.pp", "0 is no number"),
+        ("1f1b", {"ranks": 0}, "parallel.pp", "at least 1, got 0"),
     ),
 )
 def test_mistakes_are_named(name, size, key, says):

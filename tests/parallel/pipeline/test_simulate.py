@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pentad.configs.errors import UserError
+from pentad.configs.tables.schedules import SCHEDULES
 from pentad.parallel.pipeline.communication import data_needs
 from pentad.parallel.pipeline.kind import Role
 from pentad.parallel.pipeline.lower import lower
 from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.pipeline.program import Op, Program, update
-from pentad.parallel.pipeline.schedules import SCHEDULES, generate
+from pentad.parallel.pipeline.schedules import generate
 from pentad.parallel.pipeline.simulate import StuckError, Timeline, simulate
 from pentad.parallel.pipeline.times import Times, by_rank
 from tests.parallel.pipeline import brute

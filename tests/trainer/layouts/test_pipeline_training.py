@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
-from pentad.configs.schema_parallel import BALANCED, VEE
+from pentad.configs.tables.schedules import SCHEDULES
 from tests.covering import Case, pairwise
 from tests.same_training import check
 
 STEPS = 5
+BALANCED = {name for name, schedule in SCHEDULES.items() if schedule.balanced}
+VEE = {name for name, schedule in SCHEDULES.items() if schedule.placement == "vee"}
 FACTORS: dict[str, list[Any]] = {
     "schedule": [
         ("gpipe", 1),
