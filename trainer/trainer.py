@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..configs.errors import UserError
-from ..models.costs.flops import flops_again, flops_per_step, parameter_count
+from ..models.costs.flops import parameter_count
 from ..parallel.comm.collectives import all_reduce
 from .checkpoint.checkpointer import Checkpointer
 from .checkpoint.same_run import Progress, facts, run_problems
 from .checkpoint.state import all_tensors
 from .data.loader import Loader, heldout_batches
+from .metrics.evaluation import HELD_OUT_LOSS, on_one_line, sample_metric
 from .metrics.profiling import Profiler
-from .metrics.routing import heat_map, is_pictured, sparse_flops, summarize
-from .metrics.sinks import EventLog, SampleText, SinkSet
-from .metrics.step import Meter, StepFlops, peak_memory_gib
+from .metrics.readings.protocol import OnRank, RunFacts, StepDone
+from .metrics.readings.registry import Readings
+from .metrics.report import Report
+from .metrics.sinks import EventLog, SinkSet
 from .optim.learning_rate import learning_rate
 from .processes.signals import StopRequest
 from .programs import evaluation_program
@@ -74,17 +76,18 @@ class Trainer:
         microbatches = self.program.microbatches
         self._evaluation = evaluation_program(cfg, self.parts.pipeline, microbatches) if cfg.eval.every else None
         self.peak = session.peak
-        self.meter = Meter(devices=mesh.degrees.world, peak=self.peak)
+        world, device = mesh.degrees.world, str(self.device)
+        self.readings = Readings(RunFacts(cfg=cfg, devices=world, device=device, peak_tflops=self.peak.tflops))
         self.profiler = Profiler(cfg.log.profile, run_dir / "profile", mesh.rank)
         self.tokenizer = TokenizerFiles()
         """What the run's checkpoints say about text."""
         self.sampler: Sampler | None = None
         """Continues `eval.prompts`, where there are some."""
-        self.step = 0
+        self.step = self.tokens = self.skipped = 0
+        """Since the start of training."""
         self._bad_steps = 0
         self._stopping = False
         self._waiting: _Issued | None = None
-        self._extra: dict[str, Any] = {}
 
     def restore(self, path: Path) -> None:
         """Goes on from a checkpoint, written under any layout.
@@ -99,7 +102,7 @@ class Trainer:
         self.checkpointer.load(path, all_tensors(self.parts, self.optimizer))
         self.parts.replicas.sync_params()
         was = Progress.of(state, path)
-        self.step, self.meter.tokens, self.meter.skipped = was.step, was.tokens, was.skipped
+        self.step, self.tokens, self.skipped = was.step, was.tokens, was.skipped
         self.stepper.updates.fill_(float(was.updates))
 
     def save(self) -> None:
@@ -108,7 +111,7 @@ class Trainer:
         if self.checkpointer.newest == self.step:
             return
         updates = int(self.stepper.updates.item())
-        done = Progress(self.step, updates, self.meter.tokens, self.meter.skipped)
+        done = Progress(self.step, updates, self.tokens, self.skipped)
         state = done.as_dict() | facts(self.cfg, self.data.fingerprint) | {"tokenizer": self.tokenizer.state}
         self.checkpointer.save(self.step, all_tensors(self.parts, self.optimizer), state)
 
@@ -128,10 +131,11 @@ class Trainer:
         )
         stopped = False
         self._clock = time.perf_counter()
-        with loader:
-            while self.step < train.steps and not stopped:
-                stopped = self._one(loader, stop)
-        self._drain()
+        with closing(self.readings):
+            with loader:
+                while self.step < train.steps and not stopped:
+                    stopped = self._one(loader, stop)
+            self._drain()
         self.parts.replicas.wait_gathers()
         if cfg.checkpoint.final or stopped or self._due(cfg.checkpoint.every):
             self.save()
@@ -145,9 +149,9 @@ class Trainer:
             lr = learning_rate(cfg.optim.schedule, cfg.optim.lr, self.step, cfg.train.steps)
             valid, pairs = loader.counts
             with self.overlap.step():
-                result = self.stepper.run(
-                    self.step, batches, valid, lr, stop=stop.requested, watched=partial(self._watched, loader.wait_s)
-                )
+                mine = OnRank(step=self.step + 1, data_s=loader.wait_s)
+                watched = partial(self.readings.watch, mine)
+                result = self.stepper.run(self.step, batches, valid, lr, stop=stop.requested, watched=watched)
         self.step += 1
         if self.device.type == "cuda":
             self._drain()  # the previous step's numbers: the host stays one step ahead of the device
@@ -160,10 +164,6 @@ class Trainer:
             self.save()
         return self._stopping
 
-    def _watched(self, data_s: float) -> tuple[float, float]:
-        """What is reported of the worst rank: GiB of memory, seconds of waiting for data."""
-        return peak_memory_gib(self.device), data_s
-
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
 
@@ -174,29 +174,15 @@ class Trainer:
             return
         result = issued.result
         numbers = torch.stack([x.double() for x in (result.loss, result.grad_norm, result.skipped, result.stop)])
-        loss, norm, skipped, stop, memory_gib, data_s = torch.cat((numbers, result.worst.wait())).tolist()
+        loss, norm, skipped, stop, *worst = torch.cat((numbers, result.worst.wait())).tolist()
         now = time.perf_counter()
+        seconds, self._clock = max(now - self._clock, 1e-9), now
         self._stopping = stop > 0
-        causal, full = self._flops(issued.pairs)
-        again = flops_again(self.cfg.model, self._tokens, issued.pairs / 2) if self._recomputes else 0.0
-        moe, sparse = self._routing(issued)
-        metrics = self.meter.step(
-            step=issued.step,
-            loss=loss,
-            grad_norm=norm,
-            lr=issued.lr,
-            tokens=self._tokens,
-            step_time_s=now - self._clock,
-            data_s=data_s,
-            memory_gib=memory_gib,
-            flops=StepFlops(causal, full, causal + again, sparse),
-            skipped=bool(skipped),
-            moe=moe,
-        )
-        self._clock = now
+        self.tokens += self._tokens
+        self.skipped += bool(skipped)
         if self._outputs is not None:
-            self._outputs.sinks.log(metrics, self._extra)
-        self._extra = {}
+            done = self._done(issued, loss, norm, bool(skipped), seconds)
+            self._outputs.sinks.log(self.readings.step(done, worst))
         self._bad_steps = self._bad_steps + 1 if skipped else 0
         if self._bad_steps >= self.cfg.faults.max_bad_steps:
             raise DivergedError(
@@ -204,24 +190,22 @@ class Trainer:
                 f"lower optim.lr={self.cfg.optim.lr:g} or resume from an earlier checkpoint"
             )
 
-    def _routing(self, issued: _Issued) -> tuple[dict[str, Any] | None, float | None]:
-        """What the step's routers did and the FLOPs that S-MFU counts, where somebody reports them."""
-        if issued.result.moe is None or self._outputs is None:
-            return None, None
-        totals = issued.result.moe.cpu()
-        if is_pictured(self.cfg, issued.step):
-            self._extra["moe/load"] = heat_map(totals, self.cfg, issued.step)
-        sparse = sparse_flops(self.cfg.model, self._tokens, issued.pairs / 2, totals)
-        return summarize(totals, self.cfg), sparse
-
-    def _flops(self, pairs: float) -> tuple[float, float]:
-        """Model FLOPs of a step with unmasked attention, and with the full square."""
-        model, square = self.cfg.model, self.cfg.train.global_batch * self.cfg.train.seq_len**2
-        return flops_per_step(model, self._tokens, pairs / 2), flops_per_step(model, self._tokens, square)
-
-    @property
-    def _recomputes(self) -> bool:
-        return self.cfg.memory.recompute == "full"
+    def _done(self, issued: _Issued, loss: float, norm: float, skipped: bool, seconds: float) -> StepDone:
+        moe = issued.result.moe
+        return StepDone(
+            step=issued.step,
+            loss=loss,
+            grad_norm=norm,
+            lr=issued.lr,
+            skipped=skipped,
+            skips=self.skipped,
+            tokens=self._tokens,
+            tokens_seen=self.tokens,
+            valid=issued.valid,
+            pairs=issued.pairs / 2,
+            seconds=seconds,
+            routed=None if moe is None else moe.cpu().numpy(),
+        )
 
     @property
     def parameters(self) -> int:
@@ -254,7 +238,7 @@ class Trainer:
         loss = (totals[0] / totals[1]).item()
         if self._outputs is not None:
             self._outputs.events.log("evaluation", step=self.step, loss=loss, perplexity=math.exp(min(loss, 50)))
-            self._outputs.sinks.add(self.step, {"loss/val": loss})
+            self._outputs.sinks.add(Report.of(self.step, [(HELD_OUT_LOSS, loss)]))
         self._sample()
         self._clock = time.perf_counter()
 
@@ -267,4 +251,5 @@ class Trainer:
         for number, sample in enumerate(samples):
             found = {"prompt": sample.prompt, "text": sample.text, "tokens": list(sample.tokens)}
             self._outputs.events.log("sample", step=self.step, **found)
-            self._outputs.sinks.add(self.step, {f"samples/{number}": SampleText(sample.prompt, sample.text)})
+            shown = on_one_line(sample.prompt, sample.text)
+            self._outputs.sinks.add(Report.of(self.step, [(sample_metric(number), shown)]))

@@ -10,7 +10,7 @@ import pytest
 
 from pentad.configs import UserError
 from pentad.launch.cli import main
-from pentad.trainer.metrics.sinks import JsonlSink
+from pentad.trainer.metrics.sinks.jsonl import JsonlSink
 from pentad.trainer.metrics.summary import lines_of, summarize
 
 _PROGRAM: dict[str, Any] = {"microbatches": 1, "placement": [0], "vocab_barriers": 0, "ranks": [["F0@0", "BW0@0"]]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Mapping
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from .notices import warn
-from .step import finite
 
 _KEPT = 100_000
 """Most lines that wait for a disk that cannot be written; then the oldest are lost."""
@@ -61,3 +61,12 @@ class LineFile:
         if self._waiting:
             warn(f"{self._path} lacks its last {len(self._waiting)} lines")
         self._file.close()
+
+
+def finite(value: Any) -> Any:
+    """The value with every NaN and infinity in it replaced by None: what JSON can hold."""
+    if isinstance(value, Mapping):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

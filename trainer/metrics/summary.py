@@ -10,7 +10,7 @@ from typing import Any
 from ...configs import UserError
 from ...configs.strict_json import JsonError, open_regular, parse_json
 from ..checkpoint.names import checkpoints
-from .step import duration
+from .formats import duration
 
 
 def summarize(run: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import pytest
 
 from pentad.configs.schema import Config, EvalConfig, LogConfig
-from pentad.trainer import trainer as trainer_module
 from pentad.trainer.data.loader import Loader
+from pentad.trainer.metrics.readings import memory
+from pentad.trainer.metrics.report import Report
 from pentad.trainer.metrics.sinks import EventLog, SinkSet, make_sinks
 from pentad.trainer.processes.signals import StopRequest
 from pentad.trainer.trainer import Outputs
@@ -24,21 +24,21 @@ class Rows:
     """A sink that remembers."""
 
     def __init__(self) -> None:
-        self.rows: list[Any] = []
+        self.rows: list[dict[str, Any]] = []
 
-    def log(self, m: Any, extra: Mapping[str, Any]) -> None:
-        self.rows.append(m)
+    def log(self, report: Report) -> None:
+        self.rows.append(report.row)
 
-    def add(self, step: int, values: Mapping[str, Any]) -> None: ...
+    def add(self, report: Report) -> None: ...
 
     def close(self) -> None: ...
 
 
-def _train(rank: int, world: int, cfg: Config, folder: Path) -> list[Any]:
+def _train(rank: int, world: int, cfg: Config, folder: Path) -> list[dict[str, Any]]:
     rows = Rows()
     session, trainer = open_trainer(rank, cfg, folder)
     try:
-        sinks = make_sinks(cfg.log, folder, {}, cfg.train.steps) if rank == 0 else SinkSet([], cfg.train.steps)
+        sinks = make_sinks(cfg.log, folder, {}, cfg.train.steps) if rank == 0 else SinkSet([])
         sinks.sinks.append(rows)
         trainer.train(Outputs(sinks, EventLog(folder / "events.jsonl")) if rank == 0 else None, StopRequest())
         sinks.close()
@@ -60,9 +60,9 @@ def test_every_evaluation_reaches_the_trackers_at_its_own_step(tmp_path: Path) -
     assert [e.step for e in events.Scalars("loss/val")] == [2, 4]
 
 
-def _train_unlike(rank: int, world: int, cfg: Config, folder: Path) -> list[Any]:
+def _train_unlike(rank: int, world: int, cfg: Config, folder: Path) -> list[dict[str, Any]]:
     """Rank r claims 1 + 10 r GiB and to have waited 7 - r seconds for data."""
-    take, measure = Loader.__next__, trainer_module.peak_memory_gib
+    take, measure = Loader.__next__, memory.peak_memory_gib
 
     def slow(self: Loader) -> Any:
         batches = take(self)
@@ -70,12 +70,12 @@ def _train_unlike(rank: int, world: int, cfg: Config, folder: Path) -> list[Any]
         return batches
 
     Loader.__next__ = slow  # type: ignore[method-assign]
-    trainer_module.peak_memory_gib = lambda device: 1.0 + 10 * rank
+    memory.peak_memory_gib = lambda device: 1.0 + 10 * rank
     try:
         return _train(rank, world, cfg, folder)
     finally:
         Loader.__next__ = take  # type: ignore[method-assign]
-        trainer_module.peak_memory_gib = measure
+        memory.peak_memory_gib = measure
 
 
 @pytest.mark.distributed
@@ -83,4 +83,4 @@ def test_memory_and_data_waits_are_those_of_the_worst_rank(tmp_path: Path) -> No
     cfg = text_job(tmp_path, dp=2)
     cfg = replace(cfg, train=replace(cfg.train, steps=2))
     rows = run_distributed(_train_unlike, 2, cfg, tmp_path / "run", group=False)[0]
-    assert [(m.memory_gib, m.data_s) for m in rows] == [(11.0, 7.0)] * 2
+    assert [(row["memory_gib"], row["data_s"]) for row in rows] == [(11.0, 7.0)] * 2

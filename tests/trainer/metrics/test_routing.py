@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
 from pentad.configs.load import load
 from pentad.configs.schema import Config, LogConfig, MoeConfig, RouterConfig, TextData
 from pentad.models.costs.flops import s_mfu_flops_per_step, step_flops
 from pentad.models.routing.balance import FIELDS, columns
-from pentad.trainer.metrics import routing
+from pentad.trainer.metrics.line_file import finite
+from pentad.trainer.metrics.metric import Picture
 from pentad.trainer.metrics.peak import Peak
-from pentad.trainer.metrics.routing import HeatMap, heat_map, is_pictured, sparse_flops, summarize
-from pentad.trainer.metrics.sinks import ConsoleSink, WandbSink, make_sinks, tracker_values
-from pentad.trainer.metrics.step import Meter, StepFlops, StepMetrics, console_header, console_line, finite
+from pentad.trainer.metrics.readings import routing
+from pentad.trainer.metrics.readings.routing import HeatMap, heat_map, is_pictured, sparse_flops, summarize
+from pentad.trainer.metrics.report import Report
+from pentad.trainer.metrics.sinks import make_sinks
+from pentad.trainer.metrics.sinks.wandb import WandbSink
 from pentad.trainer.processes.signals import StopRequest
 from pentad.trainer.trainer import Outputs
 from tests.distributed import run_distributed
+from tests.trainer.metrics.reports import facts, read, report
+from tests.trainer.metrics.test_console import header, line
 from tests.training import job, open_trainer
 
 TOKENS = 100
@@ -42,15 +43,15 @@ def config(*overrides: str) -> Config:
     return load(None, [*JOB, *overrides], world_size=2)
 
 
-def totals(cfg: Config, loads: list[list[float]], **fields: float) -> Tensor:
+def totals(cfg: Config, loads: list[list[float]], **fields: float) -> np.ndarray:
     """A step's totals: `loads` per layer and choice, the other fields the same in every layer."""
-    found = torch.zeros(len(loads), columns(cfg.model.moe), dtype=torch.float64)
+    found = np.zeros((len(loads), columns(cfg.model.moe)))
     for row, load_of_layer in zip(found, loads, strict=True):
         experts = sum(load_of_layer[: cfg.model.moe.experts])
         values = {"tokens": TOKENS, "assignments": experts, "null": sum(load_of_layer) - experts, **fields}
         for name, value in values.items():
             row[FIELDS.index(name)] = value
-        row[len(FIELDS) :] = torch.tensor(load_of_layer)
+        row[len(FIELDS) :] = load_of_layer
     return found
 
 
@@ -92,7 +93,7 @@ def test_worst_layers_are_named() -> None:
     cfg = config("model.moe.every=1")
     loads = [[50.0, 50, 50, 50], [100, 40, 30, 30], [51, 50, 50, 49]]
     found = totals(cfg, loads)
-    found[:, FIELDS.index("entropy")] = torch.tensor([130.0, 120, 110])
+    found[:, FIELDS.index("entropy")] = [130.0, 120, 110]
     moe = summarize(found, cfg)
     assert moe["layers"] == [1, 2, 3]
     assert moe["worst"]["load_max"] == [2.0, 2] and moe["worst"]["load_min"] == [0.6, 2]
@@ -108,8 +109,7 @@ def test_layers_without_tokens_have_no_value() -> None:
     assert row["load_max"] == [None, 2.5, None] and row["mean"]["load_max"] is None
     nothing = json.loads(json.dumps(finite(summarize(totals(cfg, [[0.0] * 4] * 3), cfg)), allow_nan=False))
     assert nothing["worst"]["load_max"] == [None, None]
-    line = console_line(dataclasses.replace(step_metrics(cfg), moe=nothing), 10)
-    assert line.split()[-3:] == ["-", "-", "-"]
+    assert line(step_report(cfg, [[0.0] * 4] * 3), 10).split()[-3:] == ["-", "-", "-"]
 
 
 def test_values_are_short() -> None:
@@ -131,66 +131,50 @@ def test_s_mfu_counts_the_experts_that_ran(dropped: int, null: int) -> None:
     assert found < whole or not dropped
 
 
-def step_metrics(cfg: Config) -> StepMetrics:
-    """A step of 2 s on four devices of 100 TFLOP/s."""
-    loads = [[50.0, 50, 50, 50]] * (len(cfg.model.moe_layers) - 1) + [[20.0, 40, 60, 80]]
-    found = totals(cfg, loads, entropy=120)
-    meter = Meter(devices=4, peak=Peak(100.0, "test"))
-    return meter.step(
-        step=7,
-        loss=2.5,
-        grad_norm=1.25,
-        lr=3e-4,
-        tokens=800,
-        step_time_s=2.0,
-        data_s=0.1,
-        memory_gib=1.5,
-        flops=StepFlops(causal=160e12, full=200e12, hardware=240e12, sparse=80e12),
-        moe=summarize(found, cfg),
-    )
+LOADS = ([50.0, 50, 50, 50], [20.0, 40, 60, 80])
+
+
+def step_report(cfg: Config, loads: list[list[float]] | None = None) -> Report:
+    """Of a step of 2 s on four devices of 100 TFLOP/s; the last layer's load is uneven."""
+    found = totals(cfg, loads or [LOADS[0]] * (len(cfg.model.moe_layers) - 1) + [LOADS[1]], entropy=120)
+    return read(facts(cfg), routed=found)
 
 
 def test_s_mfu_is_over_the_peak() -> None:
     cfg = config()
-    m = step_metrics(cfg)
-    assert m.moe is not None and m.moe["s_mfu"] == pytest.approx(0.1) and m.mfu == pytest.approx(0.2)
-    row = json.loads(json.dumps(m.to_dict(), allow_nan=False))
-    assert row["moe"]["s_mfu"] == pytest.approx(0.1) and row["moe"]["load_max"] == [1.6]
-    unknown = Meter(devices=1, peak=Peak(None, "unknown device"))
-    common: dict[str, Any] = {"step": 1, "loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "tokens": 1, "step_time_s": 1.0}
-    flops = StepFlops(1, 1, 1, 1)
-    assert unknown.step(**common, data_s=0.0, memory_gib=1.0, flops=flops, moe={}).moe == {"s_mfu": None}
+    found = totals(cfg, [LOADS[1]], entropy=120)
+    flops = sparse_flops(cfg.model, 800, 6000.0, found)
+    row = json.loads(json.dumps(read(facts(cfg), routed=found).row, allow_nan=False))
+    assert row["moe"]["s_mfu"] == pytest.approx(flops / (2.0 * 4 * 100e12)) and row["moe"]["load_max"] == [1.6]
+    unknown = read(facts(cfg, peak_tflops=None), routed=found)
+    assert unknown.row["moe"]["s_mfu"] is None and "moe/s_mfu" not in unknown.tracked
 
 
 def test_console_has_one_column_more() -> None:
-    cfg = config()
-    m, dense = step_metrics(cfg), dataclasses.replace(step_metrics(cfg), moe=None)
-    assert console_header(10, moe=True).split() == [*console_header(10).split()[:-2], "load", "slowest", "eta"]
-    line = console_line(m, 10)
-    assert len(line) == len(console_header(10, moe=True)) and line.split()[-3:] == ["1.60", "-", "-"]
-    assert line.replace(" 1.60 ", " ") == console_line(dense, 10)
-    stream = io.StringIO()
-    ConsoleSink(10, stream=stream).log(m, {})
-    assert "load" in stream.getvalue().splitlines()[0]
+    with_experts, dense = step_report(config()), read(facts())
+    assert header(10, with_experts).split() == [*header(10, dense).split()[:-2], "load", "slowest", "eta"]
+    shown = line(with_experts, 10)
+    assert len(shown) == len(header(10, with_experts)) and shown.split()[-3:] == ["1.60", "-", "-"]
+    assert dense.row["moe"] is None
 
 
-@pytest.mark.parametrize("load_max", [1.0, 9.999, 99.97, 128.0, 1234.5, 1e9, math.nan, math.inf, None])
-def test_console_line_never_exceeds_120_columns(load_max: float | None) -> None:
-    m = step_metrics(config())
+@pytest.mark.parametrize("load_max", [1.0, 9.999, 99.97, 128.0, 1234.5, 1e9, math.nan, math.inf])
+def test_console_line_never_exceeds_120_columns(load_max: float) -> None:
     straggler = {"rank": 123456, "score": 0.01, "host": "a-very-long-node-name", "reason": "compute"}
     moe = {"worst": {"load_max": [load_max, 0]}}
-    m = dataclasses.replace(m, step=99999999, straggler=straggler, moe=moe)
-    line = console_line(m, 10**8, eta_s=1e9, skipped=True)
-    assert len(line) == len(console_header(10**8, moe=True)) + len(" SKIP") <= 120, line
+    made = report(cfg=config(), step=99999999, straggler=straggler, moe=moe, eta_s=1e9, skipped=True)
+    shown = line(made, 10**8)
+    assert "load" in header(10**8, made), "all of pentad's own columns fit, however many steps there are"
+    assert len(shown) == len(header(10**8, made)) + len(" SKIP") <= 120, shown
 
 
 def test_tracker_keys() -> None:
     cfg = config("model.moe.every=1")
-    values = tracker_values(step_metrics(cfg), {})
+    values = step_report(cfg).tracked
     assert values["moe/max_vio/3"] == pytest.approx(0.6) and values["moe/max_vio/1"] == 0
     assert values["moe/entropy/2"] == 1.2 and values["moe/dropped/1"] == 0
     assert values["moe/worst/load_max"] == 1.6 and values["moe/mean/load_min"] == pytest.approx(2.4 / 3)
-    assert values["moe/s_mfu"] == pytest.approx(0.1)
+    assert values["moe/s_mfu"] > 0 and "moe/load" not in values
     assert all(isinstance(v, (int, float)) for k, v in values.items() if k.startswith("moe/"))
 
 
@@ -226,7 +210,7 @@ def test_wandb_gets_the_heat_map_in_its_only_log(tmp_path: Path, monkeypatch: py
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "absent"))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    cfg = config()
+    cfg = config("log.wandb=true", "train.steps=7")
     sink = WandbSink("pentad", tmp_path / "run", {})
     calls: list[dict[str, Any]] = []
     log = sink.run.log
@@ -236,7 +220,7 @@ def test_wandb_gets_the_heat_map_in_its_only_log(tmp_path: Path, monkeypatch: py
         log(data, **kwargs)
 
     monkeypatch.setattr(sink.run, "log", counted)
-    sink.log(step_metrics(cfg), {"moe/load": heat_map(totals(cfg, [[1, 2, 3, 4]]), cfg, 7)})
+    sink.log(step_report(cfg))
     sink.close()
     (values,) = calls
     assert isinstance(values["moe/load"], wandb.Image) and values["moe/max_vio/2"] == pytest.approx(0.6)
@@ -247,32 +231,31 @@ def test_tensorboard_files_have_the_heat_map(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    cfg = config()
+    cfg = config("log.tensorboard=true", "train.steps=7")
     sinks = make_sinks(LogConfig(tensorboard=True), tmp_path, {}, total_steps=10)
-    sinks.log(step_metrics(cfg), {"moe/load": heat_map(totals(cfg, [[1, 2, 3, 4]]), cfg, 7)})
+    sinks.log(step_report(cfg))
     sinks.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     (picture,) = events.Images("moe/load")
     assert picture.step == 7 and picture.width > 100
     assert [event.value for event in events.Scalars("moe/max_vio/2")] == [pytest.approx(0.6)]
-    assert "HeatMap" not in (tmp_path / "metrics.jsonl").read_text()
+    assert "Picture" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 class _Kept:
     """Sinks and an event log that keep what they are given."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[Any, Any]] = []
+        self.reports: list[Report] = []
 
-    def log(self, m: Any, extra: Mapping[str, Any] | None = None, **fields: Any) -> None:
-        if isinstance(m, StepMetrics):
-            self.steps.append((m.moe, dict(extra or {})))
+    def log(self, report: Any, **fields: Any) -> None:
+        if isinstance(report, Report):
+            self.reports.append(report)
 
 
-def _train(
-    rank: int, world: int, cfg: Config, folder: Path
-) -> list[tuple[Mapping[str, Any] | None, Mapping[str, Any]]]:
+def _train(rank: int, world: int, cfg: Config, folder: Path) -> list[tuple[dict[str, Any], Any]]:
+    """Of each step what routers did, and the picture."""
     kept = _Kept()
     session, trainer = open_trainer(rank, cfg, folder, peak=Peak(1.0, "test"))
     try:
@@ -280,7 +263,7 @@ def _train(
         trainer.checkpointer.close()
     finally:
         session.close()
-    return kept.steps
+    return [(report.row["moe"], report.tracked.get("moe/load")) for report in kept.reports]
 
 
 @pytest.mark.distributed
@@ -305,5 +288,7 @@ def test_a_run_reports_the_same_in_every_layout(tmp_path: Path) -> None:
             assert two[name] == pytest.approx(one[name], rel=1e-5), name
             assert name == "load_min" or all(value > 0 for value in one[name])
         assert "ep_load_max" not in one and all(1 <= value <= 2 for value in two["ep_load_max"])
-    assert ["moe/load" in extra for _, extra in together] == [False, False, True]
-    assert together[2][1]["moe/load"].load.max(1).tolist() == pytest.approx(together[2][0]["load_max"], rel=1e-5)
+    assert [picture is not None for _, picture in together] == [False, False, True]
+    (_, here), (_, there) = alone[2], together[2]
+    assert isinstance(here, Picture) and isinstance(there, Picture)
+    assert np.abs(here.pixels.astype(int) - there.pixels).max() <= 1, "the loads are equal to 1e-5"

@@ -15,17 +15,23 @@ import pytest
 
 from pentad.configs.errors import UserError
 from pentad.configs.schema import LogConfig
-from pentad.trainer.metrics.sinks import (
-    ConsoleSink,
-    EventLog,
-    JsonlSink,
-    SinkSet,
-    WandbSink,
-    make_sinks,
-    tracker_values,
-)
-from pentad.trainer.metrics.step import StepMetrics
-from tests.trainer.metrics.test_step import KEYS, metrics
+from pentad.trainer.metrics.evaluation import HELD_OUT_LOSS, on_one_line, sample_metric
+from pentad.trainer.metrics.report import Report
+from pentad.trainer.metrics.sinks import EventLog, SinkSet, make_sinks
+from pentad.trainer.metrics.sinks.console import ConsoleSink
+from pentad.trainer.metrics.sinks.jsonl import JsonlSink
+from pentad.trainer.metrics.sinks.wandb import WandbSink
+from tests.trainer.metrics.reports import report
+
+KEYS = {
+    *("step", "loss", "grad_norm", "lr", "tokens", "step_time_s", "tokens_per_s", "tokens_per_s_per_device", "mfu"),
+    *("mfu_full", "hfu", "tflops_per_device", "peak_tflops", "memory_gib", "data_s", "waterfall", "straggler", "moe"),
+    "skipped",
+}
+
+
+def held_out(step: int, loss: float) -> Report:
+    return Report.of(step, [(HELD_OUT_LOSS, loss)])
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -36,7 +42,7 @@ def test_jsonl_is_readable_after_every_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)
     for step in (1, 2, 3):
-        sink.log(metrics(step=step), {"loss/val": 3.0})
+        sink.log(report(step=step))
         assert [row["step"] for row in rows(path)] == list(range(1, step + 1))
     assert all(set(row) == KEYS for row in rows(path))
     sink.close()
@@ -46,14 +52,14 @@ def test_jsonl_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = JsonlSink(path)
     for step in range(1, 8):
-        first.log(metrics(step=step, loss=1.0), {})
+        first.log(report(step=step, loss=1.0))
     first.close()
     with open(path, "a") as file:
         file.write('{"step": 8, "lo')  # killed while writing
     second = JsonlSink(path, resume_step=5)
     assert [row["step"] for row in rows(path)] == [1, 2, 3, 4, 5]
     for step in range(6, 11):
-        second.log(metrics(step=step, loss=2.0), {})
+        second.log(report(step=step, loss=2.0))
     second.close()
     assert [(row["step"], row["loss"]) for row in rows(path)] == [(s, 1.0 if s <= 5 else 2.0) for s in range(1, 11)]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -63,7 +69,7 @@ def test_a_new_run_moves_the_old_metrics_aside(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for loss in (1.0, 2.0):
         sink = JsonlSink(path)
-        sink.log(metrics(step=1, loss=loss), {})
+        sink.log(report(step=1, loss=loss))
         sink.close()
     assert [row["loss"] for row in rows(path)] == [2.0]
     assert [row["loss"] for row in rows(tmp_path / "metrics.previous.jsonl")] == [1.0]
@@ -81,42 +87,34 @@ def test_events_append_across_a_kill(tmp_path: Path) -> None:
     assert (last["event"], last["step"], last["path"], last["loss"]) == ("checkpoint", 10, str(tmp_path), None)
 
 
-def test_console_lines() -> None:
-    stream = io.StringIO()
-    sink = ConsoleSink(10, every=5, stream=stream)
-    for step in range(3, 11):
-        sink.log(metrics(step=step, skipped=1 if step < 7 else 2), {"progress/eta_s": 61.0})
+def test_jsonl_is_strict_and_knows_no_value_as_null(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.log(report(loss=float("nan"), waterfall={"compute": float("inf")}))
     sink.close()
-    lines = stream.getvalue().splitlines()
-    assert lines[0].split()[0] == "step/total" and "\x1b" not in stream.getvalue()
-    assert [line.split()[0] for line in lines[1:]] == ["3/10", "5/10", "7/10", "10/10"]
-    assert [line.endswith("SKIP") for line in lines[1:]] == [False, False, True, False]
-    assert all("1m01s" in line for line in lines[1:])
-
-
-def test_no_color_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Tty(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setenv("TERM", "xterm")
-    for no_color, colored in (("", True), ("1", False)):
-        monkeypatch.setenv("NO_COLOR", no_color)
-        stream = Tty()
-        ConsoleSink(10, stream=stream).log(metrics(), {})
-        assert ("\x1b[" in stream.getvalue()) == colored
+    text = (tmp_path / "metrics.jsonl").read_text()
+    row = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert row["loss"] is None and row["waterfall"] == {"compute": None}
+    assert row["straggler"] is None and row["moe"] is None
 
 
 def test_tracker_keys() -> None:
-    values = tracker_values(metrics(mfu=None), {"loss/val": 2.0})
-    assert set(values) == {
-        *("loss/train", "loss/val", "optim/grad_norm", "optim/lr/all", "optim/skipped"),
+    found = report(mfu=None, eta_s=61.0)
+    assert set(found.tracked) == {
+        *("loss/train", "optim/grad_norm", "optim/lr/all", "optim/skipped"),
         *("perf/mfu_full", "perf/hfu", "perf/tflops_per_gpu", "perf/tokens_per_s", "perf/tokens_per_s_per_gpu"),
-        *("perf/step_s", "perf/data_s", "perf/data_pct", "mem/active_gib", "progress/tokens"),
+        *("perf/step_s", "perf/data_s", "perf/data_pct", "mem/active_gib"),
+        *("progress/tokens", "progress/pct", "progress/eta_s"),
     }
-    assert values["perf/data_pct"] == pytest.approx(5.0)
-    groups = tracker_values(metrics(), {"optim/lr/decay": 1.0, "optim/lr/no_decay": 2.0})
-    assert "optim/lr/all" not in groups and groups["optim/lr/no_decay"] == 2.0
+    assert held_out(7, 2.0).tracked == {"loss/val": 2.0}
+    assert report(waterfall={"compute": 0.5, "wait": None}).tracked["waterfall/compute"] == 0.5
+
+
+def test_what_follows_on_a_step_has_lines_of_its_own() -> None:
+    stream = io.StringIO()
+    sink = ConsoleSink(10, stream=stream)
+    sink.add(held_out(7, 2.0))
+    sink.add(Report.of(7, [(sample_metric(0), on_one_line("Once", "upon\na time"))]))
+    assert stream.getvalue().splitlines() == ["held-out loss after step 7: 2.0000", "sample: Once … upon\\na time"]
 
 
 def _offline(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
@@ -145,12 +143,20 @@ def test_wandb_offline_logs_once_a_step_and_resumes_the_same_run(
             log(data, step=step, **kwargs)
 
         monkeypatch.setattr(sink.run, "log", counted)
+        axes, define = {}, sink.run.define_metric
+
+        def defined(name: str, step_metric: str | None = None, axes: Any = axes, define: Any = define) -> None:
+            axes[name] = step_metric
+            define(name, step_metric=step_metric)
+
+        monkeypatch.setattr(sink.run, "define_metric", defined)
         for step in range(resume_step + 1, resume_step + 4):
-            sink.log(metrics(step=step), {"progress/pct": 10.0 * step})
+            sink.log(report(step=step, done_pct=10.0 * step))
         ids.append(sink.run.id)
         assert sink.run.settings.mode == "offline" and sink.run.config["train"] == {"steps": 10}
         assert sink.run.name == "demo"
         sink.close()
+        assert axes == {"loss/train": "progress/tokens", "progress/tokens": None}
         assert [step for step, _ in calls] == [resume_step + 1, resume_step + 2, resume_step + 3]
         assert {"loss/train", "progress/tokens", "progress/pct", "perf/mfu"} <= set(calls[0][1])
     assert ids[0] == ids[1] != ids[2]
@@ -173,7 +179,7 @@ def test_wandb_without_its_server_logs_offline(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(wandb, "init", unreachable)
     with pytest.warns(UserWarning, match="no route to host; logging offline"):
         sink = WandbSink("pentad", tmp_path / "run", {})
-    sink.log(metrics(), {})
+    sink.log(report())
     sink.close()
     assert modes == [None, "offline"]
 
@@ -184,12 +190,14 @@ def test_tensorboard_files_are_readable(tmp_path: Path) -> None:
 
     sinks = make_sinks(LogConfig(tensorboard=True, every=100), tmp_path, {}, total_steps=5)
     for step in range(1, 6):
-        sinks.log(metrics(step=step, loss=10.0 - step), {"loss/val": 1.0} if step == 5 else None)
+        sinks.log(report(step=step, loss=10.0 - step))
+    sinks.add(held_out(5, 1.0))
+    sinks.add(Report.of(5, [(sample_metric(0), "Once … upon")]))
     sinks.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss/train")] == [(s, 10.0 - s) for s in range(1, 6)]
-    assert [e.step for e in events.Scalars("progress/eta_s")] == [4, 5]
+    assert [e.tensor_proto.string_val for e in events.Tensors("samples/0/text_summary")] == [["Once … upon".encode()]]
     assert [e.step for e in events.Scalars("loss/val")] == [5]
     assert len(rows(tmp_path / "metrics.jsonl")) == 5
 
@@ -206,9 +214,9 @@ def test_close_reaches_every_sink(tmp_path: Path) -> None:
     closed: list[str] = []
 
     class Failing:
-        def log(self, m: StepMetrics, extra: Mapping[str, Any]) -> None: ...
+        def log(self, report: Report) -> None: ...
 
-        def add(self, step: int, values: Mapping[str, Any]) -> None: ...
+        def add(self, report: Report) -> None: ...
 
         def close(self) -> None:
             raise OSError("full")
@@ -260,10 +268,10 @@ def test_a_console_that_cannot_be_written_is_told_once_and_the_other_sinks_go_on
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with open("/dev/full", "w") as full:
-        sinks = SinkSet([ConsoleSink(3, stream=full), JsonlSink(tmp_path / "metrics.jsonl")], 3)
+        sinks = SinkSet([ConsoleSink(3, stream=full), JsonlSink(tmp_path / "metrics.jsonl")])
         for step in (1, 2, 3):
-            sinks.log(metrics(step=step))
-            sinks.add(step, {"loss/val": 1.0})
+            sinks.log(report(step=step))
+            sinks.add(held_out(step, 1.0))
         assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "ConsoleSink cannot be written (No space left on device)" in error

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from ...configs.schema import Config, ModelConfig
-from ...models.costs.flops import s_mfu_flops_per_step, step_flops
-from ...models.costs.parameters import active_experts
-from ...models.routing.balance import FIELDS
+from ....configs.schema import Config, ModelConfig
+from ....models.costs.flops import s_mfu_flops_per_step, step_flops
+from ....models.costs.parameters import active_experts
+from ....models.routing.tally_fields import FIELDS
+from ..formats import fixed
+from ..metric import Column, Metric, Picture
+from .protocol import Reading, RunFacts, StepDone
+from .utilization import per_peak
 
 _COLUMN = {name: i for i, name in enumerate(FIELDS)}
 _LOWEST_IS_WORST = ("load_min", "entropy")
@@ -38,19 +41,54 @@ class HeatMap:
     load: np.ndarray
 
 
-def summarize(totals: Tensor, cfg: Config) -> dict[str, Any]:
+def _busiest(moe: Mapping[str, Any]) -> str:
+    """The load of the busiest expert, over the mean one, of the worst layer."""
+    value = moe["worst"]["load_max"][0]
+    return "-" if math.isnan(value) else fixed(value, 4, 2)
+
+
+class RoutingReading(Reading):
+    """The routers' counts: the object of metrics.jsonl, and the same for trackers, with a heat map at some steps."""
+
+    metrics = (
+        Metric(
+            "moe",
+            "object, below; `null` for a model without experts",
+            column=Column("load", 4, _busiest, colour="33", order=100),
+        ),
+        Metric("moe_tracked", "of the routers, below", in_file=False, tracker="moe"),
+    )
+
+    def __init__(self, run: RunFacts) -> None:
+        super().__init__(run)
+        if not run.cfg.model.moe.experts:
+            moe, *others = self.metrics
+            self.metrics = (replace(moe, column=None), *others)
+
+    def step(self, done: StepDone) -> Mapping[str, Any]:
+        if done.routed is None:
+            return {}
+        cfg, share = self.run.cfg, per_peak(self.run, done.seconds)
+        sparse = sparse_flops(cfg.model, done.tokens, done.pairs, done.routed)
+        moe = {**summarize(done.routed, cfg), "s_mfu": None if share is None else sparse * share}
+        tracked = tracker_values(moe)
+        if is_pictured(cfg, done.step):
+            tracked["load"] = Picture(image(heat_map(done.routed, cfg, done.step)))
+        return {"moe": moe, "moe_tracked": tracked}
+
+
+def summarize(totals: np.ndarray, cfg: Config) -> dict[str, Any]:
     """The `moe` object of metrics.jsonl: a list over the layers per metric, then `mean` and `worst` over the layers.
 
     Loads are assignments of tokens to experts before any is dropped. What has no value (an entropy without tokens) is
     NaN. docs/metrics.md explains every key.
 
     Args:
-        totals: (layers, columns), sums of a step over all ranks, as `routing.balance` counts them; on any device.
+        totals: (layers, columns), sums of a step over all ranks, as `routing.balance` counts them.
         cfg: the job.
     """
-    values = totals.double().cpu().numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
-        metrics = _per_layer(values, cfg)
+        metrics = _per_layer(totals, cfg)
     layers = cfg.model.routed_layers
     return {
         "layers": list(layers),
@@ -103,14 +141,14 @@ def _rounded(value: Any) -> Any:
     return float(f"{float(value):.{_DIGITS}g}")
 
 
-def heat_map(totals: Tensor, cfg: Config, step: int) -> HeatMap:
+def heat_map(totals: np.ndarray, cfg: Config, step: int) -> HeatMap:
     """The picture's numbers; a layer without assignments counts as even.
 
     Args:
         totals: as of `summarize`.
         step: optimizer steps done.
     """
-    load = _load(totals.double().cpu().numpy(), cfg.model)
+    load = _load(totals, cfg.model)
     mean = load.mean(1, keepdims=True)
     return HeatMap(step, cfg.model.routed_layers, np.divide(load, mean, out=np.ones_like(load), where=mean > 0))
 
@@ -122,7 +160,7 @@ def is_pictured(cfg: Config, step: int) -> bool:
     return step == cfg.train.steps or step % (cfg.eval.every or 100) == 0
 
 
-def sparse_flops(model: ModelConfig, tokens: int, pairs: float, totals: Tensor) -> float:
+def sparse_flops(model: ModelConfig, tokens: int, pairs: float, totals: np.ndarray) -> float:
     """FLOPs of a step as S-MFU counts them (`costs.flops.s_mfu_flops_per_step`), with the experts that really ran.
 
     The closed form assumes `top_k` experts per token (with null experts their even share); here these FLOPs are scaled
@@ -133,8 +171,8 @@ def sparse_flops(model: ModelConfig, tokens: int, pairs: float, totals: Tensor) 
         totals: as of `summarize`.
     """
     counted = totals[:, _COLUMN["assignments"]].sum() - totals[:, _COLUMN["dropped"]].sum()
-    expected = totals[:, _COLUMN["tokens"]].sum().item() * active_experts(model)
-    ratio = counted.item() / expected if expected else 1.0
+    expected = float(totals[:, _COLUMN["tokens"]].sum()) * active_experts(model)
+    ratio = float(counted) / expected if expected else 1.0
     return s_mfu_flops_per_step(model, tokens, pairs) + step_flops(model, tokens, pairs).experts * (ratio - 1)
 
 
@@ -149,7 +187,7 @@ def tracker_values(moe: Mapping[str, Any]) -> dict[str, Any]:
         values.update({f"{name}/{layer}": value for layer, value in zip(layers, moe[name], strict=True)})
     values.update({f"mean/{name}": value for name, value in moe["mean"].items()})
     values.update({f"worst/{name}": value for name, (value, _) in moe["worst"].items()})
-    values["s_mfu"] = moe.get("s_mfu")
+    values["s_mfu"] = moe["s_mfu"]
     return values
 
 

@@ -1,0 +1,63 @@
+"""Peaks of devices: the table, the config's, the measured ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pentad.configs.schema import HardwareConfig
+from pentad.trainer.metrics.peak import MeasuredPeaks, Peak, lookup, measure_cpu_peak, peak_tflops
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tf32", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, False, 989),
+        ("NVIDIA H100 PCIe", torch.bfloat16, False, 756),
+        ("NVIDIA H100 NVL", torch.bfloat16, False, 835),
+        ("NVIDIA H200", torch.bfloat16, False, 989),
+        ("NVIDIA H20", torch.bfloat16, False, 148),
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, False, 312),
+        ("NVIDIA A100-SXM4-80GB", torch.float32, True, 156),
+        ("NVIDIA A100-SXM4-80GB", torch.float32, False, 19.5),
+        ("NVIDIA B200", torch.bfloat16, False, 2250),
+        ("NVIDIA GB200", torch.bfloat16, False, 2500),
+        ("NVIDIA B200", torch.float64, False, None),
+        ("AMD Instinct MI300X", torch.bfloat16, False, 1300),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", torch.bfloat16, False, None),
+        ("NVIDIA H100 80GB HBM3", torch.float8_e4m3fn, False, None),
+        ("NVIDIA Something New", torch.bfloat16, False, None),
+    ],
+)
+def test_peak_table(name: str, dtype: torch.dtype, tf32: bool, expected: float | None) -> None:
+    peak = lookup(name, dtype, tf32=tf32)
+    assert peak.tflops == expected
+    assert ("unknown" in peak.source) == (expected is None)
+
+
+def test_peak_override_and_cpu_measurement() -> None:
+    cpu = torch.device("cpu")
+    assert peak_tflops(HardwareConfig(peak_tflops=12.5), cpu, torch.float32) == Peak(12.5, "hardware.peak_tflops")
+    calls: list[int] = []
+    rate = measure_cpu_peak(torch.float32, lambda: calls.append(1), seconds=0.05)
+    assert 1e-4 < rate < 1e3 and calls
+
+
+def test_a_measured_peak_is_kept_for_the_same_type_and_number_of_ranks(tmp_path: Path) -> None:
+    kept = MeasuredPeaks(tmp_path / "peaks.json")
+    assert kept.find("fp32", 2) is None
+    kept.keep("fp32", 2, 0.125)
+    kept.keep("bf16", 2, 0.5)
+    again = MeasuredPeaks(tmp_path / "peaks.json")
+    assert (again.find("fp32", 2), again.find("bf16", 2), again.find("fp32", 4)) == (0.125, 0.5, None)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": 1, "a": 2}', "{", "1e999"])
+def test_a_damaged_file_of_peaks_is_measured_anew(tmp_path: Path, content: str) -> None:
+    kept = MeasuredPeaks(tmp_path / "peaks.json")
+    (tmp_path / "peaks.json").write_text(content)
+    assert kept.find("fp32", 1) is None
+    kept.keep("fp32", 1, 0.25)
+    assert kept.find("fp32", 1) == 0.25

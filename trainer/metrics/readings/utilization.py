@@ -1,0 +1,62 @@
+"""How much of what the devices could do the model used: docs/mfu.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ....models.costs.flops import flops_again, flops_per_step
+from ..formats import fixed
+from ..metric import Column, Metric
+from .protocol import Reading, RunFacts, StepDone
+
+
+def per_peak(run: RunFacts, seconds: float) -> float | None:
+    """What a FLOP of a step of so many seconds is of all that the job's devices could do in it; None: not known."""
+    return 1.0 / (seconds * run.devices) / (run.peak_tflops * 1e12) if run.peak_tflops else None
+
+
+class UtilizationReading(Reading):
+    """Model FLOPs over time and over the peak; with packed documents these are the FLOPs of the step's own pairs."""
+
+    metrics = (
+        Metric(
+            "mfu",
+            "model FLOPs with unmasked attention only (the convention of NVIDIA's published figures), over peak",
+            unit="fraction of 1",
+            tracker="perf/mfu",
+            column=Column("MFU", 6, lambda share: fixed(100 * share, 5, 2) + "%", colour="32", order=50, unknown="n/a"),
+        ),
+        Metric(
+            "mfu_full",
+            "with the full attention square (torchtitan's convention)",
+            unit="fraction of 1",
+            tracker="perf/mfu_full",
+        ),
+        Metric("hfu", "as `mfu`, with recomputation", unit="fraction of 1", tracker="perf/hfu"),
+        Metric(
+            "tflops_per_device",
+            "model FLOPs as in `mfu`",
+            unit="TFLOP/s",
+            tracker="perf/tflops_per_gpu",
+            column=Column("TFLOP/s", 7, lambda rate: fixed(rate, 7, 3), colour="35", order=60),
+        ),
+        Metric("peak_tflops", "of one device", unit="TFLOP/s"),
+    )
+
+    def step(self, done: StepDone) -> Mapping[str, Any]:
+        cfg, share = self.run.cfg, per_peak(self.run, done.seconds)
+        square = cfg.train.global_batch * cfg.train.seq_len**2
+        model_flops = flops_per_step(cfg.model, done.tokens, done.pairs)
+        again = flops_again(cfg.model, done.tokens, done.pairs) if cfg.memory.recompute == "full" else 0.0
+        found = {
+            "tflops_per_device": model_flops * (1.0 / (done.seconds * self.run.devices)) / 1e12,
+            "peak_tflops": self.run.peak_tflops,
+        }
+        if share is None:
+            return found
+        return found | {
+            "mfu": model_flops * share,
+            "mfu_full": flops_per_step(cfg.model, done.tokens, square) * share,
+            "hfu": (model_flops + again) * share,
+        }
