@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pentad.configs.schema import CheckpointConfig, Config, MoeConfig, RouterConfig, TextData
+from pentad.trainer.metrics.report import Report
 from pentad.trainer.processes.signals import StopRequest
 from pentad.trainer.trainer import Outputs, Trainer
 from tests.distributed import run_distributed
@@ -21,13 +22,13 @@ class Curve:
         self.rows: list[tuple[int, float, float]] = []
         self.events: list[dict] = []
 
-    def log(self, m, extra=None, **fields) -> None:
-        if isinstance(m, str):
-            self.events.append({"event": m, **fields})
+    def log(self, found: Report | str, **fields) -> None:
+        if isinstance(found, str):
+            self.events.append({"event": found, **fields})
         else:
-            self.rows.append((m.step, m.loss, m.grad_norm))
+            self.rows.append((found.step, found.row["loss"], found.row["grad_norm"]))
 
-    def add(self, step, values) -> None: ...
+    def add(self, report: Report) -> None: ...
 
     def close(self) -> None: ...
 
