@@ -34,6 +34,7 @@ from .sources import (
     comes_with_pentad,
     find_config,
     find_preset,
+    given_values,
     locate,
     plain,
     read_overrides,
@@ -41,6 +42,7 @@ from .sources import (
     select,
     shown,
 )
+from .tables.families import FAMILIES
 from .validation.general import validate
 
 
@@ -157,9 +159,18 @@ def _preset_layers(user: list[Layer], reading: Reading) -> list[Layer]:
     dtype = select(user, "train.dtype") or "bf16"
     hardware = [_for_dtype(g, dtype) for g in _preset("hardware", "hardware.preset", user, reading)]
     family = select([model, *user], "model.family") or "llama"
-    defaults = find_preset("families", family)
-    base = read_yaml(defaults, f"family {family}", "model.") if isinstance(defaults, Path) else []
-    return [base, model, [g for g in hardware if g is not None]]
+    return [_family(family, reading), model, [g for g in hardware if g is not None]]
+
+
+def _family(name: str, reading: Reading) -> Layer:
+    """The defaults of a family; the conversion of `model.family` will report a name that there is not."""
+    family = FAMILIES.get(name)
+    if family is None:
+        reading.untrusted.add("model")  # which keys its defaults would have given is not known
+        return []
+    if isinstance(family.values, Path):
+        return read_yaml(family.values, f"family {name}", "model.")
+    return given_values(family.values, f"family {name}", "model")
 
 
 def _preset(kind: str, key: str, user: list[Layer], reading: Reading) -> Layer:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from omegaconf import MISSING
+
+from .tables.families import FAMILIES
+from .tables.named import Named
 
 MAX_OVERLAP_CHUNKS = 8
 """The most parts into which a layer's tokens are cut on their way to the experts."""
@@ -154,21 +157,8 @@ class ModelConfig:
 
     preset: str | None = None
     """Name of a model in presets/models; the keys below override it."""
-    family: Literal[
-        "llama",
-        "qwen2",
-        "qwen3",
-        "mistral",
-        "gpt2",
-        "mixtral",
-        "qwen2_moe",
-        "qwen3_moe",
-        "olmoe",
-        "deepseek_v2",
-        "deepseek_v3",
-        "gpt_oss",
-    ] = "llama"
-    """Sharding plan and Hugging Face names; also sets the defaults of presets/families/FAMILY.yaml."""
+    family: Annotated[str, Named(FAMILIES)] = "llama"
+    """Hugging Face names and sharding plan; also sets the defaults of presets/families/FAMILY.yaml."""
     layers: int = MISSING
     """Number of transformer layers."""
     hidden: int = MISSING

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import Problem, UserError, nearest
 from .fields import all_keys, section_keys, short
-from .reading.convert import display, raw
+from .reading.convert import display, raw, written
 from .reading.interpolation import is_interpolated, lookup
 from .reading.written import Argument, Node, Unreadable, flow, is_mapping_text, unquote
 from .reading.yaml_file import read_entries
@@ -36,7 +37,7 @@ Layer = list[Given]
 
 
 def preset_names(kind: str) -> list[str]:
-    """Names in presets/KIND (models, families, hardware, jobs)."""
+    """Names in presets/KIND (models, hardware, jobs)."""
     return sorted(p.name.removesuffix(".yaml") for p in (PRESETS / kind).glob("*.yaml"))
 
 
@@ -161,10 +162,15 @@ def _override(argument: str) -> Iterator[Given]:
     return iter([Given(key, Argument(text), "command line")])
 
 
-def _leaves(node: Node, key: str) -> Layer:
+def _leaves(node: Node, key: str, where: str = "command line") -> Layer:
     if isinstance(node, dict):
-        return [leaf for name, inner in node.items() for leaf in _leaves(inner, f"{key}.{name}")]
-    return [Given(key, node, "command line")]
+        return [leaf for name, inner in node.items() for leaf in _leaves(inner, f"{key}.{name}", where)]
+    return [Given(key, node, where)]
+
+
+def given_values(values: Mapping[str, Any], label: str, section: str) -> Layer:
+    """Values from Python as if they had been written in a section; `label` is what messages call them."""
+    return _leaves(written(dict(values)), section, label)
 
 
 def select(layers: Sequence[Layer], key: str) -> str | None:

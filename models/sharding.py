@@ -1,11 +1,15 @@
-"""How each family is cut for tensor parallelism: patterns of parameter names, first match wins."""
+"""How a model is cut for tensor parallelism: patterns of parameter names, first match wins.
+
+Parameters have the same names in all families; a family whose cuts differ brings a plan of its own.
+"""
 
 from __future__ import annotations
 
 from ..configs.schema import ModelConfig
 from ..parallel.sharding_rules import Column, Expert, Plan, Row, Vocab, Whole
+from .hf.families import find_family
 
-_DECODER: Plan = (
+DECODER: Plan = (
     ("embed.weight", Vocab()),
     ("head.weight", Vocab()),
     ("positions.weight", Whole()),
@@ -39,26 +43,12 @@ _NORMS_OVER_ALL_HEADS: Plan = (
     ("*.attention.k_norm.*", Column(kv=True)),
 )
 
-_FAMILIES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gpt2",
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "olmoe",
-    "deepseek_v2",
-    "deepseek_v3",
-    "gpt_oss",
-)
-PLANS: dict[str, Plan] = dict.fromkeys(_FAMILIES, _DECODER)
-
 
 def plan_of(cfg: ModelConfig) -> Plan:
     """The plan of the model's family, with the rules that its options change."""
-    plan = _NORMS_OVER_ALL_HEADS + PLANS[cfg.family] if cfg.qk_norm_whole else PLANS[cfg.family]
+    plan = find_family(cfg.family).sharding or DECODER
+    if cfg.qk_norm_whole:
+        plan = _NORMS_OVER_ALL_HEADS + plan
     return _linear_attention(cfg) + plan
 
 

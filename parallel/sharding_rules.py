@@ -46,7 +46,7 @@ Rule = Column | Row | Vocab | Whole | Expert
 Plan = tuple[tuple[str, Rule], ...]
 Partial = Literal["", "tp", "tp_replica", "ends", "etp"]
 """The axis over which a parameter's gradient is a partial sum."""
-Family = Literal["dense", "expert"]
+ReplicaFamily = Literal["dense", "expert"]
 """Whose replicas a parameter has: those of the data axis, or those of the expert data axis (edp)."""
 
 
@@ -56,7 +56,7 @@ class Sharding:
 
     placement: Placement
     partial: Partial = ""
-    family: Family = "dense"
+    family: ReplicaFamily = "dense"
 
 
 @dataclass(frozen=True)

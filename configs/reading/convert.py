@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import types
 import unicodedata
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -82,7 +83,7 @@ def written(value: Any) -> Node:
     """A Python value as if it had been written."""
     if isinstance(value, (list, tuple)):
         return [written(element) for element in value]
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(key): written(element) for key, element in value.items()}
     if value is None or isinstance(value, bool):
         return Scalar({None: "null", True: "true", False: "false"}[value])

@@ -19,18 +19,15 @@ from ...configs.errors import Problem, UserError
 from ...configs.schema import ModelConfig
 from ...parallel.global_tensor import Placement
 from ..transformer import Transformer
-from .config_read import model_config_from_hf
-from .config_write import hf_config
-from .families import hf_family
+from .config_json import hf_config, is_buffer, is_fused, links, model_config_from_hf
+from .families import find_family
 from .files import INDEX, SINGLE, Notice, Stored, check_types, open_files, read_hf_config, some, to_stderr
 from .links import Link
-from .names import base_prefix, is_buffer, is_fused, is_prediction_module, links
 
 __all__ = [
     "HfFolder",
     "Notice",
     "hf_config",
-    "hf_family",
     "hf_weights",
     "load_hf",
     "model_config_from_hf",
@@ -111,12 +108,14 @@ class HfFolder:
 
     def _open(self, directory: Path, config: ModelConfig, notice: Notice) -> None:
         stored = open_files(directory, self._stack, notice)
-        table = links(config, fused=is_fused(config, stored))
+        family = find_family(config.family)
+        table = list(family.links(config, is_fused(config, stored)))
         expected = {name: shape for link in table for name, shape in link.theirs.items()}
-        stored = _renamed(stored, expected, base_prefix(config), directory, notice)
+        stored = _renamed(stored, expected, family.backbone, directory, notice)
         stored = {name: t for name, t in stored.items() if not is_buffer(name) and (name in expected or not t.alias)}
-        if extra := [name for name in stored if is_prediction_module(config, name)]:
-            notice(f"{directory}: {len(extra)} tensors of multi-token prediction are not read: {some(extra)}")
+        if extra := {name: what for name in stored if (what := family.passed_over(config, name))}:
+            what = " and ".join(sorted(set(extra.values())))
+            notice(f"{directory}: {len(extra)} tensors of {what} are not read: {some(list(extra))}")
             stored = {name: tensor for name, tensor in stored.items() if name not in extra}
         if config.tied:
             _tie(stored, next(iter(table[0].theirs)))

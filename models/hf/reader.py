@@ -35,8 +35,10 @@ class Reader:
         return next((key for key in keys if self.config.get(key) is not None), keys[0])
 
     def problem(self, key: str, message: str) -> None:
-        """Records what is wrong with a key."""
-        self.problems.append(Problem(f"config.json {self.prefix}{key}", message))
+        """Records what is wrong with a key, once however often it is read."""
+        found = Problem(f"config.json {self.prefix}{key}", message)
+        if found not in self.problems:
+            self.problems.append(found)
 
     def number(self, key: str, *, zero: bool = False) -> float:
         """A positive number, or 0 if `zero`; 1 and a problem if there is none."""
@@ -56,6 +58,14 @@ class Reader:
             self.problem(key, f"{found!r} is not an integer")
             return 1
         return int(found)
+
+    def listed(self, key: str) -> list[Any]:
+        """A list; empty where there is none, with a problem if there is something else."""
+        found = self.value(key)
+        if found is not None and not isinstance(found, (list, tuple)):
+            self.problem(key, f"{found!r} is not a list")
+            return []
+        return list(found or ())
 
     def only(self, key: str, *allowed: Any) -> None:
         """Record a problem unless the value is absent or one of `allowed`."""

@@ -52,7 +52,7 @@ def upcycled_config(dense: ModelConfig, *, experts: int, top_k: int, granularity
     wanted = replace(dense, moe=replace(moe, router=replace(moe.router, groups_kept=1)))
     check_upcycling(dense, wanted, prefix="--upcycle ")
     try:
-        return replace(wanted, family=hf_family(wanted))
+        return replace(wanted, family=hf_family(wanted).name)
     except UserError:
         return wanted
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..comm.collectives import Handle, all_gather, all_reduce, reduce_scatter
 from ..comm.mesh import Axis
 from ..gradients import Slot, route
-from ..sharding_rules import Family, Partial, Sharding
+from ..sharding_rules import Partial, ReplicaFamily, Sharding
 from .protocol import adopt
 
 _ALIGN = 16
@@ -33,7 +33,7 @@ _ALIGN = 16
 class Kind:
     """What the parameters of a bucket have in common."""
 
-    family: Family
+    family: ReplicaFamily
     partial: Partial
     decay: bool
 
@@ -201,7 +201,7 @@ def _decays(name: str, sharding: Sharding) -> bool:
 def make_buckets(
     params: Sequence[tuple[str, nn.Parameter, Sharding]],
     *,
-    data_axes: dict[Family, Axis],
+    data_axes: dict[ReplicaFamily, Axis],
     partial_axes: dict[str, Axis],
     sharded: bool,
     grad_dtype: torch.dtype,

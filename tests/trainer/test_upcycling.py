@@ -12,8 +12,8 @@ import torch
 
 from pentad.configs.errors import UserError
 from pentad.configs.schema import Config, ModelConfig, MoeConfig, RouterConfig
+from pentad.models.hf.config_json import links
 from pentad.models.hf.folder import load_hf, write_hf
-from pentad.models.hf.names import links
 from pentad.models.transformer import Transformer
 from pentad.trainer.checkpoint.checkpointer import Checkpointer, read_full, write_full
 from pentad.trainer.checkpoint.hugging_face import Upcycle, export_hf, import_hf, load_initial

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from pentad.configs import UserError, load
 from pentad.configs.schema import Config, ModelConfig
+from pentad.models.hf.config_json import links
 from pentad.models.hf.folder import load_hf, write_hf
-from pentad.models.hf.names import links
 from pentad.trainer.checkpoint.checkpointer import Checkpointer, read_full, write_full
 from pentad.trainer.checkpoint.hugging_face import export_hf, import_hf, load_initial
 from tests.distributed import run_distributed

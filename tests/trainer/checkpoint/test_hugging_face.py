@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from pentad.configs import load, preset_names
 from pentad.configs.errors import UserError
 from pentad.configs.schema import MlaConfig, ModelConfig, MoeConfig, RopeConfig, RouterConfig
+from pentad.models.hf.config_json import links
 from pentad.models.hf.folder import hf_config, load_hf, model_config_from_hf, write_hf
-from pentad.models.hf.names import links
 from pentad.trainer.checkpoint.checkpointer import Checkpointer, read_full, write_full
 from pentad.trainer.checkpoint.hugging_face import export_hf, import_hf, load_initial
 from pentad.trainer.checkpoint.saved_model import check_same_model, model_config_from_state
