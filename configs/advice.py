@@ -10,6 +10,7 @@ from .inert import inert_keys
 from .output import hide
 from .resolve import resolve
 from .schema import Config
+from .tables.context_methods import CONTEXT_METHODS
 
 Rule = Callable[[Config], list[Problem]]
 
@@ -24,7 +25,7 @@ def _context_method(config: Config) -> list[Problem]:
     """Methods of context parallelism that gain nothing under the job's placement of tokens."""
     m, p, context = config.model, config.parallel, config.parallel.context
     key = "parallel.context.method"
-    if p.cp == 1 or context.method in ("allgather", "ulysses") or not 0 < len(m.linear_layers) < m.layers:
+    if p.cp == 1 or not CONTEXT_METHODS[context.method].relays or not 0 < len(m.linear_layers) < m.layers:
         return []
     message = (
         f"{context.method} with contiguous tokens, which linear attention needs, leaves the first ranks idle; "
@@ -35,7 +36,7 @@ def _context_method(config: Config) -> list[Problem]:
 
 def _context_placement(config: Config) -> list[Problem]:
     p, context = config.parallel, config.parallel.context
-    if p.cp == 1 or context.placement != "by_length" or context.method not in ("allgather", "ulysses"):
+    if p.cp == 1 or context.placement != "by_length" or CONTEXT_METHODS[context.method].relays:
         return []
     message = (
         f"by_length saves nothing with parallel.context.method={context.method}, which sends the same wherever the "

@@ -95,7 +95,6 @@ JOB: tuple[Inert[Config], ...] = (
         lambda c: c.parallel.pipeline.vocab == "ends",
     ),
     Inert(("parallel.context",), ("parallel.cp",), lambda c: c.parallel.cp == 1),
-    Inert(("parallel.context.inner",), ("parallel.context.method",), lambda c: c.parallel.context.method != "usp"),
     Inert(("parallel.data.bucket_mib",), ("parallel.data.sharding",), lambda c: c.parallel.data.sharding == "fsdp"),
     Inert(("data.tokenizer.eod",), ("data.tokenizer.path",), lambda c: c.data.tokenizer.path is None),
     Inert(("data.cache",), ("data.name",), lambda c: isinstance(c.data, (BinData, BlendData))),

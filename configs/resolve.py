@@ -22,6 +22,7 @@ from .schema import (
     PipelineConfig,
     RopeConfig,
 )
+from .tables.context_methods import CONTEXT_METHODS
 from .tables.schedules import SCHEDULES, default_chunks
 from .tokenized import read_metas
 from .vocabulary import initial_vocab, padded
@@ -176,7 +177,7 @@ def resolve_context(parallel: ParallelConfig, model: ModelConfig) -> ContextConf
         cheapest = "allgather" if model.mla.kv_rank else _cheapest(cp, heads, kv_heads, linear=linear)
         method = "ring" if placement == "by_length" else cheapest
     inner = context.inner
-    if inner is None and method == "usp":
+    if inner is None and CONTEXT_METHODS[method].exchanges == "inner":
         inner = _largest_inner(cp, heads, kv_heads)
     return replace(context, method=method, inner=inner, placement=placement)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from .tables.context_methods import CONTEXT_METHODS
 from .tables.named import Named
 from .tables.schedules import SCHEDULES
 
@@ -41,8 +42,8 @@ class PipelineConfig:
 class ContextConfig:
     """How attention spans the context ranks, which share each sequence; unused with parallel.cp=1."""
 
-    method: Literal["auto", "allgather", "ulysses", "ring", "usp", "tokenring"] = "auto"
-    """Who sends what (docs/context.md); auto: the one that sends least for the model's heads."""
+    method: Annotated[str, Named(CONTEXT_METHODS)] = "auto"
+    """Who sends what (docs/context.md)."""
     duplex: bool = False
     """ring: half of the key-value heads travel each way, so that both directions of a link carry them."""
     inner: int | None = None

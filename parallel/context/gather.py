@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ...configs.schema_parallel import ContextConfig
 from ..comm.collectives import all_gather, all_to_all
-from ..comm.mesh import Axis
+from ..comm.mesh import Axis, Mesh
 from ..gradients import at_once
 from ..kernels.interfaces import LocalAttention
 from ..kernels.mask import Mask, TokenLayout
@@ -43,6 +44,11 @@ class AllGather:
     def __init__(self, axis: Axis, local: LocalAttention) -> None:
         self._axis, self._local = axis, local
 
+    @staticmethod
+    def of(context: ContextConfig, mesh: Mesh, local: LocalAttention) -> AllGather:
+        """The core of a job; arguments as of `make_core`."""
+        return AllGather(mesh.axis("cp"), local)
+
     def __call__(
         self,
         q: Tensor,
@@ -62,6 +68,11 @@ class GatherLatent:
 
     def __init__(self, axis: Axis, local: LocalAttention) -> None:
         self._axis, self._local = axis, local
+
+    @staticmethod
+    def of(context: ContextConfig, mesh: Mesh, local: LocalAttention) -> GatherLatent:
+        """The core of a job; arguments as of `make_core`."""
+        return GatherLatent(mesh.axis("cp"), local)
 
     def __call__(
         self,

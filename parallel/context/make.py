@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 from ...configs.schema_parallel import ContextConfig
+from ...configs.tables.context_methods import CONTEXT_METHODS
 from ..comm.mesh import Mesh
 from ..kernels.interfaces import Core, LatentCore, LocalAttention
-from .gather import AllGather, GatherLatent
-from .ring import Ring
-from .tokenring import TokenRing
-from .ulysses import Ulysses
-from .usp import Usp
 
 
 def make_latent_core(context: ContextConfig, mesh: Mesh, local: LocalAttention) -> LatentCore | None:
     """The core of latent attention where the method has one of its own; arguments as of `make_core`."""
-    return GatherLatent(mesh.axis("cp"), local) if context.method == "allgather" else None
+    where = CONTEXT_METHODS[context.method].latent_core
+    return _class(where).of(context, mesh, local) if where else None
 
 
 def make_core(context: ContextConfig, mesh: Mesh, local: LocalAttention) -> Core:
@@ -24,17 +24,17 @@ def make_core(context: ContextConfig, mesh: Mesh, local: LocalAttention) -> Core
         context: resolved.
         mesh: of this rank.
         local: attention of its device.
+
+    Raises:
+        ValueError: the method is still to be chosen.
     """
-    axis, back = mesh.axis("cp"), mesh.axis("cp_back")
-    match context.method:
-        case "ulysses":
-            return Ulysses(axis, local)
-        case "ring":
-            return Ring(axis, back, local, duplex=context.duplex)
-        case "tokenring":
-            return TokenRing(axis, back, local)
-        case "usp":
-            ring = Ring(mesh.axis("cp_outer"), mesh.axis("cp_outer_back"), local)
-            return Usp(mesh.axis("cp_inner"), ring)
-        case _:
-            return AllGather(axis, local)
+    where = CONTEXT_METHODS[context.method].core
+    if not where:
+        raise ValueError(f"parallel.context.method={context.method} has no core: the configuration is not resolved")
+    return _class(where).of(context, mesh, local)
+
+
+def _class(where: str) -> Any:
+    """The class MODULE.CLASS of this folder."""
+    module, _, name = where.partition(".")
+    return getattr(import_module(f".{module}", __package__), name)

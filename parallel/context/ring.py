@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...configs.errors import Problem, UserError
+from ...configs.schema_parallel import ContextConfig
 from ..comm.collectives import Handle, receive, send
-from ..comm.mesh import Axis
+from ..comm.mesh import Axis, Mesh
 from ..kernels.interfaces import LocalAttention
 from ..kernels.mask import TokenLayout
 from ..kernels.merge import add_sinks, merge_, sinks_grad
@@ -51,6 +52,11 @@ class Ring:
         self._down = RingPlans(down=True, keys=True)
         self._up = RingPlans(down=False, keys=True) if duplex else None
         self._axis, self._back = axis, back
+
+    @staticmethod
+    def of(context: ContextConfig, mesh: Mesh, local: LocalAttention) -> Ring:
+        """The core of a job; arguments as of `make_core`."""
+        return Ring(mesh.axis("cp"), mesh.axis("cp_back"), local, duplex=context.duplex)
 
     def __call__(
         self,

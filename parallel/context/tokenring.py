@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...configs.schema_parallel import ContextConfig
 from ..comm.collectives import Handle, receive, send
-from ..comm.mesh import Axis
+from ..comm.mesh import Axis, Mesh
 from ..kernels.interfaces import LocalAttention
 from ..kernels.mask import TokenLayout
 from ..kernels.merge import add_sinks, merge_, row_sums, sinks_grad
@@ -43,6 +44,11 @@ class TokenRing:
     def __init__(self, axis: Axis, back: Axis, local: LocalAttention) -> None:
         self._lines, self._local = Lines(axis, back, -1), local
         self._tables = RingPlans(down=True, keys=False)
+
+    @staticmethod
+    def of(context: ContextConfig, mesh: Mesh, local: LocalAttention) -> TokenRing:
+        """The core of a job; arguments as of `make_core`."""
+        return TokenRing(mesh.axis("cp"), mesh.axis("cp_back"), local)
 
     def __call__(
         self,

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...configs.errors import Problem, UserError
+from ...configs.schema_parallel import ContextConfig
 from ..comm.collectives import all_to_all
-from ..comm.mesh import Axis
+from ..comm.mesh import Axis, Mesh
 from ..kernels.attention import attention
 from ..kernels.interfaces import LocalAttention
 from ..kernels.mask import Mask, TokenLayout
@@ -45,6 +46,11 @@ class Ulysses:
 
     def __init__(self, axis: Axis, local: LocalAttention, piece_bytes: int = PIECE_BYTES) -> None:
         self._axis, self._local, self._piece_bytes = axis, local, piece_bytes
+
+    @staticmethod
+    def of(context: ContextConfig, mesh: Mesh, local: LocalAttention) -> Ulysses:
+        """The core of a job; arguments as of `make_core`."""
+        return Ulysses(mesh.axis("cp"), local)
 
     def __call__(
         self,

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..comm.mesh import Axis
-from ..kernels.interfaces import Core
+from ...configs.schema_parallel import ContextConfig
+from ..comm.mesh import Axis, Mesh
+from ..kernels.interfaces import Core, LocalAttention
 from ..kernels.mask import TokenIndex, TokenLayout
 from .gathered_tokens import GatheredTokens
+from .ring import Ring
 from .ulysses import PIECE_BYTES, Exchange
 
 
@@ -29,6 +31,11 @@ class Usp:
 
     def __init__(self, inner: Axis, outer: Core, piece_bytes: int = PIECE_BYTES) -> None:
         self._inner, self._outer, self._piece_bytes = inner, outer, piece_bytes
+
+    @staticmethod
+    def of(context: ContextConfig, mesh: Mesh, local: LocalAttention) -> Usp:
+        """The core of a job; arguments as of `make_core`."""
+        return Usp(mesh.axis("cp_inner"), Ring(mesh.axis("cp_outer"), mesh.axis("cp_outer_back"), local))
 
     def __call__(
         self,

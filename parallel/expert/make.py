@@ -26,6 +26,7 @@ def make_dispatcher(moe: MoeConfig, ep: Axis, etp: Axis) -> Dispatcher:
 
     Raises:
         UserError: deepep cannot be used here.
+        ValueError: there is no such dispatcher.
     """
     before = moe.weigh == "before"
     match moe.dispatcher:
@@ -33,7 +34,10 @@ def make_dispatcher(moe: MoeConfig, ep: Axis, etp: Axis) -> Dispatcher:
             return AllGather(moe.experts, ep, etp, weigh_before=before)
         case "deepep" if ep.size > 1:
             return DeepEp(moe.experts, ep, opener(ep, etp), weigh_before=before)
-    dispatcher = AllToAll(moe.experts, ep, etp, weigh_before=before)
-    if moe.overlap_chunks != "auto":
-        dispatcher.chunks = moe.overlap_chunks
-    return dispatcher
+        case "all_to_all" | "deepep":
+            dispatcher = AllToAll(moe.experts, ep, etp, weigh_before=before)
+            if moe.overlap_chunks != "auto":
+                dispatcher.chunks = moe.overlap_chunks
+            return dispatcher
+        case unknown:
+            raise ValueError(f"no dispatcher is called {unknown!r}")

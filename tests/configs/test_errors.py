@@ -85,6 +85,19 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
         "parallel.context.duplex",
         ["both ways", "tokenring", "set it to ring"],
     ),
+    *(
+        (
+            ["parallel.cp=2", "parallel.dp=1", f"parallel.context.method={method}", "parallel.context.inner=2"],
+            "parallel.context.inner",
+            ["2 ranks", f"parallel.context.method={method}", "usp"],
+        )
+        for method in ("allgather", "ulysses", "ring", "tokenring")
+    ),
+    (
+        ["parallel.cp=2", "parallel.context.method=rings"],
+        "parallel.context.method",
+        ["one of auto", "mean ring?"],
+    ),
     (
         ["parallel.cp=2", "parallel.dp=1", "parallel.context.method=usp", "parallel.context.inner=3"],
         "parallel.context.inner",

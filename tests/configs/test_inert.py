@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from pentad.models.routing.router import Router
 from pentad.models.transformer import Transformer
 from pentad.parallel.context.make import make_core
 from pentad.parallel.kernels.device import local_attention
-from pentad.trainer import setup
 from pentad.trainer.programs import Pipeline, training_program
 from tests.training import Run
 
@@ -85,12 +83,6 @@ def context(cfg: Config) -> object:
     mesh: Any = SimpleNamespace(axis=lambda name: name)
     core = make_core(cfg.parallel.context, mesh, local_attention(torch.device("cpu")))
     return type(core), getattr(core, "duplex", None)
-
-
-def lines(cfg: Config) -> object:
-    """How the mesh cuts the context ranks."""
-    with mock.patch.object(setup, "Mesh", lambda *args, **settings: settings["context"]):
-        return setup.mesh_of(cfg, store=None, rank=0, device="cpu", recorder=None)  # type: ignore[arg-type]
 
 
 R = "model.moe.router"
@@ -162,7 +154,6 @@ CASES: list[tuple[list[str], str, list[str], Observe | None]] = [
     ([], f"{PIPE}.schedule=gpipe", ["parallel.pp=2"], program),
     (["parallel.pp=2"], f"{PIPE}.vocab_barriers=2", [f"{PIPE}.vocab=balanced"], program),
     ([], f"{CTX}.method=allgather", ["parallel.cp=2"], context),
-    (["parallel.cp=4", f"{CTX}.method=ring"], f"{CTX}.inner=1", [f"{CTX}.method=usp"], lines),
     (["parallel.data.sharding=fsdp"], "parallel.data.bucket_mib=0.01", ["parallel.data.sharding=zero1"], None),
     ([], "data.tokenizer.eod=end", ["data.tokenizer.path=tokenizer.json"], None),
     (["data.name=bin", "data.paths=[tokens]"], "data.cache=elsewhere", ["data.name=text"], None),

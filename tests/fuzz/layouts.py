@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pentad.configs.tables.context_methods import CONTEXT_METHODS
 from pentad.configs.tables.schedules import SCHEDULES
 from tests.fuzz.draws import Draws, Keys, common_divisors
 
-METHODS = ["auto", "allgather", "ulysses", "ring", "usp", "tokenring"]
 WORLDS = {1: 0.4, 2: 2, 3: 0.5, 4: 3, 5: 0.2, 6: 0.8, 7: 0.1, 8: 3}
 
 
@@ -66,11 +66,12 @@ def _pipeline(draws: Draws, pp: int, layers: int) -> Keys:
 
 
 def _context(draws: Draws, *, hybrid: bool) -> Keys:
-    keys: Keys = {"method": draws.choice(METHODS)}
+    keys: Keys = {"method": draws.choice(list(CONTEXT_METHODS))}
     if not hybrid and draws.maybe(0.6):
         keys["placement"] = draws.choice(["zigzag", "contiguous", "by_length"])
-    if keys["method"] == "ring" and draws.maybe(0.3):
+    method = CONTEXT_METHODS[keys["method"]]
+    if method.duplex and draws.maybe(0.3):
         keys["duplex"] = True
-    if keys["method"] == "usp" and draws.maybe(0.4):
+    if method.exchanges == "inner" and draws.maybe(0.4):
         keys["inner"] = draws.choice([1, 2])
     return {f"parallel.context.{key}": value for key, value in keys.items()}

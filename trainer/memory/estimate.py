@@ -43,6 +43,7 @@ from dataclasses import dataclass
 
 from ...configs import Config, ModelConfig
 from ...configs.schema import AdamWConfig, SgdConfig
+from ...configs.tables.context_methods import CONTEXT_METHODS
 from ...configs.tables.schedules import SCHEDULES
 from ...models.costs.parameters import active_experts, matrices_of
 from ...models.transformer import Part
@@ -252,7 +253,7 @@ def layer_elements(cfg: Config, layer: int = 0) -> int:
         attention = _linear_elements(cfg)
     elif m.mla.kv_rank:
         # Gathered latents are expanded again in backward.
-        gathers = cfg.parallel.cp > 1 and cfg.parallel.context.method == "allgather"
+        gathers = cfg.parallel.cp > 1 and CONTEXT_METHODS[cfg.parallel.context.method].latent_core
         expanded = 0 if gathers else w.q + m.heads // tp * (m.mla.nope_dim + m.mla.value_dim)
         narrow = 2 * (m.mla.kv_rank + (m.mla.q_rank or 0)) + m.mla.rope_dim
         attention = tokens * (w.q + expanded + w.value) + tokens * narrow // tp

@@ -185,3 +185,9 @@ def test_an_impossible_dispatcher_names_the_key():
 def test_a_rank_with_all_experts_needs_no_deepep():
     alone = Axis.single("x")
     assert isinstance(make_dispatcher(MoeConfig(experts=E, dispatcher="deepep"), alone, alone), AllToAll)
+
+
+def test_an_unknown_dispatcher_is_no_other_one():
+    alone = Axis.single("ep")
+    with pytest.raises(ValueError, match="'all2all'"):
+        make_dispatcher(MoeConfig(experts=E, dispatcher="all2all"), alone, alone)  # type: ignore[arg-type]
