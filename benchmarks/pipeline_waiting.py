@@ -31,7 +31,6 @@ from pentad.configs.load import load
 from pentad.configs.schema import Config
 from pentad.models.stages import Inputs
 from pentad.parallel.comm.collectives import Handle, all_reduce, receive, send
-from pentad.parallel.comm.mesh import Mesh
 from pentad.parallel.gradients import WeightGradients
 from pentad.parallel.pipeline import draw, schedules
 from pentad.parallel.pipeline.execute import execute
@@ -44,7 +43,7 @@ from pentad.parallel.pipeline.times import Times
 from pentad.parallel.pipeline.vocabulary import balanced
 from pentad.parallel.record.reader import read
 from pentad.parallel.record.ring import Recorder
-from pentad.trainer.setup import make_model, mesh_of
+from pentad.trainer.session import Here, Session
 from pentad.trainer.vocab_passes import BalancedVocabulary
 
 RANKS = 8
@@ -154,8 +153,9 @@ class Case:
     def __init__(self, cfg: Config, store: dist.Store, rank: int, folder: Path) -> None:
         self.cfg, self.store, self.rank, self.folder = cfg, store, rank, folder
         recorder = Recorder(folder / f"rank-{rank}.ring", rank=rank, world=RANKS)
-        self.mesh: Mesh = mesh_of(cfg, store=store, rank=rank, device="cpu", recorder=recorder)
-        self.parts = make_model(cfg, self.mesh, torch.device("cpu"))
+        here = Here(rank, store, torch.device("cpu"), recorder)
+        self.session = Session.open(cfg, range(RANKS), 0, here=here, trains=False)
+        self.mesh, self.parts = self.session.mesh, self.session.parts
         self.shape = (cfg.train.seq_len, cfg.model.hidden)
         self.anchor = torch.zeros(self.shape, requires_grad=True)
         self.vocab: BalancedVocabulary | None = None
@@ -170,7 +170,7 @@ class Case:
         self.together()
         if self.vocab is not None:
             self.vocab.close()
-        self.mesh.close()
+        self.session.close()
 
     def together(self) -> None:
         """Returns on all ranks at about the same time."""

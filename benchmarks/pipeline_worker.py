@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,18 +25,15 @@ from workload import Workload, peak_rss_mib, random_batch
 from pentad.configs.load import load
 from pentad.configs.schema import Config
 from pentad.parallel.comm.collectives import Handle
-from pentad.parallel.comm.mesh import Mesh
 from pentad.parallel.pipeline import runtime, schedules
 from pentad.parallel.pipeline.execute import execute
 from pentad.parallel.pipeline.lower import lower
 from pentad.parallel.pipeline.program import Program
 from pentad.parallel.record.ring import Recorder
-from pentad.trainer.checkpoint.state import units_by_key
 from pentad.trainer.data.dataset import Microbatch
-from pentad.trainer.optim.optimizer import make_optimizer
 from pentad.trainer.processes.meeting import Meeting
-from pentad.trainer.programs import training_program
-from pentad.trainer.setup import Parts, Ranks, buckets_per_rank, make_model, mesh_of
+from pentad.trainer.session import Here, MakeStepper, Session
+from pentad.trainer.setup import Ranks
 from pentad.trainer.step import Stepper
 
 CHUNKS = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
@@ -142,38 +140,28 @@ class Setup:
 
     arguments: argparse.Namespace
     cfg: Config
-    mesh: Mesh
-    parts: Parts
-    program: Program
+    session: Session
     libraries_mib: float
     watch: Watch | None
 
     @staticmethod
-    def of(arguments: argparse.Namespace) -> Setup:
-        """Meets the other processes, then builds this one's part of the model."""
+    def of(arguments: argparse.Namespace, watch: Watch | None = None, stepper: MakeStepper = Stepper) -> Setup:
+        """Meets the other processes, then builds this one's part of the model and what trains it."""
         libraries = peak_rss_mib()
         # Random logits give denormal softmax gradients, which slow x86 GEMMs down many times; so does the trainer.
         torch.set_flush_denormal(True)
         ranks = Ranks.from_environment()
         cfg = make_config(arguments, ranks.world)
-        mesh = _open_mesh(cfg, ranks, arguments.out)
-        parts = make_model(cfg, mesh, torch.device("cpu"))
-        buckets = buckets_per_rank(parts.replicas, mesh)
-        program = training_program(cfg, parts.pipeline, arguments.microbatches, buckets)
-        return Setup(arguments, cfg, mesh, parts, program, libraries, Watch() if arguments.watch else None)
+        recorder = Recorder(arguments.out / f"rank-{ranks.rank}.ring", rank=ranks.rank, world=ranks.world)
+        store = Meeting(ranks.rank, ranks.world).open(cfg.faults.timeout_s)
+        here = Here(ranks.rank, store, torch.device("cpu"), recorder)
+        session = Session.open(cfg, range(ranks.world), 0, here=here, stepper=stepper)
+        return Setup(arguments, cfg, session, libraries, watch)
 
-    def measure(self, make: Callable[..., Stepper], program: Program) -> None:
-        """Trains with the stepper that `make` gives, and writes the report.
-
-        Args:
-            make: called like `Stepper`.
-            program: what it runs.
-        """
-        optimizer = make_optimizer(self.cfg.optim, torch.device("cpu"))
-        for unit in units_by_key(self.parts.replicas).values():
-            optimizer.prepare(unit)
-        stepper = make(self.cfg, self.parts, optimizer, self.mesh, program)
+    def measure(self) -> None:
+        """Trains, and writes the report."""
         report, warmup, count = Report(), self.arguments.warmup, self.arguments.microbatches
+        stepper = self.session.stepper
         for step in range(warmup + self.arguments.steps):
             batches = batches_of(step, count)
             start = time.perf_counter()
@@ -183,31 +171,23 @@ class Setup:
                 report.step_s.append(time.perf_counter() - start)
         report.rss_mib, report.libraries_mib = peak_rss_mib(), self.libraries_mib
         report.live = self.watch.peaks if self.watch else {}
-        self.parts.replicas.wait_gathers()
-        self.finish(report)
+        self.finish(report, self.session.program)
 
-    def finish(self, report: Report) -> None:
+    def finish(self, report: Report, program: Program) -> None:
         """Writes what `pipeline.py` reads, and leaves the other processes."""
-        _finish(self.mesh, self.program, report, self.arguments.out)
-
-
-def _open_mesh(cfg: Config, ranks: Ranks, out: Path) -> Mesh:
-    recorder = Recorder(out / f"rank-{ranks.rank}.ring", rank=ranks.rank, world=ranks.world)
-    store = Meeting(ranks.rank, ranks.world).open(cfg.faults.timeout_s)
-    return mesh_of(cfg, store=store, rank=ranks.rank, device="cpu", recorder=recorder)
-
-
-def _finish(mesh: Mesh, program: Program, report: Report, out: Path) -> None:
-    (out / f"rank-{mesh.rank}.json").write_text(json.dumps(asdict(report)))
-    if mesh.is_first:
-        (out / "program.json").write_text(program.to_json())
-    mesh.close()
+        out, mesh = self.arguments.out, self.session.mesh
+        (out / f"rank-{mesh.rank}.json").write_text(json.dumps(asdict(report)))
+        if mesh.is_first:
+            (out / "program.json").write_text(program.to_json())
+        self.session.close()
 
 
 class WatchedStepper(Stepper):
     """Shows every stage's input and output to a watch."""
 
-    watch: Watch
+    def __init__(self, watch: Watch, *given: Any) -> None:
+        super().__init__(*given)
+        self.watch = watch
 
     def _forward(self, stage: int, index: int, x: Tensor | None) -> Tensor:
         y = super()._forward(stage, index, x)
@@ -217,11 +197,10 @@ class WatchedStepper(Stepper):
 
 def train(arguments: argparse.Namespace) -> None:
     """Pentad's runtime."""
-    setup = Setup.of(arguments)
-    if setup.watch is None:
-        return setup.measure(Stepper, setup.program)
-    WatchedStepper.watch = setup.watch
-    return setup.measure(WatchedStepper, setup.program)
+    if not arguments.watch:
+        return Setup.of(arguments).measure()
+    watch = Watch()
+    return Setup.of(arguments, watch, partial(WatchedStepper, watch)).measure()
 
 
 class Stopwatch:
@@ -252,11 +231,9 @@ def empty_stages(arguments: argparse.Namespace) -> None:
     What is left of a step without forward, backward, sends, receives and waits is the interpreter's and the runtime's
     own time: dispatch, record, and keeping of inputs, outputs, graphs and buffers.
     """
-    ranks = Ranks.from_environment()
-    cfg = make_config(arguments, ranks.world)
-    mesh = _open_mesh(cfg, ranks, arguments.out)
-    name = arguments.schedule
-    compute = schedules.generate(name, ranks=ranks.world, microbatches=arguments.microbatches, chunks=CHUNKS[name])
+    setup = Setup.of(arguments)
+    mesh, name = setup.session.mesh, arguments.schedule
+    compute = schedules.generate(name, ranks=mesh.degrees.pp, microbatches=arguments.microbatches, chunks=CHUNKS[name])
     program = lower(compute)
     anchor, last = torch.zeros(1, 1, requires_grad=True), program.stages - 1
 
@@ -267,7 +244,7 @@ def empty_stages(arguments: argparse.Namespace) -> None:
     operation, waiting, totals = Stopwatch(), Stopwatch(), []
     ours = runtime.Runtime(
         program,
-        ranks.rank,
+        mesh.rank,
         forward=operation.around(forward),
         hidden=runtime.Hidden((1, 1), torch.float32, torch.device("cpu")),
         channel=mesh.channel,
@@ -283,14 +260,14 @@ def empty_stages(arguments: argparse.Namespace) -> None:
         for _ in range(arguments.warmup + arguments.steps):
             operation.seconds = waiting.seconds = 0.0
             start = time.perf_counter()
-            execute(program.ranks[ranks.rank], ours.handlers, mesh.recorder)
+            execute(program.ranks[mesh.rank], ours.handlers, mesh.recorder)
             ours.finish()
             elapsed = time.perf_counter() - start
             ours.losses()
             totals.append((elapsed - waiting.seconds, elapsed - waiting.seconds - operation.seconds))
-    count = len(program.ranks[ranks.rank])
+    count = len(program.ranks[mesh.rank])
     whole, own = (statistics.median(each) / count * 1e6 for each in zip(*totals[arguments.warmup :], strict=True))
-    _finish(mesh, program, Report(operation_us=whole, overhead_us=own), arguments.out)
+    setup.finish(Report(operation_us=whole, overhead_us=own), program)
 
 
 if __name__ == "__main__":

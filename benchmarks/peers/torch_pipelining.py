@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +13,13 @@ from pipeline_worker import Setup, Watch, worker_arguments
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
+from pentad.configs.schema import Config
 from pentad.models.stages import Inputs, run_stage
+from pentad.parallel.comm.mesh import Mesh
 from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.pipeline.program import Op, Program
 from pentad.parallel.pipeline.runtime import Runtime
+from pentad.trainer.optim.optimizer import Optimizer
 from pentad.trainer.setup import DTYPES, Parts
 from pentad.trainer.step import Stepper
 
@@ -45,16 +50,33 @@ class Stage(nn.Module):
 
 
 class TorchStepper(Stepper):
-    """A step whose one operation before the update is torch's whole schedule."""
+    """A step whose one operation before the update is torch's whole schedule.
 
-    def __init__(self, *args: Any, runner: Callable[[list[Tensor], Tensor, Tensor], None]) -> None:
-        super().__init__(*args)
+    Args:
+        arguments, watch: of the benchmark.
+        cfg, parts, optimizer, mesh, program: as of any stepper.
+    """
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        watch: Watch | None,
+        cfg: Config,
+        parts: Parts,
+        optimizer: Optimizer,
+        mesh: Mesh,
+        program: Program,
+    ) -> None:
+        updates = (Kinds.REDUCE, Kinds.NORM, Kinds.OPTIMIZE, Kinds.GATHER)
+        tails = (tuple(op for op in ops if op.kind in updates) for ops in program.ranks)
+        lists = tuple((Op(Kinds.FORWARD, 0, 0), *tail) for tail in tails)
+        super().__init__(cfg, parts, optimizer, mesh, Program(1, program.placement, lists))
         self._losses: list[Tensor] = []
-        self._runner = runner
+        self._runner = make_runner(arguments, watch, cfg, parts, program.stages_of(self.rank))
         self._handlers[Kinds.FORWARD] = self._run_schedule
 
     def _run_schedule(self, op: Op) -> None:
-        tokens, labels = (torch.cat([getattr(b, name) for b in self._inputs]) for name in ("tokens", "labels"))
+        tokens, labels = (torch.cat([getattr(b, name) for b in self._now.inputs]) for name in ("tokens", "labels"))
         self._runner(self._losses, tokens, labels)
 
     def _counted(self, runtime: Runtime) -> Tensor:
@@ -63,17 +85,17 @@ class TorchStepper(Stepper):
         return torch.stack(losses).sum() if losses else self._zero
 
 
-def make_runner(setup: Setup) -> Callable[[list[Tensor], Tensor, Tensor], None]:
-    """(list for the losses, tokens (m, T), labels (m, T)) → one step of torch's schedule."""
-    cfg, parts, count = setup.cfg, setup.parts, setup.arguments.microbatches
-    dtype, placement = DTYPES[cfg.train.dtype], setup.program.placement
+def make_runner(
+    arguments: argparse.Namespace, watch: Watch | None, cfg: Config, parts: Parts, mine: Sequence[int]
+) -> Callable[[list[Tensor], Tensor, Tensor], None]:
+    """(list for the losses, tokens (m, T), labels (m, T)) → a step of torch's schedule; `mine`: this rank's stages."""
+    count, dtype, placement = arguments.microbatches, DTYPES[cfg.train.dtype], parts.pipeline.placement
     tokens = torch.zeros(1, cfg.train.seq_len, dtype=torch.long)
     # Shapes known beforehand: else torch runs every stage once more in the first step to infer them.
     hidden = torch.empty(cfg.train.seq_len, cfg.model.hidden, dtype=dtype, requires_grad=True)
-    mine = setup.program.stages_of(setup.mesh.axis("pp").rank)
     stages = [
         PipelineStage(
-            Stage(parts, stage, tokens, dtype, setup.watch),
+            Stage(parts, stage, tokens, dtype, watch),
             stage,
             len(placement),
             parts.device,
@@ -87,7 +109,7 @@ def make_runner(setup: Setup) -> Callable[[list[Tensor], Tensor, Tensor], None]:
     def loss_of(x: Tensor, labels: Tensor) -> Tensor:
         return parts.model.head_op.loss(x, parts.model.head_weight, labels.reshape(-1), scale)
 
-    schedule: Any = SCHEDULES[setup.arguments.schedule]
+    schedule: Any = SCHEDULES[arguments.schedule]
     options = {"n_microbatches": count, "loss_fn": loss_of, "scale_grads": False}
     runner = schedule(stages if len(stages) > 1 else stages[0], **options)
     first, last = 0 in mine, len(placement) - 1 in mine
@@ -101,17 +123,9 @@ def make_runner(setup: Setup) -> Callable[[list[Tensor], Tensor, Tensor], None]:
 
 def main() -> None:
     """Train and report."""
-    setup = Setup.of(worker_arguments())
-    tails = tuple(
-        (
-            Op(Kinds.FORWARD, 0, 0),
-            *(op for op in ops if op.kind in (Kinds.REDUCE, Kinds.NORM, Kinds.OPTIMIZE, Kinds.GATHER)),
-        )
-        for ops in setup.program.ranks
-    )
-    program = Program(1, setup.program.placement, tails)
-    runner = make_runner(setup)
-    setup.measure(lambda *args: TorchStepper(*args, runner=runner), program)
+    arguments = worker_arguments()
+    watch = Watch() if arguments.watch else None
+    Setup.of(arguments, watch, partial(TorchStepper, arguments, watch)).measure()
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ class Handle:
         """
         if self._finish is not None:
             self._result, self._finish = self._finish(), None
+            self._test = None  # or it would keep the exchange
         return self._result
 
 

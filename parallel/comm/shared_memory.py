@@ -104,6 +104,7 @@ class LocalAxis:
         """Tells the peers that nothing of this rank may be read any more, and lets it go."""
         if self._segment is not None:
             self._segment.close()
+            self._segment = None
         self._abort.leave(id(self))
         for line in (line for pair in self._lines if pair is not None for line in pair):
             line.peer.process.close()
