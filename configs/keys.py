@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from omegaconf import MISSING
-
 from .errors import Problem, UserError
 from .fields import SELECTORS, field_types, nearest_key, optional
 from .schema import Config
@@ -108,7 +106,7 @@ def _first(key: str, section: str) -> str:
 
 def _default(field: dataclasses.Field[Any]) -> str:
     value = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-    if value is dataclasses.MISSING or value == MISSING:
+    if value is dataclasses.MISSING:
         return "required"
     if value is None:
         return "null"

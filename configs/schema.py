@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from omegaconf import MISSING
-
 from .errors import Problem
 from .schema_data import (
     DATASETS,
@@ -147,7 +145,7 @@ SCHEDULES: dict[str, type] = {
 class OptimConfig:
     """What every optimizer has."""
 
-    name: str = MISSING
+    name: str
     """Selects the class of this section: adamw or sgd."""
     lr: float = 3e-4
     """Peak learning rate."""

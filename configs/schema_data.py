@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from omegaconf import MISSING
-
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
@@ -22,7 +20,7 @@ class TokenizerConfig:
 class DataConfig:
     """What every source has."""
 
-    name: str = MISSING
+    name: str
     """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Text to tokens; of bin and blend only its vocabulary is used, where the files do not say theirs."""
@@ -50,7 +48,7 @@ class TextData(DataConfig):
 
     name: Literal["text"] = "text"
     """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
-    paths: tuple[str, ...] = MISSING
+    paths: tuple[str, ...]
     """Files, folders or glob patterns."""
 
 
@@ -80,7 +78,7 @@ class BinData(DataConfig):
 
     name: Literal["bin"] = "bin"
     """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
-    paths: tuple[str, ...] = MISSING
+    paths: tuple[str, ...]
     """Prefixes, without the extension; several are concatenated."""
     eod: int | None = None
     """End-of-document token; none: a document ends where the index says."""
@@ -92,7 +90,7 @@ class BlendData(DataConfig):
 
     name: Literal["blend"] = "blend"
     """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
-    weights: dict[str, float] = MISSING
+    weights: dict[str, float]
     """Prefix to weight; weights are normalised to sum to 1, and 0 leaves a source out."""
     eod: int | None = None
     """End-of-document token; none: a document ends where the index says."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from omegaconf import MISSING
-
 from .tables.families import FAMILIES
 from .tables.named import Named
 
@@ -159,17 +157,17 @@ class ModelConfig:
     """Name of a model in presets/models; the keys below override it."""
     family: Annotated[str, Named(FAMILIES)] = "llama"
     """Hugging Face names and sharding plan; also sets the defaults of presets/families/FAMILY.yaml."""
-    layers: int = MISSING
+    layers: int
     """Number of transformer layers."""
-    hidden: int = MISSING
+    hidden: int
     """Width of the residual stream."""
-    heads: int = MISSING
+    heads: int
     """Number of query heads."""
     kv_heads: int | None = None
     """Number of key and value heads; derived: heads."""
     head_dim: int | None = None
     """Width of a head; derived: hidden / heads."""
-    ffn: int = MISSING
+    ffn: int
     """Inner width of the feed-forward network."""
     vocab: int | None = None
     """Vocabulary size; derived: the tokenizer's, where it is built in or a file."""

@@ -12,7 +12,7 @@ from typing import Any
 from .errors import Problem, UserError, nearest
 from .fields import all_keys, section_keys, short
 from .reading.convert import display, raw, written
-from .reading.interpolation import is_interpolated, lookup
+from .reading.interpolation import is_interpolated
 from .reading.written import Argument, Node, Unreadable, flow, is_mapping_text, unquote
 from .reading.yaml_file import read_entries
 
@@ -180,6 +180,8 @@ def select(layers: Sequence[Layer], key: str) -> str | None:
         return None
     value = plain(last[key].node)
     if is_interpolated(value):
+        from .reading.evaluation import lookup
+
         value = lookup({name: plain(given.node) for name, given in last.items()}, key)
     return None if value is None else str(value)
 

@@ -25,13 +25,14 @@ from ..parallel.sharding_rules import Axes, Column, Plan, Row, Rule, Sharding, p
 from ..parallel.tensor import ColumnProjection, RowProjection
 from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard
 from .attention import Attention
+from .costs.parts import Part
 from .linear import Linear
 from .linear_attention import LinearAttention
 from .mla import LatentAttention
 from .moe import Moe
 from .recompute import run_layer_again
 from .sharding import plan_of
-from .transformer import Part, Transformer
+from .transformer import Transformer
 from .weights.initialise import initial
 
 _SOFTMAX = (Attention, LatentAttention)

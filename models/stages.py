@@ -1,42 +1,16 @@
-"""The model as stages of a pipeline: which layers each stage has, and what it computes."""
+"""The model as stages of a pipeline: what each stage computes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..parallel.kernels.mask import TokenLayout
+from .costs.parts import Split
 from .dropout import Draws
-from .transformer import Part, Transformer
-
-
-@dataclass(frozen=True)
-class Split:
-    """How the model is split.
-
-    Args:
-        layers: indices of the layers of each stage.
-        balanced: embedding, head and loss belong to no stage: the program runs them on all ranks.
-    """
-
-    layers: tuple[tuple[int, ...], ...]
-    balanced: bool = False
-
-    @staticmethod
-    def of(counts: Sequence[int], *, balanced: bool = False) -> Split:
-        """Consecutive layers, so many per stage."""
-        starts = [sum(counts[:stage]) for stage in range(len(counts))]
-        layers = tuple(tuple(range(start, start + count)) for start, count in zip(starts, counts, strict=True))
-        return Split(layers, balanced)
-
-    def part(self, stages: Sequence[int]) -> Part:
-        """What a rank with these stages holds."""
-        begins, ends = 0 in stages, len(self.layers) - 1 in stages
-        layers = tuple(i for stage in stages for i in self.layers[stage])
-        return Part(layers, begins, ends, begins or self.balanced, ends or self.balanced)
+from .transformer import Transformer
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ the head with its loss, every projection and the attention core are seams: objec
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,6 +16,7 @@ from ..configs.schema import ModelConfig
 from ..parallel.kernels.mask import TokenLayout
 from ..parallel.vocab import Look, look_up, whole_vocabulary
 from .attention import Attention
+from .costs.parts import Part
 from .dropout import Draws
 from .feed_forward import FeedForward
 from .linear_attention import LinearAttention
@@ -85,24 +85,6 @@ class HeadOp(Protocol):
     def logits(self, x: Tensor, weight: Tensor) -> Tensor: ...
 
     def loss(self, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | float) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one instance holds of the whole model.
-
-    Args:
-        layers: indices of its layers.
-        begins: it adds learned positions to the embedding.
-        ends: it has the last norm.
-        embeds, predicts: it has (part of) the embedding, the head.
-    """
-
-    layers: tuple[int, ...]
-    begins: bool = True
-    ends: bool = True
-    embeds: bool = True
-    predicts: bool = True
 
 
 RunLayer = Callable[[Layer, Tensor, Sequences, Draws | None], Tensor]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..configs.schema import Config
-from ..models.stages import Split
+from ..models.costs.parts import Split
 from ..parallel.pipeline import schedules
 from ..parallel.pipeline.check import check
 from ..parallel.pipeline.lower import forward_only, lower

@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
-
 from ..errors import Problem
 from ..fields import describe, field_types, flatten_schema, is_mapping, section_class
 from ..schema import Config, Origin
 from ..sources import Given, plain
 from .convert import WrongType, convert, display, expected, written
 from .hints import foreign_value
-from .interpolation import SHORTEST_SECRET, Unresolvable, escape, evaluate, is_interpolated, parts, texts
+from .interpolation import SHORTEST_SECRET, Unresolvable, escape, is_interpolated, parts, texts
 
 
 @dataclass
@@ -41,6 +39,10 @@ def convert_all(
     for key in (k for k in given if k not in interpolated and k not in reading.untrusted):
         _convert(values, key, keys[key], given[key], given[key].node, reading)
     known = {k: _literal(v) for k, v in (defaults(chosen) | values).items()}
+    if not interpolated:
+        return values, Origin()
+    from .evaluation import evaluate
+
     known |= {key: plain(given[key].node) for key in interpolated}
     for key in (k for k in interpolated if k not in reading.untrusted):
         try:
@@ -71,6 +73,8 @@ def _literal(value: Any) -> Any:
 
 def _origin(raw: Mapping[str, Any], known: Mapping[str, Any], values: Mapping[str, Any]) -> Origin:
     """Which of the interpolated values come from outside, and their parts that do."""
+    from .evaluation import evaluate
+
     secrets: dict[str, str] = {}
     for value in raw.values():
         for part in (p for text in texts(value) for p in parts(text)):
@@ -100,7 +104,7 @@ def _default(cls: type, name: str) -> Any:
     declared = cls.__dataclass_fields__[name]
     if declared.default_factory is not dataclasses.MISSING:
         return declared.default_factory()
-    return dataclasses.MISSING if declared.default == MISSING else declared.default
+    return declared.default
 
 
 def build(values: Mapping[str, Any], chosen: Mapping[str, type], reading: Reading) -> Config:

@@ -1,4 +1,4 @@
-"""`pentad check`: whether a job would start, and what it is and needs, without any device."""
+"""`pentad check`: whether a job would start, and what it is and needs, without any device and without torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ...configs import UserError, load
 from ...trainer.preflight import memory_preflight, preflight
 from ...trainer.run_folder import used_folder
+from .check_report import print_job
 
 
 def check(config: str, overrides: Sequence[str]) -> None:
@@ -18,8 +19,6 @@ def check(config: str, overrides: Sequence[str]) -> None:
     """
     cfg = load(config, overrides)
     preflight(cfg, memory=False)
-    from .check_report import print_job  # importing torch takes seconds, which a mistake need not wait for
-
     print_job(cfg)
     used = used_folder(cfg)
     if used is not None:  # not wrong with the job: `--fresh` starts it as it is

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ...configs.errors import Problem, UserError, nearest
 from ...configs.fields import field_types, short
@@ -20,7 +20,7 @@ def model_config_from_state(model: Any) -> ModelConfig:
     """The ModelConfig of a checkpoint's ``state.get("model")``; keys newer than the checkpoint have their defaults.
 
     Raises:
-        UserError: a key that no model has, or a value that it cannot have: one problem for each.
+        UserError: a key that no model has, one that is missing, or a value that it cannot have: one problem for each.
     """
     problems: list[Problem] = []
     config = _built(ModelConfig, model, "model", problems)
@@ -33,7 +33,7 @@ def _built(kind: type[Section], values: Any, key: str, problems: list[Problem]) 
     """A dataclass with the dataclasses inside it."""
     if not isinstance(values, Mapping):
         problems.append(Problem(key, f"the checkpoint has {short(values)} in its state.json, not a model"))
-        return kind()
+        return _built(kind, {}, key, [])
     types, given = field_types(kind), {}
     for name, value in values.items():
         where = f"{key}.{name}"
@@ -50,6 +50,12 @@ def _built(kind: type[Section], values: Any, key: str, problems: list[Problem]) 
                 problems.append(
                     Problem(where, f"in the checkpoint: {expected(types[name], written(value), str(error))}")
                 )
+    wrong = bool(problems)  # a key that is spelt wrongly explains one that is missing
+    for field in dataclasses.fields(cast(Any, kind)):
+        if field.default is field.default_factory and field.name not in given:  # neither a default nor a value
+            if not wrong:
+                problems.append(Problem(f"{key}.{field.name}", "is missing in the checkpoint's state.json"))
+            given[field.name] = 1
     return kind(**given)
 
 

@@ -46,7 +46,7 @@ from ...configs.schema import AdamWConfig, SgdConfig
 from ...configs.tables.context_methods import CONTEXT_METHODS
 from ...configs.tables.schedules import SCHEDULES
 from ...models.costs.parameters import active_experts, matrices_of
-from ...models.transformer import Part
+from ...models.costs.parts import Part
 from ...parallel.pipeline.memory import ActivationBytes, peak_bytes
 from ..programs import Pipeline, compute_program
 

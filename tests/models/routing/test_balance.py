@@ -13,11 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from pentad.configs.schema import ModelConfig, MoeConfig, RouterConfig
+from pentad.models.costs.parts import Part
 from pentad.models.dropout import Draws
 from pentad.models.recompute import run_layer_again
 from pentad.models.routing.balance import FIELDS, collect, columns, rebalance
 from pentad.models.routing.router import Router
-from pentad.models.transformer import Part, RunLayer, Transformer, run_layer
+from pentad.models.transformer import RunLayer, Transformer, run_layer
 from pentad.models.weights.initialise import initialise
 from tests.training import TINY
 

@@ -185,3 +185,11 @@ def test_latest_is_looked_at_as_the_run_will_find_it(tmp_path: Path) -> None:
 def test_looking_at_checkpoints_needs_no_torch() -> None:
     code = "import sys, pentad.trainer.checkpoint.check as c; assert 'torch' not in sys.modules; print(c.__name__)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("state", [{"layers": 2, "hidden": 8}, None, "model"])
+def test_a_state_without_the_sizes_of_a_model_is_refused(state: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        model_config_from_state(state)
+    keys = {problem.key for problem in caught.value.problems}
+    assert keys == ({"model.heads", "model.ffn"} if isinstance(state, dict) else {"model"})

@@ -10,9 +10,10 @@ import torch
 from pentad.configs import Config, load
 from pentad.models.costs.flops import layer_flops
 from pentad.models.costs.parameters import parameter_count
+from pentad.models.costs.parts import Part
 from pentad.models.mla import LatentAttention
 from pentad.models.mtp import ahead
-from pentad.models.transformer import Part, Transformer
+from pentad.models.transformer import Transformer
 from pentad.parallel.comm.mesh import Axis
 from pentad.parallel.context.gather import GatherLatent
 from pentad.parallel.kernels.device import PlainMaths

@@ -1,0 +1,50 @@
+"""Which parts of the model a rank has, and how the stages of a pipeline share its layers. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one instance holds of the whole model.
+
+    Args:
+        layers: indices of its layers.
+        begins: it adds learned positions to the embedding.
+        ends: it has the last norm.
+        embeds, predicts: it has (part of) the embedding, the head.
+    """
+
+    layers: tuple[int, ...]
+    begins: bool = True
+    ends: bool = True
+    embeds: bool = True
+    predicts: bool = True
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the model is split.
+
+    Args:
+        layers: indices of the layers of each stage.
+        balanced: embedding, head and loss belong to no stage: the program runs them on all ranks.
+    """
+
+    layers: tuple[tuple[int, ...], ...]
+    balanced: bool = False
+
+    @staticmethod
+    def of(counts: Sequence[int], *, balanced: bool = False) -> Split:
+        """Consecutive layers, so many per stage."""
+        starts = [sum(counts[:stage]) for stage in range(len(counts))]
+        layers = tuple(tuple(range(start, start + count)) for start, count in zip(starts, counts, strict=True))
+        return Split(layers, balanced)
+
+    def part(self, stages: Sequence[int]) -> Part:
+        """What a rank with these stages holds."""
+        begins, ends = 0 in stages, len(self.layers) - 1 in stages
+        layers = tuple(i for stage in stages for i in self.layers[stage])
+        return Part(layers, begins, ends, begins or self.balanced, ends or self.balanced)
