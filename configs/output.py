@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .fields import free_text_keys
+from .paths import default_checkpoint_folder
 from .reading.interpolation import escape
 from .schema import Config
 
@@ -26,7 +26,7 @@ def as_dict(config: Config, *, sizes: bool = False) -> dict[str, Any]:
     for key, value in config.origin.written.items():
         if not sizes or key in free_text_keys():
             _set(tree, key, value)
-    derived = str(Path(config.runs_dir) / config.name / "checkpoints")
+    derived = default_checkpoint_folder(config)
     if {"runs_dir", "name"} & set(config.origin.written) and config.checkpoint.dir == derived:
         # Derived from what must not be shown; loading derives it again.
         tree["checkpoint"]["dir"] = None

@@ -29,6 +29,15 @@ _SUFFIXES = (".bin", ".idx")
 _NEWEST = ("auto", "true", "yes", "last", "newest", "latest", "must", "allow")
 """How other tools say `latest`."""
 
+RUN_CONFIG = "config.yaml"
+"""In a run's folder, its configuration as the user gave it."""
+CHECKPOINT_FOLDER = "checkpoints"
+
+
+def default_checkpoint_folder(config: Config) -> str:
+    """Of a job that names none."""
+    return str(Path(config.runs_dir) / config.name / CHECKPOINT_FOLDER)
+
 
 def resolve_paths(config: Config) -> Config:
     """The configuration with `~` written out in all paths, prefixes without suffix, and a tokenizer's file."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .errors import UserError
-from .paths import resolve_paths
+from .paths import default_checkpoint_folder, resolve_paths
 from .schema import (
     BinData,
     BlendData,
@@ -51,7 +51,7 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
         data=replace(config.data, cache=cache),
         checkpoint=replace(
             config.checkpoint,
-            dir=folder if folder is not None else str(Path(config.runs_dir) / config.name / "checkpoints"),
+            dir=folder if folder is not None else default_checkpoint_folder(config),
         ),
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import Problem, UserError, nearest
 from .fields import all_keys, section_keys, short
+from .paths import RUN_CONFIG
 from .reading.convert import display, raw, written
 from .reading.interpolation import is_interpolated
 from .reading.written import Argument, Node, Unreadable, flow, is_mapping_text, unquote
@@ -63,12 +64,12 @@ def _no_config(given: str, file: Path) -> str:
     jobs = preset_names("jobs")
     if os.path.isdir(file):
         for name, what in (
-            ("config.yaml", "a run's folder"),
+            (RUN_CONFIG, "a run's folder"),
             ("state.json", "a checkpoint"),
             ("config.json", "a model"),
         ):
             if os.path.isfile(file / name):
-                instead = f"give {file / name}" if name == "config.yaml" else f"give a job, and checkpoint.init={given}"
+                instead = f"give {file / name}" if name == RUN_CONFIG else f"give a job, and checkpoint.init={given}"
                 return f"is {what}, not a job's YAML file; {instead}"
         inside = sorted(p.name for p in file.glob("*.y*ml"))[:5]
         return f"is a folder; give a YAML file in it{', ' if inside else ''}{' or '.join(inside)}"

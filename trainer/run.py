@@ -35,7 +35,7 @@ from .metrics.summary import summarize
 from .processes.meeting import Stopped
 from .processes.signals import StopRequest
 from .processes.start import Start
-from .run_folder import checkpoint_folder, run_folder
+from .run_folder import RunFile, checkpoint_folder, run_folder
 from .session import Here, Session
 from .setup import DTYPES, Ranks, make_recorder, prepare_device
 from .text.prompts import make_coder
@@ -107,7 +107,7 @@ def _in_mesh(cfg: Config, start: Start, ranks: Ranks, here: Here, open_things: E
             here=here,
             met=met,
             data=partial(_open_data, cfg, here),
-            peak=partial(_peak, cfg, here.device, MeasuredPeaks(run_dir / "peaks.json")),
+            peak=partial(_peak, cfg, here.device, MeasuredPeaks(run_dir / RunFile.PEAKS)),
             outer=open_things,
         )
         _train(session, run_dir, start.stop)
@@ -118,7 +118,7 @@ def _in_mesh(cfg: Config, start: Start, ranks: Ranks, here: Here, open_things: E
         _keep_record(run_dir, ranks, rings)
         raise
     if ranks.local_rank == 0:
-        with or_without(f"{run_dir}/record"):
+        with or_without(str(files.record_folder(run_dir))):
             files.collect(run_dir, rings, remove=True)
 
 
@@ -135,7 +135,7 @@ def _open_data(cfg: Config, here: Here) -> Dataset:
 
 def _train(session: Session, run_dir: Path, stop: StopRequest) -> None:
     cfg, mesh, parts = session.cfg, session.mesh, session.parts
-    events = EventLog(run_dir / "events.jsonl") if mesh.is_first else None
+    events = EventLog(run_dir / RunFile.EVENTS) if mesh.is_first else None
 
     def report(event: dict[str, Any]) -> None:
         if events is not None:
@@ -170,8 +170,8 @@ def _train(session: Session, run_dir: Path, stop: StopRequest) -> None:
         print(hide(cfg, "\n".join(lines)), flush=True)
         sinks = make_sinks(cfg.log, run_dir, as_dict(cfg), cfg.train.steps, trainer.step)
         outputs = Outputs(sinks, events)
-        with or_without(f"{run_dir}/program.json"):
-            (run_dir / "program.json").write_text(trainer.program.to_json() + "\n")
+        with or_without(f"{run_dir}/{RunFile.PROGRAM}"):
+            (run_dir / RunFile.PROGRAM).write_text(trainer.program.to_json() + "\n")
         events.log("start", step=trainer.step, world=mesh.degrees.world, program=trainer.program.hash)
     began_at, finished = trainer.step, False
     try:
@@ -212,7 +212,7 @@ def _close(cfg: Config, run_dir: Path, step: int, began_at: int, finished: bool)
     if step == began_at:
         return
     print("\n".join(summarize(run_dir)), flush=True)
-    with or_without(f"{run_dir}/curves.png"):
+    with or_without(f"{run_dir}/{RunFile.CURVES}"):
         picture = draw_curves(run_dir)
         if picture is not None:
             print(f"curves {picture}", flush=True)
@@ -248,8 +248,8 @@ def _barrier(mesh: Mesh) -> None:
 def _write_configs(run_dir: Path, cfg: Config, given: str) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(given)
-        (run_dir / "config.resolved.yaml").write_text(to_yaml(cfg))
+        (run_dir / RunFile.CONFIG).write_text(given)
+        (run_dir / RunFile.RESOLVED).write_text(to_yaml(cfg))
     except OSError as error:
         raise UserError(Problem("runs_dir", f"{run_dir} cannot be written ({error.strerror}); set runs_dir")) from error
 

@@ -1,4 +1,4 @@
-"""The folder of a run: one job at a time, and never two runs mixed in it.
+"""The folder of a run: what is in it, one job at a time, and never two runs mixed in it.
 
 A job that starts afresh where an earlier run has left metrics or checkpoints would keep that run's checkpoints beside
 its own, and `checkpoint.resume=latest` would go on with the wrong one: so it is refused, or moves the old folder aside.
@@ -11,10 +11,12 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from ..configs.errors import Problem, UserError
+from ..configs.paths import CHECKPOINT_FOLDER, RUN_CONFIG
 from ..configs.schema import Config
 from ..configs.strict_json import JsonError, open_regular, parse_json
 from .checkpoint.names import checkpoints
@@ -26,6 +28,22 @@ _OTHER_NAME = "set another name="
 _OTHER_FOLDER = "set another checkpoint.dir="
 
 
+class RunFile(StrEnum):
+    """What a run's folder holds, beside the record, whose names `parallel.record.files` has."""
+
+    CONFIG = RUN_CONFIG
+    """As the user gave it."""
+    RESOLVED = "config.resolved.yaml"
+    METRICS = "metrics.jsonl"
+    EVENTS = "events.jsonl"
+    PROGRAM = "program.json"
+    PEAKS = "peaks.json"
+    CURVES = "curves.png"
+    CHECKPOINTS = CHECKPOINT_FOLDER
+    PROFILE = "profile"
+    TENSORBOARD = "tensorboard"
+
+
 def run_folder(cfg: Config) -> Path:
     """Of a job."""
     return Path(cfg.runs_dir) / cfg.name
@@ -33,7 +51,7 @@ def run_folder(cfg: Config) -> Path:
 
 def checkpoint_folder(cfg: Config) -> Path:
     """Where the job's checkpoints are."""
-    return Path(cfg.checkpoint.dir) if cfg.checkpoint.dir else run_folder(cfg) / "checkpoints"
+    return Path(cfg.checkpoint.dir) if cfg.checkpoint.dir else run_folder(cfg) / RunFile.CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -52,7 +70,7 @@ class EarlierRun:
     def of(run: Path, directory: Path) -> EarlierRun | None:
         """What is in a run's folder and in the folder of its checkpoints; None where no step was ever done."""
         found = checkpoints(directory)
-        steps = max(_last_step(run / "metrics.jsonl"), _last_step(run / "events.jsonl"), key=lambda s: (s is None, s))
+        steps = max(_last_step(run / RunFile.METRICS), _last_step(run / RunFile.EVENTS), key=lambda s: (s is None, s))
         return EarlierRun(steps, found[0][1] if found else None) if found or steps != 0 else None
 
     def __str__(self) -> str:
@@ -90,7 +108,7 @@ def claim(
         earlier = EarlierRun.of(run, directory)
         if earlier is not None and fresh:
             _keep_named_files(cfg, config, [run, directory])
-            if EarlierRun.of(run, run / "checkpoints") is not None:
+            if EarlierRun.of(run, run / RunFile.CHECKPOINTS) is not None:
                 lock.file = _aside(run) / lock.file.name
                 lock.release()
                 _take(held, run, "name", _OTHER_NAME, env)
@@ -123,7 +141,7 @@ def _goes_on(cfg: Config, directory: Path) -> bool:
 
 
 def _used(run: Path, directory: Path, earlier: EarlierRun, outside: bool) -> Problem:
-    elsewhere = outside and EarlierRun.of(run, run / "checkpoints") is None
+    elsewhere = outside and EarlierRun.of(run, run / RunFile.CHECKPOINTS) is None
     folder, key, other = (directory, "checkpoint.dir", _OTHER_FOLDER) if elsewhere else (run, "name", _OTHER_NAME)
     go_on = "go on with checkpoint.resume=latest, " if earlier.checkpoint is not None else ""
     return Problem(key, f"{folder} holds an earlier run ({earlier}); {go_on}{other}, or move it aside with {FRESH}")

@@ -27,6 +27,7 @@ from .metrics.sinks import EventLog, SinkSet
 from .optim.learning_rate import learning_rate
 from .processes.signals import StopRequest
 from .programs import evaluation_program
+from .run_folder import RunFile
 from .session import Session
 from .step import StepResult
 from .text.samples import Sampler
@@ -78,7 +79,7 @@ class Trainer:
         self.peak = session.peak
         world, device = mesh.degrees.world, str(self.device)
         self.readings = Readings(RunFacts(cfg=cfg, devices=world, device=device, peak_tflops=self.peak.tflops))
-        self.profiler = Profiler(cfg.log.profile, run_dir / "profile", mesh.rank)
+        self.profiler = Profiler(cfg.log.profile, run_dir / RunFile.PROFILE, mesh.rank)
         self.tokenizer = TokenizerFiles()
         """What the run's checkpoints say about text."""
         self.sampler: Sampler | None = None

@@ -8,6 +8,6 @@ from pathlib import Path
 from .worker import work
 
 if __name__ == "__main__":
-    from ...trainer.sample_run import sample
+    from ...trainer.text.sample_run import sample
 
     sys.exit(work(Path(sys.argv[1]), sys.argv[2:], sample))

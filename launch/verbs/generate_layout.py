@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from ...configs import Problem, UserError, load
-from ...trainer.sample_run import ANSWER, REQUEST
+from ...trainer.run_folder import RunFile
+from ...trainer.text.sample_run import ANSWER, REQUEST
 from ..supervise.launcher import rank_environment, uses_gpus, world_size
 from ..supervise.supervisor import supervise
 
@@ -48,7 +49,7 @@ def answers_in_layout(run: Path, checkpoint: Path, prompts: list[list[int]], tex
 
 def _write_job(folder: Path, run: Path, checkpoint: Path) -> Path:
     """The run's configuration without its data, its folders and its trackers."""
-    resolved = run / "config.resolved.yaml"
+    resolved = run / RunFile.RESOLVED
     try:
         given = yaml.safe_load(resolved.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:

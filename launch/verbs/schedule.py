@@ -29,6 +29,7 @@ from ...parallel.pipeline.simulate import Timeline, simulate
 from ...parallel.pipeline.times import Times, by_rank
 from ...parallel.pipeline.vocabulary import balanced
 from ...parallel.record.reader import RecordError
+from ...trainer.run_folder import RunFile
 
 _PER_RANK = {
     "F": "forward",
@@ -40,7 +41,6 @@ _PER_RANK = {
     "IB": "embed_grad",
 }
 """Names of times that may differ between ranks, and the fields of `Times` that they fill."""
-PROGRAM_FILE = "program.json"
 """Where a run keeps its program."""
 _LATENCIES = {"comm": "hop", "link": "link", "collective": "collective"}
 _NAMES = (*_PER_RANK, *_LATENCIES)
@@ -107,11 +107,11 @@ def schedule(args: argparse.Namespace) -> int:
 
 def make(args: argparse.Namespace) -> Plan:
     """The program that the arguments ask for, checked and simulated."""
-    if (Path(args.name) / PROGRAM_FILE).is_file():
+    if (Path(args.name) / RunFile.PROGRAM).is_file():
         return of_run(Path(args.name), args.step)
     if args.name not in SCHEDULES and (os.sep in args.name or os.path.isdir(args.name)):
         raise UserError(
-            Problem(args.name, f"no run has its {PROGRAM_FILE} there; give a run's folder or a schedule's name")
+            Problem(args.name, f"no run has its {RunFile.PROGRAM} there; give a run's folder or a schedule's name")
         )
     missing = [option for option in ("ranks", "microbatches") if getattr(args, option) is None]
     if missing:
@@ -155,7 +155,7 @@ def of_run(folder: Path, step: int | None) -> Plan:
     Raises:
         UserError: the record does not hold the step.
     """
-    file = folder / PROGRAM_FILE
+    file = folder / RunFile.PROGRAM
     try:
         program = Program.from_json(read_bytes(file).decode())
         check(program)

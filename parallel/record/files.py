@@ -33,6 +33,12 @@ from .ring import ENTRY_BYTES, FORMAT, HEADER_BYTES, NAMES_BYTES
 _NAME = re.compile(r"pentad-.+-(\d+)\.ring")
 _CHUNK = 1 << 20
 _MAX_RANK = 1 << 24
+_INDEX = "index.json"
+
+
+def record_folder(run_dir: Path) -> Path:
+    """Where a run's index and the copies of its rings are."""
+    return run_dir / "record"
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class RingFile:
 
     def collected(self, run_dir: Path) -> Path:
         """Path of the copy that `collect` makes."""
-        return run_dir / "record" / f"rank-{self.rank:05d}.epoch-{self.epoch}.ring"
+        return record_folder(run_dir) / f"rank-{self.rank:05d}.epoch-{self.epoch}.ring"
 
 
 def write_index(run_dir: Path, rings: Iterable[RingFile], run: str = "") -> Path:
@@ -55,14 +61,14 @@ def write_index(run_dir: Path, rings: Iterable[RingFile], run: str = "") -> Path
 
     run: tells this run from others in the same folder: of its own, rings of other epochs stay listed.
     """
-    folder = run_dir / "record"
+    folder = record_folder(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         known, before = _index(run_dir)
     except (OSError, RecordError):
         known, before = "", []
     listed = {(ring.epoch, ring.rank): ring for ring in (*(before if known == run else ()), *rings)}
-    path = folder / "index.json"
+    path = folder / _INDEX
     rows = [asdict(listed[key]) for key in sorted(listed)]
     partial = path.with_suffix(f".{os.getpid()}.partial")
     fd = _new_file(partial)
@@ -78,7 +84,7 @@ def read_index(run_dir: Path) -> list[RingFile]:
 
 
 def _index(run_dir: Path) -> tuple[str, list[RingFile]]:
-    path = run_dir / "record" / "index.json"
+    path = record_folder(run_dir) / _INDEX
     try:
         known = expect_object(read_json(path), "the index", ("rings",))
         rings = [_row(row) for row in expect_list(known["rings"], "rings")]

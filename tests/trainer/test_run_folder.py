@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
@@ -20,10 +21,11 @@ from pentad.launch.cli import main as command
 from pentad.parallel.comm.process_ids import ProcessId
 from pentad.trainer import run_lock
 from pentad.trainer.__main__ import main
-from pentad.trainer.run_folder import claim
+from pentad.trainer.run_folder import RunFile, claim
 from pentad.trainer.run_lock import LOCK, STALE_S, Holder, lock_folder
 from tests.jobs import DENSE
 from tests.launch.test_bad_input import SMALL
+from tests.test_packages import ROOMS, ROOT
 
 _HOLD = """
 import sys
@@ -267,3 +269,17 @@ def test_a_run_that_goes_on_appends_and_one_that_starts_again_does_not_mix(
     assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 1
     assert len((tmp_path / "a.1" / "metrics.jsonl").read_text().splitlines()) == 2
     assert [p.name for p in (tmp_path / "a" / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_every_file_name_of_a_run_is_written_once() -> None:
+    names = {str(name) for name in RunFile if "." in name}
+    owners = {"run_folder.py", "paths.py"}
+    for room in ROOMS:
+        for file in (ROOT / room).rglob("*.py"):
+            texts = {node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)}
+            assert file.name in owners or not texts & names, file
+
+
+def test_a_run_folder_needs_no_torch() -> None:
+    code = "import sys, pentad.trainer.run_folder; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

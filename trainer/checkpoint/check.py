@@ -12,6 +12,7 @@ from typing import Any
 
 from ...configs.errors import Problem, UserError
 from ...configs.schema import Config, ModelConfig, MoeConfig
+from ..run_folder import RunFile, checkpoint_folder
 from .manifest import MANIFEST, STATE, Damaged, Manifest, read_manifest, read_state, resume_order
 from .names import checkpoints
 from .same_run import run_problems
@@ -26,7 +27,7 @@ def checkpoint_problems(cfg: Config) -> list[Problem]:
     """
     resume, init = cfg.checkpoint.resume, cfg.checkpoint.init
     if resume == "latest":
-        directory = Path(cfg.checkpoint.dir or Path(cfg.runs_dir) / cfg.name / "checkpoints")
+        directory = checkpoint_folder(cfg)
         found = resume_order(directory)
         usable = next((path for path in found if _state(path) is not None), None)
         if usable is not None:
@@ -45,7 +46,7 @@ def missing(path: Path, key: str) -> Problem | None:
     if path.is_dir() and not (path / MANIFEST).exists() and checkpoints(path):
         newest = checkpoints(path)[0][1]
         return Problem(key, f"{path} is a folder of checkpoints; name one, such as {newest}")
-    inner = path / "checkpoints"
+    inner = path / RunFile.CHECKPOINTS
     if path.is_dir() and not (path / MANIFEST).exists() and checkpoints(inner):
         newest = checkpoints(inner)[0][1]
         return Problem(key, f"{path} is the folder of a run; name one of its checkpoints, such as {newest}")

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..run_folder import RunFile
 from .summary import lines_of
 
-FILE = "curves.png"
 _BLUE, _RED, _GREEN, _GREY = "#2563eb", "#dc2626", "#059669", "#9ca3af"
 _SMOOTHED_FROM = 50
 """Steps from which on the loss is drawn smoothed over its own points."""
@@ -22,10 +22,10 @@ def draw_curves(run: Path) -> Path | None:
 
     The held-out loss is drawn at the steps of its evaluations, skipped steps and restarts as lines across.
     """
-    steps = [s for s in lines_of(run / "metrics.jsonl") if isinstance(s.get("step"), int)]
+    steps = [s for s in lines_of(run / RunFile.METRICS) if isinstance(s.get("step"), int)]
     if len(steps) < 2:
         return None
-    events = [e for e in lines_of(run / "events.jsonl") if isinstance(e.get("step"), int)]
+    events = [e for e in lines_of(run / RunFile.EVENTS) if isinstance(e.get("step"), int)]
     # Not pyplot, which keeps every figure and looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ def draw_curves(run: Path) -> Path | None:
             if event["event"] == "start" and event["step"] > at[0]:
                 axes.axvline(event["step"], color=_GREY, linestyle=":", linewidth=1)
     figure.suptitle(run.name)
-    path = run / FILE
+    path = run / RunFile.CURVES
     FigureCanvasAgg(figure).print_png(str(path))
     return path
 

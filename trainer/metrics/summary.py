@@ -10,6 +10,7 @@ from typing import Any
 from ...configs import UserError
 from ...configs.strict_json import JsonError, open_regular, parse_json
 from ..checkpoint.names import checkpoints
+from ..run_folder import RunFile
 from .formats import duration
 
 
@@ -19,7 +20,7 @@ def summarize(run: Path) -> list[str]:
     Raises:
         UserError: there is no run there, or its files are not what a run writes.
     """
-    steps, events = lines_of(run / "metrics.jsonl"), lines_of(run / "events.jsonl")
+    steps, events = lines_of(run / RunFile.METRICS), lines_of(run / RunFile.EVENTS)
     if not steps:
         raise UserError(f"{run} has no steps; give the folder of a run, runs/NAME")
     try:
@@ -82,7 +83,7 @@ def _finite(loss: float | None) -> float:
 
 def _newest_checkpoint(run: Path, events: list[dict[str, Any]]) -> str:
     elsewhere = [Path(e["path"]).parent for e in events if e["event"] == "checkpoint_saved"][-1:]
-    found = [c for folder in (run / "checkpoints", *elsewhere) for c in checkpoints(folder)]
+    found = [c for folder in (run / RunFile.CHECKPOINTS, *elsewhere) for c in checkpoints(folder)]
     if not found:
         return "no checkpoint"
     folder = found[0][1]

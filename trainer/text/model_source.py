@@ -18,9 +18,9 @@ from ..checkpoint.checkpointer import read_full, verify
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.names import checkpoints
 from ..checkpoint.saved_model import model_config_from_state
+from ..run_folder import RunFile
 from .tokenizer_files import TokenizerFiles, of_checkpoint, of_folder
 
-RESOLVED = "config.resolved.yaml"
 _REMEMBERED = ".router.load"
 
 
@@ -94,9 +94,9 @@ def find_checkpoint(path: Path, notice: Notice = to_stderr) -> Path:
         return path
     if not path.is_dir():
         raise UserError(Problem(str(path), "there is no such checkpoint, run or Hugging Face folder"))
-    folders = [path / "checkpoints", path]
-    if (path / RESOLVED).is_file():
-        folders.append(_folder_of(path / RESOLVED))
+    folders = [path / RunFile.CHECKPOINTS, path]
+    if (path / RunFile.RESOLVED).is_file():
+        folders.append(_folder_of(path / RunFile.RESOLVED))
     found = next((steps for folder in folders if (steps := checkpoints(folder))), [])
     for _, checkpoint in found:
         problems = verify(checkpoint)
@@ -105,7 +105,9 @@ def find_checkpoint(path: Path, notice: Notice = to_stderr) -> Path:
         notice(f"{checkpoint} is damaged, using the one before: {'; '.join(problems)}")
     if found:
         raise UserError(Problem(str(path), f"all {len(found)} checkpoints are damaged"))
-    what = "this run has no checkpoint yet" if (path / RESOLVED).is_file() else "holds neither a run nor a model"
+    what = (
+        "this run has no checkpoint yet" if (path / RunFile.RESOLVED).is_file() else "holds neither a run nor a model"
+    )
     raise UserError(Problem(str(path), f"{what}; name a run, a checkpoint or a Hugging Face folder"))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ....configs.errors import UserError
 from ....configs.schema import LogConfig
 from ...preflight import missing_packages
+from ...run_folder import RunFile
 from ..notices import warn
 from ..report import Report
 from .console import ConsoleSink
@@ -77,9 +78,9 @@ def make_sinks(
     if problems:
         raise UserError(*problems)
     run_dir.mkdir(parents=True, exist_ok=True)
-    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", resume_step), ConsoleSink(total_steps, cfg.every)]
+    sinks: list[Sink] = [JsonlSink(run_dir / RunFile.METRICS, resume_step), ConsoleSink(total_steps, cfg.every)]
     if cfg.wandb:
         sinks.append(WandbSink(cfg.wandb_project, run_dir, config_dict, resume_step))
     if cfg.tensorboard:
-        sinks.append(TensorBoardSink(run_dir / "tensorboard", resume_step))
+        sinks.append(TensorBoardSink(run_dir / RunFile.TENSORBOARD, resume_step))
     return SinkSet(sinks)

@@ -6,17 +6,17 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
-from ..configs.schema import Config
-from .checkpoint.checkpointer import Checkpointer
-from .checkpoint.hugging_face import load_initial
-from .processes.start import Start
-from .run import arrive
-from .run_folder import checkpoint_folder
-from .session import Session
-from .setup import Ranks
-from .text.prompts import make_coder
-from .text.samples import Sampler
-from .text.tokenizer_files import of_checkpoint
+from ...configs.schema import Config
+from ..checkpoint.checkpointer import Checkpointer
+from ..checkpoint.hugging_face import load_initial
+from ..processes.start import Start
+from ..run import arrive
+from ..run_folder import checkpoint_folder
+from ..session import Session
+from ..setup import Ranks
+from .prompts import make_coder
+from .samples import Sampler
+from .tokenizer_files import of_checkpoint
 
 REQUEST = "request.json"
 """What is wanted: prompts and count."""
