@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from .errors import Problem, UserError, nearest
-from .fields import SELECTORS, describe, field_types, flatten_schema, is_mapping, nearest_key
+from .fields import SELECTORS, describe, field_types, flatten_schema, is_mapping, nearest_key, optional
 from .output import hide
 from .paths import check_files
 from .reading.build import Reading, build, convert_all, defaults
@@ -43,6 +43,8 @@ from .sources import (
     shown,
 )
 from .tables.families import FAMILIES
+from .tables.imports import OPTION, give_again, imported, missing_in_checkpoints
+from .tables.named import named
 from .validation.general import validate
 
 
@@ -79,6 +81,7 @@ def load(
         notes=notes,
         given=tuple(key for key, last in given.items() if last.layer >= len(presets)),
         otherwise=_otherwise(presets, chosen),
+        imports=imported(),
     )
     config = dataclasses.replace(config, origin=origin)
     config = resolve(config, world_size)
@@ -89,8 +92,26 @@ def load(
         if not _consequence(p, reading.untrusted)
     ]
     if reading.problems:
-        raise UserError(*reading.problems)
+        raise UserError(*_brought_by_imports(reading.problems, given, chosen, config))
     return config
+
+
+def _brought_by_imports(
+    problems: Sequence[Problem], given: Mapping[str, Given], chosen: Mapping[str, type], config: Config
+) -> list[Problem]:
+    """The problems, with the modules that names which are not known came from, where the job's checkpoints say so."""
+    keys, c = flatten_schema(chosen)[0], config.checkpoint
+    told: list[Problem] = []
+    for problem in problems:
+        mark = named(optional(keys[problem.key])[0]) if problem.key in given else None
+        if mark is not None and not mark.takes(str(plain(given[problem.key].node))):
+            earlier = c.resume if c.resume != "latest" else None
+            missing = missing_in_checkpoints(earlier, c.init, c.dir)
+            if missing:
+                message = give_again(display(given[problem.key].node), missing)
+                problem = dataclasses.replace(problem, message=message)
+        told.append(problem)
+    return told
 
 
 def given_yaml(path: str | Path | None, overrides: Sequence[str] = ()) -> str:
@@ -99,10 +120,11 @@ def given_yaml(path: str | Path | None, overrides: Sequence[str] = ()) -> str:
     Raises:
         UserError: the file or an override cannot be read.
     """
+    options = [f"{OPTION} {name}" for name in imported()]
     if path is not None and not overrides:
         file = find_config(path)
         if isinstance(file, Path):
-            return read_text(file, str(path))
+            return "".join(f"# {option}\n" for option in options) + read_text(file, str(path))
     reading = Reading()
     layers = _user_layers(path, overrides, reading)
     chosen = _choose_classes(layers, reading)
@@ -120,7 +142,7 @@ def given_yaml(path: str | Path | None, overrides: Sequence[str] = ()) -> str:
         changed = key in fitted and fitted[key] != values.get(key)
         node[leaf] = fitted[key] if changed or key not in given else _yaml_value(given[key], fitted.get(key))
     source = "the command line alone" if path is None else str(path)
-    header = f"# {source}" + "".join(f"\n#   {' '.join(o.split())}" for o in overrides)
+    header = f"# {source}" + "".join(f"\n#   {' '.join(o.split())}" for o in [*options, *overrides])
     return f"{header}\n{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)}"
 
 

@@ -274,6 +274,8 @@ class Origin:
     """Dotted keys that the user wrote, and no preset alone."""
     otherwise: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """The values that dotted keys would have if the user had written none, before `resolve`."""
+    imports: tuple[str, ...] = ()
+    """Modules that were imported for it (`--import`)."""
     notes: tuple[Problem, ...] = ()
     """What was changed on the way, and why."""
 

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..configs import UserError
+from ..configs.tables.families import BUILT_IN
+from ..configs.tables.imports import OPTION, import_modules
 from ..configs.tables.schedules import SCHEDULES
 from .mistakes import unknown_arguments, unknown_verb
 from .verbs.generate import generate_parser
 
 _OVERRIDES = "config keys to change, e.g. train.steps=100 parallel.tp=2"
+_IMPORT = "first import a module, which may bring families, schedules and metrics of your own; repeated"
 _UPCYCLE = {"experts": True, "top_k": True, "granularity": False}
 """Keys of --upcycle, and whether they must be given."""
 _DTYPES = ("bf16", "fp16", "fp32", "fp64")
@@ -39,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args = _parse(argv)
+        if args.run is not _train:  # which lets the ranks of a launcher do it, one of which speaks for all
+            import_modules(getattr(args, "imports", ()))
         return args.run(args)
     except UserError as error:
         for problem in error.problems:
@@ -113,6 +118,9 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     export_hf.add_argument("--dtype", choices=_DTYPES, help="type of the written tensors (as in the checkpoint)")
     export_hf.set_defaults(run=_export_hf)
     generate_parser(verbs.add_parser("generate", help="Text from a run, a checkpoint or a Hugging Face folder."))
+    for verb, made in verbs.choices.items():
+        if verb != "tokenize":
+            made.add_argument(OPTION, metavar="MODULE", action="append", default=[], dest="imports", help=_IMPORT)
     return parser, list(verbs.choices)
 
 
@@ -185,7 +193,7 @@ def _schedule_parser(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> int:
     from .supervise.launcher import train
 
-    return train(args.config, args.overrides, fresh=args.fresh)
+    return train(args.config, args.overrides, fresh=args.fresh, imports=args.imports)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -271,7 +279,8 @@ def _export_hf(args: argparse.Namespace) -> int:
 
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
     model = export_hf(args.source, args.out, types[args.dtype] if args.dtype else None)
-    print(f"{args.out}: {model.family}, {model.layers} layers; transformers loads it with AutoModelForCausalLM")
+    loads = "; transformers loads it with AutoModelForCausalLM" if model.family in BUILT_IN else ""
+    print(f"{args.out}: {model.family}, {model.layers} layers{loads}")
     return 0
 
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from ..configs import Config, UserError, given_yaml, load
+from ..configs.tables.imports import OPTION, import_modules, take_imports
 from .preflight import preflight
 from .processes.failure import Failure
 from .processes.launchers import place
@@ -20,7 +21,7 @@ from .processes.signals import NOTICES, StopRequest
 from .processes.start import Start
 from .run_folder import FRESH, claim
 
-USAGE = f"usage: torchrun … -m pentad.trainer [{FRESH}] CONFIG [key=value …]"
+USAGE = f"usage: torchrun … -m pentad.trainer [{FRESH}] [{OPTION} MODULE …] CONFIG [key=value …]"
 
 
 def main(
@@ -31,14 +32,18 @@ def main(
     """Runs this rank of the job.
 
     Args:
-        argv: CONFIG and overrides, and perhaps --fresh; none: the command line's.
+        argv: CONFIG and overrides, and perhaps --fresh and --import MODULE; none: the command line's.
         failed: told about the failure instead of it being printed.
         job: what the rank does; none: it trains.
 
     Returns:
         The exit code: 0, 2 for a user's mistake, 1 for any other error, 128 + n for signal n before the first step.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        modules, argv = take_imports(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     fresh, argv = FRESH in argv, [a for a in argv if a != FRESH]
     if not argv or argv[0].startswith("-"):
         print(f"error: no CONFIG; {USAGE}", file=sys.stderr)
@@ -56,7 +61,7 @@ def main(
         return 2
     try:
         with ExitStack() as held:
-            return _run(start, argv[1:], held, job, alone=failed is None)
+            return _run(start, modules, argv[1:], held, job, alone=failed is None)
     finally:
         start.meeting.leave()
         stop.close()
@@ -64,6 +69,7 @@ def main(
 
 def _run(
     start: Start,
+    modules: Sequence[str],
     overrides: Sequence[str],
     held: ExitStack,
     job: Callable[[Config, Start], int] | None = None,
@@ -74,6 +80,7 @@ def _run(
     cfg: Config | None = None
     loading = True
     try:
+        import_modules(modules)
         cfg = load(start.config, overrides, world_size=start.meeting.world)
         start.given = given_yaml(start.config, overrides)
         loading = False

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from ..configs import Problem, UserError, as_dict, hide, to_yaml
 from ..configs.schema import Config
+from ..configs.tables.imports import OPTION, missing_in_checkpoints
 from ..models.costs.flops import layer_windows
 from ..models.hf.folder import to_stderr
 from ..parallel.comm.collectives import all_reduce
@@ -197,7 +198,9 @@ def _beginning(cfg: Config, trainer: Trainer, found: Path | None) -> str:
     """Where the run starts from."""
     if found is not None:
         done = "; that is the last one: raise train.steps to go on" if trainer.step >= cfg.train.steps else ""
-        return f"resumed from {found} at step {trainer.step}{done}"
+        missing = " ".join(f"{OPTION} {name}" for name in missing_in_checkpoints(found))
+        without = f"; now without {missing}, so that what it added is not there" if missing else ""
+        return f"resumed from {found} at step {trainer.step}{done}{without}"
     if cfg.checkpoint.init:
         made = ", its experts made of the dense model there" if cfg.checkpoint.upcycle else ""
         return f"starting at step 0 with the weights of {cfg.checkpoint.init}{made}"

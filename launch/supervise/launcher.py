@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...configs import Config, Problem, UserError, load
+from ...configs.tables.imports import OPTION, import_arguments, import_modules
 from ...trainer.__main__ import main as run_rank
 from ...trainer.devices import visible_gpus
 from ...trainer.preflight import preflight
@@ -18,13 +19,14 @@ from .supervisor import keep_record, supervise
 _MALLOC = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184"
 
 
-def train(config: str, overrides: Sequence[str], *, fresh: bool = False) -> int:
+def train(config: str, overrides: Sequence[str], *, fresh: bool = False, imports: Sequence[str] = ()) -> int:
     """Runs a job: as one of its ranks under a launcher, otherwise all of them, on this machine.
 
     Args:
         config: a YAML file, or the name of a job that comes with Pentad.
         overrides: `key=value`.
         fresh: move an earlier run in the job's folder aside.
+        imports: modules that this process and every rank imports before the config is read.
 
     Returns:
         The exit code: 0 after the last step or a clean stop, 2 for a user's mistake, the failing rank's otherwise.
@@ -33,14 +35,16 @@ def train(config: str, overrides: Sequence[str], *, fresh: bool = False) -> int:
         UserError: what is wrong with the config, before anything is started.
     """
     if "RANK" in place(os.environ) or "RANK" in os.environ:
-        return run_rank([*([FRESH] if fresh else []), config, *overrides])
+        options = [argument for name in imports for argument in (OPTION, name)]
+        return run_rank([*([FRESH] if fresh else []), *options, config, *overrides])
+    import_modules(imports)
     cfg = load(config, overrides)
     preflight(cfg)
     ranks = world_size(cfg)
     cuda = uses_gpus(cfg, ranks)
     claim(cfg, fresh=fresh, config=config).close()  # rank 0 takes the folder again, and keeps it while it lives
     with tempfile.TemporaryDirectory(prefix="pentad-") as folder:
-        worker = ["-m", "pentad.launch.supervise.worker", folder, config, *overrides]
+        worker = ["-m", "pentad.launch.supervise.worker", folder, *import_arguments(), config, *overrides]
         try:
             return supervise(Path(folder), ranks, worker, rank_environment(ranks, cuda=cuda))
         finally:

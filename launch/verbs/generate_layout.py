@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ...configs import Problem, UserError, load
+from ...configs.tables.imports import import_arguments
 from ...trainer.run_folder import RunFile
 from ...trainer.text.sample_run import ANSWER, REQUEST
 from ..supervise.launcher import rank_environment, uses_gpus, world_size
@@ -40,7 +41,13 @@ def answers_in_layout(run: Path, checkpoint: Path, prompts: list[list[int]], tex
                 raise UserError(Problem("--prompt", f"{message}; shorten it, or leave out --layout run"))
         (folder / REQUEST).write_text(json.dumps({"prompts": texts, "count": count}))
         ranks = world_size(cfg)
-        worker = ["-m", "pentad.launch.supervise.sample_worker", str(folder / "ranks"), str(config)]
+        worker = [
+            "-m",
+            "pentad.launch.supervise.sample_worker",
+            str(folder / "ranks"),
+            *import_arguments(),
+            str(config),
+        ]
         code = supervise(folder / "ranks", ranks, worker, rank_environment(ranks, cuda=uses_gpus(cfg, ranks)))
         if code:
             raise SystemExit(code)

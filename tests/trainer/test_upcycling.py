@@ -58,7 +58,7 @@ def test_offline(granularity: int, tmp_path: Path) -> None:
     wanted = Upcycle(experts=2 * granularity, top_k=granularity, granularity=granularity)
     config = import_hf(tmp_path / "hf", made, wanted)
     tensors, state = read_full(made)
-    assert state["step"] == 0 and model_config_from_state(state["model"]) == config
+    assert state["step"] == 0 and model_config_from_state(state) == config
     model = Transformer(config).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

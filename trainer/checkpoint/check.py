@@ -101,7 +101,7 @@ def _initial(cfg: Config, path: Path) -> list[Problem]:
         problem = missing(path, "checkpoint.init") or _damage(path, "checkpoint.init")
         if problem is not None:
             return [problem]
-        given = model_config_from_state(read_state(path).get("model"))
+        given = model_config_from_state(read_state(path))
         _fits(given, cfg, path)
     except UserError as error:
         return error.problems

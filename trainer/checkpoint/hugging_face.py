@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...configs.schema import ModelConfig, MoeConfig
+from ...configs.tables.imports import imported
 from ...models.hf.folder import (
     HfFolder,
     Notice,
@@ -68,6 +69,7 @@ def import_hf(
         config, tensors = _upcycled_weights(directory, upcycle)
     tokenizer = of_folder(directory, read_hf_config(directory))
     state = {"step": 0, "model": dataclasses.asdict(config), "tokenizer": tokenizer.state}
+    state |= {"imports": list(imported())} if imported() else {}
     write_full(Path(out), {f"model/{name}": tensor for name, tensor in tensors.items()}, state, tokenizer.files)
     return config
 
@@ -154,7 +156,7 @@ def load_initial(
                 parts.load(_read_all(parts, padded_read(folder.read, given), folder.shapes))
         return
     verified = checkpointer.verified(path, "checkpoint.init")
-    given = model_config_from_state(read_state(verified).get("model"))
+    given = model_config_from_state(read_state(verified))
     granularity = _check_initial(given, parts, path, upcycle)
     if upcycle:
         read = padded_read(CheckpointSlices(verified, _shapes(given)).read, given)

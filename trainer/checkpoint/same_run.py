@@ -77,6 +77,7 @@ def facts(cfg: Config, fingerprint: str) -> dict[str, Any]:
         },
         "model": written["model"],
         "data": written["data"],
+        **({"imports": list(cfg.origin.imports)} if cfg.origin.imports else {}),
     }
 
 
@@ -91,7 +92,7 @@ def run_problems(state: Mapping[str, Any], cfg: Config, path: Path, fingerprint:
     """
     try:
         Progress.of(state, path)
-        model = model_config_from_state(state.get("model"))
+        model = model_config_from_state(state)
     except UserError as error:
         return error.problems
     problems = [_changed(f"model.{key}", old, new) for key, (old, new) in differences(model, cfg.model).items()]

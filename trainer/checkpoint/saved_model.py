@@ -8,32 +8,34 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from ...configs.errors import Problem, UserError, nearest
-from ...configs.fields import field_types, short
+from ...configs.fields import field_types, optional, short
 from ...configs.inert import differences
 from ...configs.reading.convert import WrongType, convert, expected, written
 from ...configs.schema import ModelConfig
+from ...configs.tables.imports import give_again, missing_imports
+from ...configs.tables.named import named
 
 Section = TypeVar("Section")
 
 
-def model_config_from_state(model: Any) -> ModelConfig:
-    """The ModelConfig of a checkpoint's ``state.get("model")``; keys newer than the checkpoint have their defaults.
+def model_config_from_state(state: Mapping[str, Any]) -> ModelConfig:
+    """The ModelConfig of a checkpoint's state; keys newer than the checkpoint have their defaults.
 
     Raises:
         UserError: a key that no model has, one that is missing, or a value that it cannot have: one problem for each.
     """
     problems: list[Problem] = []
-    config = _built(ModelConfig, model, "model", problems)
+    config = _built(ModelConfig, state.get("model"), "model", problems, missing_imports(state.get("imports")))
     if problems:
         raise UserError(*problems)
     return config
 
 
-def _built(kind: type[Section], values: Any, key: str, problems: list[Problem]) -> Section:
-    """A dataclass with the dataclasses inside it."""
+def _built(kind: type[Section], values: Any, key: str, problems: list[Problem], missing: list[str]) -> Section:
+    """A dataclass with the dataclasses inside it; `missing`: modules that names in it may have come from."""
     if not isinstance(values, Mapping):
         problems.append(Problem(key, f"the checkpoint has {short(values)} in its state.json, not a model"))
-        return _built(kind, {}, key, [])
+        return _built(kind, {}, key, [], missing)
     types, given = field_types(kind), {}
     for name, value in values.items():
         where = f"{key}.{name}"
@@ -42,14 +44,16 @@ def _built(kind: type[Section], values: Any, key: str, problems: list[Problem]) 
             also = f"; the nearest one is {hint}" if hint else ""
             problems.append(Problem(short(where), f"the checkpoint has this key, which no model has here{also}"))
         elif dataclasses.is_dataclass(types[name]):
-            given[name] = _built(types[name], value, where, problems)
+            given[name] = _built(types[name], value, where, problems, missing)
         else:
             try:
                 given[name] = convert(types[name], written(value))
             except WrongType as error:
-                problems.append(
-                    Problem(where, f"in the checkpoint: {expected(types[name], written(value), str(error))}")
-                )
+                if missing and named(optional(types[name])[0]) is not None:
+                    message = give_again(short(value), missing)
+                else:
+                    message = f"in the checkpoint: {expected(types[name], written(value), str(error))}"
+                problems.append(Problem(where, message))
     wrong = bool(problems)  # a key that is spelt wrongly explains one that is missing
     for field in dataclasses.fields(cast(Any, kind)):
         if field.default is field.default_factory and field.name not in given:  # neither a default nor a value

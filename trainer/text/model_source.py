@@ -77,7 +77,7 @@ def read_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         UserError: the checkpoint is absent or damaged.
     """
     _, state = read_full(path, [])
-    config = model_config_from_state(state.get("model"))
+    config = model_config_from_state(state)
     with torch.device("meta"):
         names = [name for name in Transformer(config).state_dict() if not name.endswith(_REMEMBERED)]
     tensors, _ = read_full(path, [f"model/{name}" for name in names])

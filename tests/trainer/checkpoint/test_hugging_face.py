@@ -94,7 +94,7 @@ def test_imported_tensors_have_global_names(tmp_path: Path) -> None:
     found, state = read_full(tmp_path / "checkpoint")
     assert found.keys() == {f"model/{name}" for name in tensors}
     assert all(torch.equal(found[f"model/{name}"], tensor) for name, tensor in tensors.items())
-    assert model_config_from_state(state["model"]) == GPT2
+    assert model_config_from_state(state) == GPT2
 
 
 def test_export_of_a_training_checkpoint_in_another_dtype(tmp_path: Path) -> None:

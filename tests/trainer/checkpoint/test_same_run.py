@@ -135,9 +135,9 @@ def test_a_state_that_is_not_that_of_a_run_is_refused(tmp_path: Path, kind: str)
 def test_a_model_comes_back_from_its_state() -> None:
     for model in ({}, {"moe": MoeConfig(experts=4, top_k=2, ffn=16)}, {"window": 8, "dropout": 1e-05}):
         cfg = job(model=model)
-        assert model_config_from_state(facts(cfg, PRINT)["model"]) == cfg.model
+        assert model_config_from_state(facts(cfg, PRINT)) == cfg.model
     with pytest.raises(UserError):
-        model_config_from_state({"layers": [2]})
+        model_config_from_state({"model": {"layers": [2]}})
 
 
 # Paths ----------------------------------------------------------------------------------------------------------
