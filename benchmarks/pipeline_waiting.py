@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pentad.configs.load import load
 from pentad.configs.schema import Config
-from pentad.models.stages import Inputs
+from pentad.models.sequences import Inputs
 from pentad.parallel.comm.collectives import Handle, all_reduce, receive, send
 from pentad.parallel.gradients import WeightGradients
 from pentad.parallel.pipeline import draw, schedules

@@ -12,26 +12,18 @@ from torch import Tensor, nn
 from ..configs.schema import ModelConfig
 from ..parallel.kernels.attention import attention
 from ..parallel.kernels.device import local_attention
-from ..parallel.kernels.interfaces import Core
-from ..parallel.kernels.mask import Mask, TokenLayout
+from ..parallel.kernels.interfaces import AttentionCall, Core
+from ..parallel.kernels.mask import Mask
 from .functional import rotate
 from .linear import Linear, project
 from .norms import RmsNorm
 from .sequences import Sequences
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: TokenLayout,
-    window: int | None,
-    scale: float,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """The core of one device, which has all tokens: a `Core`."""
-    mask = layout.once(Mask.of, layout.mine, window)
-    return attention(local_attention(q.device), q, k, v, mask, scale, sinks)
+    mask = call.layout.once(Mask.of, call.layout.mine, call.window)
+    return attention(local_attention(q.device), q, k, v, mask, call.scale, call.sinks)
 
 
 class Attention(nn.Module):
@@ -64,7 +56,7 @@ class Attention(nn.Module):
             q, k = self._norm(q, k)
         if seq.cos is not None and seq.sin is not None:
             q, k = (rotate(y, seq.cos, seq.sin, self.interleaved) for y in (q, k))
-        y = self.core(q, k, v, seq.layout, self.window, self.scale, self.sinks)
+        y = self.core(q, k, v, AttentionCall(seq.layout, self.window, self.scale, self.sinks))
         return self.out(y.reshape(seq.batch * seq.length, -1))
 
     def _norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configs.schema import ModelConfig
-from ..parallel.kernels.interfaces import Core, LatentCore
+from ..parallel.kernels.interfaces import AttentionCall, Core, LatentCore
 from .attention import attend
 from .functional import rotate
 from .linear import Linear, project
@@ -75,11 +75,11 @@ class LatentAttention(nn.Module):
         turning = turning.view(*shape, self.mla.rope_dim)
         if seq.cos is not None and seq.sin is not None:
             q, turning = (rotate(y, seq.cos, seq.sin, self.interleaved) for y in (q, turning))
-        rest = seq.layout, self.window, self.scale
+        call = AttentionCall(seq.layout, self.window, self.scale)
         if self.latent_core is not None:
-            y = self.latent_core(q, latent, turning.squeeze(2), self.kv_up, self.keys_values, *rest)
+            y = self.latent_core(q, latent, turning.squeeze(2), self.kv_up, self.keys_values, call)
         else:
-            y = self.core(q, *self.keys_values(self.kv_up(latent), turning.squeeze(2)), *rest)
+            y = self.core(q, *self.keys_values(self.kv_up(latent), turning.squeeze(2)), call)
         return self.out(y.reshape(seq.batch * seq.length, -1))
 
     def keys_values(self, expanded: Tensor, turning: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What all layers know of a batch."""
+"""A microbatch, and what all layers know of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,34 @@ from typing import Any
 from torch import Tensor
 
 from ..parallel.kernels.mask import TokenLayout
+from .dropout import Draws
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A microbatch, as a model reads it.
+
+    Args:
+        tokens: (B, T) token ids.
+        labels: (B, T) next tokens, -1 where there is no loss; or (1 + depth, B, T), also those after them
+            (`mtp.ahead`): then the prediction modules add their losses' gradients. None: logits are wanted.
+        scale: factor of every token's loss.
+        positions: (T,) or (B, T); none: 0 … T−1.
+        documents: (B, T) document ids of packed sequences; none: one document each.
+        draws: the dropout of this step; none: no dropout.
+        share: this microbatch's share in the step's balancing losses; 0: evaluation.
+        layout: which tokens of their sequences `tokens` are, with their documents, and who has the others; none: all of
+            them, with these `documents`.
+    """
+
+    tokens: Tensor
+    labels: Tensor | None = None
+    scale: Tensor | float = 1.0
+    positions: Tensor | None = None
+    documents: Tensor | None = None
+    draws: Draws | None = None
+    share: float = 0.0
+    layout: TokenLayout | None = None
 
 
 @dataclass(frozen=True)

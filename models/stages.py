@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from ..parallel.kernels.mask import TokenLayout
 from .costs.parts import Split
-from .dropout import Draws
+from .sequences import Inputs
 from .transformer import Transformer
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What every stage knows of a microbatch; arguments as of `Transformer.forward`."""
-
-    tokens: Tensor
-    labels: Tensor
-    scale: float
-    positions: Tensor | None = None
-    documents: Tensor | None = None
-    draws: Draws | None = None
-    share: float = 0.0
-    layout: TokenLayout | None = None
 
 
 def run_stage(
@@ -38,23 +21,13 @@ def run_stage(
         dtype: of the hidden states.
     """
     last = len(split.layers) - 1
-    tokens, positions, draws = inputs.tokens, inputs.positions, inputs.draws
     if last == 0 and not split.balanced:
-        return model(
-            tokens,
-            inputs.labels,
-            scale=inputs.scale,
-            positions=positions,
-            documents=inputs.documents,
-            draws=draws,
-            share=inputs.share,
-            layout=inputs.layout,
-        )
+        return model(inputs)
     if stage == 0:
-        x = model.embed_tokens(tokens, positions, draws) if x is None else model.begin(x, tokens, positions, draws)
+        x = model.embed_tokens(inputs) if x is None else model.begin(x, inputs)
     assert x is not None
-    seq = model.sequences(tokens, positions, inputs.documents, dtype, inputs.share, inputs.layout)
-    x = model.run_layers(x, seq, draws, split.layers[stage])
+    seq = model.sequences(inputs, dtype)
+    x = model.run_layers(x, seq, inputs.draws, split.layers[stage])
     if stage < last:
         return x
-    return model.end(x) if split.balanced else model.loss(x, seq, draws, inputs.labels, inputs.scale)
+    return model.end(x) if split.balanced else model.loss(x, seq, inputs)

@@ -26,7 +26,7 @@ from .mtp import Prediction
 from .norms import make_norm
 from .rope import angles, frequencies
 from .routing.losses import attach
-from .sequences import Sequences
+from .sequences import Inputs, Sequences
 
 
 def attention_of(cfg: ModelConfig, index: int) -> Attention | LatentAttention | LinearAttention:
@@ -130,23 +130,16 @@ class Transformer(nn.Module):
         """The head's weight, where this part has it."""
         return self.embed_weight if self.head is None else self.head.weight
 
-    def sequences(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None,
-        documents: Tensor | None,
-        dtype: torch.dtype,
-        share: float = 0.0,
-        layout: TokenLayout | None = None,
-    ) -> Sequences:
-        """What the layers know of a batch of tokens (B, T); arguments as of `forward`."""
+    def sequences(self, inputs: Inputs, dtype: torch.dtype) -> Sequences:
+        """What the layers know of a microbatch; `dtype` of the hidden states."""
+        tokens, positions = inputs.tokens, inputs.positions
         batch, length = tokens.shape
         cos = sin = None
         if self._frequencies is not None:
             where = torch.arange(length, device=tokens.device) if positions is None else positions
             freq, factor = self._frequencies
             cos, sin = angles(freq.to(tokens.device), factor, where, dtype)
-        layout = layout or TokenLayout.whole(length, documents)
+        layout = inputs.layout or TokenLayout.whole(length, inputs.documents)
         rows = places = None
         if self.cfg.moe.experts:
             sequence = torch.arange(batch, device=tokens.device)[:, None]
@@ -154,18 +147,18 @@ class Transformer(nn.Module):
             everywhere = sequence * whole + layout.mine.order.to(tokens.device)
             places = self.embedding_op.local_tokens(everywhere.reshape(-1))
             rows = places // whole
-        return Sequences(batch, length, cos, sin, layout, rows, share, places=places)
+        return Sequences(batch, length, cos, sin, layout, rows, inputs.share, places=places)
 
-    def embed_tokens(self, tokens: Tensor, positions: Tensor | None, draws: Draws | None) -> Tensor:
-        """tokens (B, T) → (N, h)."""
-        rows = self.embedding_op(tokens.reshape(-1), self.embed_weight)
-        return self.begin(rows, tokens, positions, draws)
+    def embed_tokens(self, inputs: Inputs) -> Tensor:
+        """tokens (B, T) → the input of the first layer (N, h)."""
+        return self.begin(self.embedding_op(inputs.tokens.reshape(-1), self.embed_weight), inputs)
 
-    def begin(self, rows: Tensor, tokens: Tensor, positions: Tensor | None, draws: Draws | None) -> Tensor:
-        """The input of the first layer from the embedding's rows (N, h) of `tokens` (B, T)."""
-        x = rows
+    def begin(self, rows: Tensor, inputs: Inputs) -> Tensor:
+        """The input of the first layer (N, h) from the embedding's rows (N, h) of the tokens."""
+        x, tokens, draws = rows, inputs.tokens, inputs.draws
         if self.positions is not None:
-            where = torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
+            where = inputs.positions
+            where = torch.arange(tokens.shape[1], device=tokens.device) if where is None else where
             where = self.embedding_op.local_tokens(where.expand_as(tokens).reshape(-1))
             x = x + look_up(where, self.positions.weight)
         return draws.drop(x, -1) if draws else x
@@ -183,44 +176,27 @@ class Transformer(nn.Module):
         assert self.norm is not None
         return self.norm(x)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        labels: Tensor | None = None,
-        *,
-        scale: Tensor | float = 1.0,
-        positions: Tensor | None = None,
-        documents: Tensor | None = None,
-        draws: Draws | None = None,
-        share: float = 0.0,
-        layout: TokenLayout | None = None,
-    ) -> Tensor:
-        """Logits (B, T, V), or with labels (B, T) the summed cross-entropy times `scale` (a scalar).
+    def forward(self, inputs: Inputs | Tensor) -> Tensor:
+        """Logits (B, T, V), or with labels the summed cross-entropy times `scale` (a scalar).
 
         Args:
-            tokens: (B, T) token ids.
-            labels: (B, T) next tokens, -1 where there is no loss; or (1 + depth, B, T), also those after them
-                (`mtp.ahead`): then the prediction modules add their losses' gradients.
-            scale: factor of every token's loss.
-            positions: (T,) or (B, T); none: 0 … T−1.
-            documents: (B, T) document ids of packed sequences; none: one document each.
-            draws: the dropout of this step; none: no dropout.
-            share: this microbatch's share in the step's balancing losses; 0: evaluation.
-            layout: which tokens of their sequences `tokens` are, with their documents, and who has the others; none:
-                all of them, with these `documents`.
+            inputs: a microbatch; or only its token ids (B, T).
         """
-        x = self.embed_tokens(tokens, positions, draws)
-        seq = self.sequences(tokens, positions, documents, x.dtype, share, layout)
-        x = self.run_layers(x, seq, draws, self.part.layers)
-        if labels is None:
-            return self.head_op.logits(self.end(x), self.head_weight).view(*tokens.shape, -1)
-        return self.loss(x, seq, draws, labels, scale)
+        inputs = Inputs(inputs) if isinstance(inputs, Tensor) else inputs
+        x = self.embed_tokens(inputs)
+        seq = self.sequences(inputs, x.dtype)
+        x = self.run_layers(x, seq, inputs.draws, self.part.layers)
+        if inputs.labels is None:
+            return self.head_op.logits(self.end(x), self.head_weight).view(*inputs.tokens.shape, -1)
+        return self.loss(x, seq, inputs)
 
-    def loss(self, x: Tensor, seq: Sequences, draws: Draws | None, labels: Tensor, scale: Tensor | float) -> Tensor:
-        """The summed cross-entropy (a scalar) of the last layer's output (N, h); arguments as of `forward`."""
+    def loss(self, x: Tensor, seq: Sequences, inputs: Inputs) -> Tensor:
+        """The summed cross-entropy (a scalar) of the last layer's output (N, h), for inputs with labels."""
+        labels = inputs.labels
+        assert labels is not None
         if labels.dim() == 3:
-            x, labels = self._look_ahead(x, seq, draws, labels, scale), labels[0]
-        return self.head_op.loss(self.end(x), self.head_weight, labels.reshape(-1), scale)
+            x, labels = self._look_ahead(x, seq, inputs.draws, labels, inputs.scale), labels[0]
+        return self.head_op.loss(self.end(x), self.head_weight, labels.reshape(-1), inputs.scale)
 
     def _look_ahead(
         self, hidden: Tensor, seq: Sequences, draws: Draws | None, following: Tensor, scale: Tensor | float

@@ -1,6 +1,6 @@
 """Where a parameter's gradient goes.
 
-A parameter may carry a `Slot` (attribute `slot`). Backward code then adds its weight gradient straight into the slot's
+A parameter may carry a `Slot` (see `give_slot`). Backward code then adds its weight gradient straight into the slot's
 buffer, in the buffer's precision, and tells autograd nothing; without a slot (FSDP2, tests) the gradient is returned
 to autograd. Adding and telling are two calls, because a gradient may be computed earlier than it becomes final (the
 head's, which is made in forward) or later (deferred weight gradients). Each use of a parameter tells once in every
@@ -167,9 +167,20 @@ def at_once(params: Iterable[Tensor]) -> Iterator[None]:
         yield
 
 
+_SLOT = "slot"
+"""The attribute of a parameter that has one; nothing else reads or writes it."""
+
+
+def give_slot(param: Tensor, slot: Slot) -> None:
+    """From now on the parameter's gradients are added to the slot."""
+    setattr(param, _SLOT, slot)
+
+
 def slot_of(param: Tensor | None) -> Slot | None:
-    """The slot that a parameter carries, if it does."""
-    return getattr(param, "slot", None)
+    """The slot that a parameter of any shape carries, if it does."""
+    slot = getattr(param, _SLOT, None)
+    assert slot is None or isinstance(slot, Slot)
+    return slot
 
 
 def matmul_grad(param: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..configs.schema import Config
 from ..models.dropout import Draws
 from ..models.mtp import ahead
-from ..models.stages import Inputs
+from ..models.sequences import Inputs
 from ..parallel.comm.mesh import Mesh
 from ..parallel.context.layout import deal_of
 from ..parallel.kernels.mask import TokenLayout

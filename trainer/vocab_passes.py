@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..models.stages import Inputs
+from ..models.sequences import Inputs
 from ..parallel.balanced_vocab import BalancedEmbedding, BalancedHead
 from ..parallel.comm.lane import Lane
 from ..parallel.comm.mesh import Mesh
@@ -61,6 +61,7 @@ class BalancedVocabulary:
         """S: logits and softmax statistics of this rank's rows."""
         self._replicas.begin_microbatch()
         inputs = self._inputs(index)
+        assert inputs.labels is not None
         labels, with_grad = inputs.labels.reshape(-1), torch.is_grad_enabled()
         self._head.score(index, self._model.head_weight, labels, inputs.scale, with_grad=with_grad)
 

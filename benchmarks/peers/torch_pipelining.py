@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from pentad.configs.schema import Config
-from pentad.models.stages import Inputs, run_stage
+from pentad.models.sequences import Inputs
+from pentad.models.stages import run_stage
 from pentad.parallel.comm.mesh import Mesh
 from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.pipeline.program import Op, Program

@@ -16,10 +16,12 @@ from torch import Tensor
 from ...configs.schema import ModelConfig
 from ...parallel.kernels.attention import attention
 from ...parallel.kernels.device import local_attention
-from ...parallel.kernels.mask import Mask, TokenIndex, TokenLayout
+from ...parallel.kernels.interfaces import AttentionCall
+from ...parallel.kernels.mask import Mask, TokenIndex
 from ..attention import Attention
 from ..linear_attention import Coming, LinearAttention
 from ..mla import LatentAttention
+from ..sequences import Inputs
 from ..transformer import Transformer
 
 
@@ -47,8 +49,9 @@ def make_reader(model: Transformer) -> Reader:
 def last_logits(model: Transformer, tokens: Tensor, first: int = 0) -> Tensor:
     """The logits (V,) of the token that follows `tokens` (1, n), whose own places begin with `first`."""
     positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
-    x = model.embed_tokens(tokens, positions, None)
-    seq = model.sequences(tokens, positions, None, x.dtype)
+    inputs = Inputs(tokens, positions=positions)
+    x = model.embed_tokens(inputs)
+    seq = model.sequences(inputs, x.dtype)
     x = model.end(model.run_layers(x, seq, None, model.part.layers))
     return model.head_op.logits(x[-1:], model.head_weight)[0]
 
@@ -118,21 +121,12 @@ class _CachedCore:
         self._keep = None if window is None else max(window - 1, 0)
         self._keys, self._values, self._count = _Kept(), _Kept(), 0
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: TokenLayout,
-        window: int | None,
-        scale: float,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         keys, values = self._keys.append(k, self._keep), self._values.append(v, self._keep)
         self._count += q.shape[1]
         order = torch.arange(self._count - keys.shape[1], self._count)[None]
-        mask = Mask(TokenIndex(order[:, -q.shape[1] :]), TokenIndex(order), window)
-        return attention(local_attention(q.device), q, keys, values, mask, scale, sinks)
+        mask = Mask(TokenIndex(order[:, -q.shape[1] :]), TokenIndex(order), call.window)
+        return attention(local_attention(q.device), q, keys, values, mask, call.scale, call.sinks)
 
 
 @dataclass

@@ -6,13 +6,12 @@ Shapes: n tokens of this device, N of the microbatch, E experts, C choices (expe
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...configs.schema import ModelConfig
-from ...parallel.expert.routing import Routing
+from ...parallel.expert.routing import Findings, Routing
 from ...parallel.expert.tokens import TokenPool
 from ..dropout import Draws
 from ..sequences import Sequences
@@ -33,7 +32,7 @@ class Decision:
         counts: (C,) fp64, how often this device's tokens took each choice, before any was dropped.
         capacity: as of `Routing`.
         loads: as of `routing_losses.fractions`; none: no balancing loss.
-        memo: as of `Routing`.
+        findings: as of `Routing`.
     """
 
     choices: Tensor
@@ -42,7 +41,7 @@ class Decision:
     counts: Tensor
     capacity: int | None
     loads: Tensor | None
-    memo: dict[str, Any] = field(default_factory=dict)
+    findings: Findings = field(default_factory=Findings)
 
 
 class Router(nn.Module):
@@ -102,7 +101,7 @@ class Router(nn.Module):
                 shares = probabilities(scores.detach(), self._score)
                 add_to(self.tally, self.moe, decision.counts, decision.experts, shares, terms, seq.share)
             weights = self._attached(weights, terms, seq.share)
-        return Routing(decision.experts, weights, decision.capacity, decision.memo)
+        return Routing(decision.experts, weights, decision.capacity, decision.findings)
 
     @torch.no_grad()
     def rebalance(self, counts: Tensor, go: Tensor) -> None:

@@ -40,6 +40,17 @@ class Handle:
     ) -> None:
         self._result, self._finish, self._test = result, finish, test
 
+    @staticmethod
+    def after(result: Tensor, *waits: Callable[[], object], test: Callable[[], bool] | None = None) -> Handle:
+        """The handle of `result` (…), which is complete once `waits`, called in their order, have returned."""
+
+        def finish() -> Tensor:
+            for wait in waits:
+                wait()
+            return result
+
+        return Handle(result, finish, test)
+
     def done(self) -> bool:
         """Whether it is complete, without waiting. A collective knows only after `wait`, a transfer before."""
         return self._finish is None or (self._test is not None and self._test())
@@ -155,7 +166,7 @@ def all_gather(x: Tensor, axis: Axis, out: Tensor | None = None) -> Handle:
             result,
             lambda: _torch_all_gather(result, x, group=axis.group, async_op=True),
         )
-    return Handle(result, lambda: (wait(), result)[1])
+    return Handle.after(result, wait)
 
 
 def reduce_scatter(x: Tensor, axis: Axis, out: Tensor | None = None) -> Handle:
@@ -173,7 +184,7 @@ def reduce_scatter(x: Tensor, axis: Axis, out: Tensor | None = None) -> Handle:
             x,
             lambda: _torch_reduce_scatter(result, x, group=axis.group, async_op=True),
         )
-        return Handle(result, lambda: (wait(), result)[1])
+        return Handle.after(result, wait)
     parts = torch.empty_like(x)
     wait = _launch("reduce_scatter", axis, x, lambda: dist.all_to_all_single(parts, x, group=axis.group, async_op=True))
 
@@ -196,9 +207,9 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Handle:
     if _gloo(x) and in_two:
         flat = x.view(-1)
         scattered = reduce_scatter(flat, axis)
-        return Handle(x, lambda: (all_gather(scattered.wait(), axis, out=flat).wait(), x)[1])
+        return Handle.after(x, lambda: all_gather(scattered.wait(), axis, out=flat).wait())
     wait = _launch("all_reduce", axis, x, lambda: dist.all_reduce(x, _OPS[op], group=axis.group, async_op=True))
-    return Handle(x, lambda: (wait(), x)[1])
+    return Handle.after(x, wait)
 
 
 def all_to_all(
@@ -221,7 +232,7 @@ def all_to_all(
         x,
         lambda: dist.all_to_all_single(result, x, receive, send, group=axis.group, async_op=True),
     )
-    return Handle(result, lambda: (wait(), result)[1])
+    return Handle.after(result, wait)
 
 
 def broadcast(x: Tensor, axis: Axis, source: int) -> Handle:
@@ -232,13 +243,13 @@ def broadcast(x: Tensor, axis: Axis, source: int) -> Handle:
         return _copied("broadcast", axis, x, partial(local.broadcast, axis.local, x, source))
     root = axis.ranks[source]
     wait = _launch("broadcast", axis, x, lambda: dist.broadcast(x, root, group=axis.group, async_op=True))
-    return Handle(x, lambda: (wait(), x)[1])
+    return Handle.after(x, wait)
 
 
 def broadcast_blocks(x: Tensor, axis: Axis, sources: Sequence[int]) -> Handle:
     """In place: block j of x (len(sources) · n, …) becomes that of the rank at index `sources[j]` of the axis."""
     handles = [broadcast(part, axis, source) for part, source in zip(x.chunk(len(sources)), sources, strict=True)]
-    return Handle(x, lambda: ([handle.wait() for handle in handles], x)[1])
+    return Handle.after(x, *(handle.wait for handle in handles))
 
 
 def reduce(x: Tensor, axis: Axis, to: int) -> Handle:
@@ -272,7 +283,7 @@ def reduce_blocks(x: Tensor, axis: Axis, to: Sequence[int]) -> Handle:
             for part, index in zip(blocks, to, strict=True)
         ]
         result = x[:0] if mine is None else blocks[mine]
-        return Handle(result, lambda: ([wait() for wait in waits], result)[1])
+        return Handle.after(result, *waits)
     rows = block if mine is not None else 0
     parts = x.new_empty((axis.size * rows, *x.shape[1:]))
     send = [block if index in to else 0 for index in range(axis.size)]
@@ -330,14 +341,14 @@ def _transfer(kind: str, x: Tensor, axis: Axis, peer: int, start: Callable[[], d
             recorder.exit(ticket)
 
     if x.is_cuda:
-        return Handle(x, lambda: (work.wait(), ended(), x)[2], work.is_completed)
+        return Handle.after(x, work.wait, ended, test=work.is_completed)
     waiter = axis.waiters.get((kind, peer))
     if waiter is None:
         waiter = axis.waiters[kind, peer] = Waiter(f"{kind} {axis.name}")
     transfer = Transfer(work, ended)
     waiter.add(transfer)
     abort, what = axis.abort or Abort(), f"{kind} over {axis.name}"
-    return Handle(x, lambda: (transfer.wait(abort, what), x)[1], transfer.done)
+    return Handle.after(x, partial(transfer.wait, abort, what), test=transfer.done)
 
 
 class _AllGather(torch.autograd.Function):

@@ -15,19 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ...configs.schema_parallel import ContextConfig
 from ..comm.collectives import all_gather, all_to_all
 from ..comm.mesh import Axis, Mesh
 from ..gradients import at_once
-from ..kernels.interfaces import LocalAttention
-from ..kernels.mask import Mask, TokenLayout
-from ..kernels.merge import add_sinks, merge_, sinks_grad
+from ..kernels.attention import differentiable
+from ..kernels.interfaces import AttentionCall, LocalAttention
+from ..kernels.mask import Mask
+from ..kernels.merge import merge_
 from ..kernels.precision import precise
 
 KeysValues = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -49,18 +48,9 @@ class AllGather:
         """The core of a job; arguments as of `make_core`."""
         return AllGather(mesh.axis("cp"), local)
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: TokenLayout,
-        window: int | None,
-        scale: float,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         """See `Core`. Saved for backward: q, k, v, out and lse of this rank's tokens."""
-        return _Gathered.apply(q, k, v, sinks, _Job(self._axis, self._local, layout, window, scale))
+        return differentiable(q, k, v, call.sinks, _Gathered(self._axis, self._local, call))
 
 
 class GatherLatent:
@@ -81,31 +71,56 @@ class GatherLatent:
         turning: Tensor,
         up: nn.Module,
         keys_values: KeysValues,
-        layout: TokenLayout,
-        window: int | None,
-        scale: float,
+        call: AttentionCall,
     ) -> Tensor:
         """See `LatentCore`. Saved for backward: q, latent, turning, out and lse of this rank's tokens.
 
         The weight of `up` gets as many gradients a microbatch as there are ranks (`Slot.uses`).
         """
-        job = _Job(self._axis, self._local, layout, window, scale, up, keys_values)
-        return _Gathered.apply(q, latent, turning, None, job)
+        return differentiable(q, latent, turning, None, _Gathered(self._axis, self._local, call, up, keys_values))
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One layer's attention; the arguments of the methods and of their calls."""
+class _Gathered:
+    """One layer's attention; the arguments of the methods and of their calls.
+
+    What is gathered are keys and values, or latents and turned keys: `one` and `two` of every rank.
+    """
 
     axis: Axis
     local: LocalAttention
-    layout: TokenLayout
-    window: int | None
-    scale: float
+    call: AttentionCall
     up: nn.Module | None = None
     keys_values: KeysValues | None = None
 
-    def blocks(self, one: Tensor, two: Tensor) -> Iterator[tuple[int, Mask, Tensor, Tensor]]:
+    def attend(self, q: Tensor, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+        """out and lse over all ranks' keys, in lse's precision."""
+        out = lse = None
+        for _, mask, first, second in self._blocks(one, two):
+            if out is None or lse is None:
+                out, lse = self._attend(first, second, mask, q)
+                out = out.to(lse.dtype)
+            else:
+                merge_(out, lse, *self._attend(first, second, mask, q))
+        assert out is not None and lse is not None
+        return out, lse
+
+    def differentiate(
+        self, dout: Tensor, q: Tensor, one: Tensor, two: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq in lse's precision, and the gradients of this rank's one and two in their own types."""
+        dq = torch.zeros_like(q, dtype=lse.dtype)
+        gradients = [x.new_zeros(self.axis.size, *x.shape) for x in (one, two)]
+        for rank, mask, first, second in self._blocks(one, two):
+            part, *found = self._differentiate(first, second, mask, q, dout, out, lse)
+            dq += part
+            for gradient, x in zip(gradients, found, strict=True):
+                gradient[rank] = x
+            del first, second, part, found, x  # among them views of what was gathered
+        done, dtwo = (_summed_at_home(gradient, self.axis) for gradient in gradients)
+        return dq, done, dtwo
+
+    def _blocks(self, one: Tensor, two: Tensor) -> Iterator[tuple[int, Mask, Tensor, Tensor]]:
         """(rank, mask, its part of the gathered two) for each rank's tokens; this one's first, while the rest arrives.
 
         Ranks of whose keys no query may see any are left out, but not where they are expanded: how often a weight is
@@ -120,71 +135,34 @@ class _Job:
                 yield rank, self._mask(rank), ones[rank], twos[rank]
 
     def _mask(self, rank: int) -> Mask:
-        return self.layout.once(Mask, self.layout.mine, self.layout.ranks[rank], self.window)
+        layout = self.call.layout
+        return layout.once(Mask, layout.mine, layout.ranks[rank], self.call.window)
 
-    def attend(self, one: Tensor, two: Tensor, mask: Mask, q: Tensor) -> tuple[Tensor, Tensor]:
-        """out and lse of this block."""
-        return self.local.forward(q, *self._expand(one, two), mask, self.scale)
+    def _attend(self, one: Tensor, two: Tensor, mask: Mask, q: Tensor) -> tuple[Tensor, Tensor]:
+        """out and lse of one block."""
+        return self.local.forward(q, *self._expand(one, two), mask, self.call.scale)
 
     def _expand(self, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
         if self.up is None or self.keys_values is None:
             return one, two
         return self.keys_values(self.up(one), two)
 
-    def differentiate(
+    def _differentiate(
         self, one: Tensor, two: Tensor, mask: Mask, q: Tensor, dout: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """This block's part of dq, and the gradients of its part of the gathered two in their own types."""
+        """One block's part of dq, and the gradients of its part of the gathered two in their own types."""
         if self.up is None:
-            dq, dk, dv = self.local.backward(dout, q, one, two, out, lse, mask, self.scale)
+            dq, dk, dv = self.local.backward(dout, q, one, two, out, lse, mask, self.call.scale)
             return dq, dk.to(one.dtype), dv.to(two.dtype)
         one, two = (x.detach().requires_grad_() for x in (one, two))
         with torch.enable_grad():
             k, v = self._expand(one, two)
-        dq, dk, dv = self.local.backward(dout, q, k.detach(), v.detach(), out, lse, mask, self.scale)
+        dq, dk, dv = self.local.backward(dout, q, k.detach(), v.detach(), out, lse, mask, self.call.scale)
         # Not deferred: the weight's gradients would keep the keys and values of all ranks until then.
         with at_once(self.up.parameters()):
             torch.autograd.backward((k, v), (dk.to(k.dtype), dv.to(v.dtype)))
         assert one.grad is not None and two.grad is not None
         return dq, one.grad, two.grad
-
-
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, one: Tensor, two: Tensor, sinks: Tensor | None, job: _Job) -> Tensor:
-        out = lse = None
-        for _, mask, first, second in job.blocks(one, two):
-            if out is None or lse is None:
-                out, lse = job.attend(first, second, mask, q)
-                out = out.to(lse.dtype)
-            else:
-                merge_(out, lse, *job.attend(first, second, mask, q))
-        assert out is not None and lse is not None
-        if sinks is not None:
-            out, lse = add_sinks(out, lse, sinks)
-        out = out.to(q.dtype)
-        ctx.job = job
-        ctx.save_for_backward(q, one, two, sinks, out, lse)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, one, two, sinks, out, lse = ctx.saved_tensors
-        job: _Job = ctx.job
-        dq = torch.zeros_like(q, dtype=lse.dtype)
-        gradients = [x.new_zeros(job.axis.size, *x.shape) for x in (one, two)]
-        for rank, mask, first, second in job.blocks(one, two):
-            part, *found = job.differentiate(first, second, mask, q, dout, out, lse)
-            dq += part
-            for gradient, x in zip(gradients, found, strict=True):
-                gradient[rank] = x
-            del first, second, part, found, x  # among them views of what was gathered
-        dsinks = None
-        if sinks is not None and ctx.needs_input_grad[3]:
-            dsinks = sinks_grad(dout, out, lse, sinks)
-        done, dtwo = (_summed_at_home(gradient, job.axis) for gradient in gradients)
-        return dq.to(q.dtype), done, dtwo, dsinks, None
 
 
 def _summed_at_home(gradient: Tensor, axis: Axis) -> Tensor:

@@ -18,19 +18,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...configs.errors import Problem, UserError
 from ...configs.schema_parallel import ContextConfig
 from ..comm.collectives import Handle, receive, send
 from ..comm.mesh import Axis, Mesh
-from ..kernels.interfaces import LocalAttention
-from ..kernels.mask import TokenLayout
-from ..kernels.merge import add_sinks, merge_, sinks_grad
+from ..kernels.attention import differentiable
+from ..kernels.interfaces import AttentionCall, LocalAttention
+from ..kernels.merge import merge_
 from ..kernels.precision import precise
 from .packed_tensors import PackedTensors
 from .ring_plan import RingPlan, RingPlans, Stop
@@ -58,24 +56,16 @@ class Ring:
         """The core of a job; arguments as of `make_core`."""
         return Ring(mesh.axis("cp"), mesh.axis("cp_back"), local, duplex=context.duplex)
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: TokenLayout,
-        window: int | None,
-        scale: float,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """See `local.Core`.
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        """See `Core`.
 
         Raises:
             UserError: duplex with one key-value head.
         """
-        return _Ring.apply(q, k, v, sinks, self._courses(k.shape[2], layout, window, scale))
+        return differentiable(q, k, v, call.sinks, _BothWays(self._courses(k.shape[2], call)))
 
-    def _courses(self, heads: int, layout: TokenLayout, window: int | None, scale: float) -> list[_Course]:
+    def _courses(self, heads: int, call: AttentionCall) -> list[_Course]:
+        layout, window, scale = call.layout, call.window, call.scale
         down = Lines(self._axis, self._back, -1)
         if self._up is None or self._axis.size == 1:
             return [_Course(self._down.of(layout, window), self._local, scale, down, slice(0, heads))]
@@ -241,11 +231,14 @@ def _differentiate(course: _Course, saved: _Saved, dq: Tensor, dk: Tensor, dv: T
     journey.left()
 
 
-class _Ring(torch.autograd.Function):
-    """Keeps this rank's q, k, v, out and lse."""
+@dataclass(frozen=True)
+class _BothWays:
+    """One call: the directions take turns, so that each computes while the other communicates."""
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, courses: list[_Course]) -> Tensor:
+    courses: list[_Course]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """out and lse over all ranks' keys, in lse's precision."""
         groups = q.shape[2] // k.shape[2]
         out = q.new_empty(*q.shape[:3], v.shape[-1], dtype=precise(q.dtype))
         lse = out.new_empty(q.shape[0], q.shape[2], q.shape[1])
@@ -258,32 +251,24 @@ class _Ring(torch.autograd.Function):
                 course.queries(out, groups),
                 course.sums(lse, groups),
             )
-            for course in courses
+            for course in self.courses
         ]
         for _ in zip_longest(*runs):
             pass
-        if sinks is not None:
-            out, lse = add_sinks(out, lse, sinks)
-        out = out.to(q.dtype)
-        ctx.courses = courses
-        ctx.save_for_backward(q, k, v, sinks, out, lse)
-        return out
+        return out, lse
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, sinks, out, lse = ctx.saved_tensors
+    def differentiate(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv in lse's precision."""
         groups = q.shape[2] // k.shape[2]
         dq, dk, dv = (torch.empty_like(x, dtype=lse.dtype) for x in (q, k, v))
         runs = []
-        for course in ctx.courses:
+        for course in self.courses:
             theirs, x, y, wanted = (course.queries(each, groups) for each in (dout, q, out, dq))
             keys, values, dkeys, dvalues = (each[:, :, course.heads] for each in (k, v, dk, dv))
             saved = _Saved(theirs, x, keys, values, y, course.sums(lse, groups))
             runs.append(_differentiate(course, saved, wanted, dkeys, dvalues))
         for _ in zip_longest(*runs):
             pass
-        dsinks = None
-        if sinks is not None and ctx.needs_input_grad[3]:
-            dsinks = sinks_grad(dout, out, lse, sinks)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None
+        return dq, dk, dv

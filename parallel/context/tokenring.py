@@ -15,18 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...configs.schema_parallel import ContextConfig
 from ..comm.collectives import Handle, receive, send
 from ..comm.mesh import Axis, Mesh
-from ..kernels.interfaces import LocalAttention
-from ..kernels.mask import TokenLayout
-from ..kernels.merge import add_sinks, merge_, row_sums, sinks_grad
+from ..kernels.attention import differentiable
+from ..kernels.interfaces import AttentionCall, LocalAttention
+from ..kernels.merge import merge_, row_sums
 from .packed_tensors import Like, PackedTensors
 from .ring_plan import RingPlan, RingPlans, RowSelection
 from .ring_transfer import Lines, RingTransfer, finish
@@ -50,19 +48,10 @@ class TokenRing:
         """The core of a job; arguments as of `make_core`."""
         return TokenRing(mesh.axis("cp"), mesh.axis("cp_back"), local)
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: TokenLayout,
-        window: int | None,
-        scale: float,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """See `local.Core`."""
-        course = _Course(self._tables.of(layout, window), self._lines, self._local, scale)
-        return _TokenRing.apply(q, k, v, sinks, course)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+        """See `Core`."""
+        course = _Course(self._tables.of(call.layout, call.window), self._lines, self._local, call.scale)
+        return differentiable(q, k, v, call.sinks, course)
 
 
 @dataclass(frozen=True)
@@ -73,6 +62,16 @@ class _Course:
     lines: Lines
     local: LocalAttention
     scale: float
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See `_attend`."""
+        return _attend(self, q, k, v)
+
+    def differentiate(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `_differentiate`."""
+        return _differentiate(self, dout, q, k, v, out, lse)
 
 
 class _Returns:
@@ -199,27 +198,3 @@ def _differentiate(
     returns.collect()
     journey.left()
     return dq, dk, dv
-
-
-class _TokenRing(torch.autograd.Function):
-    """Keeps this rank's q, k, v, out and lse."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, course: _Course) -> Tensor:
-        out, lse = _attend(course, q, k, v)
-        if sinks is not None:
-            out, lse = add_sinks(out, lse, sinks)
-        out = out.to(q.dtype)
-        ctx.course = course
-        ctx.save_for_backward(q, k, v, sinks, out, lse)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, sinks, out, lse = ctx.saved_tensors
-        dq, dk, dv = _differentiate(ctx.course, dout, q, k, v, out, lse)
-        dsinks = None
-        if sinks is not None and ctx.needs_input_grad[3]:
-            dsinks = sinks_grad(dout, out, lse, sinks)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None

@@ -25,8 +25,8 @@ from ...configs.schema_parallel import ContextConfig
 from ..comm.collectives import all_to_all
 from ..comm.mesh import Axis, Mesh
 from ..kernels.attention import attention
-from ..kernels.interfaces import LocalAttention
-from ..kernels.mask import Mask, TokenLayout
+from ..kernels.interfaces import AttentionCall, LocalAttention
+from ..kernels.mask import Mask
 from ..kernels.precision import precise
 from .gathered_tokens import GatheredTokens
 
@@ -52,25 +52,18 @@ class Ulysses:
         """The core of a job; arguments as of `make_core`."""
         return Ulysses(mesh.axis("cp"), local)
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: TokenLayout,
-        window: int | None,
-        scale: float,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         """See `Core`. Saved for backward: q, k, v, out and lse of all tokens and this rank's heads.
 
         Raises:
             UserError: see `check_heads`.
         """
+        layout = call.layout
         tokens = layout.once(GatheredTokens, layout.ranks)
         exchange = Exchange(self._axis, tokens, self._piece_bytes)
-        q, k, v, sinks = exchange.split_heads(q, k, v, sinks)
-        out = attention(self._local, q, k, v, layout.once(Mask.of, tokens.rows, window), scale, sinks)
+        q, k, v, sinks = exchange.split_heads(q, k, v, call.sinks)
+        mask = layout.once(Mask.of, tokens.rows, call.window)
+        out = attention(self._local, q, k, v, mask, call.scale, sinks)
         return exchange.join_heads(out)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...configs.schema_parallel import ContextConfig
 from ..comm.mesh import Axis, Mesh
-from ..kernels.interfaces import Core, LocalAttention
+from ..kernels.interfaces import AttentionCall, Core, LocalAttention
 from ..kernels.mask import TokenIndex, TokenLayout
 from .gathered_tokens import GatheredTokens
 from .ring import Ring
@@ -37,27 +37,19 @@ class Usp:
         """The core of a job; arguments as of `make_core`."""
         return Usp(mesh.axis("cp_inner"), Ring(mesh.axis("cp_outer"), mesh.axis("cp_outer_back"), local))
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: TokenLayout,
-        window: int | None,
-        scale: float,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         """See `Core`.
 
         Raises:
             UserError: see `ulysses.check_heads`, for the ranks of `inner`.
         """
-        size = self._inner.size
+        size, layout = self._inner.size, call.layout
         lines = layout.once(_lines, layout.ranks, size)
         line = layout.rank // size
         exchange = Exchange(self._inner, lines[line], self._piece_bytes)
-        q, k, v, sinks = exchange.split_heads(q, k, v, sinks)
-        out = self._outer(q, k, v, layout.once(_as_ranks, lines, line), window, scale, sinks)
+        q, k, v, sinks = exchange.split_heads(q, k, v, call.sinks)
+        theirs = AttentionCall(layout.once(_as_ranks, lines, line), call.window, call.scale, sinks)
+        out = self._outer(q, k, v, theirs)
         return exchange.join_heads(out)
 
 

@@ -20,7 +20,7 @@ from ..comm.mesh import Axis
 from . import permute
 from .dispatch import Arrived, Phases
 from .plan import Plan, at_home
-from .routing import Routing
+from .routing import DeepEpLayout, Routing
 
 KEY = "model.moe.dispatcher"
 OpenBuffer = Callable[[int], Any]
@@ -53,18 +53,6 @@ def opener(ep: Axis, etp: Axis) -> OpenBuffer:
 
 
 @dataclass
-class _Layout:
-    """What the kernels found out about a routing, kept for when the layer runs again: `ids`, `weights` (m, K) of the
-    tokens that came, with ids of this rank's experts or -1, and the plan of their rows."""
-
-    handle: Any
-    ids: Tensor
-    weights: Tensor
-    counts: list[int]
-    plan: Plan | None = None
-
-
-@dataclass
 class _Trip:
     """The tokens of a layer, wherever they are now."""
 
@@ -77,8 +65,10 @@ class _Trip:
     event: Any = None
 
     @property
-    def layout(self) -> _Layout:
-        return self.routing.memo["deepep"]
+    def layout(self) -> DeepEpLayout:
+        layout = self.routing.findings.deepep
+        assert layout is not None
+        return layout
 
     @property
     def plan(self) -> Plan:
@@ -166,8 +156,8 @@ class _There(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weights: Tensor, trip: _Trip) -> tuple[Tensor, Tensor]:
         ctx.trip = trip
-        memo = trip.routing.memo
-        if "deepep" in memo:
+        findings = trip.routing.findings
+        if findings.deepep is not None:
             tokens, *_, trip.event = _send(trip, x, handle=trip.layout.handle)
             return tokens, trip.layout.weights.clone()
         ids = trip.routing.experts
@@ -182,7 +172,7 @@ class _There(torch.autograd.Function):
             num_tokens_per_expert=per_expert,
             is_token_in_rank=in_rank,
         )
-        memo["deepep"] = _Layout(handle, ids, weights.detach(), list(counts))
+        findings.deepep = DeepEpLayout(handle, ids, weights.detach(), list(counts))
         return tokens, weights
 
     @staticmethod

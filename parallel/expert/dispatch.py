@@ -183,11 +183,11 @@ class AllToAll(Phases[_Rows]):
 
     def _plan(self, routing: Routing) -> Plan:
         """The plan, made once for a routing, also when a layer runs again."""
-        key = f"plan of {self.chunks}"
-        if key not in routing.memo:
+        plans = routing.findings.plans
+        if self.chunks not in plans:
             ids, capacity, where = routing.experts, routing.capacity, (self.experts, self.ep, self.etp, self.chunks)
-            routing.memo[key] = by_count(ids, *where) if capacity is None else by_capacity(ids, capacity, *where)
-        return routing.memo[key]
+            plans[self.chunks] = by_count(ids, *where) if capacity is None else by_capacity(ids, capacity, *where)
+        return plans[self.chunks]
 
     def _arrange(self, rows: Tensor, chunk: Chunk) -> Tensor:
         rows = gather_rows(rows, self.etp, chunk.gathered)

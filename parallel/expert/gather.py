@@ -17,20 +17,13 @@ from ..comm.mesh import Axis
 from ..grouped_projection import Groups
 from . import permute
 from .dispatch import Arrived, Phases
+from .plan import Assignments
 from .routing import Routing
-
-
-@dataclass(frozen=True)
-class _Found:
-    """(R,) this rank's assignments among those of all ranks, by expert and then by source, and how many each has."""
-
-    pairs: Tensor
-    groups: Groups
 
 
 @dataclass
 class _Gathered:
-    found: _Found
+    found: Assignments
     rows: Tensor
     """(n · K, h): tokens, later results, of this rank's assignments."""
     weights: Tensor | None
@@ -81,16 +74,16 @@ class AllGather(Phases[_Gathered]):
     def _gather(self, rows: Tensor, pairs: Tensor, copies: int) -> Tensor:
         return _Gather.apply(rows, pairs, copies, self.ep, self.etp)
 
-    def _found(self, routing: Routing) -> _Found:
-        if "found" not in routing.memo:
+    def _found(self, routing: Routing) -> Assignments:
+        if routing.findings.mine is None:
             ids = _everywhere(routing.experts.reshape(-1), self.ep, self.etp)
             width = self.experts // self.ep.size
             local = ids - self.ep.rank * width
             local = torch.where((local < 0) | (local >= width) | (ids < 0), width, local)
             ordered, order = torch.sort(local, stable=True)
             counts = torch.searchsorted(ordered, torch.arange(width + 1, device=ids.device)).diff().tolist()
-            routing.memo["found"] = _Found(order[: sum(counts)], Groups(tuple(counts)))
-        return routing.memo["found"]
+            routing.findings.mine = Assignments(order[: sum(counts)], Groups(tuple(counts)))
+        return routing.findings.mine
 
 
 def _places(routing: Routing) -> Tensor:

@@ -70,6 +70,14 @@ class Plan:
     chunks: tuple[Chunk, ...]
 
 
+@dataclass(frozen=True)
+class Assignments:
+    """(R,) which of all ranks' assignments are this rank's, by expert and then by source, and how many each has."""
+
+    pairs: Tensor
+    groups: Groups
+
+
 def by_count(ids: Tensor, experts: int, ep: Axis, etp: Axis, chunks: int) -> Plan:
     """Every assignment is a row. The ranks exchange how many they have; one copy from the device to the host.
 

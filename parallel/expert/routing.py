@@ -7,6 +7,41 @@ from typing import Any
 
 from torch import Tensor
 
+from .plan import Assignments, Plan
+
+
+@dataclass
+class DeepEpLayout:
+    """What DeepEP's kernels found out about a routing.
+
+    Args:
+        handle: theirs.
+        ids, weights: (m, K) of the tokens that came, with ids of this rank's experts or -1.
+        counts: rows of each expert.
+        plan: of these rows; none: not made yet.
+    """
+
+    handle: Any
+    ids: Tensor
+    weights: Tensor
+    counts: list[int]
+    plan: Plan | None = None
+
+
+@dataclass
+class Findings:
+    """What dispatchers found out about the experts of a routing, each for itself.
+
+    Args:
+        plans: of the all-to-all, by its number of chunks.
+        mine: of the all-gather.
+        deepep: of DeepEP.
+    """
+
+    plans: dict[int, Plan] = field(default_factory=dict)
+    mine: Assignments | None = None
+    deepep: DeepEpLayout | None = None
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -16,10 +51,10 @@ class Routing:
         experts: (n, K) ids of experts; -1: nowhere (a null expert, or dropped).
         weights: (n, K) factors of the experts' outputs, with their gradient; 0 where the id is -1.
         capacity: rows that every expert gets from this device where shapes are fixed (`moe.pad`), else none.
-        memo: what a dispatcher found out about `experts`; the same object when a layer runs again for its backward.
+        findings: about `experts`; the same object when a layer runs again for its backward.
     """
 
     experts: Tensor
     weights: Tensor
     capacity: int | None = None
-    memo: dict[str, Any] = field(default_factory=dict)
+    findings: Findings = field(default_factory=Findings)

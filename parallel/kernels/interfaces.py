@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -29,9 +30,9 @@ class LocalAttention(Protocol):
         ...
 
 
-class Core(Protocol):
-    """The attention core of a model's layer: q (B, n, H, d), k (B, n, K, d), v (B, n, K, e) of this device's tokens
-    → (B, n, H, e), with autograd.
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a layer tells its core besides queries, keys and values.
 
     Args:
         layout: which tokens these are, and who has the others.
@@ -40,16 +41,17 @@ class Core(Protocol):
         sinks: (H,) scores that join each softmax of their head and have no value, or none.
     """
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: TokenLayout,
-        window: int | None,
-        scale: float,
-        sinks: Tensor | None = None,
-    ) -> Tensor: ...
+    layout: TokenLayout
+    window: int | None
+    scale: float
+    sinks: Tensor | None = None
+
+
+class Core(Protocol):
+    """The attention core of a model's layer: q (B, n, H, d), k (B, n, K, d), v (B, n, K, e) of this device's tokens
+    → (B, n, H, e), with autograd."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor: ...
 
 
 class LatentCore(Protocol):
@@ -60,7 +62,7 @@ class LatentCore(Protocol):
         latent: (n', r), from which `up` makes the rows (B · n, ·) of keys and values.
         turning: (B, n, p) the keys' other part.
         keys_values: k (B, n, H, d) and v (B, n, H, e) from those rows and `turning`.
-        layout, window, scale: as of `Core`.
+        call: without sinks.
     """
 
     def __call__(
@@ -70,7 +72,5 @@ class LatentCore(Protocol):
         turning: Tensor,
         up: nn.Module,
         keys_values: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        layout: TokenLayout,
-        window: int | None,
-        scale: float,
+        call: AttentionCall,
     ) -> Tensor: ...

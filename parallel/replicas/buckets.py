@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..comm.collectives import Handle, all_gather, all_reduce, reduce_scatter
 from ..comm.mesh import Axis
-from ..gradients import Slot, route
+from ..gradients import Slot, give_slot, route
 from ..sharding_rules import Partial, ReplicaFamily, Sharding
 from .protocol import adopt
 
@@ -103,7 +103,7 @@ class Bucket:
             view.copy_(member.param.data)
         member.param.data = view
         slot = Slot(self.grads[member.start : member.stop].view_as(view), self._one_final)
-        member.param.slot = slot  # pyright: ignore[reportAttributeAccessIssue]
+        give_slot(member.param, slot)
         route(member.param)
         return slot
 
@@ -128,7 +128,12 @@ class Bucket:
             self._reducing = self._reduce_over_data()
             return
         partial_sum = all_reduce(self.grads, self.partial_axis)
-        self._reducing = Handle(self.grads, lambda: (partial_sum.wait(), self._reduce_over_data().wait())[1])
+
+        def finish() -> Tensor:
+            partial_sum.wait()
+            return self._reduce_over_data().wait()
+
+        self._reducing = Handle(self.grads, finish)
 
     def _reduce_over_data(self) -> Handle:
         if self.sharded:

@@ -17,6 +17,7 @@ from pentad.models.weights.initialise import initialise
 from pentad.parallel.kernels.attention import attention
 from pentad.parallel.kernels.blockwise import Blockwise
 from pentad.parallel.kernels.device import PlainMaths
+from pentad.parallel.kernels.interfaces import AttentionCall
 from pentad.parallel.kernels.mask import Mask, TokenIndex, TokenLayout
 from tests.training import TINY
 
@@ -109,9 +110,9 @@ def test_a_layer_has_the_window_that_the_config_gives_it():
     model = Transformer(cfg)
     seen = []
 
-    def core(q, k, v, layout, window, scale, sinks=None):
-        seen.append(window)
-        return attend(q, k, v, layout, window, scale, sinks)
+    def core(q, k, v, call):
+        seen.append(call.window)
+        return attend(q, k, v, call)
 
     for layer in model.layers.values():
         layer.attention.core = core  # pyright: ignore
@@ -123,10 +124,10 @@ def test_a_layer_has_the_window_that_the_config_gives_it():
 def test_blockwise_in_bf16_is_as_near_to_the_truth_as_torch():
     draws = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 150, h, 16, generator=draws) for h in (4, 2, 2))
-    layout = TokenLayout((TokenIndex.whole(150),))
-    truth = attend(q.double(), k.double(), v.double(), layout, None, 0.25)
+    call = AttentionCall(TokenLayout((TokenIndex.whole(150),)), None, 0.25)
+    truth = attend(q.double(), k.double(), v.double(), call)
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
-    error = (attend(q, k, v, layout, None, 0.25) - truth).norm() / truth.norm()
+    error = (attend(q, k, v, call) - truth).norm() / truth.norm()
     qs, ks, vs = (x.transpose(1, 2) for x in (q, k, v))
     torchs = F.scaled_dot_product_attention(qs, ks, vs, None, 0.0, True, scale=0.25, enable_gqa=True)
     theirs = (torchs.transpose(1, 2) - truth).norm() / truth.norm()

@@ -14,7 +14,7 @@ from pentad.models.functional import rms_norm, rotate, swiglu, swiglu_clipped
 from pentad.models.linear import Linear
 from pentad.models.norms import LayerNorm
 from pentad.models.rope import angles, frequencies
-from pentad.parallel.gradients import Slot
+from pentad.parallel.gradients import Slot, give_slot
 from pentad.parallel.kernels.blockwise import Blockwise
 from pentad.parallel.kernels.mask import Mask, TokenIndex
 from pentad.parallel.kernels.merge import add_sinks
@@ -45,7 +45,7 @@ def _with_slot(shape: tuple[int, ...], dtype: torch.dtype = BF16) -> tuple[nn.Pa
     param = nn.Parameter(1 + 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(9)).to(dtype))
     slot = Slot(torch.zeros(shape), lambda: None)
     slot.start_step(1)
-    param.slot = slot  # type: ignore[attr-defined]
+    give_slot(param, slot)
     return param, slot
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from pentad.configs.schema import MoeConfig, RouterConfig
 from pentad.models.mtp import Prediction, ahead
+from pentad.models.sequences import Inputs
 from pentad.models.transformer import Layer, Transformer
 from pentad.models.weights.initialise import initialise
 from tests.same_training import check
@@ -35,13 +36,13 @@ def test_gradients_are_those_of_the_sum_of_losses(depth):
     text = torch.randint(cfg.vocab or 0, (B, T + 1), generator=draws)
     tokens, labels = text[:, :-1], text[:, 1:]
     scale = 1 / labels.numel()
-    loss = model(tokens, ahead(labels, depth), scale=scale, share=1.0)
+    loss = model(Inputs(tokens, ahead(labels, depth), scale=scale, share=1.0))
     loss.backward()
     grads = {name: param.grad for name, param in model.named_parameters()}
     model.zero_grad()
 
-    seq = model.sequences(tokens, None, None, torch.float64)
-    hidden = model.run_layers(model.embed_tokens(tokens, None, None), seq, None, range(cfg.layers))
+    seq = model.sequences(Inputs(tokens), torch.float64)
+    hidden = model.run_layers(model.embed_tokens(Inputs(tokens)), seq, None, range(cfg.layers))
     plain = F.cross_entropy(model.end(hidden) @ model.head_weight.T, labels.reshape(-1))
     total, x = plain, hidden
     for k, module in enumerate(model.mtp, 1):

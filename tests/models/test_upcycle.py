@@ -11,6 +11,7 @@ import torch
 from pentad.configs.errors import UserError
 from pentad.configs.schema import ModelConfig, MoeConfig, RouterConfig
 from pentad.models.mtp import Prediction
+from pentad.models.sequences import Inputs
 from pentad.models.transformer import Transformer
 from pentad.models.weights.initialise import initialise
 from pentad.models.weights.upcycle import check_upcycling, upcycled, upcycled_config
@@ -97,7 +98,7 @@ def test_the_layers_of_prediction_modules_start_as_the_dense_ones() -> None:
     for name, value in weights(dense, cfg, 2).items():
         made.get_parameter(name).copy_(value)
     x = torch.randn(TOKENS.numel(), DENSE.hidden, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    seq = dense.sequences(TOKENS, None, None, torch.float64)
+    seq = dense.sequences(Inputs(TOKENS), torch.float64)
     for one, other in zip(dense.mtp, made.mtp, strict=True):
         assert isinstance(one, Prediction) and isinstance(other, Prediction)
         assert any(".experts." in name for name, _ in other.layer.named_parameters())

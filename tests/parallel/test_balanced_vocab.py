@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pentad.parallel.balanced_vocab import BalancedEmbedding, BalancedHead
 from pentad.parallel.comm.lane import Lane
 from pentad.parallel.comm.mesh import Degrees, Mesh
-from pentad.parallel.gradients import Slot, slot_of
+from pentad.parallel.gradients import Slot, give_slot, slot_of
 from pentad.parallel.record.ring import Recorder
 from pentad.parallel.vocab import IGNORED, VocabShard
 from tests.distributed import job_store, run_distributed
@@ -72,8 +72,9 @@ def _dense(dtype: torch.dtype, tokens: int = TOKENS) -> dict[str, Tensor]:
 def _slot(weight: Tensor, finals: list[str], name: str) -> nn.Parameter:
     param = nn.Parameter(weight.clone())
     buffer = torch.full(weight.shape, float("nan"), dtype=torch.promote_types(weight.dtype, torch.float32))
-    param.slot = Slot(buffer, lambda: finals.append(name))  # type: ignore[attr-defined]
-    param.slot.start_step(MICRO_BATCHES)  # type: ignore[attr-defined]
+    slot = Slot(buffer, lambda: finals.append(name))
+    give_slot(param, slot)
+    slot.start_step(MICRO_BATCHES)
     return param
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pentad.configs.errors import UserError
 from pentad.models.functional import swiglu
-from pentad.parallel.gradients import Slot, WeightGradients
+from pentad.parallel.gradients import Slot, WeightGradients, give_slot
 from pentad.parallel.grouped_projection import Groups, Local, RecomputedInput
 from pentad.parallel.kernels.grouped_gemm import Bmm, GroupedMm, Loop, RoundedLoop, _window, gemms
 
@@ -149,7 +149,7 @@ def _with_slots(linear: _Linear, dtype: torch.dtype, microbatches: int) -> tuple
         buffer = torch.full(param.shape, torch.nan, dtype=dtype)
         slot = Slot(buffer, lambda name=name: final.append(name))
         slot.start_step(microbatches)
-        param.slot = slot  # pyright: ignore[reportAttributeAccessIssue]
+        give_slot(param, slot)
         slots.append(slot)
     return slots, final
 

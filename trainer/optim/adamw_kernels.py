@@ -5,7 +5,8 @@ What decides about the step stays on the device: the factor of the gradients, th
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,25 +20,32 @@ _DECOUPLED_DECAY, _BIAS_CORRECTION = 1, 1
 """apex's modes."""
 
 
-class Kernel(Protocol):
-    """One update of flat tensors and their moments, in place; arguments as of `Optimizer.step`."""
+@dataclass(frozen=True)
+class AdamUpdate:
+    """One update of flat tensors and their moments, in place.
 
-    def __call__(
-        self,
-        values: list[Tensor],
-        grads: list[Tensor],
-        means: list[Tensor],
-        squares: list[Tensor],
-        *,
-        count: Tensor,
-        lr: float,
-        weight_decay: float,
-        factor: Tensor,
-        skip: Tensor,
-    ) -> None: ...
+    Args:
+        values, grads, means, squares: (n,) each; of the same tensors in the same order.
+        count, lr, factor, skip: as of `Optimizer.step`.
+        weight_decay: of these tensors.
+    """
+
+    values: list[Tensor]
+    grads: list[Tensor]
+    means: list[Tensor]
+    squares: list[Tensor]
+    count: Tensor
+    lr: float
+    weight_decay: float
+    factor: Tensor
+    skip: Tensor
 
 
-def adamw_kernel(cfg: AdamWConfig, device: torch.device) -> Kernel:
+AdamKernel = Callable[[AdamUpdate], None]
+"""Does an update."""
+
+
+def adamw_kernel(cfg: AdamWConfig, device: torch.device) -> AdamKernel:
     """The way that `optim.impl` names.
 
     Raises:
@@ -53,15 +61,15 @@ def adamw_kernel(cfg: AdamWConfig, device: torch.device) -> Kernel:
         case "auto" if device.type == "cuda" and has_apex():
             fast, exact = _checked(_apex(cfg), cfg, device), _fused(cfg)
 
-            def by_type(values: list[Tensor], *rest: list[Tensor], **options: Any) -> None:
-                (exact if values[0].dtype == torch.float64 else fast)(values, *rest, **options)
+            def by_type(update: AdamUpdate) -> None:
+                (exact if update.values[0].dtype == torch.float64 else fast)(update)
 
             return by_type
         case _:
             return _fused(cfg)
 
 
-def _checked(kernel: Kernel, cfg: AdamWConfig, device: torch.device) -> Kernel:
+def _checked(kernel: AdamKernel, cfg: AdamWConfig, device: torch.device) -> AdamKernel:
     """The kernel of another library, after a few updates of a few numbers, of which it skips some.
 
     Its arguments are nobody's promise: better before the first step than a run whose gradients are slightly wrong.
@@ -79,81 +87,60 @@ def _checked(kernel: Kernel, cfg: AdamWConfig, device: torch.device) -> Kernel:
             skip, given = torch.full((), float(skipped), device=device), torch.full_like(grad, float("nan"))
             count = count + (1 - skip)
             grads = [given if skipped else grad.clone()]
-            way(tensors[0], grads, *tensors[1:], count=count, lr=0.01, weight_decay=0.1, factor=factor, skip=skip)
+            way(AdamUpdate(tensors[0], grads, *tensors[1:], count, lr=0.01, weight_decay=0.1, factor=factor, skip=skip))
         results.append(torch.stack((value, mean, square)))
     if not torch.allclose(*results, rtol=1e-4, atol=1e-6):
         raise UserError(Problem("optim.impl", f"apex, as installed, does not compute AdamW as it should; {_WAY_OUT}"))
     return kernel
 
 
-def _fused(cfg: AdamWConfig) -> Kernel:
-    def kernel(
-        values: list[Tensor],
-        grads: list[Tensor],
-        means: list[Tensor],
-        squares: list[Tensor],
-        *,
-        count: Tensor,
-        lr: float,
-        weight_decay: float,
-        factor: Tensor,
-        skip: Tensor,
-    ) -> None:
-        scale: Tensor | None = factor.reciprocal()  # the kernel divides by it
-        if values[0].dtype == torch.float64:  # the kernel reads the scale in fp32 only
+def _fused(cfg: AdamWConfig) -> AdamKernel:
+    def kernel(u: AdamUpdate) -> None:
+        scale: Tensor | None = u.factor.reciprocal()  # the kernel divides by it
+        if u.values[0].dtype == torch.float64:  # the kernel reads the scale in fp32 only
             scale = None
-            torch._foreach_mul_(grads, factor)
+            torch._foreach_mul_(u.grads, u.factor)
         torch._fused_adamw_(
-            values,
-            grads,
-            means,
-            squares,
+            u.values,
+            u.grads,
+            u.means,
+            u.squares,
             [],
-            [count] * len(values),
-            lr=lr,
+            [u.count] * len(u.values),
+            lr=u.lr,
             beta1=cfg.beta1,
             beta2=cfg.beta2,
-            weight_decay=weight_decay,
+            weight_decay=u.weight_decay,
             eps=cfg.eps,
             amsgrad=False,
             maximize=False,
             grad_scale=scale,
-            found_inf=skip,
+            found_inf=u.skip,
         )
 
     return kernel
 
 
-def _foreach(cfg: AdamWConfig) -> Kernel:
+def _foreach(cfg: AdamWConfig) -> AdamKernel:
     """The same arithmetic by torch's elementwise operators: the readable reference of the fused kernels."""
 
-    def kernel(
-        values: list[Tensor],
-        grads: list[Tensor],
-        means: list[Tensor],
-        squares: list[Tensor],
-        *,
-        count: Tensor,
-        lr: float,
-        weight_decay: float,
-        factor: Tensor,
-        skip: Tensor,
-    ) -> None:
+    def kernel(u: AdamUpdate) -> None:
         # A first step that is skipped has the count 0, and 0 · ∞ would be no number.
-        keep, count = (1 - skip).to(values[0].dtype), count.to(values[0].dtype).clamp(min=1)
-        size = lr / (1 - cfg.beta1**count)
+        dtype = u.values[0].dtype
+        keep, count = (1 - u.skip).to(dtype), u.count.to(dtype).clamp(min=1)
+        size = u.lr / (1 - cfg.beta1**count)
         root = (1 - cfg.beta2**count).sqrt()
-        for value, grad, mean, square in zip(values, grads, means, squares, strict=True):
-            g = without_bad(grad, skip) * factor
+        for value, grad, mean, square in zip(u.values, u.grads, u.means, u.squares, strict=True):
+            g = without_bad(grad, u.skip) * u.factor
             mean.lerp_(g, keep * (1 - cfg.beta1))
             square.lerp_(g * g, keep * (1 - cfg.beta2))
-            value.mul_(1 - keep * (lr * weight_decay))
+            value.mul_(1 - keep * (u.lr * u.weight_decay))
             value.sub_(keep * size * mean / (square.sqrt() / root + cfg.eps))
 
     return kernel
 
 
-def _apex(cfg: AdamWConfig) -> Kernel:
+def _apex(cfg: AdamWConfig) -> AdamKernel:
     """NVIDIA apex's multi-tensor kernel.
 
     Of its two forms the capturable one reads learning rate, step, scale and the wish to skip from the device, as the
@@ -163,32 +150,22 @@ def _apex(cfg: AdamWConfig) -> Kernel:
     import amp_C  # pyright: ignore[reportMissingImports]  # its compiled part
     from apex.multi_tensor_apply import multi_tensor_applier  # pyright: ignore[reportMissingImports]
 
-    def kernel(
-        values: list[Tensor],
-        grads: list[Tensor],
-        means: list[Tensor],
-        squares: list[Tensor],
-        *,
-        count: Tensor,
-        lr: float,
-        weight_decay: float,
-        factor: Tensor,
-        skip: Tensor,
-    ) -> None:
-        device = values[0].device
+    def kernel(u: AdamUpdate) -> None:
+        device = u.values[0].device
         multi_tensor_applier(
             amp_C.multi_tensor_adam_capturable,
-            skip.int().reshape(1),
-            [grads, values, means, squares],
-            torch.full((1,), lr, dtype=torch.float32, device=device),  # filled there: a copy would wait for the device
+            u.skip.int().reshape(1),
+            [u.grads, u.values, u.means, u.squares],
+            # Filled there: a copy would wait for the device.
+            torch.full((1,), u.lr, dtype=torch.float32, device=device),
             cfg.beta1,
             cfg.beta2,
             cfg.eps,
-            count.int().reshape(1),
+            u.count.int().reshape(1),
             _DECOUPLED_DECAY,
             _BIAS_CORRECTION,
-            weight_decay,
-            factor.float().reshape(1),
+            u.weight_decay,
+            u.factor.float().reshape(1),
         )
 
     return kernel

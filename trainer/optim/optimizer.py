@@ -14,7 +14,7 @@ from torch import Tensor
 from ...configs.errors import UserError
 from ...configs.schema import AdamWConfig, OptimConfig, SgdConfig
 from ...parallel.replicas.protocol import OptimizerShard
-from .adamw_kernels import Kernel, adamw_kernel, without_bad
+from .adamw_kernels import AdamKernel, AdamUpdate, adamw_kernel, without_bad
 
 
 class Optimizer(Protocol):
@@ -83,7 +83,7 @@ class Sgd:
 class AdamW:
     """AdamW with bias correction; moments in the precision of the unit's value."""
 
-    def __init__(self, cfg: AdamWConfig, kernel: Kernel) -> None:
+    def __init__(self, cfg: AdamWConfig, kernel: AdamKernel) -> None:
         self._cfg, self._kernel = cfg, kernel
         self.states: dict[str, dict[str, Tensor]] = {}
 
@@ -95,17 +95,18 @@ class AdamW:
         for decay in (True, False):
             group = [u for u in units if u.decay == decay]
             if group:
-                self._kernel(
+                update = AdamUpdate(
                     [u.value for u in group],
                     [u.grad for u in group],
                     [self.states[u.key]["exp_avg"] for u in group],
                     [self.states[u.key]["exp_avg_sq"] for u in group],
-                    count=count,
-                    lr=lr,
-                    weight_decay=self._cfg.weight_decay if decay else 0.0,
-                    factor=factor,
-                    skip=skip,
+                    count,
+                    lr,
+                    self._cfg.weight_decay if decay else 0.0,
+                    factor,
+                    skip,
                 )
+                self._kernel(update)
 
 
 _ROW = 1024

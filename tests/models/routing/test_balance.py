@@ -18,6 +18,7 @@ from pentad.models.dropout import Draws
 from pentad.models.recompute import run_layer_again
 from pentad.models.routing.balance import FIELDS, collect, columns, rebalance
 from pentad.models.routing.router import Router
+from pentad.models.sequences import Inputs
 from pentad.models.transformer import RunLayer, Transformer, run_layer
 from pentad.models.weights.initialise import initialise
 from tests.training import TINY
@@ -86,7 +87,7 @@ def test_tally_is_what_happened(router):
     model, seen, (tokens, labels) = model_of(cfg), {}, batch()
     watch(model, seen)
     share = 0.25
-    model(tokens, labels, share=share)
+    model(Inputs(tokens, labels, share=share))
     totals = totals_of(model)
     assert totals.shape == (2, columns(cfg.moe)) and totals.dtype == torch.float64
     for row, layer in zip(totals, (0, 1), strict=True):
@@ -119,7 +120,7 @@ def test_balancing_loss_against_transformers():
     cfg = model_config({"aux_loss": 0.02}, layers=1)
     model, seen, (tokens, labels) = model_of(cfg), {}, batch()
     watch(model, seen)
-    model(tokens, labels, share=1.0)
+    model(Inputs(tokens, labels, share=1.0))
     theirs = load_balancing_loss_func((seen[0][1],), EXPERTS, TOP_K)
     assert float(column(totals_of(model), "aux")) == pytest.approx(float(theirs) / TOP_K, rel=1e-6)
 
@@ -136,7 +137,7 @@ def test_balancing_loss_is_one_where_the_load_is_even(level, score):
     router.weight.data[pairs, pairs // 2] = 1.0
     x = torch.zeros(TOKENS, TINY.hidden, dtype=torch.float64)
     x[torch.arange(TOKENS), torch.arange(TOKENS) % (EXPERTS // 2)] = 3.0
-    seq = model.sequences(batch()[0], None, None, torch.float64, share=1.0)
+    seq = model.sequences(Inputs(batch()[0], share=1.0), torch.float64)
     router(x, seq)
     assert float(column(totals_of(model), "aux")) == pytest.approx(1.0, abs=1e-12)
     uneven = x.clone()
@@ -151,11 +152,11 @@ def test_global_balance_follows_the_step_before():
     cfg = model_config({"aux_loss": 0.5, "aux_level": "global_batch"}, layers=1)
     model, (tokens, labels), seen = model_of(cfg), batch(), {}
     watch(model, seen)
-    model(tokens, labels, share=1.0)
+    model(Inputs(tokens, labels, share=1.0))
     first = totals_of(model)
     assert float(column(first, "aux")) == pytest.approx(1.0, abs=1e-12)
     rebalance(model, first, GO)
-    model(tokens, labels, share=1.0)
+    model(Inputs(tokens, labels, share=1.0))
     counts = first[0, len(FIELDS) :]
     loads = (counts / counts.sum()).float().double()
     expected = EXPERTS * float((loads * seen[0][1].softmax(-1).mean(0)).sum())
@@ -169,7 +170,7 @@ def test_layers_elsewhere_are_zero():
     part = Part((3, 4), begins=False)
     model = model_of(cfg, part)
     tokens, _ = batch()
-    seq = model.sequences(tokens, None, None, torch.float64, share=1.0)
+    seq = model.sequences(Inputs(tokens, share=1.0), torch.float64)
     model.run_layers(torch.ones(TOKENS, TINY.hidden, dtype=torch.float64), seq, None, part.layers)
     totals = totals_of(model)
     assert column(totals, "tokens").tolist() == [0, TOKENS]
@@ -224,7 +225,7 @@ def test_selection_bias_evens_out_the_load():
     routers(model)[0].weight.data.mul_(10)
     loads = []
     for _ in range(60):
-        model(tokens, labels, share=1.0)
+        model(Inputs(tokens, labels, share=1.0))
         totals = totals_of(model)
         loads.append(totals[0, len(FIELDS) :] / (TOKENS * TOP_K / EXPERTS))
         rebalance(model, totals, GO)
@@ -266,7 +267,7 @@ def gradients(
     for router in routers(model) if change else ():
         change(router)  # pyright: ignore[reportOptionalCall]
     draws = Draws(0.0, 1, 2, (3, 4), LENGTH, torch.arange(TOKENS))
-    loss = model(tokens, labels, scale=1 / TOKENS, draws=draws, share=0.5)
+    loss = model(Inputs(tokens, labels, scale=1 / TOKENS, draws=draws, share=0.5))
     loss.backward()
     return loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, totals_of(model)
 

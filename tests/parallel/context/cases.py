@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pentad.parallel.comm.mesh import Degrees, Mesh
 from pentad.parallel.context.layout import deal_of
-from pentad.parallel.kernels.interfaces import Core
+from pentad.parallel.kernels.interfaces import AttentionCall, Core
 from pentad.parallel.kernels.mask import TokenIndex, TokenLayout
 from pentad.parallel.record import reader
 from pentad.parallel.record.ring import Recorder
@@ -158,7 +158,7 @@ def attend(case: Case, core: Core, ranks: int, rank: int) -> list[Tensor]:
     given, dealt = inputs(case), layout(case, ranks, rank)
     q, k, v = (take(x, dealt.mine).requires_grad_() for x in (given.q, given.k, given.v))
     sinks = None if given.sinks is None else given.sinks.clone().requires_grad_()
-    out = core(q, k, v, dealt, case.window, case.scale, sinks)
+    out = core(q, k, v, AttentionCall(dealt, case.window, case.scale, sinks))
     wanted = [q, k, v] if sinks is None else [q, k, v, sinks]
     return [out.detach(), *torch.autograd.grad(out, wanted, take(given.dout, dealt.mine))]
 
@@ -237,6 +237,6 @@ def saved_bytes(case: Case, core: Core, dealt: TokenLayout) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        out = core(q, k, v, dealt, case.window, case.scale)
+        out = core(q, k, v, AttentionCall(dealt, case.window, case.scale))
     torch.autograd.grad(out.sum(), (q, k, v))
     return sum(storages.values())

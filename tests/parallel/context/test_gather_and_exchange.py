@@ -19,7 +19,7 @@ from pentad.parallel.context.tokenring import TokenRing
 from pentad.parallel.context.ulysses import Ulysses, check_heads
 from pentad.parallel.context.usp import Usp
 from pentad.parallel.kernels.device import PlainMaths, local_attention
-from pentad.parallel.kernels.interfaces import Core
+from pentad.parallel.kernels.interfaces import AttentionCall, Core
 from pentad.parallel.kernels.mask import Mask, TokenIndex, TokenLayout
 from pentad.parallel.record.ring import Recorder
 from tests.distributed import job_store, run_distributed
@@ -158,7 +158,7 @@ def test_what_layers_share_is_made_once(make: Callable[..., Core]):
     given, dealt, local = inputs(case), layout(case, 1), Watched()
     core = make(Axis.single("cp"), local)
     for _ in range(2):
-        core(given.q, given.k, given.v, dealt, None, case.scale)
+        core(given.q, given.k, given.v, AttentionCall(dealt, None, case.scale))
     first, second = local.masks
     assert first is second
 
@@ -198,4 +198,4 @@ def test_heads_that_ranks_cannot_share():
     core = Ulysses(Axis("cp", 0, 2, (0, 1)), PlainMaths())
     half = TokenLayout((TokenIndex(torch.arange(24)[None]), TokenIndex(torch.arange(24, 48)[None])))
     with pytest.raises(UserError, match="2 ranks cannot share 3 query heads"):
-        core(given.q[:, :24], given.k[:, :24], given.v[:, :24], half, None, case.scale)
+        core(given.q[:, :24], given.k[:, :24], given.v[:, :24], AttentionCall(half, None, case.scale))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pentad.parallel.comm.mesh import Axis, Degrees, Mesh
 from pentad.parallel.context.gather import AllGather, GatherLatent
 from pentad.parallel.kernels.device import PlainMaths
+from pentad.parallel.kernels.interfaces import AttentionCall
 from pentad.parallel.kernels.mask import TokenLayout
 from pentad.parallel.record.ring import Recorder
 from tests.distributed import job_store, run_distributed
@@ -44,7 +45,7 @@ def _expected(case: Case) -> list[Tensor]:
     up, given, dout = _inputs(case)
     q, latent, turning = (x.requires_grad_() for x in given)
     core, whole = AllGather(Axis.single("cp"), PlainMaths()), TokenLayout.whole(case.length, documents(case))
-    out = core(q, *_keys_values(up(latent), turning), whole, case.window, case.scale)
+    out = core(q, *_keys_values(up(latent), turning), AttentionCall(whole, case.window, case.scale))
     return [out.detach(), *torch.autograd.grad(out, (q, latent, turning, up.weight), dout)]
 
 
@@ -60,7 +61,7 @@ def _attend(case: Case, core: GatherLatent, ranks: int, rank: int) -> tuple[list
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        out = core(q, latent.flatten(0, 1), turning, up, _keys_values, dealt, case.window, case.scale)
+        out = core(q, latent.flatten(0, 1), turning, up, _keys_values, AttentionCall(dealt, case.window, case.scale))
     out.backward(take(dout, dealt.mine))
     assert q.grad is not None and latent.grad is not None and turning.grad is not None and up.weight.grad is not None
     return [out.detach(), q.grad, latent.grad, turning.grad, up.weight.grad], sum(kept.values())

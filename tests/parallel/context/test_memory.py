@@ -20,7 +20,7 @@ from pentad.parallel.context.tokenring import TokenRing
 from pentad.parallel.context.ulysses import Ulysses
 from pentad.parallel.context.usp import Usp
 from pentad.parallel.kernels.attention import attention
-from pentad.parallel.kernels.interfaces import Core
+from pentad.parallel.kernels.interfaces import AttentionCall, Core
 from pentad.parallel.kernels.mask import Mask, TokenLayout
 from pentad.parallel.kernels.precision import precise
 from pentad.parallel.record.ring import Recorder
@@ -108,7 +108,7 @@ def one_call(core: Core, case: Case, dealt: TokenLayout) -> Bytes:
     q, k, v = leaves = [take(x, dealt.mine).requires_grad_() for x in (given.q, given.k, given.v)]
     dout = take(given.dout, dealt.mine)
     with Held() as forward:
-        out = core(q, k, v, dealt, None, case.scale)
+        out = core(q, k, v, AttentionCall(dealt, None, case.scale))
     with Held() as backward:
         grads = torch.autograd.grad(out, leaves, dout)
     del grads
@@ -160,16 +160,8 @@ SHAPES = [
 ]
 
 
-def alone(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: TokenLayout,
-    window: int | None,
-    scale: float,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    return attention(Results(), q, k, v, Mask.of(layout.mine, window), scale, sinks)
+def alone(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+    return attention(Results(), q, k, v, Mask.of(call.layout.mine, call.window), call.scale, call.sinks)
 
 
 @pytest.mark.distributed

@@ -13,7 +13,7 @@ from pentad.parallel.comm.collectives import all_to_all
 from pentad.parallel.comm.mesh import Axis
 from pentad.parallel.expert.deepep import DeepEp
 from pentad.parallel.expert.dispatch import AllToAll
-from pentad.parallel.expert.routing import Routing
+from pentad.parallel.expert.routing import Findings, Routing
 from pentad.parallel.grouped_projection import Groups
 from tests.distributed import run_distributed
 from tests.parallel.expert.world import E, H, N, open_mesh, tokens_of
@@ -91,8 +91,8 @@ def _results(rank: int, world: int, ids: str, before: bool) -> tuple[list[list[T
     both = []
     deepep = DeepEp(E, ep, lambda token_bytes: buffer, weigh_before=before)
     reference = AllToAll(E, ep, mesh.axis("etp"), weigh_before=before)
-    memo: dict[str, Any] = {}
-    for dispatcher, kept in ((reference, {}), (deepep, memo), (deepep, memo)):
+    findings = Findings()
+    for dispatcher, kept in ((reference, Findings()), (deepep, findings), (deepep, findings)):
         x = whole[0].clone().requires_grad_()
         weights = torch.ones(tokens.ids.shape).masked_fill(tokens.ids < 0, 0).requires_grad_()
         y, _ = dispatcher(x, Routing(tokens.ids, weights, None, kept), experts, lambda: None)

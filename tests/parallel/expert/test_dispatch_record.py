@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from pentad.parallel.comm.mesh import Mesh
 from pentad.parallel.expert.dispatch import AllToAll
 from pentad.parallel.expert.gather import AllGather
-from pentad.parallel.expert.routing import Routing
+from pentad.parallel.expert.routing import Findings, Routing
 from pentad.parallel.grouped_projection import Groups
 from pentad.parallel.record import reader
 from pentad.parallel.record.ring import Recorder
@@ -46,10 +46,10 @@ def _layer(mesh: Mesh, tokens: Tokens, kind: Any, options: dict[str, Any]) -> No
     """Forward and backward of one layer of experts."""
     dispatcher = kind(E, mesh.axis("ep"), mesh.axis("etp"), weigh_before=options.get("before", False))
     dispatcher.chunks = options.get("chunks", 1)
-    recorder, memo = mesh.recorder, {}
+    recorder, findings = mesh.recorder, Findings()
 
     def layer(x: Tensor) -> Tensor:
-        routing = Routing(tokens.ids, tokens.weights, options.get("capacity"), memo)
+        routing = Routing(tokens.ids, tokens.weights, options.get("capacity"), findings)
 
         def experts(rows: Tensor, groups: Groups, weights: Tensor | None) -> Tensor:
             assert sum(groups.counts) == len(rows)

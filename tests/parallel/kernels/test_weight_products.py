@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pentad.models.linear import GroupedLinear, Linear
-from pentad.parallel.gradients import Slot
+from pentad.parallel.gradients import Slot, give_slot
 from pentad.parallel.grouped_projection import Groups, Local
 from pentad.parallel.kernels import grouped_gemm, weight_products
 from pentad.parallel.kernels.weight_products import add_product, add_products
@@ -47,7 +47,7 @@ def _draw(*shape: int, seed: int) -> Tensor:
 def _slot(param: Tensor) -> Slot:
     slot = Slot(torch.full(param.shape, torch.nan), lambda: None)
     slot.start_step(STEPS)
-    param.slot = slot  # type: ignore[attr-defined]
+    give_slot(param, slot)
     return slot
 
 

@@ -12,7 +12,8 @@ from torch.distributed.pipelining import PipelineStage, schedules
 
 from pentad.models.costs.parts import Split
 from pentad.models.parallelize import build, initial_values
-from pentad.models.stages import Inputs, run_stage
+from pentad.models.sequences import Inputs
+from pentad.models.stages import run_stage
 from pentad.models.transformer import Transformer
 from pentad.parallel.gradients import slot_of
 from pentad.trainer.data.dataset import Microbatch

@@ -13,6 +13,7 @@ from pentad.models.costs.parameters import parameter_count
 from pentad.models.costs.parts import Part
 from pentad.models.mla import LatentAttention
 from pentad.models.mtp import ahead
+from pentad.models.sequences import Inputs
 from pentad.models.transformer import Transformer
 from pentad.parallel.comm.mesh import Axis
 from pentad.parallel.context.gather import GatherLatent
@@ -172,7 +173,7 @@ def _measured(cfg: Config) -> float:
 
     tokens = torch.randint(0, 512, (cfg.train.micro_batch, cfg.train.seq_len // cfg.parallel.cp))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(tokens, ahead(tokens, cfg.model.mtp) if cfg.model.mtp else tokens)
+        model(Inputs(tokens, ahead(tokens, cfg.model.mtp) if cfg.model.mtp else tokens))
     # What the loss keeps (the head's gradients) is not an activation of the formula's layers.
     return sum(storage.nbytes() for storage in kept.values()) / 4
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from pentad.configs.errors import UserError
 from pentad.configs.schema import AdamWConfig
 from pentad.trainer.optim import adamw_kernels
-from pentad.trainer.optim.adamw_kernels import adamw_kernel
+from pentad.trainer.optim.adamw_kernels import AdamUpdate, adamw_kernel
 from tests.trainer.optim.test_optimizer import _groups, _torch, _train
 
 CPU = torch.device("cpu")
@@ -109,6 +109,6 @@ def test_auto_takes_apex_for_what_it_can_do(monkeypatch, dtype):
     way = adamw_kernel(AdamWConfig(), torch.device("cuda"))
     value, grad, mean, square = (torch.ones(3, dtype=dtype) for _ in range(4))
     count, factor, skip = torch.ones(()), torch.ones((), dtype=dtype), torch.zeros(())
-    way([value], [grad], [mean], [square], count=count, lr=0.1, weight_decay=0.0, factor=factor, skip=skip)
+    way(AdamUpdate([value], [grad], [mean], [square], count, lr=0.1, weight_decay=0.0, factor=factor, skip=skip))
     assert calls == ([torch.float32] if dtype == torch.float32 else [])
     assert value[0] < 1 and math.isfinite(value[0])
