@@ -1,7 +1,7 @@
 """One training step: the handlers of the program's operations.
 
-Nothing here asks the device for a number. Loss, gradient norm and the decision to skip are tensors on the device; the
-loop reads them after the step was issued.
+No handler asks the device for a number (layers of experts do, see docs/architecture.md). Loss, gradient norm and the
+decision to skip are tensors on the device; the loop reads them after the step was issued.
 
 A step commits at the end of the collective of its NORM operation. Until then it changes nothing that outlives it: what
 forward and backward passes leave (graphs, tensors on their way, gradient sums, counts of the routers) is its own, and
