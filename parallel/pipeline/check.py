@@ -78,10 +78,10 @@ def _frame(program: Program) -> Iterator[str]:
 
 def _compute(program: Program, training: bool) -> Iterator[str]:
     """Each stage computes each microbatch once, on its rank; vocabulary passes once on every rank or not at all."""
-    due = [kind for kind in KINDS.values() if kind.computes and not kind.optional and (training or not kind.trains)]
+    due = [kind for kind in KINDS.values() if kind.local and not kind.optional and (training or not kind.trains)]
     due = [kind for kind in due if program.vocab_barriers or not kind.balanced]
     for rank, ops in enumerate(program.ranks):
-        count = Counter((op.kind, op.index, op.stage) for op in ops if op.kind.computes)
+        count = Counter((op.kind, op.index, op.stage) for op in ops if op.kind.local)
         want = _optional(program, rank, count)
         stages = program.stages_of(rank)
         for i in range(program.microbatches):
@@ -184,12 +184,21 @@ def _local_order(program: Program, training: bool) -> Iterator[str]:
     for rank, ops in enumerate(program.ranks):
         place = {key(op): k for k, op in enumerate(ops)}
         for k, op in enumerate(ops):
+            where = f"rank {rank}: {op} (operation {k})"
             for need in predecessors(program, op, rank):
-                if place[need] > k:
-                    yield f"rank {rank}: {op} (operation {k}) comes before {_at(program, rank, place[need])}"
+                if need not in place:
+                    yield f"{where} needs {Op(*need)}, which is not listed"
+                elif place[need] > k:
+                    yield f"{where} comes before {_at(program, rank, place[need])}"
+            if op.kind.before:
+                next_one = Op(KINDS[op.kind.before], op.index, op.stage)
+                if key(next_one) not in place:
+                    yield f"{where} is not followed by {next_one}"
+                elif place[key(next_one)] < k:
+                    yield f"{where} comes after {_at(program, rank, place[key(next_one)])}"
             for user in consumers(program, op, rank, training) if op.kind.communicates else ():
                 if place[user] < k:
-                    yield f"rank {rank}: {op} (operation {k}) comes after {_at(program, rank, place[user])}"
+                    yield f"{where} comes after {_at(program, rank, place[user])}"
 
 
 def _at(program: Program, rank: int, position: int) -> str:
@@ -233,16 +242,16 @@ def _lanes(program: Program) -> Iterator[str]:
 
 
 def _slots(program: Program, training: bool) -> Iterator[str]:
-    """A receive takes the smallest slot that is free, so it never overwrites one in use."""
+    """What fills a slot takes the smallest one that is free, so it never overwrites one in use."""
     for rank, ops in enumerate(program.ranks):
         counter = SlotCounter(training)
         ends = {receive: k for k, op in enumerate(ops) for receive in releases(op, training)}
         for k, op in enumerate(ops):
             counter.step(op)
             where = f"rank {rank}: {op} (operation {k})"
-            if op.kind.role is not Role.RECEIVE:
+            if not op.kind.slot_until[0]:
                 if op.slot >= 0:
-                    yield f"{where} has a slot, but only receives do"
+                    yield f"{where} has a slot, but only receives and copies to the host do"
                 continue
             holder = counter.holder(op)
             if op.slot < 0:

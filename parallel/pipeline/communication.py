@@ -116,7 +116,7 @@ def producer(program: Program, op: Op, rank: int) -> Key | None:
 
 def predecessors(program: Program, op: Op, rank: int) -> tuple[Key, ...]:
     """What an operation must come after in its rank's own list, where another rank's part in it does not imply it."""
-    if op.kind.computes:
+    if op.kind.local:
         return tuple(key(need) for where, need in data_needs(program, op) if where == rank)
     made = producer(program, op, rank)
     return () if made is None else (made,)
@@ -175,14 +175,14 @@ def expected(program: Program, rank: int, training: bool) -> Iterator[Op]:
 
 
 def releases(op: Op, training: bool) -> tuple[Key, ...]:
-    """The receives whose slots are free once a compute operation is done."""
+    """What has a slot that is free once an operation is done: receives, and copies to the host."""
     return tuple((kind, op.index, op.stage) for kind in _released_by(op.kind, training))
 
 
 @cache
 def _released_by(kind: Kind, training: bool) -> tuple[Kind, ...]:
     done = (kind.token, *kind.fuses)
-    return tuple(each for each in KINDS.values() if each.transfers and each.slot_until[not training] in done)
+    return tuple(each for each in KINDS.values() if each.slot_until[not training] in done)
 
 
 class SlotCounter:
@@ -218,12 +218,12 @@ class SlotCounter:
 
 
 def number_slots(ops: Ops, training: bool) -> Ops:
-    """A rank's list with each receive in the smallest slot that is free at its place."""
+    """A rank's list with the smallest slot that is free at its place for all that needs one."""
     counter = SlotCounter(training)
     result = []
     for op in ops:
         counter.step(op)
-        if op.kind.role is Role.RECEIVE:
+        if op.kind.slot_until[0]:
             op = Op(op.kind, op.index, op.stage, counter.smallest(op))
             counter.take(op)
         result.append(op)

@@ -34,8 +34,8 @@ class Graph:
         latency: from the last of them to the event.
         before: the event before it in its lane or on its link, where there is one.
         unoccupied: the part of a transfer's latency in which its link is free for the next one.
-        collectives, updates: the first event that is a collective of the vocabulary, and the first of the update; those
-            below are transfers.
+        collectives, copies, updates: the first event that is a collective of the vocabulary, a copy between device and
+            host, and of the update; those below are transfers.
         disorder: why the program cannot run at any times: both ends of a channel, or of a lane, in different orders.
     """
 
@@ -47,6 +47,7 @@ class Graph:
     before: dict[int, int]
     unoccupied: float
     collectives: int
+    copies: int
     updates: int
     disorder: str | None
 
@@ -137,7 +138,9 @@ class _Builder:
         self.feeds: list[list[int]] = []
         self.durations: list[list[float]] = []
         times.expect(program.stages, self.p)
-        self.marks = {kind: n * program.stages * self.m for n, kind in enumerate(KINDS.values()) if kind.computes}
+        self.marks = {kind: n * program.stages * self.m for n, kind in enumerate(KINDS.values()) if kind.local}
+        self.engines: dict[str, int] = {}
+        """The last copy of each engine of the rank."""
         self.carriers: dict[Kind, list[Kind]] = {}
         """What can bring the result of a kind to other ranks."""
         for kind in KINDS.values():
@@ -171,6 +174,13 @@ class _Builder:
                 of_one = flows(kind.token)[0].source.acts is Acts.STAGE and not self.explicit
                 self.contributors += [1 if of_one else self.p] * m
                 self.latency += [times.collective] * m
+        self.copies = len(self.contributors)
+        for kind in KINDS.values():
+            if kind.role is Role.COPY:
+                self.blocks[kind] = len(self.contributors)
+                for stage, rank in enumerate(self.where):
+                    self.contributors += [1] * m
+                    self.latency += [times.latency(Op(kind, 0, stage), rank)] * m
         self.norm = len(self.contributors)
         self.contributors.append(0)
         self.latency.append(times.norm)
@@ -181,6 +191,7 @@ class _Builder:
         self.stages = frozenset(self.program.stages_of(rank))
         self.done: set[int] = set()
         self.gathered = ALWAYS
+        self.engines = {}
         self.passes: dict[tuple[Kind, int], _Pass] = {}
         for lane in self.lanes.values():
             lane.append(_Line())
@@ -239,9 +250,11 @@ class _Builder:
         )
 
     def _event(self, carrier: str, stage: int) -> int:
-        """What a transfer brings to a stage, or a collective."""
+        """What a transfer or a copy brings to a stage, or a collective."""
         kind = KINDS[carrier]
-        return self.blocks[kind] if kind.lane else self.blocks[KINDS[kind.pair]] + stage * self.m
+        if kind.lane:
+            return self.blocks[kind]
+        return self.blocks[KINDS[kind.pair] if kind.pair else kind] + stage * self.m
 
     def _feed(self, kind: Kind, stage: int) -> int:
         """What the end of an operation brings about by itself: nothing where a send or a collective does it."""
@@ -302,6 +315,17 @@ class _Builder:
         lane.put(event, op)
         return ALWAYS, event, 0.0
 
+    def copy(self, op: Op) -> tuple[int, int, float]:
+        made = self.compute(op)
+        if made is _FOREIGN:
+            return _FOREIGN
+        event = self._event(op.kind.token, op.stage) + op.index
+        engine = "" if self.times.one_engine else op.kind.engine
+        if engine in self.engines:
+            self.before[event] = self.engines[engine]
+        self.engines[engine] = event
+        return ALWAYS, event, 0.0
+
     def update(self, op: Op) -> tuple[int, int, float]:
         kind = op.kind
         if kind is Kinds.NORM:
@@ -332,6 +356,7 @@ class _Builder:
             before=self.before,
             unoccupied=self.hop,
             collectives=self.collectives,
+            copies=self.copies,
             updates=self.norm,
             disorder=next(self._disorders(), None),
         )
@@ -360,5 +385,7 @@ _ADD = {
     Role.SEND: _Builder.transfer,
     Role.RECEIVE: _Builder.transfer,
     Role.COLLECTIVE: _Builder.collective,
+    Role.COPY: _Builder.copy,
+    Role.MEMORY: _Builder.compute,
     Role.UPDATE: _Builder.update,
 }

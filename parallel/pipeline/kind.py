@@ -30,6 +30,10 @@ class Role(Enum):
     """As `SEND`, seen from the other end."""
     COLLECTIVE = "collective"
     """A lane of all ranks of the pipeline (times tp); the token only starts it."""
+    COPY = "copy"
+    """An engine that copies between device and host; the token only starts it."""
+    MEMORY = "memory"
+    """Nothing but the list: it takes or gives back memory, and may wait for a copy."""
     UPDATE = "update"
     """It belongs to the end of the step, after every microbatch."""
 
@@ -107,6 +111,8 @@ class Kind:
         pair: of a transfer, the token at its other end.
         slot_until: of a receive, the kinds after which its slot is free: in training, and in an evaluation.
         lane: of a collective.
+        engine: of a copy: "out" to the host, "in" to the device.
+        before: the token of what must follow in the rank's list, at the same stage and of the same microbatch.
         phase: of an update, its place in the order of phases.
         holds: the memory that it takes and gives back.
         hue: its colour in pictures; none: the update's.
@@ -129,6 +135,8 @@ class Kind:
     pair: str = ""
     slot_until: tuple[str, str] = ("", "")
     lane: str = ""
+    engine: str = ""
+    before: str = ""
     phase: int = 0
     holds: tuple[Hold, ...] = ()
     hue: str = ""
@@ -139,6 +147,7 @@ class Kind:
     computes: bool = field(init=False)
     of_stage: bool = field(init=False)
     transfers: bool = field(init=False)
+    local: bool = field(init=False)
     communicates: bool = field(init=False)
     updates: bool = field(init=False)
 
@@ -146,6 +155,7 @@ class Kind:
         object.__setattr__(self, "computes", self.role is Role.COMPUTE)
         object.__setattr__(self, "of_stage", self.computes and self.acts is Acts.STAGE)
         object.__setattr__(self, "transfers", self.role in (Role.SEND, Role.RECEIVE))
+        object.__setattr__(self, "local", self.role in (Role.COMPUTE, Role.COPY, Role.MEMORY))
         object.__setattr__(self, "communicates", self.transfers or self.role is Role.COLLECTIVE)
         object.__setattr__(self, "updates", self.role is Role.UPDATE)
 

@@ -26,12 +26,14 @@ class ActivationBytes:
     Args:
         activation: of a stage, from F to the end of B (or BW).
         deferred: what is left of it from there to the end of W; as much as before where None.
+        offloaded: of a stage's activation, what is on the host between RELEASE and PREPARE; all of it where None.
         head: of a rank's part of the vocabulary (logits, softmax, hidden states), from S to the end of T.
         constant: of a rank, all the time (parameters, gradients, optimizer state, buffers).
     """
 
     activation: tuple[float, ...]
     deferred: tuple[float, ...] | None = None
+    offloaded: tuple[float, ...] | None = None
     head: tuple[float, ...] = (0.0,)
     constant: tuple[float, ...] = (0.0,)
 
@@ -81,6 +83,22 @@ def peak_bytes(program: Program, sizes: ActivationBytes) -> tuple[float, ...]:
     return tuple(peaks)
 
 
+def peak_host_bytes(program: Program, sizes: ActivationBytes) -> tuple[float, ...]:
+    """The most bytes of each rank that are on the host at once.
+
+    Raises:
+        UserError: sizes for another number of stages or ranks.
+    """
+    peaks = []
+    for rank, ops in enumerate(program.ranks):
+        held = peak = 0.0
+        for _, _, change in _weighed(program, rank, ops, sizes, host=True):
+            held += change
+            peak = max(peak, held)
+        peaks.append(peak)
+    return tuple(peaks)
+
+
 def byte_curve(timeline: Timeline, sizes: ActivationBytes) -> tuple[Curve, ...]:
     """Bytes held over time on each rank.
 
@@ -107,20 +125,25 @@ def _counted(ops: Ops) -> Iterator[tuple[int, int, int]]:
             yield position, int(hold.at_end), hold.sign
 
 
-def _weighed(program: Program, rank: int, ops: Ops, sizes: ActivationBytes) -> Iterator[tuple[int, int, float]]:
-    """As `_counted`, in bytes."""
+def _weighed(
+    program: Program, rank: int, ops: Ops, sizes: ActivationBytes, *, host: bool = False
+) -> Iterator[tuple[int, int, float]]:
+    """As `_counted`, in bytes of the device, or of the host."""
     given = {
         "activation": sizes.activation,
         "deferred": sizes.activation if sizes.deferred is None else sizes.deferred,
+        "offloaded": sizes.activation if sizes.offloaded is None else sizes.offloaded,
         "head": sizes.head,
     }
+    given["host"] = given["offloaded"]
     places = {"stages": program.stages, "ranks": len(program.ranks)}
-    per = {"activation": "stages", "deferred": "stages", "head": "ranks"}
+    per = dict.fromkeys(given, "stages") | {"head": "ranks"}
     each = {name: spread(name, values, places[per[name]], per[name]) for name, values in given.items()}
     for position, at_end, changes in _grouped(ops):
         op = ops[position]
         place = op.stage if op.kind.acts is Acts.STAGE else rank
-        yield position, at_end, sum(hold.sign * each[hold.what][place] for hold in changes)
+        here = [hold for hold in changes if (hold.what == "host") == host]
+        yield position, at_end, sum(hold.sign * each[hold.what][place] for hold in here)
 
 
 def _grouped(ops: Ops) -> Iterator[tuple[int, int, list[Hold]]]:

@@ -60,6 +60,20 @@ def _collective(token: str, lane: str, *, trains: bool = False) -> Kind:
     )
 
 
+def _memory(token: str, waits: str = "", *, before: str, after: str = "", holds: tuple[Hold, ...]) -> Kind:
+    need = Need(waits or after, Place.SAME, by=waits)
+    return Kind(
+        token=token,
+        acts=Acts.STAGE,
+        role=Role.MEMORY,
+        needs=(need,),
+        trains=True,
+        optional=True,
+        before=before,
+        holds=holds,
+    )
+
+
 _BACKWARD_NEEDS = (
     Need("F", Place.SAME),
     Need("B", Place.NEXT, by="SB"),
@@ -174,6 +188,45 @@ class Kinds:
         letter="G",
     )
     """Balanced vocabulary: add to the gradient of the rows that this rank holds."""
+
+    OFFLOAD = Kind(
+        token="OFF",
+        acts=Acts.STAGE,
+        role=Role.COPY,
+        words="to the host",
+        needs=(Need("F", Place.SAME),),
+        duration=("offload",),
+        started=True,
+        trains=True,
+        optional=True,
+        engine="out",
+        before="REL",
+        slot_until=("RES", ""),
+        holds=(Hold("host", +1, at_end=False),),
+        hue="#5c6bc0",
+    )
+    """Start copying what the backward pass of a stage needs into a slab of the host."""
+    RELEASE = _memory("REL", "OFF", before="PRE", holds=(Hold("offloaded", -1, at_end=True, counts=True),))
+    """Wait for the copy to the host, then give its memory on the device back."""
+    PREPARE = _memory("PRE", before="RLD", after="REL", holds=(Hold("offloaded", +1, at_end=False, counts=True),))
+    """Take memory on the device again."""
+    RELOAD = Kind(
+        token="RLD",
+        acts=Acts.STAGE,
+        role=Role.COPY,
+        words="to the device",
+        needs=(Need("PRE", Place.SAME),),
+        duration=("reload",),
+        started=True,
+        trains=True,
+        optional=True,
+        engine="in",
+        before="RES",
+        hue="#26a69a",
+    )
+    """Start copying it back; it waits for its own way there by the release before."""
+    RESUME = _memory("RES", "RLD", before="B", holds=(Hold("host", -1, at_end=True),))
+    """Wait for the copy to the device, which the backward pass now finds in place; the slab is free."""
 
     SEND_FORWARD = _send("SF", +1, "RF", "the activations that rank {rank} sends in {place}")
     """Start sending the output of a stage to the next one."""

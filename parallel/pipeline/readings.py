@@ -69,6 +69,7 @@ class Bubble:
         communication: waits for what the other rank has sent already.
         barrier: waits for a collective of the vocabulary, thus for the slowest rank and the collective itself.
         queue: waits to send, with as many sends under way on the channel as may be.
+        offload: waits for a copy between device and host.
         update: reduces or updates between computations.
         overhead: none of these; nothing in a simulated timeline, what is not explained in a recorded one.
         tail: after its last computation.
@@ -79,6 +80,7 @@ class Bubble:
     communication: float = 0.0
     barrier: float = 0.0
     queue: float = 0.0
+    offload: float = 0.0
     update: float = 0.0
     overhead: float = 0.0
     tail: float = 0.0
@@ -111,7 +113,7 @@ def _bubble(replayed: _Replay, rank: int) -> Bubble:
     if not computes:
         return Bubble(warm_up=timeline.makespan)
     first, last = computes[0], computes[-1]
-    causes = ("dependency", "communication", "barrier", "queue", "update", "overhead")
+    causes = ("dependency", "communication", "barrier", "queue", "offload", "update", "overhead")
     parts: dict[str, float] = dict.fromkeys(causes, 0.0)
     clock = spans[first][1]  # until when the rank is accounted for
     for position in range(first + 1, last + 1):
@@ -140,6 +142,8 @@ class Edge(StrEnum):
     """What it needs came from the step before it, from another stage."""
     COLLECTIVE = "collective"
     """The step before it was the last part of a collective of the vocabulary, or of the norm."""
+    COPY = "copy"
+    """A copy between device and host, which the step before it started, had to end."""
     QUEUE = "queue"
     """Too many sends were under way on its channel; the step before it is the oldest of them."""
     LANE = "lane"
@@ -203,7 +207,8 @@ class _Replay:
         # Clipped to the wait: an event from before it explains nothing, and clocks of recorded ranks may disagree.
         come = min(max(self.known[event], since), start)
         if event >= self.graph.collectives:
-            cause = "barrier" if event < self.graph.updates else "update"
+            before_updates = "barrier" if event < self.graph.copies else "offload"
+            cause = before_updates if event < self.graph.updates else "update"
             return [(cause, come - since), ("overhead", start - come)]
         if self.timeline.program.ranks[rank][position].kind.role is Role.SEND:
             return [("queue", come - since), ("overhead", start - come)]
@@ -254,6 +259,8 @@ class _Replay:
         return rank, position, end if started else self.timeline.spans[rank][position][1]
 
     def _edge(self, event: int, op: Op) -> Edge:
+        if self.graph.copies <= event < self.graph.updates:
+            return Edge.COPY
         if event >= self.graph.collectives:
             return Edge.COLLECTIVE
         return Edge.QUEUE if op.kind.role is Role.SEND else Edge.TRANSFER

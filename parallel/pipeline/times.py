@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from ...configs.errors import Problem, UserError
-from .kind import Acts, Kind
+from .kind import Acts, Kind, Role
 from .needs import KINDS, Kinds
 from .program import Op
 
@@ -30,6 +30,8 @@ class Times:
             one from the same rank to the same rank has to wait. A program of compute only has no order of messages, so
             there they are added and nobody waits.
         collective: of each collective of the vocabulary, from the last rank's start to its end; occupies no compute.
+        offload, reload: of the copies of what a stage keeps of one microbatch, per stage; they occupy no compute.
+        one_engine: one copy at a time in either direction, not one in each.
         other: of kinds that have no field of their own, by token: per stage or rank, as the kind acts.
 
     Raises:
@@ -50,13 +52,15 @@ class Times:
     hop: float = 0.0
     link: float = 0.0
     collective: float = 0.0
+    offload: tuple[float, ...] = _ZERO
+    reload: tuple[float, ...] = _ZERO
+    one_engine: bool = False
     other: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         problems = []
-        given = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "other"} | dict(
-            self.other
-        )
+        given = {each.name: getattr(self, each.name) for each in fields(self)} | dict(self.other)
+        del given["other"], given["one_engine"]
         for name, value in given.items():
             values = value if isinstance(value, tuple) else (value,)
             bad = [v for v in values if not (isfinite(v) and v >= 0)]
@@ -100,8 +104,8 @@ class Times:
             medians.setdefault((Kinds.WEIGHT_GRAD, stage), fused * weight_share)
         found: dict[str, Any] = {"other": {}}
         for kind in KINDS.values():
-            if kind.fuses or kind.communicates or kind.acts is Acts.STEP:
-                continue
+            if kind.fuses or kind.communicates or kind.acts is Acts.STEP or kind.role is Role.COPY:
+                continue  # of a copy, as of a transfer, the list has only the start
             count = stages if kind.acts is Acts.STAGE else ranks
             values = tuple(medians.get((kind, i), 0.0) for i in range(count))
             if kind.duration:

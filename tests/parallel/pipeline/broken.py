@@ -7,17 +7,29 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pentad.configs.tables.schedules import SCHEDULES
-from pentad.parallel.pipeline.kind import Role
 from pentad.parallel.pipeline.lower import lower
+from pentad.parallel.pipeline.offload import offload, windows
 from pentad.parallel.pipeline.program import Op, Program
 from pentad.parallel.pipeline.schedules import generate
+from pentad.parallel.pipeline.times import Times
 from pentad.parallel.pipeline.vocabulary import balanced
 
 KINDS = ("dropped", "retargeted", "swapped")
 
 
 def sound_program(rng: random.Random) -> Program:
-    """A lowered program of 2 to 4 ranks, without the update at its end; any schedule, balanced where it can be."""
+    """A lowered program of 2 to 4 ranks, without the update at its end.
+
+    Any schedule, balanced where it can be, some activations on the host in between.
+    """
+    program = _without_offload(rng)
+    if rng.random() < 0.5:
+        return program
+    times = Times(offload=(rng.choice((0.1, 0.7)),), reload=(rng.choice((0.1, 0.7)),), one_engine=rng.random() < 0.5)
+    return offload(program, [window.pass_ for mine in windows(program, times) for window in mine][::2], times)
+
+
+def _without_offload(rng: random.Random) -> Program:
     name = rng.choice(list(SCHEDULES))
     ranks, microbatches = rng.choice((2, 3, 4)), rng.randint(1, 9)
     chunks = SCHEDULES[name].chunks or rng.choice((1, 2))
@@ -53,7 +65,7 @@ def broken_programs(seed: int, count: int) -> Iterator[tuple[str, Program]]:
 
 def _retarget(rng: random.Random, program: Program, lists: list[list[Op]], rank: int, at: int) -> None:
     op = lists[rank][at]
-    targets = ["index", "rank"] + ["stage"] * (op.stage >= 0) + ["slot"] * (op.kind.role is Role.RECEIVE)
+    targets = ["index", "rank"] + ["stage"] * (op.stage >= 0) + ["slot"] * (op.slot >= 0)
     target = rng.choice(targets)
     if target == "rank":
         del lists[rank][at]

@@ -67,6 +67,7 @@ class Lowered:
         self.channels: dict[tuple[int, int], _Channel] = {}
         self.lanes = [[deque[Op]() for _ in program.ranks] for _ in range(2)]
         self.lane_busy = [False, False]
+        self.engines: dict[tuple[int, str], float] = {}
         self.pending: list[tuple[float, str, object]] = []
         self.arrived: set[tuple[Kind, int, int]] = set()
 
@@ -93,7 +94,9 @@ class Lowered:
         due = [each for each in self.pending if each[0] <= self.now]
         self.pending = [each for each in self.pending if each[0] > self.now]
         for _, what, which in due:
-            if what == "lane":
+            if what == "copy":
+                op = which  # type: ignore[assignment]
+            elif what == "lane":
                 lane, op = which  # type: ignore[misc]
                 self.lane_busy[lane] = False
             else:
@@ -122,11 +125,9 @@ class Lowered:
                 self.lane_busy[number] = True
                 self.pending.append((self.now + self.times.collective, "lane", (number, heads.pop())))
                 moved = True
-        if self.times.hop == 0.0 or self.times.collective == 0.0:
-            before = len(self.pending)
-            self._complete()
-            moved = moved or len(self.pending) < before
-        return moved
+        before = len(self.pending)
+        self._complete()  # what takes no time at all
+        return moved or len(self.pending) < before
 
     def _advance(self, rank: int) -> bool:
         moved = False
@@ -143,6 +144,16 @@ class Lowered:
             if not self._ready(rank, op):
                 return False
             self.busy[rank] = self.now + self.times.of(op, rank)
+        elif op.kind in (Kinds.OFFLOAD, Kinds.RELOAD):
+            out = op.kind is Kinds.OFFLOAD
+            engine = (rank, "both" if self.times.one_engine else "out" if out else "in")
+            took = self.times.offload if out else self.times.reload
+            ends = max(self.now, self.engines.get(engine, 0.0)) + took[op.stage if len(took) > 1 else 0]
+            self.engines[engine] = ends
+            self.pending.append((ends, "copy", op))
+        elif op.kind in (Kinds.RELEASE, Kinds.RESUME):
+            copied = Kinds.OFFLOAD if op.kind is Kinds.RELEASE else Kinds.RELOAD
+            return (copied, op.index, op.stage) in self.arrived
         elif op.kind in (Kinds.SEND_FORWARD, Kinds.SEND_BACKWARD):
             to = where[s + 1 if op.kind is Kinds.SEND_FORWARD else s - 1]
             channel = self.channels.setdefault((rank, to), _Channel())

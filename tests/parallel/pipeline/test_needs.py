@@ -165,7 +165,7 @@ def test_kinds_keep_their_identity_between_processes() -> None:
 def test_every_need_names_a_kind_and_every_carrier_carries_something() -> None:
     for kind in KINDS.values():
         for need in kind.needs:
-            assert need.kind in KINDS and (not need.by or KINDS[need.by].communicates)
+            assert need.kind in KINDS and (not need.by or KINDS[need.by].communicates or KINDS[need.by].engine)
         if kind.role in (Role.SEND, Role.COLLECTIVE):
             # What it brings comes from one kind, whoever waits for it.
             assert len({flow.source for flow in needs.flows(kind.token)}) == 1

@@ -1,0 +1,224 @@
+"""Activation offload as a pass: which activations leave the device, and where in each list they go and come back.
+
+What a stage keeps of a microbatch is needed again only when its backward pass comes. In between it may lie on the host,
+at the price of two copies beside the compute (Wan et al., PipeOffload, 2025). The pass puts five operations into a
+program that is otherwise complete, all of them of the rank's own, so that no order between ranks changes:
+
+    F3@0 OFF3@0 … REL3@0 … PRE3@0 RLD3@0 … RES3@0 B3@0
+
+OFF and RLD start copies, REL and RES wait for them, REL and PRE give memory back and take it again. A copy engine does
+one copy after the other, so copies to the host take the first time that is free after their forward pass, copies back
+the last one that ends early enough for their backward pass.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+
+from .check import ProgramError, check
+from .communication import is_training, number_slots
+from .kind import Kind
+from .needs import Kinds
+from .program import Op, Program
+from .simulate import simulate
+from .times import Times
+
+Pass = tuple[int, int]
+"""(stage, microbatch)"""
+
+_COPIES = 3
+"""An activation stays where its window is not longer than this many times both copies: they could not be hidden."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The time in which an activation is not needed.
+
+    Args:
+        pass_: of which stage and microbatch.
+        start: the end of its forward pass.
+        end: the start of its backward pass.
+        margin: how long that takes: a copy back should end so much earlier.
+    """
+
+    pass_: Pass
+    start: float
+    end: float
+    margin: float
+
+    @property
+    def length(self) -> float:
+        return self.end - self.start
+
+
+def windows(program: Program, times: Times) -> list[list[Window]]:
+    """The windows of each rank's activations when the program runs in these times, longest first.
+
+    Raises:
+        ValueError: the program has no backward passes.
+    """
+    if not is_training(program):
+        raise ValueError("an evaluation keeps nothing that could be offloaded")
+    found: list[list[Window]] = []
+    for ops, spans in zip(program.ranks, simulate(program, times).spans, strict=True):
+        ends = {(op.stage, op.index): end for op, (_, end) in zip(ops, spans, strict=True) if op.kind is Kinds.FORWARD}
+        mine = [
+            Window((op.stage, op.index), ends[op.stage, op.index], start, end - start)
+            for op, (start, end) in zip(ops, spans, strict=True)
+            if _is_backward(op.kind)
+        ]
+        # Of equally long ones the lower stage: it is the one that a schedule keeps longer as a rule.
+        found.append(sorted(mine, key=lambda window: (-window.length, window.pass_)))
+    return found
+
+
+def worthwhile(program: Program, times: Times) -> list[list[Pass]]:
+    """The activations of each rank whose copies fit into their windows with room to spare, longest-lived first."""
+    chosen = []
+    for mine in windows(program, times):
+        copies = {window.pass_: _copies(window.pass_, times) for window in mine}
+        chosen.append([w.pass_ for w in mine if w.length - w.margin > _COPIES * sum(copies[w.pass_])])
+    return chosen
+
+
+def longest(candidates: Iterable[Pass], share: float, total: int) -> list[Pass]:
+    """The first of these, at most `share` of `total`."""
+    return list(candidates)[: round(share * total)]
+
+
+def offload(program: Program, chosen: Collection[Pass], times: Times) -> Program:
+    """The program with these activations on the host while they are not needed.
+
+    Args:
+        program: of a training step, complete; of one rank or lowered.
+        chosen: what is offloaded.
+        times: what the places in the lists are chosen for.
+
+    Raises:
+        ProgramError: an activation is not of this program, or it has offloads already.
+    """
+    if any(op.kind is Kinds.OFFLOAD for ops in program.ranks for op in ops):
+        raise ProgramError("the program has offloads already")
+    known = {window.pass_: window for mine in windows(program, times) for window in mine}
+    unknown = sorted(set(chosen) - known.keys())
+    if unknown:
+        stage, index = unknown[0]
+        raise ProgramError(f"there is no activation of microbatch {index} at stage {stage} to offload")
+    spans, wanted = simulate(program, times).spans, set(chosen)
+    ranks = []
+    for rank, ops in enumerate(program.ranks):
+        mine = [known[op.stage, op.index] for op in ops if _is_backward(op.kind) and (op.stage, op.index) in wanted]
+        inserted = _Places(ops, spans[rank]).all(mine, times)
+        out = tuple(each for k, op in enumerate(ops) for each in (*inserted[k].before, op, *inserted[k].after))
+        ranks.append(number_slots(out, training=True))
+    result = replace(program, ranks=tuple(ranks))
+    check(result)
+    return result
+
+
+def _is_backward(kind: Kind) -> bool:
+    return kind in (Kinds.INPUT_GRAD, Kinds.BACKWARD)
+
+
+def _copies(pass_: Pass, times: Times) -> tuple[float, float]:
+    stage, index = pass_
+    return times.latency(Op(Kinds.OFFLOAD, index, stage), 0), times.latency(Op(Kinds.RELOAD, index, stage), 0)
+
+
+class _Engine:
+    """When a copy engine is busy."""
+
+    def __init__(self) -> None:
+        self._busy: list[tuple[float, float]] = []
+
+    def earliest(self, after: float, length: float) -> float:
+        """Takes the first free time that begins at `after` or later; returns its start."""
+        start = after
+        for begun, ended in self._busy[max(0, bisect_left(self._busy, (after, after)) - 1) :]:
+            if begun - start >= length:
+                break
+            start = max(start, ended)
+        insort(self._busy, (start, start + length))
+        return start
+
+    def latest(self, before: float, length: float) -> float:
+        """Takes the last free time that ends at `before` or earlier; returns its start."""
+        end = before
+        for begun, ended in reversed(self._busy[: bisect_right(self._busy, (before, before))]):
+            if end - ended >= length:
+                break
+            end = min(end, begun)
+        insort(self._busy, (end - length, end))
+        return end - length
+
+
+@dataclass
+class _Inserted:
+    """What is put around an operation of a rank's list."""
+
+    before: list[Op]
+    after: list[Op]
+
+
+class _Places:
+    """Where the operations of a rank's offloads stand in its list.
+
+    Args:
+        ops: the rank's list.
+        spans: when they run without offload.
+    """
+
+    def __init__(self, ops: tuple[Op, ...], spans: tuple[tuple[float, float], ...]) -> None:
+        self.ops, self.starts = ops, [start for start, _ in spans]
+        self.at = {(op.stage, op.index, op.kind): k for k, op in enumerate(ops)}
+
+    def all(self, mine: list[Window], times: Times) -> list[_Inserted]:
+        """The operations to insert, by position.
+
+        Args:
+            mine: the windows of what is offloaded, in the order of their backward passes.
+            times: of the copies.
+        """
+        out = _Engine()
+        back = out if times.one_engine else _Engine()
+        gone = {w.pass_: out.earliest(w.start, _copies(w.pass_, times)[0]) for w in sorted(mine, key=lambda w: w.start)}
+        come: dict[Pass, float] = {}
+        for window in reversed(mine):
+            come[window.pass_] = back.latest(window.end - window.margin, _copies(window.pass_, times)[1])
+        inserted = [_Inserted([], []) for _ in self.ops]
+        returns = []
+        for window in mine:
+            released, backward = self._put_out(window, gone[window.pass_] + _copies(window.pass_, times)[0], inserted)
+            returns.append((window.pass_, released, self._running(come[window.pass_]), backward))
+        self._put_back(returns, inserted)
+        return inserted
+
+    def _put_out(self, window: Window, gone: float, inserted: list[_Inserted]) -> tuple[int, int]:
+        """OFF behind its forward pass, REL where the copy has ended; returns the positions of REL and of B."""
+        stage, index = window.pass_
+        forward = self.at[stage, index, Kinds.FORWARD]
+        found = self.at.get((stage, index, Kinds.INPUT_GRAD))
+        backward = self.at[stage, index, Kinds.BACKWARD] if found is None else found
+        inserted[forward].after.append(Op(Kinds.OFFLOAD, index, stage))
+        released = min(max(bisect_left(self.starts, gone), forward + 1), backward)
+        inserted[released].before.append(Op(Kinds.RELEASE, index, stage))
+        return released, backward
+
+    def _put_back(self, returns: list[tuple[Pass, int, int, int]], inserted: list[_Inserted]) -> None:
+        """PRE and RLD between REL and RES, which stands before B; of each the positions of REL, the wish and B."""
+        # An engine copies in the order of the list, so what is needed first should come first.
+        order: list[tuple[int, int, Pass]] = []
+        latest = len(self.ops)
+        for number, (pass_, released, wanted, backward) in reversed(list(enumerate(returns))):
+            latest = min(latest, wanted, backward)
+            order.append((max(latest, released), number, pass_))
+        for at, _, (stage, index) in sorted(order):
+            inserted[at].before += [Op(Kinds.PREPARE, index, stage), Op(Kinds.RELOAD, index, stage)]
+        for (stage, index), _, _, backward in returns:
+            inserted[backward].before.append(Op(Kinds.RESUME, index, stage))
+
+    def _running(self, instant: float) -> int:
+        """The operation before which a copy must be started to run from an instant on: the one that runs then."""
+        return max(0, bisect_right(self.starts, instant) - 1)
