@@ -1,0 +1,250 @@
+"""What autograd keeps of a forward pass, caught at one point, so that it can be elsewhere until it is needed.
+
+Autograd's saved tensors are replaced by views into blocks; a block is one storage, kept once however many tensors are
+views of it. While the blocks of a (stage, microbatch) are on the host, its graph holds nothing on the device.
+
+    NEW → SAVING (OFF) → RELEASED (REL) → PREPARED (PRE) → RETURNING (RLD) → HERE (RES)
+
+The copies run on lanes: threads on a CPU, streams on CUDA. There, memory is given back and taken on the compute stream
+alone, after it has waited for the copy; so the allocator may reuse it at once, and nothing has to be recorded on a
+second stream, which would delay the reuse by an unknown time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..comm.host_memory import HostMemory
+from ..comm.lane import Lane, Pending
+from .kind import Kind
+from .needs import Kinds
+from .program import Op, Program
+
+SMALL = 1024
+"""Tensors of at most so many elements stay: a copy of their own would cost more than they take."""
+
+_ALIGN = 64
+"""Bytes; of each block in a slab, so that copies and views of any dtype are aligned."""
+
+
+class State(Enum):
+    """Where the blocks of a (stage, microbatch) are."""
+
+    NEW = auto()
+    SAVING = auto()
+    RELEASED = auto()
+    PREPARED = auto()
+    RETURNING = auto()
+    HERE = auto()
+
+
+class Block:
+    """The bytes of one storage."""
+
+    __slots__ = ("at", "nbytes", "storage")
+
+    def __init__(self, storage: torch.UntypedStorage, at: int) -> None:
+        self.storage: torch.UntypedStorage | None = storage
+        self.nbytes = storage.nbytes()
+        self.at = at
+        """First byte in the slab."""
+
+    def bytes(self) -> Tensor:
+        """(nbytes,) of the storage, on the device."""
+        assert self.storage is not None
+        return torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A saved tensor: what autograd holds instead of it."""
+
+    block: Block
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def tensor(self) -> Tensor:
+        """The tensor, in the block's present memory.
+
+        Raises:
+            RuntimeError: the block is on the host: the program has no RES before this backward pass.
+        """
+        storage = self.block.storage
+        if storage is None:
+            raise RuntimeError("a saved activation is read while it is on the host")
+        empty = torch.empty(0, dtype=self.dtype, device=storage.device)
+        return empty.set_(storage, self.offset, self.shape, self.stride)
+
+
+class Saved:
+    """What one forward pass has saved.
+
+    Args:
+        device: of the tensors that are caught; others stay where they are.
+        elsewhere: addresses of storages that somebody else keeps anyway, as parameters and the slots of receives.
+    """
+
+    def __init__(self, device: torch.device, elsewhere: Container[int]) -> None:
+        self._device, self._elsewhere = device, elsewhere
+        self._known: dict[int, Block] = {}
+        self.blocks: list[Block] = []
+        self.nbytes = 0
+        """Of all blocks in a slab."""
+        self.state = State.NEW
+        self.copy: Pending[None] | None = None
+
+    @contextmanager
+    def catching(self) -> Iterator[None]:
+        """A forward pass inside this block saves here."""
+        with saved_tensors_hooks(self._pack, self._unpack):
+            yield
+        self._known.clear()
+
+    def _pack(self, tensor: Tensor) -> Tensor | View:
+        if tensor.numel() <= SMALL or tensor.device != self._device or tensor.layout is not torch.strided:
+            return tensor
+        if isinstance(tensor, nn.Parameter):
+            return tensor
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address in self._elsewhere:
+            return tensor
+        # By address: the block keeps the storage alive, so no other one can have it while this forward pass runs.
+        block = self._known.get(address)
+        if block is None:
+            block = self._known[address] = Block(storage, self.nbytes)
+            self.blocks.append(block)
+            self.nbytes += -(-block.nbytes // _ALIGN) * _ALIGN
+        return View(block, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+
+    @staticmethod
+    def _unpack(held: Tensor | View) -> Tensor:
+        return held.tensor() if isinstance(held, View) else held
+
+
+class Offloads:
+    """Runs the offloads of one rank's program.
+
+    Args:
+        program: of all ranks.
+        rank: this one, on the pipeline axis.
+        out, back: the lanes of copies to the host and to the device; one lane for both copies in turn.
+        device: of the activations.
+        elsewhere: as of `Saved`.
+    """
+
+    def __init__(
+        self, program: Program, rank: int, *, out: Lane, back: Lane, device: torch.device, elsewhere: Container[int]
+    ) -> None:
+        self._out, self._back, self._device, self._elsewhere = out, back, device, elsewhere
+        self._away = {
+            (op.stage, op.index): (op.stage, op.slot) for op in program.ranks[rank] if op.kind is Kinds.OFFLOAD
+        }
+        self._saved: dict[tuple[int, int], Saved] = {}
+        self._slabs: dict[tuple[int, int], HostMemory] = {}
+
+    @property
+    def handlers(self) -> dict[Kind, Callable[[Op], None]]:
+        """One per kind of operation, for `execute`."""
+        return {
+            Kinds.OFFLOAD: self._offload,
+            Kinds.RELEASE: self._release,
+            Kinds.PREPARE: self._prepare,
+            Kinds.RELOAD: self._reload,
+            Kinds.RESUME: self._resume,
+        }
+
+    @property
+    def host_bytes(self) -> int:
+        """Of all slabs."""
+        return sum(slab.nbytes for slab in self._slabs.values())
+
+    @contextmanager
+    def catching(self, stage: int, index: int) -> Iterator[None]:
+        """A forward pass inside this block; what it saves is caught where the program offloads it."""
+        if (stage, index) not in self._away:
+            yield
+            return
+        saved = self._saved[stage, index] = Saved(self._device, self._elsewhere)
+        with saved.catching():
+            yield
+
+    def clear(self) -> None:
+        """Drops everything but the slabs, after a program that was left half-way; returns when no copy runs."""
+        for saved in self._saved.values():
+            if saved.copy is not None:
+                saved.copy.wait()
+        self._saved.clear()
+
+    def close(self) -> None:
+        """Gives the slabs back."""
+        self.clear()
+        for slab in self._slabs.values():
+            slab.close()
+        self._slabs.clear()
+
+    def _enter(self, op: Op, before: State, after: State) -> Saved:
+        saved = self._saved[op.stage, op.index]
+        if saved.state is not before:
+            raise RuntimeError(f"{op}: its activation is {saved.state.name}, not {before.name}")
+        saved.state = after
+        return saved
+
+    def _offload(self, op: Op) -> None:
+        saved = self._enter(op, State.NEW, State.SAVING)
+        slab = self._slab(op, saved.nbytes)
+        # The lane keeps what it has to copy until it is done; the list lets go of it at the release.
+        pairs = [(slab[b.at : b.at + b.nbytes], b.bytes()) for b in saved.blocks]
+        saved.copy = self._out.submit(lambda: _copy(pairs))
+
+    def _release(self, op: Op) -> None:
+        saved = self._enter(op, State.SAVING, State.RELEASED)
+        assert saved.copy is not None
+        saved.copy.wait()
+        saved.copy = None
+        for block in saved.blocks:
+            block.storage = None
+
+    def _prepare(self, op: Op) -> None:
+        saved = self._enter(op, State.RELEASED, State.PREPARED)
+        for block in saved.blocks:
+            block.storage = torch.empty(block.nbytes, dtype=torch.uint8, device=self._device).untyped_storage()
+
+    def _reload(self, op: Op) -> None:
+        saved = self._enter(op, State.PREPARED, State.RETURNING)
+        slab = self._slab(op, saved.nbytes)
+        pairs = [(b.bytes(), slab[b.at : b.at + b.nbytes]) for b in saved.blocks]
+        saved.copy = self._back.submit(lambda: _copy(pairs))
+
+    def _resume(self, op: Op) -> None:
+        saved = self._enter(op, State.RETURNING, State.HERE)
+        assert saved.copy is not None
+        saved.copy.wait()
+        # From here on the graph alone holds the blocks, so that each goes as soon as its last user has run.
+        del self._saved[op.stage, op.index]
+
+    def _slab(self, op: Op, nbytes: int) -> Tensor:
+        """(≥ nbytes,) on the host, made when it is first needed and used in every step; larger where experts have got
+        more rows than ever before."""
+        key = self._away[op.stage, op.index]
+        slab = self._slabs.get(key)
+        if slab is None or slab.nbytes < nbytes:
+            if slab is not None:
+                slab.close()
+            slab = self._slabs[key] = HostMemory(nbytes, pinned=self._device.type == "cuda")
+        return slab.tensor
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for target, source in pairs:
+        target.copy_(source, non_blocking=True)
+    pairs.clear()
