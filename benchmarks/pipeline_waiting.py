@@ -43,8 +43,8 @@ from pentad.parallel.pipeline.times import Times
 from pentad.parallel.pipeline.vocabulary import balanced
 from pentad.parallel.record.reader import read
 from pentad.parallel.record.ring import Recorder
+from pentad.trainer.pipeline.vocab_passes import BalancedVocabulary
 from pentad.trainer.session import Here, Session
-from pentad.trainer.vocab_passes import BalancedVocabulary
 
 RANKS = 8
 CASES = [(name, chunks, vocab) for name, chunks in (("1f1b", 1), ("gis", 2), ("v-half", 2)) for vocab in (False, True)]

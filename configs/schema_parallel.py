@@ -88,3 +88,6 @@ class MemoryConfig:
 
     recompute: Literal["none", "full"] = "none"
     """full: a layer keeps its input only and is run again in the backward pass."""
+    offload_activations: Literal["none", "all", "auto"] | float = "none"
+    """What the backward pass needs is on the host until then: nothing of it, all, a share of each rank's (0.5), the
+    longest-lived first, or (auto) what costs no time."""

@@ -42,15 +42,16 @@ class _RmsNorm(torch.autograd.Function):
         if total is not None:
             norm = total(norm)
         rstd = norm.div_(size).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, rstd)
-        ctx.size, ctx.total = size, total
+        # A parameter is not among the saved tensors: what hooks give back for it has lost its slot.
+        ctx.weight, ctx.size, ctx.total = weight, size, total
+        ctx.save_for_backward(x, rstd)
         if x.dtype == rstd.dtype:
             return torch.mul(x, rstd).mul_(weight)
         return _normed(x.reshape(-1, x.shape[-1]), rstd.reshape(-1, 1), weight).view(x.shape)
 
     @staticmethod
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, rstd = ctx.saved_tensors
+        (x, rstd), weight = ctx.saved_tensors, ctx.weight
         if x.dtype == rstd.dtype:
             dx, dweight = _norm_grads(dy, x, weight, rstd, ctx.size, ctx.total)
         else:

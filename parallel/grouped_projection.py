@@ -128,14 +128,16 @@ class _GroupedProject(torch.autograd.Function):
                 _add_bias(y, bias, call.groups, scales)
             outputs.append(y)
         ctx.call = call
-        ctx.save_for_backward(scales, *tensors)
+        # Not among the saved tensors: what hooks (recompute, offload) give back for a parameter has lost its slot.
+        ctx.params = tensors[call.inputs :]
+        ctx.save_for_backward(scales, *inputs)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *dys: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         call: _Call = ctx.call
-        scales, *tensors = ctx.saved_tensors
-        inputs, weights, biases = call.split(tensors)
+        scales, *saved = ctx.saved_tensors
+        inputs, weights, biases = call.split((*saved, *ctx.params))
         dys = tuple(dy.contiguous() for dy in dys)
         dx = call.gemms(dys[0], weights[0]).backward(dys, weights)
         x, dinputs, dscales = _make_again(call, inputs, scales, dx, ctx.needs_input_grad[2 : 2 + call.inputs])

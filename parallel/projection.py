@@ -107,14 +107,16 @@ class _Project(torch.autograd.Function):
             y = around.leave(_linear(whole, weight, bias if around.bias_before_leave else None))
             outputs.append(y if bias is None or around.bias_before_leave else y.add_(bias))
         ctx.around, ctx.n = around, n
-        ctx.save_for_backward(x, *params)
+        # Not among the saved tensors: what hooks (recompute, offload) give back for a parameter has lost its slot.
+        ctx.params = params
+        ctx.save_for_backward(x)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         around: ProjectionComm = ctx.around
-        x, *params = ctx.saved_tensors
-        weights, biases = params[: ctx.n], params[ctx.n :]
+        (x,) = ctx.saved_tensors
+        weights, biases = ctx.params[: ctx.n], ctx.params[ctx.n :]
         bias_grads: list[Tensor | None] = [None] * ctx.n
         store = open_store(weights)
         gathering = around.regather(x) if store is None else None  # travels while dx is computed

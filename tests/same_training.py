@@ -139,6 +139,7 @@ def check(
         "sharding": "ddp",
         "pipeline": None,
         "recompute": "none",
+        "offload": "none",
     }
     alone = job(**{**wanted, **one, "model": {**wanted.get("model", {}), **(alone_model or {})}})
     world = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp * (cfg.parallel.dp or 1)

@@ -15,14 +15,14 @@ ROOMS = (
     "parallel.record.files",
     "parallel.record.reader",
     "trainer.memory",
-    "trainer.programs",
+    "trainer.pipeline.programs",
     "trainer.run_folder",
     "trainer.checkpoint.index",
     "trainer.checkpoint.manifest",
     "trainer.checkpoint.names",
     "trainer.data.indexed",
 )
-RUN_IT = {"parallel.pipeline.runtime", "parallel.pipeline.execute"}
+RUN_IT = {"parallel.pipeline.runtime", "parallel.pipeline.execute", "parallel.pipeline.saved"}
 """Modules of these rooms that move tensors."""
 VERBS = (
     ["flops", "llama3_8b", "--seq-len", "4096"],

@@ -19,7 +19,7 @@ from ..configs.schema import Config, LogConfig
 from .checkpoint.check import checkpoint_problems
 from .data.preflight import data_problems
 from .devices import missing_devices
-from .stage_layers import empty_stages
+from .pipeline.stage_layers import empty_stages
 from .text.prompts import prompt_problems
 from .text.tokenizer_files import of_job
 

@@ -35,7 +35,7 @@ from .data.dataset import Dataset
 from .metrics.peak import Peak
 from .optim.optimizer import Optimizer, make_optimizer
 from .overlap import OverlapTuner
-from .programs import training_program
+from .pipeline.programs import training_program
 from .setup import KeptModel, Parts, buckets_per_rank, degrees_of, make_model, mesh_of
 from .step import Stepper
 

@@ -23,7 +23,7 @@ from ..parallel.replicas.flat import FlatReplicas
 from ..parallel.replicas.fsdp import FsdpReplicas
 from ..parallel.replicas.protocol import OtherSlices, Replicas, ShardSlice, adopt, expect_uses
 from ..parallel.sharding_rules import Sharding
-from .programs import Pipeline
+from .pipeline.programs import Pipeline
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 

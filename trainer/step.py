@@ -36,8 +36,9 @@ from ..parallel.vocab import Look
 from .data.dataset import Microbatch
 from .inputs import InputMaker
 from .optim.optimizer import Optimizer, sum_of_squares
+from .pipeline.host_copies import HostCopies
+from .pipeline.vocab_passes import BalancedVocabulary
 from .setup import DTYPES, Parts
-from .vocab_passes import BalancedVocabulary
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ class Stepper:
         if parts.pipeline.split.balanced:
             barriers = cfg.parallel.pipeline.vocab_barriers
             self._vocabulary = BalancedVocabulary(parts, mesh, barriers, self.dtype, self.inputs)
-        self._runtime = self._make_runtime(program)
+        self._copies = HostCopies.of(program, parts, mesh)
+        self._runtime = self._make_runtime(program, self._copies)
         self._handlers: dict[Kind, Handler] = self._runtime.handlers | {
             Kinds.REDUCE: lambda op: self.replicas.reduce(op.index),
             Kinds.NORM: self._norm,
@@ -148,7 +150,7 @@ class Stepper:
             raise RuntimeError("no step is under way")
         return self._step
 
-    def _make_runtime(self, program: Program) -> Runtime:
+    def _make_runtime(self, program: Program, copies: HostCopies | None = None) -> Runtime:
         train = self.cfg.train
         tokens = train.micro_batch * train.seq_len // self.mesh.axis("tokens").size
         return Runtime(
@@ -160,6 +162,7 @@ class Stepper:
             stores=self.parts.stores,
             vocab=self._vocabulary,
             recorder=self.mesh.recorder,
+            offloads=copies.offloads if copies is not None else None,
         )
 
     def run(
@@ -258,6 +261,8 @@ class Stepper:
         close(self.model)
         if self._vocabulary is not None:
             self._vocabulary.close()
+        if self._copies is not None:
+            self._copies.close()
 
     def _begin(
         self,

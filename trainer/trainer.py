@@ -25,8 +25,8 @@ from .metrics.readings.registry import Readings
 from .metrics.report import Report
 from .metrics.sinks import EventLog, SinkSet
 from .optim.learning_rate import learning_rate
+from .pipeline.programs import evaluation_program
 from .processes.signals import StopRequest
-from .programs import evaluation_program
 from .run_folder import RunFile
 from .session import Session
 from .step import StepResult

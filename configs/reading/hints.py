@@ -63,6 +63,8 @@ _KEYS: dict[str, str] = {
     "log.tensorboard": "tensorboard_dir enable_tensorboard",
     "memory.recompute": "activation_checkpointing gradient_checkpointing activation_checkpoint recompute_granularity "
     "recompute_activations ac",
+    "memory.offload_activations": "activation_offload activation_offloading fine_grained_activation_offloading "
+    "cpu_offloading enable_activation_offloading",
     "name": "run_name exp_name experiment_name job_name",
     "runs_dir": "output_dir out_dir dump_folder work_dir",
     "faults.timeout_s": "distributed_timeout_minutes nccl_timeout ddp_timeout",
@@ -85,6 +87,7 @@ FOREIGN_VALUES: dict[str, dict[str, str]] = {
     "optim.name": {"adam": "adamw", "fused_adam": "adamw", "momentum": "sgd"},
     "optim.schedule.name": {"cos": "cosine", "none": "constant", "const": "constant", "warmup_stable_decay": "wsd"},
     "memory.recompute": {"true": "full", "all": "full", "false": "none", "off": "none", "no": "none"},
+    "memory.offload_activations": {"true": "all", "full": "all", "cpu": "all", "false": "none", "off": "none"},
     "model.activation": {"silu": "swiglu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
     "model.norm": {"rmsnorm": "rms", "rms_norm": "rms", "layernorm": "layer", "layer_norm": "layer"},
     "model.position": {"rotary": "rope", "absolute": "learned", "embedding": "learned"},

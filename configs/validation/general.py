@@ -14,6 +14,7 @@ from ..vocabulary import indivisible_vocab, padded
 from .context import validate_context
 from .divisible import indivisible
 from .kernels import validate_kernels
+from .memory import validate_memory
 from .moe import validate_moe
 from .pipeline import validate_pipeline
 
@@ -134,6 +135,7 @@ def validate(config: Config, world_size: int | None = None) -> list[Problem]:
         *validate_moe(config),
         *validate_context(config),
         *validate_kernels(config),
+        *validate_memory(config),
         *_batches(config),
         *_schedule(config),
         *_data(config),

@@ -8,7 +8,7 @@ from rich.table import Table
 from ...configs import Config
 from ...models.costs.flops import CONVENTION, flops_per_token, flops_per_token_full_attention, parameter_count
 from ...trainer.memory.estimate import GIB, Memory, estimate, expert_replicas
-from ...trainer.programs import Pipeline
+from ...trainer.pipeline.programs import Pipeline
 from ..supervise.launcher import world_size
 from .tables import engineering, table
 

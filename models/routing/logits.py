@@ -24,13 +24,15 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = precise(x.dtype)
-        ctx.save_for_backward(x, weight, bias)
+        # Parameters are not among the saved tensors: what hooks give back for one has lost its slot.
+        ctx.params = weight, bias
+        ctx.save_for_backward(x)
         logits = torch.mm(x.to(dtype), weight.to(dtype).t())
         return logits if bias is None else logits.add_(bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, dlogits: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, bias = ctx.saved_tensors
+        (x,), (weight, bias) = ctx.saved_tensors, ctx.params
         dx = torch.mm(dlogits, weight.to(dlogits.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
         deferred, store = DeferredMatmul(weight, dlogits, x), open_store((weight,))
         dweight = None

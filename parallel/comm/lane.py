@@ -92,12 +92,21 @@ class Lane:
         device: of the tensors that the jobs handle.
         axis: over which the jobs communicate. The entries that they write into its record carry the step, microbatch
             and operation of their submission; the axis must not be used outside the lane.
+        abort, recorder: of a lane whose jobs do not communicate: what ends waits for it, and where they are recorded.
     """
 
-    def __init__(self, name: str, device: torch.device | str, axis: Axis | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        device: torch.device | str,
+        axis: Axis | None = None,
+        *,
+        abort: Abort | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
         self.name, self.device = name, torch.device(device)
-        self._recorder = axis.recorder if axis is not None else None
-        self._abort = (axis.abort if axis is not None else None) or Abort()
+        self._recorder = axis.recorder if axis is not None else recorder
+        self._abort = (axis.abort if axis is not None else abort) or Abort()
         self._failed: Exception | None = None
         self._stream = torch.cuda.Stream(device, priority=-1) if self.device.type == "cuda" else None
         self._alive: deque[tuple[torch.cuda.Event, object]] = deque()

@@ -38,10 +38,9 @@ class _Unmoved(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y: Tensor, bias: nn.Parameter) -> Tensor:
-        ctx.save_for_backward(bias)
+        ctx.bias = bias  # not a saved tensor: what hooks give back for a parameter has lost its slot
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (bias,) = ctx.saved_tensors
-        return grad, plain_grad(bias, torch.zeros_like(bias))
+        return grad, plain_grad(ctx.bias, torch.zeros_like(ctx.bias))

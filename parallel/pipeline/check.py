@@ -57,8 +57,8 @@ def check(program: Program, *, limit: Sequence[float] | None = None) -> None:
         classes += [partial(_communication, training=training)]
     classes += [partial(_local_order, training=training)]
     if lowered:
-        classes += [_channels, _lanes, partial(_slots, training=training)]
-    classes += [_deadlock, partial(_activations, limit=limit)]
+        classes += [_channels, _lanes]
+    classes += [partial(_slots, training=training), _deadlock, partial(_activations, limit=limit)]
     for defects in classes:
         found = list(defects(program))
         if found:

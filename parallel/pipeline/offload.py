@@ -14,7 +14,7 @@ the last one that ends early enough for their backward pass.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from .check import ProgramError, check
@@ -81,11 +81,6 @@ def worthwhile(program: Program, times: Times) -> list[list[Pass]]:
         copies = {window.pass_: _copies(window.pass_, times) for window in mine}
         chosen.append([w.pass_ for w in mine if w.length - w.margin > _COPIES * sum(copies[w.pass_])])
     return chosen
-
-
-def longest(candidates: Iterable[Pass], share: float, total: int) -> list[Pass]:
-    """The first of these, at most `share` of `total`."""
-    return list(candidates)[: round(share * total)]
 
 
 def offload(program: Program, chosen: Collection[Pass], times: Times) -> Program:

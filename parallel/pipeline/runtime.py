@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +28,7 @@ from .execute import Handler
 from .kind import Kind
 from .needs import Kinds
 from .program import OUTSTANDING_SENDS, Op, Program
+from .saved import Offloads
 
 Forward = Callable[[int, int, Tensor | None], Tensor]
 """(stage, microbatch, input or None for the first stage) → output, or the loss where the last stage has the head."""
@@ -90,6 +91,7 @@ class Runtime:
         stores: the deferred weight gradients of each of this rank's stages.
         vocab: the balanced vocabulary, if the program has one.
         recorder: of this rank.
+        offloads: of activations to the host, if the program has any.
     """
 
     def __init__(
@@ -103,10 +105,12 @@ class Runtime:
         stores: Mapping[int, WeightGradients],
         vocab: Vocabulary | None,
         recorder: Recorder,
+        offloads: Offloads | None = None,
     ) -> None:
         self.program, self.rank, self.hidden = program, rank, hidden
         self._forward, self._channel, self._stores, self._vocab = forward, channel, stores, vocab
         self._recorder, self._wait_code = recorder, recorder.intern("wait")
+        self._offloads = offloads
         self._last = program.stages - 1
         self._buffers: dict[tuple[Kind, int, int], Tensor] = {}
         self._arriving: dict[tuple[Kind, int, int], Handle] = {}
@@ -131,6 +135,8 @@ class Runtime:
         }
         if self._vocab is not None:
             handlers |= self._vocab_handlers(self._vocab)
+        if self._offloads is not None:
+            handlers |= self._offloads.handlers
         return handlers
 
     def _vocab_handlers(self, vocab: Vocabulary) -> dict[Kind, Handler]:
@@ -164,13 +170,16 @@ class Runtime:
         """Drops everything, after a program that was left half-way."""
         for held in (self._arriving, self._outputs, self._graphs, self._grads, self._sends, self._losses):
             held.clear()
+        if self._offloads is not None:
+            self._offloads.clear()
 
     # Compute --------------------------------------------------------------------------------------------------
 
     def _run_forward(self, op: Op) -> None:
         key = (op.stage, op.index)
         x = self._input(op)
-        y = self._forward(op.stage, op.index, x)
+        with self._catching(op):
+            y = self._forward(op.stage, op.index, x)
         if x is not None and _shares_memory(y, x):
             y = y.clone()  # an empty stage: its input may be a slot, which the next receive overwrites
         if torch.is_grad_enabled():
@@ -180,6 +189,11 @@ class Runtime:
         else:
             self._outputs[key] = y.detach()
         self._sweep()
+
+    def _catching(self, op: Op) -> AbstractContextManager[None]:
+        if self._offloads is None or not torch.is_grad_enabled():
+            return nullcontext()
+        return self._offloads.catching(op.stage, op.index)
 
     def _input(self, op: Op) -> Tensor | None:
         if op.stage == 0:
@@ -229,6 +243,8 @@ class Runtime:
         buffer = self._buffers.get(slot)
         if buffer is None:
             buffer = self._buffers[slot] = self.hidden.empty()
+            if self._offloads is not None:
+                self._offloads.leave(buffer)  # it is used again and again: freeing it would free nothing
         axis = self._channel(self.program.placement[from_stage], self.rank)
         self._arriving[op.kind, op.stage, op.index] = receive(buffer, axis, 0)
 

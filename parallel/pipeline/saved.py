@@ -12,7 +12,7 @@ second stream, which would delay the reuse by an unknown time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -143,9 +143,9 @@ class Offloads:
     """
 
     def __init__(
-        self, program: Program, rank: int, *, out: Lane, back: Lane, device: torch.device, elsewhere: Container[int]
+        self, program: Program, rank: int, *, out: Lane, back: Lane, device: torch.device, elsewhere: Iterable[int] = ()
     ) -> None:
-        self._out, self._back, self._device, self._elsewhere = out, back, device, elsewhere
+        self._out, self._back, self._device, self._elsewhere = out, back, device, set(elsewhere)
         self._away = {
             (op.stage, op.index): (op.stage, op.slot) for op in program.ranks[rank] if op.kind is Kinds.OFFLOAD
         }
@@ -167,6 +167,10 @@ class Offloads:
     def host_bytes(self) -> int:
         """Of all slabs."""
         return sum(slab.nbytes for slab in self._slabs.values())
+
+    def leave(self, tensor: Tensor) -> None:
+        """Somebody else keeps this tensor (…) anyway: it stays where it is."""
+        self._elsewhere.add(tensor.untyped_storage().data_ptr())
 
     @contextmanager
     def catching(self, stage: int, index: int) -> Iterator[None]:

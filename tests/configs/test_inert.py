@@ -18,7 +18,7 @@ from pentad.models.routing.router import Router
 from pentad.models.transformer import Transformer
 from pentad.parallel.context.make import make_core
 from pentad.parallel.kernels.device import local_attention
-from pentad.trainer.programs import Pipeline, training_program
+from pentad.trainer.pipeline.programs import Pipeline, training_program
 from tests.training import Run
 
 TINY = [

@@ -11,7 +11,7 @@ import torch
 from pentad.configs.schema import Config
 from pentad.parallel.comm.collectives import all_reduce
 from pentad.trainer.checkpoint.state import all_tensors
-from pentad.trainer.programs import evaluation_program
+from pentad.trainer.pipeline.programs import evaluation_program
 from tests.distributed import run_distributed
 from tests.training import Run, job
 

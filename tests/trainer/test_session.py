@@ -20,7 +20,7 @@ from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.pipeline.program import Op
 from pentad.trainer.data.dataset import Dataset
 from pentad.trainer.metrics.peak import Peak
-from pentad.trainer.programs import evaluation_program
+from pentad.trainer.pipeline.programs import evaluation_program
 from pentad.trainer.session import Here, Session, SessionState
 from pentad.trainer.step import Stepper, StepResult
 from tests.distributed import run_distributed

@@ -11,7 +11,7 @@ from pentad.parallel.pipeline.needs import KINDS, Kinds
 from pentad.parallel.pipeline.program import Op, Program, update
 from pentad.parallel.record import reader
 from pentad.parallel.record.ring import Recorder
-from pentad.trainer.programs import Pipeline, training_program
+from pentad.trainer.pipeline.programs import Pipeline, training_program
 from tests.distributed import run_distributed
 from tests.training import Run, curve, job
 

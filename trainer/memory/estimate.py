@@ -29,9 +29,10 @@ heads of one rank, f the feed-forward width of one rank, h the hidden size:
 The experts' rows are those of an even load (nothing dropped; with moe.pad times moe.capacity_factor): a rank whose
 experts are sought after has more. And once 3 N h / t around the final norm and the head; with memory.recompute=full
 only N h / t per layer. A rank of a pipeline holds those of its stages for as many microbatches as its program has in
-flight. A balanced vocabulary adds N (V / (t pp) + h) from the head's forward to its gradient. Working memory is the
-larger of two moments: the head with the logits of one chunk of tokens (all tokens where it is balanced), and the
-backward pass of one feed-forward network or of the experts of one layer (of one whole layer with recompute).
+flight, but for those that are on the host then (memory.offload_activations). A balanced vocabulary adds
+N (V / (t pp) + h) from the head's forward to its gradient. Working memory is the larger of two moments: the head with
+the logits of one chunk of tokens (all tokens where it is balanced), and the backward pass of one feed-forward network
+or of the experts of one layer (of one whole layer with recompute).
 
 Not counted: the device's context, communication buffers, fragmentation, attention's own workspace.
 """
@@ -48,7 +49,7 @@ from ...configs.tables.schedules import SCHEDULES
 from ...models.costs.parameters import active_experts, matrices_of
 from ...models.costs.parts import Part
 from ...parallel.pipeline.memory import ActivationBytes, peak_bytes
-from ..programs import Pipeline, compute_program
+from ..pipeline.programs import Pipeline, compute_program, offloaded
 
 GIB = 2**30
 HEAD_CHUNK = 1024
@@ -316,7 +317,8 @@ def _activations(cfg: Config, pipeline: Pipeline) -> list[int]:
         ),
         head=(float(head),),
     )
-    return [int(peak) for peak in peak_bytes(compute_program(cfg, pipeline, microbatches), sizes)]
+    program = offloaded(compute_program(cfg, pipeline, microbatches), cfg.memory.offload_activations, pipeline.times)
+    return [int(peak) for peak in peak_bytes(program, sizes)]
 
 
 def _tokens(cfg: Config) -> int:

@@ -18,7 +18,7 @@ from ...parallel.comm.collectives import all_gather
 from ...parallel.comm.mesh import Mesh
 from ...parallel.vocab import IGNORED, VocabShard
 from ..data.dataset import Microbatch
-from ..programs import Pipeline, evaluation_program
+from ..pipeline.programs import Pipeline, evaluation_program
 from ..step import Stepper
 from .prompts import PromptCoder
 

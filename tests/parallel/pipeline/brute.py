@@ -95,7 +95,7 @@ class Lowered:
         self.pending = [each for each in self.pending if each[0] > self.now]
         for _, what, which in due:
             if what == "copy":
-                op = which  # type: ignore[assignment]
+                op: Op = which  # type: ignore[assignment]
             elif what == "lane":
                 lane, op = which  # type: ignore[misc]
                 self.lane_busy[lane] = False

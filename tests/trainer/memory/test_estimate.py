@@ -27,7 +27,7 @@ from pentad.trainer.memory.estimate import (
     local_parameters,
     per_rank,
 )
-from pentad.trainer.programs import Pipeline, compute_program
+from pentad.trainer.pipeline.programs import Pipeline, compute_program
 from tests.jobs import DENSE
 
 _SMALL = ["model.layers=3", "model.hidden=64", "model.heads=4", "model.ffn=160", "model.vocab=512", "train.seq_len=128"]

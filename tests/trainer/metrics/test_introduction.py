@@ -11,7 +11,7 @@ from pentad.trainer.data.dataset import Dataset, Split
 from pentad.trainer.data.sampler import Sampler, make_pattern
 from pentad.trainer.metrics.introduction import introduction
 from pentad.trainer.metrics.peak import Peak
-from pentad.trainer.programs import Pipeline
+from pentad.trainer.pipeline.programs import Pipeline
 from tests.jobs import DENSE
 
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..models.sequences import Inputs
-from ..parallel.balanced_vocab import BalancedEmbedding, BalancedHead
-from ..parallel.comm.lane import Lane
-from ..parallel.comm.mesh import Mesh
-from ..parallel.vocab import Look, VocabShard
-from .setup import Parts
+from ...models.sequences import Inputs
+from ...parallel.balanced_vocab import BalancedEmbedding, BalancedHead
+from ...parallel.comm.lane import Lane
+from ...parallel.comm.mesh import Mesh
+from ...parallel.vocab import Look, VocabShard
+from ..setup import Parts
 
 
 class BalancedVocabulary:

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..configs.schema import Config
-from ..models.costs.parts import Split
-from ..parallel.pipeline import schedules
-from ..parallel.pipeline.check import check
-from ..parallel.pipeline.lower import forward_only, lower
-from ..parallel.pipeline.program import Program, update
-from ..parallel.pipeline.times import Times
-from ..parallel.pipeline.vocabulary import balanced
+from ...configs.schema import Config
+from ...models.costs.parts import Split
+from ...parallel.pipeline import schedules
+from ...parallel.pipeline.check import check
+from ...parallel.pipeline.lower import forward_only, lower
+from ...parallel.pipeline.offload import offload, windows, worthwhile
+from ...parallel.pipeline.program import Program, update
+from ...parallel.pipeline.times import Times
+from ...parallel.pipeline.vocabulary import balanced
 from .stage_layers import StageLayers
 
 _LATENCY = 0.02
 """Guess of a hop's and a collective's latency, in forward passes of one rank's share, for orders that are searched."""
+
+
+_COPY = 0.25
+"""Guess of a copy of what a stage keeps to or from the host, in forward passes of that stage."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,32 @@ def training_program(cfg: Config, pipeline: Pipeline, microbatches: int, buckets
         buckets: how many buckets of parameters each rank updates.
     """
     program = lower(compute_program(cfg, pipeline, microbatches), times=pipeline.times)
+    program = offloaded(program, cfg.memory.offload_activations, pipeline.times)
     tails = [ops + update(count) for ops, count in zip(program.ranks, buckets, strict=True)]
     program = replace(program, ranks=tuple(tails))
     check(program)
     return program
+
+
+def offloaded(program: Program, wanted: str | float, times: Times) -> Program:
+    """The program of a training step with those activations on the host that the job wants there.
+
+    Args:
+        program: complete but for the update.
+        wanted: `memory.offload_activations`.
+        times: of its passes.
+    """
+    if wanted == "none":
+        return program
+    copies = tuple(_COPY * forward for forward in times.forward)
+    times = replace(times, offload=copies, reload=copies)
+    if wanted == "auto":
+        chosen = worthwhile(program, times)
+    else:
+        share = 1.0 if wanted == "all" else float(wanted)
+        lived = [[window.pass_ for window in mine] for mine in windows(program, times)]
+        chosen = [mine[: round(share * len(mine))] for mine in lived]
+    return offload(program, [each for mine in chosen for each in mine], times)
 
 
 def evaluation_program(cfg: Config, pipeline: Pipeline, microbatches: int) -> Program:

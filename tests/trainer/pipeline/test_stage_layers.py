@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pentad.configs import load
-from pentad.trainer.stage_layers import StageLayers, empty_stages
+from pentad.trainer.pipeline.stage_layers import StageLayers, empty_stages
 
 TINY = ["model.layers=4", "model.hidden=64", "model.heads=4", "model.ffn=128", "model.vocab=320"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..configs import Config, Problem
-from ..models.costs.flops import layer_flops
-from ..parallel.pipeline import schedules
-from ..parallel.pipeline.partition import partition
+from ...configs import Config, Problem
+from ...models.costs.flops import layer_flops
+from ...parallel.pipeline import schedules
+from ...parallel.pipeline.partition import partition
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,21 @@
+"""What the `memory` section demands of the rest of a job."""
+
+from __future__ import annotations
+
+from ..errors import Problem
+from ..schema import Config
+
+
+def validate_memory(config: Config) -> list[Problem]:
+    """Every problem of the section, in the order of its keys."""
+    wanted, sharding = config.memory.offload_activations, config.parallel.data.sharding
+    key, problems = "memory.offload_activations", []
+    if isinstance(wanted, float) and not 0 < wanted <= 1:
+        problems.append(Problem(key, f"{wanted:g} is no share of the activations; set none, all, auto or 0 to 1"))
+    if wanted != "none" and sharding == "fsdp":
+        message = (
+            "fsdp frees the gathered parameters that a forward pass saves, so activations cannot be kept elsewhere; "
+            "set none, or parallel.data.sharding=zero1"
+        )
+        problems.append(Problem(key, message))
+    return problems

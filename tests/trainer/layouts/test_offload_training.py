@@ -1,0 +1,53 @@
+"""Training with activations on the host gives the bits of training without, in every layout (DESIGN invariant 1)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pentad.configs.schema import MoeConfig, RouterConfig
+from tests.distributed import run_distributed
+from tests.training import curve, job
+
+# More elements than `saved.SMALL` in what layers save.
+SIZE: dict[str, Any] = {"steps": 3, "seq_len": 64, "global_batch": 16}
+EXPERTS = MoeConfig(experts=8, top_k=2, ffn=32, router=RouterConfig(selection_bias=True, bias_rate=0.01))
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "tp": {"tp": 2},
+    "1f1b": {"pp": 2, "dp": 2, "model": {"layers": 4}},
+    "1f1b-balanced": {"pp": 4, "model": {"layers": 4}, "pipeline": {"schedule": "1f1b", "vocab": "balanced"}},
+    "gis-balanced": {
+        "pp": 2,
+        "tp": 2,
+        "model": {"layers": 4},
+        "pipeline": {"schedule": "gis", "chunks": 2, "vocab": "balanced"},
+    },
+    "v-half": {"pp": 2, "cp": 2, "model": {"layers": 4}, "pipeline": {"schedule": "v-half", "chunks": 2}},
+    "experts": {"dp": 4, "ep": 4, "model": {"moe": EXPERTS}},
+    "experts-in-a-pipeline": {
+        "pp": 2,
+        "dp": 2,
+        "ep": 2,
+        "model": {"moe": EXPERTS, "layers": 4},
+        "pipeline": {"schedule": "zb-h1"},
+    },
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_curves_are_bit_equal(name: str, recompute: str) -> None:
+    wanted = {**SIZE, **LAYOUTS[name], "recompute": recompute}
+    cfg = job(**wanted)
+    world = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp * (cfg.parallel.dp or 1)
+    curves = {}
+    for share in ("none", "all", 0.5, "auto") if recompute == "none" else ("none", "all"):
+        this = replace(cfg, memory=replace(cfg.memory, offload_activations=share))
+        curves[share] = run_distributed(curve, world, this, group=False)
+    assert all(each == curves["none"] for each in curves.values())
+    first, *_, last = curves["none"][0]
+    assert last[0] < first[0] and last[2] == 0.0
