@@ -177,8 +177,11 @@ def _schedule_parser(parser: argparse.ArgumentParser) -> None:
         metavar="K=V",
         action="append",
         default=[],
-        help="F, B, W (1), S, T, IF, IB: passes; comm: latency of a hop; link: a message's time on its link; "
-        "collective: of the vocabulary's (0); repeated",
+        help="F, B, W (1), S, T, IF, IB: passes; offload, reload: copies of activations; comm: latency of a hop; "
+        "link: a message's time on its link; collective: of the vocabulary's (0); repeated",
+    )
+    parser.add_argument(
+        "--one-copy-engine", action="store_true", help="po-h, po-f: copies to and from the host one at a time"
     )
     parser.add_argument("--times-file", metavar="FILE", help='JSON of times, numbers or one per rank: {"F": [1, 2]}')
     parser.add_argument("--json", action="store_true", help="one JSON object")

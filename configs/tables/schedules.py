@@ -30,6 +30,8 @@ class Schedule:
         balanced: its order leaves time for the head (`Shape.delay`), so the vocabulary may be balanced over all ranks.
         group: of so many ranks: the fewest and the most (None: any) microbatches that pass a chunk before the next
             one; no function where microbatches do not pass in groups.
+        offloads: of each rank's chunks the first ones, up to this share, are on the host between their forward and
+            their backward passes.
         steady: more microbatches do not hold more memory, once every rank has some to do.
     """
 
@@ -41,6 +43,7 @@ class Schedule:
     splits: bool = False
     balanced: bool = False
     group: Callable[[int], tuple[int, int | None]] | None = None
+    offloads: float = 0.0
     steady: bool = False
 
 
@@ -125,6 +128,24 @@ _LIST = (
         placement="vee",
         chunks=2,
         splits=True,
+        steady=True,
+    ),
+    Schedule(
+        name="po-h",
+        text="chunks at even distances, the first half of them offloaded to the host: a fraction of the memory of gis",
+        order="uniform.uniform",
+        chunks=None,
+        splits=True,
+        offloads=0.5,
+        steady=True,
+    ),
+    Schedule(
+        name="po-f",
+        text="chunks at even distances, all of them offloaded: the least memory, if copies are as fast as the compute",
+        order="uniform.uniform",
+        chunks=None,
+        splits=True,
+        offloads=1.0,
         steady=True,
     ),
 )

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from ...configs.strict_json import read_bytes
 from ...configs.tables.schedules import SCHEDULES, default_chunks, find_schedule, schedule_problems
 from ...parallel.pipeline.check import check
 from ...parallel.pipeline.lower import lower
-from ...parallel.pipeline.memory import peak_activations
+from ...parallel.pipeline.memory import ActivationBytes, peak_activations, peak_host_bytes
+from ...parallel.pipeline.offload import first_chunks, offload
 from ...parallel.pipeline.program import Program
 from ...parallel.pipeline.readings import Bubble, Utilization, bubbles, critical_path, utilization
 from ...parallel.pipeline.recorded import actual, last_step
@@ -39,12 +40,14 @@ _PER_RANK = {
     "T": "head_grad",
     "IF": "embed",
     "IB": "embed_grad",
+    "offload": "offload",
+    "reload": "reload",
 }
 """Names of times that may differ between ranks, and the fields of `Times` that they fill."""
 """Where a run keeps its program."""
 _LATENCIES = {"comm": "hop", "link": "link", "collective": "collective"}
 _NAMES = (*_PER_RANK, *_LATENCIES)
-_PER_STAGE = ("F", "B", "W")
+_PER_STAGE = ("F", "B", "W", "offload", "reload")
 _OPTIONS = {
     "parallel.pp": "--ranks",
     "parallel.pipeline.schedule": "NAME",
@@ -136,10 +139,12 @@ def make(args: argparse.Namespace) -> Plan:
     size["microbatches"] = args.microbatches
     given = _given_times(args.times_file, args.time, args.ranks)
     program = plain = generate(args.name, **size)
-    times = _times(given, plain)
+    times = replace(_times(given, plain), one_engine=args.one_copy_engine)
     if barriers is not None:
         program = balanced(args.name, **size, barriers=barriers, times=times)
     program = lower(program, times=times)
+    if SCHEDULES[args.name].offloads:
+        program = offload(program, first_chunks(program, SCHEDULES[args.name].offloads), times)
     check(program)
     timeline = simulate(program, times)
     return Plan(args.name, timeline, utilization(timeline), peak_activations(program), max(peak_activations(plain)))
@@ -202,12 +207,18 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "bubbles": [asdict(bubble) for bubble in bubbles(plan.timeline)],
         "critical_path": [[step.rank, str(step.op), str(step.edge)] for step in critical_path(plan.timeline)],
         "peak_activations": plan.peaks,
+        "peak_host_activations": _on_host(program),
         "extra_activations_for_vocab": plan.extra,
         "hash": program.hash,
         "placement": program.placement,
         "ops": [[str(op) for op in ops] for ops in program.ranks],
         **({"actual": asdict(utilization(plan.actual))} if plan.actual is not None else {}),
     }
+
+
+def _on_host(program: Program) -> tuple[float, ...]:
+    """The most activations of each rank that are on the host at once, in microbatches of its whole share."""
+    return peak_host_bytes(program, ActivationBytes(activation=(1 / program.chunks,)))
 
 
 def _summary(plan: Plan) -> str:
@@ -228,6 +239,8 @@ def _summary(plan: Plan) -> str:
         ("by cause", f"{parts or 'none'} (mean over the ranks)"),
         ("peak", f"{plan.peaks[worst]:.4g} activations on rank {worst}{extra}; lowest {min(plan.peaks):.4g}"),
     ]
+    if any(_on_host(program)):
+        rows.append(("on the host", f"at most {max(_on_host(program)):.4g} activations of a rank"))
     if plan.actual is not None:
         real = utilization(plan.actual)
         bubble = 1 - real.work[use.longest] / real.makespan  # of the rank of the planned bubble, not of another one
@@ -276,7 +289,7 @@ def _given_times(file: str | None, options: Sequence[str], ranks: int) -> dict[s
     Raises:
         UserError: every problem of the file and of the options.
     """
-    found: dict[str, tuple[float, ...]] = {name: (1.0,) for name in _PER_STAGE}
+    found: dict[str, tuple[float, ...]] = {name: (1.0,) for name in ("F", "B", "W")}
     problems: list[Problem] = []
     for name, value in _read(file).items() if file is not None else ():
         _take(found, problems, f"{file}: {name}", name, value, ranks)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from math import ceil
 
 from .check import ProgramError, check
 from .communication import is_training, number_slots
@@ -81,6 +82,16 @@ def worthwhile(program: Program, times: Times) -> list[list[Pass]]:
         copies = {window.pass_: _copies(window.pass_, times) for window in mine}
         chosen.append([w.pass_ for w in mine if w.length - w.margin > _COPIES * sum(copies[w.pass_])])
     return chosen
+
+
+def first_chunks(program: Program, share: float) -> list[Pass]:
+    """The activations of each rank's first chunks, which live longest: up to this share of its chunks, rounded up."""
+    return [
+        (stage, index)
+        for rank in range(len(program.ranks))
+        for stage in program.stages_of(rank)[: ceil(share * program.chunks)]
+        for index in range(program.microbatches)
+    ]
 
 
 def offload(program: Program, chosen: Collection[Pass], times: Times) -> Program:

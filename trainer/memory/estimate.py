@@ -317,7 +317,7 @@ def _activations(cfg: Config, pipeline: Pipeline) -> list[int]:
         ),
         head=(float(head),),
     )
-    program = offloaded(compute_program(cfg, pipeline, microbatches), cfg.memory.offload_activations, pipeline.times)
+    program = offloaded(cfg, compute_program(cfg, pipeline, microbatches), pipeline.times)
     return [int(peak) for peak in peak_bytes(program, sizes)]
 
 

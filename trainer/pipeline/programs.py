@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ...configs.schema import Config
+from ...configs.tables.schedules import SCHEDULES
 from ...models.costs.parts import Split
 from ...parallel.pipeline import schedules
 from ...parallel.pipeline.check import check
 from ...parallel.pipeline.lower import forward_only, lower
-from ...parallel.pipeline.offload import offload, windows, worthwhile
+from ...parallel.pipeline.offload import first_chunks, offload, windows, worthwhile
 from ...parallel.pipeline.program import Program, update
 from ...parallel.pipeline.times import Times
 from ...parallel.pipeline.vocabulary import balanced
@@ -88,32 +89,36 @@ def training_program(cfg: Config, pipeline: Pipeline, microbatches: int, buckets
         buckets: how many buckets of parameters each rank updates.
     """
     program = lower(compute_program(cfg, pipeline, microbatches), times=pipeline.times)
-    program = offloaded(program, cfg.memory.offload_activations, pipeline.times)
+    program = offloaded(cfg, program, pipeline.times)
     tails = [ops + update(count) for ops, count in zip(program.ranks, buckets, strict=True)]
     program = replace(program, ranks=tuple(tails))
     check(program)
     return program
 
 
-def offloaded(program: Program, wanted: str | float, times: Times) -> Program:
-    """The program of a training step with those activations on the host that the job wants there.
+def offloaded(cfg: Config, program: Program, times: Times) -> Program:
+    """The program of a training step with those activations on the host that the job wants there: its schedule's, and
+    what `memory.offload_activations` adds.
 
     Args:
+        cfg: the job.
         program: complete but for the update.
-        wanted: `memory.offload_activations`.
         times: of its passes.
     """
-    if wanted == "none":
+    wanted = cfg.memory.offload_activations
+    row = SCHEDULES.get(cfg.parallel.pipeline_in_use.schedule or "")
+    always = first_chunks(program, row.offloads) if row is not None else []
+    if wanted == "none" and not always:
         return program
     copies = tuple(_COPY * forward for forward in times.forward)
     times = replace(times, offload=copies, reload=copies)
     if wanted == "auto":
         chosen = worthwhile(program, times)
     else:
-        share = 1.0 if wanted == "all" else float(wanted)
+        share = {"none": 0.0, "all": 1.0}[wanted] if isinstance(wanted, str) else wanted
         lived = [[window.pass_ for window in mine] for mine in windows(program, times)]
         chosen = [mine[: round(share * len(mine))] for mine in lived]
-    return offload(program, [each for mine in chosen for each in mine], times)
+    return offload(program, {*always, *(each for mine in chosen for each in mine)}, times)
 
 
 def evaluation_program(cfg: Config, pipeline: Pipeline, microbatches: int) -> Program:

@@ -33,6 +33,16 @@ def boxes(timeline: Timeline) -> list[Box]:
     ]
 
 
+def copies(timeline: Timeline) -> list[Box]:
+    """Copies between device and host while their engine runs them, as simulated."""
+    return [
+        Box(rank, op, end - timeline.times.latency(op, rank), end)
+        for rank, (ops, spans) in enumerate(zip(timeline.program.ranks, timeline.spans, strict=True))
+        for op, (_, end) in zip(ops, spans, strict=True)
+        if op.kind.engine and timeline.times.latency(op, rank) > 0
+    ]
+
+
 def chunk_of(timeline: Timeline) -> list[int]:
     """For each stage, which of its rank's stages it is, from 0."""
     where = timeline.program.placement

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..memory import Curve, activation_curve
 from ..needs import KINDS, Kinds
 from ..simulate import Timeline
-from .figures import Box, Figures, boxes, causes, chunk_of, figures
+from .figures import Box, Figures, boxes, causes, chunk_of, copies, figures
 from .style import (
     CAUSE,
     CURVE,
@@ -36,6 +36,7 @@ _PLOT = (700.0, 2000.0)
 _DIGIT = 0.62  # width of a digit in ems: the wider of the fonts that the renderers meet
 _TIPS = 5000  # boxes; each tip costs an SVG some 30 bytes
 _CAUSES = 260
+_COPY = 3.0  # pixels; height of a copy under its rank's lane, those to the device below those to the host
 _SHORT_BOX = 20  # pixels of a short pass, where the picture is not too wide then
 
 
@@ -84,12 +85,13 @@ def picture(timeline: Timeline, actual: Timeline | None = None, *, unit: str = "
     shapes = result.shapes
     shapes.append(Rect(0, 0, result.width, result.height, PAPER))
     shapes += _header(timeline, stated, unit, title, result.width)
-    shapes += _legend(timeline, drawn, result.width)
+    shapes += _legend(timeline, [*drawn, copies(timeline)], result.width)
     shapes += _lanes(frame, stated)
     shapes += _axis(frame, unit)
     many = sum(map(len, drawn)) > _TIPS
     if actual is None:
         shapes += _causes(frame, timeline)
+    shapes += _copies(frame, copies(timeline), tips=not many)
     for lane, (one, found) in enumerate(zip(timelines, drawn, strict=True)):
         shapes += _operations(frame, one, found, lane, tips=not many)
     shapes += _memory(frame, timelines, stated)
@@ -104,6 +106,7 @@ def _frame(timelines: list[Timeline], drawn: list[list[Box]]) -> _Frame:
     lane = 24.0 if ranks <= 8 else 22.0 if ranks <= 16 else 16.0 if ranks <= 32 else 11.0
     lane = lane if lanes == 1 else max(lane * 0.75, 10.0)
     gap = (6.0 if ranks <= 16 else 3.0) if lanes == 1 else 9.0
+    gap += 2 * _COPY + 2 if copies(timelines[0]) else 0.0
     memory = 22.0 if ranks <= 8 else 15.0 if ranks <= 16 else 9.0
     return _Frame(width / end, width, end, lane, 1.5, gap, lanes, ranks, memory)
 
@@ -214,6 +217,17 @@ def _operations(frame: _Frame, timeline: Timeline, found: list[Box], lane: int, 
             labels.append(Label(x + w / 2, y + frame.lane / 2, text, math.floor(size * 2) / 2, on(fill)))
     # Sorted, so that the renderers state a colour once for many boxes.
     return sorted(rects, key=lambda r: (r.fill, r.y, r.x)) + sorted(labels, key=lambda s: (s.fill, s.size, s.y, s.x))
+
+
+def _copies(frame: _Frame, found: list[Box], *, tips: bool) -> list[Rect]:
+    """Strips under the ranks' lanes: to the host above, to the device below."""
+    rects = []
+    for box in found:
+        y = frame.y(box.rank, frame.lanes - 1) + frame.lane + 1 + (_COPY + 1) * (box.op.kind.engine == "in")
+        tip = f"{box.op}  {number(box.start)} – {number(box.end)}" if tips else ""
+        x = frame.x(box.start)
+        rects.append(Rect(x, y, frame.x(box.end) - x, _COPY, shade(box.op.kind), tip))
+    return sorted(rects, key=lambda r: (r.fill, r.y, r.x))
 
 
 def _causes(frame: _Frame, timeline: Timeline) -> list[Line]:

@@ -18,6 +18,7 @@ from pentad.parallel.pipeline.draw.layout import picture, ticks
 from pentad.parallel.pipeline.draw.style import INK, Line, Rect, on, shade
 from pentad.parallel.pipeline.lower import lower
 from pentad.parallel.pipeline.needs import KINDS, Kinds
+from pentad.parallel.pipeline.offload import offload
 from pentad.parallel.pipeline.program import Op, Program, update
 from pentad.parallel.pipeline.recorded import WAIT, actual
 from pentad.parallel.pipeline.schedules import generate
@@ -183,13 +184,27 @@ def test_the_update_is_drawn_and_not_counted() -> None:
 
 def test_colours() -> None:
     hues = [kind.hue for kind in KINDS.values() if kind.hue]
-    assert len(set(hues)) == len(hues) == 8
+    assert len(set(hues)) == len(hues) == 10
     shades = [shade(Kinds.FORWARD, chunk, 8) for chunk in range(8)]
     assert len(set(shades)) == 8
     assert shade(Kinds.HEAD, 0, 8) == Kinds.HEAD.hue
     for fill in [*hues, *shades]:
         assert _contrast(fill, on(fill)) >= 3.4, fill
     assert on("#ffffff") == INK and on("#000000") == "#ffffff"
+
+
+def test_copies_are_drawn_while_they_run_under_the_lanes_of_their_ranks() -> None:
+    times = Times(offload=(0.25,), reload=(0.25,))
+    program = generate("1f1b", ranks=2, microbatches=4)
+    done = offload(lower(program, times=times), [(0, 0), (0, 1)], times)
+    shapes = picture(simulate(done, times)).shapes
+    hues = {Kinds.OFFLOAD.hue, Kinds.RELOAD.hue}
+    strips = [each for each in shapes if isinstance(each, Rect) and each.fill in hues and each.h == 3.0]
+    lanes = [each for each in shapes if isinstance(each, Rect) and each.fill == Kinds.FORWARD.hue and each.h > 12]
+    assert len(strips) == 4 and all(strip.w == pytest.approx(lanes[0].w / 4, rel=0.1) for strip in strips)
+    first = [lane for lane in lanes if lane.y == min(each.y for each in lanes)]
+    assert all(strip.y > first[0].y + first[0].h for strip in strips)
+    assert "OFF to the host" in svg(simulate(done, times)) and "RLD to the device" in svg(simulate(done, times))
 
 
 def _contrast(a: str, b: str) -> float:

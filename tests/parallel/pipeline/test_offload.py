@@ -13,12 +13,10 @@ from pentad.parallel.pipeline.kind import Role
 from pentad.parallel.pipeline.lower import lower
 from pentad.parallel.pipeline.memory import ActivationBytes, peak_activations, peak_bytes, peak_host_bytes
 from pentad.parallel.pipeline.needs import Kinds
-from pentad.parallel.pipeline.offload import Pass, offload, windows, worthwhile
+from pentad.parallel.pipeline.offload import Pass, first_chunks, offload, windows, worthwhile
 from pentad.parallel.pipeline.program import Op, Program, update
 from pentad.parallel.pipeline.readings import Edge, bubbles, critical_path, utilization
 from pentad.parallel.pipeline.schedules import SCHEDULES, generate
-from pentad.parallel.pipeline.schedules.base import Shape
-from pentad.parallel.pipeline.schedules.uniform import uniform
 from pentad.parallel.pipeline.simulate import simulate
 from pentad.parallel.pipeline.times import Times
 from pentad.parallel.pipeline.vocabulary import balanced
@@ -28,8 +26,18 @@ UNITS = Times()
 
 
 def _uniform(ranks: int, chunks: int, microbatches: int) -> Program:
-    orders = uniform(Shape(ranks, microbatches, chunks, ranks))
-    return Program(microbatches, tuple(range(ranks)) * chunks, orders)
+    return generate("po-h", ranks=ranks, microbatches=microbatches, chunks=chunks)
+
+
+def test_offloading_the_first_half_of_the_chunks_keeps_the_published_number_of_activations() -> None:
+    for chunks, kept in ((2, 2), (3, 2), (4, 3), (8, 5), (16, 9)):
+        program = lower(_uniform(4, chunks, 24))
+        away = first_chunks(program, SCHEDULES["po-h"].offloads)
+        assert {stage // 4 for stage, _ in away} == set(range(-(-chunks // 2)))
+        done = offload(program, away, UNITS)
+        # Of those that are offloaded, each is here for its passes alone: one in its forward, one in its backward pass.
+        assert kept <= max(peak_activations(done)) * chunks <= kept + 2
+        assert max(peak_activations(offload(program, first_chunks(program, 1.0), UNITS))) * chunks <= 2
 
 
 def _everything(program: Program, times: Times = UNITS) -> list[Pass]:
