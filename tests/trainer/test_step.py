@@ -10,7 +10,6 @@ import torch
 from pentad.parallel.pipeline.needs import KINDS, Kinds
 from pentad.parallel.pipeline.program import Op, Program, update
 from pentad.parallel.record import reader
-from pentad.parallel.record.ring import Recorder
 from pentad.trainer.pipeline.programs import Pipeline, training_program
 from tests.distributed import run_distributed
 from tests.training import Run, curve, job
@@ -101,24 +100,16 @@ def test_a_step_never_waits_for_the_device(monkeypatch):
     assert float(result.loss) > 0
 
 
-def test_recording_costs_little_of_a_step():
-    """Entries of a step times the cost of one, against the step: a ratio of two times taken in one run."""
-    import time
-
-    run = Run(0, job(model={"layers": 2, "hidden": 256, "ffn": 512, "head_dim": 64}, dtype="fp32", seq_len=128))
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_step_writes_few_entries_into_its_record(layers: int):
+    """One an operation, and one for each collective and wait inside: nothing for each layer or tensor."""
+    run = Run(0, job(model={"layers": layers}))
     run.step(0)
-    recorder = run.mesh.recorder
-    before = recorder.enter(0)
-    begin = time.perf_counter()
+    before = run.mesh.recorder.enter(0)
     run.step(1)
-    step = time.perf_counter() - begin
-    entries = recorder.enter(0) - before - 1
-    probe = Recorder(None, rank=0, world=1, entries=1024)
-    begin = time.perf_counter()
-    for _ in range(1000):
-        probe.exit(probe.enter(1))
-    assert entries > 0
-    assert entries * (time.perf_counter() - begin) / 1000 < 0.01 * step
+    entries = run.mesh.recorder.enter(0) - before - 1
+    assert len(run.stepper.ops) <= entries <= 2 * len(run.stepper.ops)
+    run.close()
 
 
 def test_bf16_follows_fp32():
