@@ -12,9 +12,11 @@ from typing import Any
 from .errors import Problem, nearest
 from .fields import value_of, with_value
 from .schema import BinData, BlendData, Config, TextData
+from .tables.schedules import is_program
 
 PATHS = (
     "runs_dir",
+    "parallel.pipeline.schedule",
     "data.paths",
     "data.weights",
     "data.tokenizer.path",
@@ -88,6 +90,9 @@ def _missing(config: Config) -> Iterator[Problem]:
         prefixes = data.paths if isinstance(data, BinData) else [p for p, weight in data.weights.items() if weight != 0]
         files = [prefix + suffix for prefix in prefixes for suffix in _SUFFIXES]
         yield from (_no_file(key, file) for file in files if not os.path.isfile(file))
+    schedule = config.parallel.pipeline.schedule
+    if config.parallel.pp > 1 and schedule is not None and is_program(schedule) and not os.path.isfile(schedule):
+        yield _no_file("parallel.pipeline.schedule", schedule)
     tokenizer = data.tokenizer.path
     if tokenizer is not None and not isinstance(data, (BinData, BlendData)) and not os.path.isfile(tokenizer):
         yield _no_tokenizer(tokenizer)

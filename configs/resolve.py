@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .errors import UserError
 from .paths import default_checkpoint_folder, resolve_paths
+from .reading.program_file import read_frame
 from .schema import (
     BinData,
     BlendData,
@@ -23,7 +24,7 @@ from .schema import (
     RopeConfig,
 )
 from .tables.context_methods import CONTEXT_METHODS
-from .tables.schedules import SCHEDULES, default_chunks
+from .tables.schedules import SCHEDULES, default_chunks, is_program
 from .tokenized import read_metas
 from .vocabulary import initial_vocab, padded
 
@@ -152,10 +153,19 @@ def _resolve_pipeline(pipeline: PipelineConfig, pp: int) -> PipelineConfig:
     chunks, schedule = pipeline.chunks, pipeline.schedule
     if schedule is None:
         schedule = "1f1b" if chunks is None or chunks == 1 else "gis"
+    if is_program(schedule):
+        return replace(pipeline, chunks=_stages_per_rank(schedule) if chunks is None and pp > 1 else chunks or 1)
     if chunks is None:
         chunks = default_chunks(schedule)
     group = pp if pipeline.group is None and SCHEDULES[schedule].group is not None else pipeline.group
     return replace(pipeline, schedule=schedule, chunks=chunks, group=group)
+
+
+def _stages_per_rank(file: str) -> int:
+    try:
+        return read_frame(file).chunks
+    except UserError:
+        return 1  # `validate` says what is wrong with it
 
 
 def resolve_context(parallel: ParallelConfig, model: ModelConfig) -> ContextConfig:

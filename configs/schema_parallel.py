@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from .tables.context_methods import CONTEXT_METHODS
 from .tables.named import Named
-from .tables.schedules import SCHEDULES
+from .tables.schedules import PROGRAM_SUFFIX, SCHEDULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,9 @@ class DataParallelConfig:
 class PipelineConfig:
     """How the layers and microbatches pass through the pipeline ranks; unused with parallel.pp=1."""
 
-    schedule: Annotated[str, Named(SCHEDULES)] | None = None
-    """Order of forward and backward passes (docs/pipeline.md); derived: gis with several chunks, else 1f1b."""
+    schedule: Annotated[str, Named(SCHEDULES, file=PROGRAM_SUFFIX)] | None = None
+    """Order of forward and backward passes, or a program's file (docs/pipeline.md); derived: gis with several chunks,
+    else 1f1b."""
     chunks: int | None = None
     """Stages per rank; derived: what the schedule needs, 2 where it leaves the choice (interleaved, gis)."""
     vocab: Literal["ends", "balanced"] = "ends"

@@ -162,7 +162,11 @@ def _schedule_parser(parser: argparse.ArgumentParser) -> None:
         "Make, check, simulate and draw the program of a pipeline. Times are for one microbatch of one rank's whole "
         "share, in any one unit: a chunk takes 1/chunks of F, B and W, a fused backward pass takes B + W."
     )
-    parser.add_argument("name", metavar="NAME", help=f"{names}; or a run's folder: its program, planned and real")
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        help=f"{names}; a program's FILE.json; or a run's folder: planned and real",
+    )
     parser.add_argument("--ranks", metavar="P", type=int, help="pipeline ranks")
     parser.add_argument("--microbatches", metavar="M", type=int, help="microbatches per step")
     parser.add_argument("--step", metavar="N", type=int, help="of a run: which step, from 1 (the last one recorded)")

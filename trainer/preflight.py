@@ -16,6 +16,8 @@ from ..configs.advice import warnings
 from ..configs.errors import Problem, UserError
 from ..configs.output import hide
 from ..configs.schema import Config, LogConfig
+from ..configs.tables.schedules import is_program
+from ..parallel.pipeline.program_file import read_program
 from .checkpoint.check import checkpoint_problems
 from .data.preflight import data_problems
 from .devices import missing_devices
@@ -38,7 +40,7 @@ def preflight(cfg: Config, *, memory: bool = True) -> None:
         UserError: every problem found.
     """
     problems = [*missing_packages(cfg.log), *missing_devices(cfg), *_folders(cfg), *data_problems(cfg)]
-    problems += checkpoint_problems(cfg)
+    problems += [*checkpoint_problems(cfg), *_program_problems(cfg)]
     if not problems:  # it reads what these have found to be good
         problems += _tokenizer_problems(cfg)
     if problems:
@@ -59,6 +61,18 @@ def memory_preflight(cfg: Config) -> list[Problem]:
     for doubt in doubts:
         print(f"warning: {doubt}", file=sys.stderr, flush=True)
     return problems
+
+
+def _program_problems(cfg: Config) -> list[Problem]:
+    """Why the program in a file cannot run."""
+    schedule = cfg.parallel.pipeline_in_use.schedule
+    if schedule is None or not is_program(schedule):
+        return []
+    try:
+        read_program(schedule)
+    except UserError as error:
+        return error.problems
+    return []
 
 
 def _tokenizer_problems(cfg: Config) -> list[Problem]:

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 
 from ..configs import Problem, UserError, as_dict, hide, to_yaml
+from ..configs.reading.program_file import read_program_bytes
 from ..configs.schema import Config
 from ..configs.tables.imports import OPTION, missing_in_checkpoints
+from ..configs.tables.schedules import is_program
 from ..models.costs.flops import layer_windows
 from ..models.hf.folder import to_stderr
 from ..parallel.comm.collectives import all_reduce
@@ -88,7 +90,15 @@ def arrive(cfg: Config, start: Start, ranks: Ranks, open_things: ExitStack) -> H
 
 def _about(cfg: Config) -> str:
     """What all ranks must have in common, as JSON."""
-    parts = {"name": cfg.name, "model": cfg.model, "parallel": cfg.parallel, "train": cfg.train, "optim": cfg.optim}
+    parts: dict[str, object] = {
+        "name": cfg.name,
+        "model": cfg.model,
+        "parallel": cfg.parallel,
+        "train": cfg.train,
+        "optim": cfg.optim,
+    }
+    if is_program(cfg.parallel.pipeline_in_use.schedule):
+        parts["program"] = read_program_bytes(cfg.parallel.pipeline.schedule or "")  # each host has its own copy
     return json.dumps({key: hashlib.sha256(repr(part).encode()).hexdigest()[:8] for key, part in parts.items()})
 
 

@@ -19,6 +19,7 @@ from ..configs.errors import Problem, UserError
 from ..configs.paths import CHECKPOINT_FOLDER, RUN_CONFIG
 from ..configs.schema import Config
 from ..configs.strict_json import JsonError, open_regular, parse_json
+from ..configs.tables.schedules import is_program
 from .checkpoint.names import checkpoints
 from .run_lock import FolderLock, attempts, lock_folder
 
@@ -154,6 +155,8 @@ def _within(path: Path, folder: Path) -> bool:
 def _keep_named_files(cfg: Config, config: str | Path | None, folders: Iterable[Path]) -> None:
     """Refuses to move away what the job itself needs."""
     named = {"checkpoint.init": cfg.checkpoint.init, "CONFIG": config}
+    if is_program(cfg.parallel.pipeline_in_use.schedule):
+        named["parallel.pipeline.schedule"] = cfg.parallel.pipeline_in_use.schedule
     if cfg.checkpoint.resume != "latest":
         named["checkpoint.resume"] = cfg.checkpoint.resume
     for key, value in named.items():

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from ..errors import Problem, UserError, nearest
 
+PROGRAM_SUFFIX = ".json"
+"""Of paths that stand for a schedule's name: the file has the program itself."""
 _SECTION = "parallel.pipeline"
 
 
@@ -165,6 +167,11 @@ def find_schedule(name: str, key: str = f"{_SECTION}.schedule") -> Schedule:
     hint = nearest(name, SCHEDULES)
     tail = f"did you mean {hint}?" if hint else f"there are {', '.join(SCHEDULES)}"
     raise UserError(Problem(key, f"no schedule is called {name!r}; {tail}"))
+
+
+def is_program(name: str | None) -> bool:
+    """Whether the schedule is the path of a program's file instead of a name."""
+    return name is not None and name.endswith(PROGRAM_SUFFIX)
 
 
 def default_chunks(name: str) -> int:

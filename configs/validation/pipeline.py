@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ..errors import Problem
 from ..schema import Config
-from ..tables.schedules import schedule_problems
+from ..tables.schedules import is_program, schedule_problems
 from ..vocabulary import padded
+from .program_file import program_frame
 
 _SECTION = "parallel.pipeline"
 
@@ -14,7 +15,19 @@ def validate_pipeline(config: Config) -> list[Problem]:
     """Every problem of the resolved section that follows from the values alone."""
     if config.parallel.pp == 1:
         return []  # without effect, which is a warning (`advice.py`)
-    return [*_schedule(config), *_vocab(config), *_layers(config), *_sharding(config)]
+    found = [*_vocab(config), *_sharding(config)]
+    p = config.parallel
+    if not is_program(p.pipeline.schedule):
+        stages = p.pp * (p.pipeline.chunks or 1)
+        return [
+            *_schedule(config),
+            *_layers(config, stages, f"parallel.pp={p.pp} x {_SECTION}.chunks={p.pipeline.chunks} are"),
+            *found,
+        ]
+    frame, problems = program_frame(config)
+    if frame is not None:
+        problems += _layers(config, len(frame.placement), f"{p.pipeline.schedule} has")
+    return problems + found
 
 
 def _schedule(config: Config) -> list[Problem]:
@@ -44,18 +57,15 @@ def _vocab(config: Config) -> list[Problem]:
     return [Problem("model.vocab", message, ("parallel.tp", "parallel.pp", key))]
 
 
-def _layers(config: Config) -> list[Problem]:
-    pp, pipeline, key = config.parallel.pp, config.parallel.pipeline, f"{_SECTION}.layers"
+def _layers(config: Config, stages: int, why: str) -> list[Problem]:
+    pipeline, key = config.parallel.pipeline, f"{_SECTION}.layers"
     given = pipeline.layers
     if isinstance(given, str):
         return []
-    problems, stages = [], pp * (pipeline.chunks or 1)
+    problems = []
     if len(given) != stages:
-        message = (
-            f"has {len(given)} counts, but parallel.pp={pp} x {_SECTION}.chunks={pipeline.chunks} are {stages} stages; "
-            "give one count per stage, or auto"
-        )
-        problems.append(Problem(key, message, ("parallel.pp", f"{_SECTION}.chunks")))
+        message = f"has {len(given)} counts, but {why} {stages} stages; give one count per stage, or auto"
+        problems.append(Problem(key, message, ("parallel.pp", f"{_SECTION}.chunks", f"{_SECTION}.schedule")))
     if any(count < 0 for count in given):
         problems.append(Problem(key, f"counts must be at least 0, got {list(given)}"))
     elif sum(given) != config.model.layers:

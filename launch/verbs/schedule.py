@@ -17,12 +17,14 @@ from ...configs import Problem, UserError
 from ...configs.errors import nearest
 from ...configs.fields import short
 from ...configs.strict_json import read_bytes
-from ...configs.tables.schedules import SCHEDULES, default_chunks, find_schedule, schedule_problems
+from ...configs.tables.schedules import SCHEDULES, default_chunks, find_schedule, is_program, schedule_problems
 from ...parallel.pipeline.check import check
+from ...parallel.pipeline.communication import is_lowered
 from ...parallel.pipeline.lower import lower
 from ...parallel.pipeline.memory import ActivationBytes, peak_activations, peak_host_bytes
 from ...parallel.pipeline.offload import first_chunks, offload
 from ...parallel.pipeline.program import Program
+from ...parallel.pipeline.program_file import read_program
 from ...parallel.pipeline.readings import Bubble, Utilization, bubbles, critical_path, utilization
 from ...parallel.pipeline.recorded import actual, last_step
 from ...parallel.pipeline.schedules import generate
@@ -112,6 +114,8 @@ def make(args: argparse.Namespace) -> Plan:
     """The program that the arguments ask for, checked and simulated."""
     if (Path(args.name) / RunFile.PROGRAM).is_file():
         return of_run(Path(args.name), args.step)
+    if is_program(args.name):
+        return of_file(args)
     if args.name not in SCHEDULES and (os.sep in args.name or os.path.isdir(args.name)):
         raise UserError(
             Problem(args.name, f"no run has its {RunFile.PROGRAM} there; give a run's folder or a schedule's name")
@@ -148,6 +152,30 @@ def make(args: argparse.Namespace) -> Plan:
     check(program)
     timeline = simulate(program, times)
     return Plan(args.name, timeline, utilization(timeline), peak_activations(program), max(peak_activations(plain)))
+
+
+def of_file(args: argparse.Namespace) -> Plan:
+    """The program of a file, lowered where it has compute alone, and simulated with the times that were given.
+
+    Raises:
+        UserError: the file is no program, or an option says what the file does.
+    """
+    said = {"--ranks": args.ranks, "--microbatches": args.microbatches, "--chunks": args.chunks, "--group": args.group}
+    given = [option for option, value in said.items() if value is not None]
+    given += ["--vocab"] * (args.vocab != "ends")
+    if given:
+        raise UserError(*(Problem(option, f"is what {args.name} says itself; leave it out") for option in given))
+    try:
+        program = read_program(os.path.expanduser(args.name), whole=True)
+    except UserError as error:
+        raise UserError(*(Problem("NAME", problem.message) for problem in error.problems)) from None
+    given_times = _given_times(args.times_file, args.time, len(program.ranks))
+    times = replace(_times(given_times, program), one_engine=args.one_copy_engine)
+    if not is_lowered(program):
+        program = lower(program, times=times)
+    timeline, peaks = simulate(program, times), peak_activations(program)
+    plain = None if program.vocab_barriers else max(peaks)
+    return Plan(args.name, timeline, utilization(timeline), peaks, plain)
 
 
 def of_run(folder: Path, step: int | None) -> Plan:

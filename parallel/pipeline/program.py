@@ -16,14 +16,15 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from ...configs.strict_json import expect_int, expect_list, expect_object, expect_text, parse_json
+from ...configs.fields import short
+from ...configs.reading.program_file import parse_frame
 from .kind import Kind
 from .needs import Kinds, kind_of
 
 OUTSTANDING_SENDS = 2
 """Sends under way per directed channel; a further one waits until the oldest is complete, so outputs cannot pile up."""
 
-_TOKEN = re.compile(r"([A-Z]+)(\d*)(?:@(\d+))?(?:#(\d+))?")
+_TOKEN = re.compile(r"([A-Z]+)(\d*)(?:@(\d+))?(?:#(\d+))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Op:
         """
         match = _TOKEN.fullmatch(token)
         if match is None:
-            raise ValueError(f"{token!r} is not an operation")
+            raise ValueError(f"{short(token)} is not an operation")
         kind, *numbers = match.groups()
         return Op(kind_of(kind), *(-1 if not number else int(number) for number in numbers))
 
@@ -113,20 +114,12 @@ class Program:
         Raises:
             ValueError: the text is not a program.
         """
-        keys = ("microbatches", "placement", "vocab_barriers", "ranks")
-        data = expect_object(parse_json(text.encode()), "the program", keys)
-        lists = [expect_list(ops, "a rank") for ops in expect_list(data["ranks"], "ranks")]
-        ranks = tuple(tuple(Op.parse(expect_text(token, "an operation")) for token in ops) for ops in lists)
-        placed = expect_list(data["placement"], "placement")
-        placement = tuple(expect_int(rank, "a rank of placement", 0, len(ranks) - 1) for rank in placed)
-        microbatches = expect_int(data["microbatches"], "microbatches", 1)
-        program = Program(microbatches, placement, ranks, expect_int(data["vocab_barriers"], "vocab_barriers", 0, 2))
+        frame = parse_frame(text.encode())
+        ranks = tuple(tuple(map(Op.parse, tokens)) for tokens in frame.ranks)
         for op in (op for ops in ranks for op in ops):
-            if op.stage >= len(placement):
-                raise ValueError(f"{op} is at stage {op.stage} of {len(placement)}")
-        if not placement:
-            raise ValueError("no stage is placed on a rank")
-        return program
+            if op.stage >= len(frame.placement):
+                raise ValueError(f"{op} is at stage {op.stage} of {len(frame.placement)}")
+        return Program(frame.microbatches, frame.placement, ranks, frame.vocab_barriers)
 
     @cached_property
     def hash(self) -> str:

@@ -94,7 +94,7 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
         for method in ("allgather", "ulysses", "ring", "tokenring")
     ),
     (
-        ["parallel.cp=2", "parallel.context.method=rings"],
+        ["parallel.context.method=rings"],
         "parallel.context.method",
         ["one of auto", "mean ring?"],
     ),

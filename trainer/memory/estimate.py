@@ -304,7 +304,8 @@ def _activations(cfg: Config, pipeline: Pipeline) -> list[int]:
     p, t = cfg.parallel, cfg.train
     bits, layers = _BYTES[t.dtype], pipeline.split.layers
     microbatches = max(1, t.global_batch // (t.micro_batch * (p.dp or 1)))
-    if SCHEDULES[p.pipeline_in_use.schedule or ""].steady:
+    schedule = SCHEDULES.get(p.pipeline_in_use.schedule or "")
+    if schedule is not None and schedule.steady:
         # By then every rank is in its steady state.
         microbatches = min(microbatches, 4 * p.pp + 2 * (p.pipeline.group or 0))
     head = 0

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ...configs.schema import Config
-from ...configs.tables.schedules import SCHEDULES
+from ...configs.tables.schedules import SCHEDULES, is_program
 from ...models.costs.parts import Split
 from ...parallel.pipeline import schedules
 from ...parallel.pipeline.check import check
+from ...parallel.pipeline.communication import is_lowered
 from ...parallel.pipeline.lower import forward_only, lower
 from ...parallel.pipeline.offload import first_chunks, offload, windows, worthwhile
 from ...parallel.pipeline.program import Program, update
+from ...parallel.pipeline.program_file import read_program
 from ...parallel.pipeline.times import Times
 from ...parallel.pipeline.vocabulary import balanced
 from .stage_layers import StageLayers
@@ -63,9 +65,15 @@ class Pipeline:
 
 
 def compute_program(cfg: Config, pipeline: Pipeline, microbatches: int) -> Program:
-    """In which order every rank of the pipeline axis computes in a step, without communication."""
+    """In which order every rank of the pipeline axis computes in a step; a program from a file may communicate too.
+
+    Raises:
+        UserError: the file's program cannot run.
+    """
     p, ranks = cfg.parallel.pipeline_in_use, cfg.parallel.pp
     assert p.schedule is not None
+    if is_program(p.schedule):
+        return read_program(p.schedule)
     if not pipeline.split.balanced:
         return schedules.generate(p.schedule, ranks=ranks, microbatches=microbatches, chunks=p.chunks, group=p.group)
     return balanced(
@@ -88,7 +96,8 @@ def training_program(cfg: Config, pipeline: Pipeline, microbatches: int, buckets
         microbatches: per step.
         buckets: how many buckets of parameters each rank updates.
     """
-    program = lower(compute_program(cfg, pipeline, microbatches), times=pipeline.times)
+    program = compute_program(cfg, pipeline, microbatches)
+    program = program if is_lowered(program) else lower(program, times=pipeline.times)
     program = offloaded(cfg, program, pipeline.times)
     tails = [ops + update(count) for ops, count in zip(program.ranks, buckets, strict=True)]
     program = replace(program, ranks=tuple(tails))

@@ -11,7 +11,15 @@ from dataclasses import replace
 from importlib import import_module
 
 from ....configs.errors import Problem, UserError
-from ....configs.tables.schedules import SCHEDULES, Schedule, default_chunks, find_schedule, schedule_problems
+from ....configs.reading.program_file import read_frame
+from ....configs.tables.schedules import (
+    SCHEDULES,
+    Schedule,
+    default_chunks,
+    find_schedule,
+    is_program,
+    schedule_problems,
+)
 from ..program import Program
 from .base import Order, Orders, Shape
 
@@ -53,7 +61,13 @@ def order_of(name: str) -> Order:
 
 
 def placement(name: str, ranks: int, chunks: int) -> tuple[int, ...]:
-    """The rank that holds each stage under the schedule called `name`."""
+    """The rank that holds each stage under the schedule called `name`, or in the program's file by that path.
+
+    Raises:
+        UserError: there is no such schedule, or program.
+    """
+    if is_program(name):
+        return read_frame(name).placement
     once = tuple(range(ranks))
     return once + once[::-1] if find_schedule(name).placement == "vee" else once * chunks
 
