@@ -23,6 +23,25 @@ SELECTORS: dict[str, tuple[dict[str, type], str]] = {
 """Polymorphic sections: the classes that SECTION.name chooses from, and the name that is taken when none is given."""
 
 
+def add_class(section: str, name: str, cls: type) -> None:
+    """Adds what SECTION.name can choose, for the life of the process; for modules outside the package.
+
+    Args:
+        section: one of `SELECTORS`.
+        name: what users write.
+        cls: a frozen dataclass with the section's keys.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    registry, _ = SELECTORS[section]
+    if name in registry:
+        raise ValueError(f"{section}.name={name} is taken")
+    registry[name] = cls
+    for names in (all_keys, free_text_keys, section_keys):
+        names.cache_clear()
+
+
 @cache
 def field_types(cls: type) -> Mapping[str, Any]:
     """Name to evaluated annotation of every key, in the order of declaration."""

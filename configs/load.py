@@ -103,8 +103,7 @@ def _brought_by_imports(
     keys, c = flatten_schema(chosen)[0], config.checkpoint
     told: list[Problem] = []
     for problem in problems:
-        mark = named(optional(keys[problem.key])[0]) if problem.key in given else None
-        if mark is not None and not mark.takes(str(plain(given[problem.key].node))):
+        if problem.key in given and _is_no_name(problem.key, str(plain(given[problem.key].node)), keys):
             earlier = c.resume if c.resume != "latest" else None
             missing = missing_in_checkpoints(earlier, c.init, c.dir)
             if missing:
@@ -112,6 +111,15 @@ def _brought_by_imports(
                 problem = dataclasses.replace(problem, message=message)
         told.append(problem)
     return told
+
+
+def _is_no_name(key: str, text: str, keys: Mapping[str, Any]) -> bool:
+    """Whether the key chooses from a table, and the text is none of its names."""
+    section, _, leaf = key.rpartition(".")
+    if leaf == "name" and section in SELECTORS:
+        return text not in SELECTORS[section][0]
+    mark = named(optional(keys[key])[0])
+    return mark is not None and not mark.takes(text)
 
 
 def given_yaml(path: str | Path | None, overrides: Sequence[str] = ()) -> str:

@@ -17,7 +17,7 @@ from .mistakes import unknown_arguments, unknown_verb
 from .verbs.generate import generate_parser
 
 _OVERRIDES = "config keys to change, e.g. train.steps=100 parallel.tp=2"
-_IMPORT = "first import a module, which may bring families, schedules and metrics of your own; repeated"
+_IMPORT = "first import a module, which may bring schedules, families, data sources and metrics of your own; repeated"
 _UPCYCLE = {"experts": True, "top_k": True, "granularity": False}
 """Keys of --upcycle, and whether they must be given."""
 _DTYPES = ("bf16", "fp16", "fp32", "fp64")

@@ -1,12 +1,14 @@
 """The methods of context parallelism: what each one is and needs. No torch.
 
-A new method is a class in `parallel/context`, with an `of` that makes it, and a row here.
+A new method is a class in `parallel/context`, with an `of` that makes it, and a row here. A module outside the package
+adds both with `parallel.context.make.register`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +18,8 @@ class ContextMethod:
     Args:
         name: what users write.
         text: one line on who sends what.
-        core: MODULE.CLASS in `parallel/context` of its attention core; empty: `resolve` replaces it.
+        core: of its attention: MODULE.CLASS in `parallel/context`, or a class that `register` there was given; empty:
+            `resolve` replaces it.
         latent_core: the same for latent attention, of methods that have one of its own.
         exchanges: the ranks over which heads are exchanged, which must divide them: all of cp, or groups of
             parallel.context.inner.
@@ -26,8 +29,8 @@ class ContextMethod:
 
     name: str
     text: str
-    core: str = ""
-    latent_core: str = ""
+    core: str | Callable[..., Any] = ""
+    latent_core: str | Callable[..., Any] = ""
     exchanges: Literal["cp", "inner"] | None = None
     duplex: bool = False
     relays: bool = False

@@ -1,4 +1,7 @@
-"""Documents from files: the text in text, JSON lines and parquet files, in a fixed order."""
+"""Documents from files: the text in text, JSON lines and parquet files, in a fixed order.
+
+A kind of file is a function and a row of `READERS`; a module outside the package adds one with `sources.register`.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,10 @@ class Document:
     size: float
 
 
+Reader = Callable[[Path, str], Iterator[Document]]
+"""(file, `data.field`) → its documents, in order."""
+
+
 @dataclass
 class Tally:
     """What was met while reading: documents without any text (or null), which are left out."""
@@ -37,15 +44,9 @@ def read_documents(
     ``kind`` None goes by each file's suffix or, without one, its content. Raises UserError naming the file and the
     line, row or byte that cannot be read.
     """
-    readers: dict[str, Callable[[Path], Iterator[Document]]] = {
-        "text": _read_text,
-        "source": _read_source,
-        "jsonl": lambda path: _read_jsonl(path, field),
-        "parquet": lambda path: (Document(text, size) for text, size in read_parquet(path, field)),
-    }
     for path in files:
         try:
-            for document in readers[kind or kind_of(path)](path):
+            for document in READERS[kind or kind_of(path)](path, field):
                 if document.text:
                     yield document
                 elif tally is not None:
@@ -56,12 +57,12 @@ def read_documents(
             raise UserError(Problem("data.paths", f"cannot read {path}: {error.strerror or error}")) from None
 
 
-def _read_source(path: Path) -> Iterator[Document]:
+def _read_source(path: Path, field: str) -> Iterator[Document]:
     content = path.read_bytes()
     yield Document(content.decode("utf-8", errors="replace"), len(content))
 
 
-def _read_text(path: Path) -> Iterator[Document]:
+def _read_text(path: Path, field: str) -> Iterator[Document]:
     with open_text(path) as (file, _):
         content = file.read()
     try:
@@ -86,6 +87,11 @@ def _read_jsonl(path: Path, field: str) -> Iterator[Document]:
             # Of a compressed file, what counts is how far into it the reading is.
             last, at = at, at + len(line) if raw is file else raw.tell()
             yield Document(text, at - last)
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[Document]:
+    for text, size in read_parquet(path, field):
+        yield Document(text, size)
 
 
 def _parse(line: bytes, where: str) -> Any:
@@ -113,3 +119,12 @@ def _text_field(record: Any, field: str, where: str) -> str:
     if text is not None and not isinstance(text, str):
         raise UserError(Problem("data.field", f"{where}: field {field!r} is {type(text).__name__}, not a string"))
     return text or ""
+
+
+READERS: dict[str, Reader] = {
+    "text": _read_text,
+    "source": _read_source,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+}
+"""By the kind of file."""

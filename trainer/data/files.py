@@ -73,9 +73,9 @@ def survey(paths: Sequence[str], kind: str | None = None) -> Found:
     """Files that ``paths`` (files, folders, glob patterns) name, in the order given, each real file once.
 
     A folder, named or matched by a pattern, stands for its files at any depth, sorted, whose suffix or, without one,
-    content fits ``kind`` (every file for text; for None the three kinds, without files like README), hidden ones left
-    out. Links are followed. Raises UserError naming every path that matches nothing, and everything that cannot be
-    read: broken links, unreadable files and folders, pipes and devices.
+    content fits ``kind`` (every file for text and for kinds from outside; for None the three kinds, without files like
+    README), hidden ones left out. Links are followed. Raises UserError naming every path that matches nothing, and
+    everything that cannot be read: broken links, unreadable files and folders, pipes and devices.
     """
     walk = _Walk(kind)
     for given in paths:
@@ -206,7 +206,7 @@ class _Walk:
 
     def _fits_by_name(self, path: Path) -> bool | None:
         """Whether a file of a folder is taken; None: its name does not say."""
-        if self._kind == "text":
+        if self._kind == "text" or self._kind not in (None, *SUFFIXES):
             return True
         kind = kind_of_suffix(path)
         if kind is not None:

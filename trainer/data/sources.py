@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ...configs.errors import Problem, UserError
-from ...configs.schema import BinData, BlendData, DataConfig, JsonlData, ParquetData, StdlibData, TextData
+from ...configs.fields import add_class
+from ...configs.schema import BinData, BlendData, DataConfig, StdlibData, TextData
 from ...configs.tokenized import META_SUFFIX
 from .cache import cache_folder, tokenize_cached
+from .documents import READERS, Reader
 from .files import stdlib_files, survey
 from .indexed import SCAN_BYTES, IndexedReader
 from .packing import TokenStream
@@ -23,8 +26,8 @@ from .tokenizer import Tokenizer, check_vocab, file_identity
 
 @dataclass(frozen=True)
 class TextFiles:
-    """What a text source reads: its files, their kind (source, text, jsonl or parquet), the text's key or column, and
-    lines about what was left out."""
+    """What a text source reads: its files, their kind (of `documents.READERS`), the text's key or column, and lines
+    about what was left out."""
 
     files: tuple[Path, ...]
     kind: str
@@ -41,6 +44,36 @@ class Source:
     weight: float = 1.0
 
 
+_Data = TypeVar("_Data", bound=TextData)
+
+
+def register(read: Reader) -> Callable[[type[_Data]], type[_Data]]:
+    """Adds a source from outside: files of another kind, found by `data.paths`. A decorator of its section's class.
+
+        @register(read_chats)
+        @dataclass(frozen=True, kw_only=True)
+        class ChatData(TextData):
+            name: Literal["chats"] = "chats"
+
+    Args:
+        read: the documents of a file. Of the section it is told `field`, and nothing where the class has none.
+
+    Returns:
+        The decorator.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def add(cls: type[_Data]) -> type[_Data]:
+        if READERS.setdefault(cls.name, read) is not read:
+            raise ValueError(f"there is a kind of file {cls.name} already")
+        add_class("data", cls.name, cls)
+        return cls
+
+    return add
+
+
 def is_text(cfg: DataConfig) -> bool:
     """Whether the source is text, that a tokenizer has to turn into tokens first."""
     return not isinstance(cfg, BinData | BlendData)
@@ -48,17 +81,12 @@ def is_text(cfg: DataConfig) -> bool:
 
 def text_files(cfg: DataConfig) -> TextFiles:
     """The files of a text source. Raises UserError naming every path that matches nothing."""
-    # JsonlData and ParquetData are kinds of TextData, so they are asked for first.
     if isinstance(cfg, StdlibData):
         return TextFiles(tuple(stdlib_files()), "source", "")
-    if isinstance(cfg, JsonlData | ParquetData):
-        kind, field = cfg.name, cfg.field
-    elif isinstance(cfg, TextData):
-        kind, field = "text", ""
-    else:
+    if not isinstance(cfg, TextData):
         raise UserError(Problem("data.name", f"unknown source {cfg.name!r}"))
-    found = survey(cfg.paths, kind)
-    return TextFiles(tuple(found.files), kind, field, tuple(found.notices()))
+    found = survey(cfg.paths, cfg.name)
+    return TextFiles(tuple(found.files), cfg.name, getattr(cfg, "field", ""), tuple(found.notices()))
 
 
 def open_text(cfg: DataConfig, tokenizer: Tokenizer, vocab: int, *, progress: bool = True) -> Source:
