@@ -232,7 +232,7 @@ class Case:
         """The same on all ranks: made by the first one."""
         if self.rank == 0:
             pipeline = self.cfg.parallel.pipeline
-            name, chunks = pipeline.schedule or "", pipeline.chunks
+            name, chunks = pipeline.schedule, pipeline.chunks
             options: dict[str, Any] = {"ranks": RANKS, "microbatches": microbatches, "chunks": chunks}
             if self.vocab is None:
                 compute = schedules.generate(name, **options)

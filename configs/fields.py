@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from .errors import nearest
 from .schema import DATASETS, OPTIMIZERS, SCHEDULES, Config
+from .tables.derived import underived
 from .tables.named import named
 
 _Node = TypeVar("_Node")
@@ -130,7 +131,10 @@ def is_mapping(annotation: Any) -> bool:
 
 
 def optional(annotation: Any) -> tuple[Any, bool]:
-    """The annotation without None, and whether None was part of it."""
+    """The annotation without None, and whether None was part of it, as it is of derived keys."""
+    value = underived(annotation)
+    if value is not None:
+        return value, True
     if get_origin(annotation) in (Union, types.UnionType):
         inner = [a for a in get_args(annotation) if a is not type(None)]
         if len(inner) < len(get_args(annotation)):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from .fields import all_keys, short, value_of
+from .resolve import resolve_model
 from .schema import BinData, BlendData, Config, ModelConfig, MoeConfig
 
 _Section = TypeVar("_Section")
@@ -156,13 +156,12 @@ def differences(one: ModelConfig, other: ModelConfig, *, padded: bool = False) -
         one, other: resolved.
         padded: vocabularies are the same that have the same ids in use, whatever padding they have.
     """
-    values = [_flat(dataclasses.asdict(config)) for config in (one, other)]
+    # Those that were made by hand, or are from an older checkpoint, may lack what is derived.
+    values = [_flat(dataclasses.asdict(resolve_model(config, config.max_positions or 1))) for config in (one, other)]
     for config, flat in zip((one, other), values, strict=True):
         flat["vocab_used"] = config.used_vocab
         if padded:
             flat["vocab"] = flat.pop("vocab_used")
-        if flat["rope.attention_factor"] is None:  # not resolved: made by hand, or from an older checkpoint
-            flat["rope.attention_factor"] = 0.1 * math.log(max(1.0, flat["rope.factor"])) + 1
     means_nothing = _FREE | (_undecisive(one) & _undecisive(other))
     if one.moe_layers == other.moe_layers:
         means_nothing |= {"moe.every", "moe.dense_layers"}

@@ -126,7 +126,8 @@ def _type(cls: type, name: str, annotation: Any) -> tuple[str, tuple[tuple[str, 
     inner, nullable = optional(annotation)
     mark = named(inner)
     if mark is None:
-        return _declarations(cls)[name][0], ()
+        written = _declarations(cls)[name][0]
+        return f"{written[8:-1]} | None" if written.startswith("Derived[") else written, ()
     kind = f"Literal[{', '.join(map(repr, mark.table))}]" + (f" | '…{mark.file}'" if mark.file else "")
     return f"{kind} | None" if nullable else kind, tuple((row, found.text) for row, found in mark.table.items())
 

@@ -125,14 +125,16 @@ def _vocab_of_tokens(data: BinData | BlendData) -> int | None:
 def _resolve_rope(rope: RopeConfig) -> RopeConfig:
     if rope.attention_factor is not None:
         return rope
-    stretched = rope.scaling == "yarn" and rope.factor > 1
-    # YaRN, eq. 22 (Peng et al., 2023): sqrt(1/t) = 0.1 ln(s) + 1.
-    return replace(rope, attention_factor=0.1 * math.log(rope.factor) + 1 if stretched else 1.0)
+    return replace(rope, attention_factor=yarn_scale(rope.factor) if rope.scaling == "yarn" else 1.0)
+
+
+def yarn_scale(factor: float, coefficient: float = 1.0) -> float:
+    """What YaRN multiplies cos and sin by for contexts so many times longer: 1 / sqrt(t) = 0.1 ln(s) + 1 (Peng et al.,
+    2023, eq. 22); DeepSeek's `mscale` is a coefficient of the logarithm."""
+    return 0.1 * coefficient * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _resolve_moe(moe: MoeConfig, ffn: int) -> MoeConfig:
-    if not moe.experts:
-        return moe
     router = moe.router
     kept = router.groups if router.groups_kept is None and router.groups >= 1 else router.groups_kept
     return replace(moe, ffn=ffn if moe.ffn is None else moe.ffn, router=replace(router, groups_kept=kept))
@@ -144,7 +146,7 @@ def _resolve_parallel(parallel: ParallelConfig, world_size: int | None) -> Paral
         return parallel
     if world_size is None:
         return replace(parallel, dp=1)
-    inner = parallel.tp * parallel.pp * parallel.cp
+    inner = parallel.model_ranks
     divides = inner > 0 and world_size % inner == 0
     return replace(parallel, dp=world_size // inner) if divides else parallel
 

@@ -1,8 +1,8 @@
 """Every configuration section, as frozen dataclasses.
 
 The string under a field documents it: `pentad show --keys` prints it with the field's type and default, so it names
-the unit and what the default does. ``None`` means "derived": `resolve` in `resolve.py` fills it in, and nothing after
-loading ever meets a ``None`` that it has to interpret, except where the docstring says so.
+the unit and what the default does. `Derived` keys may be left out: `resolve` in `resolve.py` fills them in, and
+nothing after loading meets one without a value. Where a ``None`` is the value, the docstring says what it means.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .schema_data import (
 )
 from .schema_model import LinearAttentionConfig, MlaConfig, ModelConfig, MoeConfig, RopeConfig, RouterConfig
 from .schema_parallel import ContextConfig, DataParallelConfig, MemoryConfig, ParallelConfig, PipelineConfig
+from .tables.derived import DERIVED, Derived
 
 __all__ = [
     "DATASETS",
@@ -208,7 +209,7 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only the one at the end."""
     keep: int = 2
     """Newest checkpoints kept; 0: all."""
-    dir: str | None = None
+    dir: Derived[str] = DERIVED
     """Folder of the checkpoints; derived: RUN/checkpoints."""
     resume: str | None = None
     """`latest` (start afresh if there is none) or the path of one checkpoint."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .tables.derived import DERIVED, Derived
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
@@ -28,7 +30,7 @@ class DataConfig:
     """Packed documents attend only to themselves, and their positions start at 0."""
     holdout: float = 0.01
     """Fraction of the sequences kept for evaluation, never trained on."""
-    cache: str | None = None
+    cache: Derived[str] = DERIVED
     """Folder of tokenized text; derived: the user's cache folder."""
     prefetch: int = 4
     """Microbatches prepared ahead by the loader thread; 0: none, each is made when it is needed."""

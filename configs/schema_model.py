@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from .tables.derived import DERIVED, Derived
 from .tables.families import FAMILIES
 from .tables.named import Named
 
@@ -32,7 +33,7 @@ class RopeConfig:
     """yarn: dimensions that turn more often than this within the original context are left alone."""
     beta_slow: float = 1.0
     """yarn: dimensions that turn less often than this are stretched by the whole factor."""
-    attention_factor: float | None = None
+    attention_factor: Derived[float] = DERIVED
     """yarn: multiplier of cos and sin; derived as 0.1 ln(factor) + 1."""
     truncate: bool = True
     """yarn: the borders between the bands are rounded to whole dimensions."""
@@ -87,7 +88,7 @@ class RouterConfig:
     """Multiplier of the weights."""
     groups: int = 1
     """Groups of experts; with more than one a token goes to experts of the `groups_kept` best groups only."""
-    groups_kept: int | None = None
+    groups_kept: Derived[int] = DERIVED
     """Groups that a token may use; derived: all."""
     group_members: int = 2
     """A group's score is the sum of so many of its best members' scores."""
@@ -117,7 +118,7 @@ class MoeConfig:
     """Routed experts of a layer; 0: a dense model."""
     top_k: int = 2
     """Experts per token (expert_choice: on average)."""
-    ffn: int | None = None
+    ffn: Derived[int] = DERIVED
     """Inner width of an expert; derived: model.ffn."""
     shared: int = 0
     """Inner width of the shared expert that every token passes (several of them: their sum); 0: none."""
@@ -163,13 +164,13 @@ class ModelConfig:
     """Width of the residual stream."""
     heads: int
     """Number of query heads."""
-    kv_heads: int | None = None
+    kv_heads: Derived[int] = DERIVED
     """Number of key and value heads; derived: heads."""
-    head_dim: int | None = None
+    head_dim: Derived[int] = DERIVED
     """Width of a head; derived: hidden / heads."""
     ffn: int
     """Inner width of the feed-forward network."""
-    vocab: int | None = None
+    vocab: Derived[int] = DERIVED
     """Vocabulary size; derived: the tokenizer's, where it is built in or a file."""
     vocab_used: int | None = None
     """Token ids in use: what the vocabulary has beyond them is padding, never predicted, cut off by an export; none:
@@ -180,7 +181,7 @@ class ModelConfig:
     """Added to the mean square (rms) or the variance (layer)."""
     position: Literal["rope", "learned"] = "rope"
     """Rotary embedding of queries and keys, or a learned table added to the token embedding."""
-    max_positions: int | None = None
+    max_positions: Derived[int] = DERIVED
     """Rows of the learned table, or the context recorded on export, in tokens; derived: train.seq_len."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Rotary embedding; unused with position=learned."""
@@ -224,7 +225,7 @@ class ModelConfig:
     @property
     def used_vocab(self) -> int:
         """How many token ids are in use."""
-        return (self.vocab or 0) if self.vocab_used is None else self.vocab_used
+        return self.vocab if self.vocab_used is None else self.vocab_used
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

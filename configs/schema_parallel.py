@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from .tables.context_methods import CONTEXT_METHODS
+from .tables.derived import DERIVED, Derived
 from .tables.named import Named
 from .tables.schedules import PROGRAM_SUFFIX, SCHEDULES
 
@@ -24,10 +25,10 @@ class DataParallelConfig:
 class PipelineConfig:
     """How the layers and microbatches pass through the pipeline ranks; unused with parallel.pp=1."""
 
-    schedule: Annotated[str, Named(SCHEDULES, file=PROGRAM_SUFFIX)] | None = None
+    schedule: Derived[Annotated[str, Named(SCHEDULES, file=PROGRAM_SUFFIX)]] = DERIVED
     """Order of forward and backward passes, or a program's file (docs/pipeline.md); derived: gis with several chunks,
     else 1f1b."""
-    chunks: int | None = None
+    chunks: Derived[int] = DERIVED
     """Stages per rank; derived: what the schedule needs, 2 where it leaves the choice (interleaved, gis)."""
     vocab: Literal["ends", "balanced"] = "ends"
     """ends: embedding on the first stage, head and loss on the last; balanced: shared by all pipeline ranks."""
@@ -49,7 +50,7 @@ class ContextConfig:
     """ring: half of the key-value heads travel each way, so that both directions of a link carry them."""
     inner: int | None = None
     """usp: ranks that exchange heads, the others pass keys on; derived: the most that the key-value heads allow."""
-    placement: Literal["zigzag", "by_length", "contiguous"] | None = None
+    placement: Derived[Literal["zigzag", "by_length", "contiguous"]] = DERIVED
     """Which tokens a rank has; derived: zigzag, which evens out causal work (linear attention: contiguous).
     by_length: even too, and packed documents on as few ranks as their lengths need."""
 
@@ -68,7 +69,7 @@ class ParallelConfig:
     """Expert parallel ranks."""
     etp: int = 1
     """Tensor parallel ranks inside an expert."""
-    dp: int | None = None
+    dp: Derived[int] = DERIVED
     """Data parallel ranks; derived: world size / (tp · pp · cp). `pentad train` alone takes 1."""
     data: DataParallelConfig = field(default_factory=DataParallelConfig)
     """Data parallelism."""
@@ -76,6 +77,16 @@ class ParallelConfig:
     """Context parallelism."""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     """Pipeline parallelism."""
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that share one replica of the model: tp · pp · cp."""
+        return self.tp * self.pp * self.cp
+
+    @property
+    def ranks(self) -> int:
+        """All ranks: tp · pp · cp · dp."""
+        return self.model_ranks * self.dp
 
     @property
     def pipeline_in_use(self) -> PipelineConfig:

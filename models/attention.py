@@ -31,7 +31,6 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: ModelConfig, index: int) -> None:
         super().__init__()
-        assert cfg.head_dim and cfg.kv_heads
         self.window, self.interleaved = cfg.window_of(index), cfg.rope.interleaved
         self.head_dim, self.scale = cfg.head_dim, cfg.head_dim**-0.5 * cfg.rope.score_factor
         queries, keys = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim

@@ -29,7 +29,7 @@ class Experts(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         moe, h = cfg.moe, cfg.hidden
-        f = moe.ffn or cfg.ffn
+        f = moe.ffn
         gated = cfg.activation.startswith("swiglu")
         self.gate = GroupedLinear(moe.experts, h, f, moe.bias) if gated else None
         self.up = GroupedLinear(moe.experts, h, f, moe.bias)

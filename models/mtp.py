@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configs.schema import ModelConfig
+from ..parallel.labels import IGNORED
 from .linear import Linear
 from .norms import make_norm
 
@@ -48,7 +49,7 @@ def ahead(labels: Tensor, depth: int) -> Tensor:
     """
     found = [labels]
     for _ in range(depth):
-        following = torch.full_like(labels, -1)
+        following = torch.full_like(labels, IGNORED)
         following[:, :-1] = found[-1][:, 1:]
-        found.append(torch.where(found[-1] >= 0, following, -1))
+        found.append(torch.where(found[-1] != IGNORED, following, IGNORED))
     return torch.stack(found)

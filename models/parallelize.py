@@ -135,7 +135,6 @@ def _replace_seams(model: Transformer, mesh: Mesh) -> None:
             # The ranks of tp_shard have the key heads once, however many ranks share one.
             module.q_norm.total = partial(_sum_over, tp)
             module.k_norm.total = partial(_sum_over, mesh.axis("tp_shard"))
-    assert model.cfg.vocab
     shard = VocabShard.of(tp, model.cfg.vocab, model.cfg.used_vocab)
     model.embedding_op, model.head_op = VocabEmbedding(shard), VocabHead(shard)
 

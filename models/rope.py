@@ -25,8 +25,7 @@ def frequencies(cfg: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
         case "llama3":
             return _llama3(cfg, base), 1.0
         case "yarn":
-            attention = cfg.attention_factor
-            return _yarn(cfg, base, head_dim), 0.1 * math.log(cfg.factor) + 1.0 if attention is None else attention
+            return _yarn(cfg, base, head_dim), cfg.attention_factor
 
 
 def _llama3(cfg: RopeConfig, base: Tensor) -> Tensor:

@@ -100,14 +100,13 @@ class Transformer(nn.Module):
 
     def __init__(self, cfg: ModelConfig, part: Part | None = None) -> None:
         super().__init__()
-        assert cfg.vocab and cfg.head_dim
         part = part or Part(tuple(range(cfg.layers)))
         self.cfg, self.part = cfg, part
         depth = cfg.mtp if part.ends else 0
         table = part.embeds or (part.predicts and cfg.tied) or depth > 0
         self.embed = Table(cfg.vocab, cfg.hidden) if table else None
         learned = cfg.position == "learned" and part.begins
-        self.positions = Table(cfg.max_positions or 0, cfg.hidden) if learned else None
+        self.positions = Table(cfg.max_positions, cfg.hidden) if learned else None
         self.layers = nn.ModuleDict({str(i): Layer(cfg, i) for i in part.layers})
         self.norm = make_norm(cfg) if part.ends else None
         self.mtp = nn.ModuleList(Prediction(cfg, Layer(cfg, cfg.layers + k)) for k in range(depth))

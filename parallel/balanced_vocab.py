@@ -31,7 +31,8 @@ from .comm.lane import Lane, Pending
 from .comm.mesh import Axis
 from .gradients import matmul_grad, plain_grad, slot_of
 from .kernels.precision import precise
-from .vocab import IGNORED, Look, VocabShard
+from .labels import IGNORED
+from .vocab import Look, VocabShard
 
 _CHUNK = 1024
 """Tokens whose logits are held in the softmax's precision at once, where the logits' own is lower."""

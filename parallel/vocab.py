@@ -20,9 +20,7 @@ from .comm.mesh import Axis
 from .gradients import plain_grad, slot_of
 from .kernels.precision import precise
 from .kernels.weight_products import add_product
-
-IGNORED = -1
-"""Label of a token without a loss."""
+from .labels import IGNORED
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def check(
         "offload": "none",
     }
     alone = job(**{**wanted, **one, "model": {**wanted.get("model", {}), **(alone_model or {})}})
-    world = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp * (cfg.parallel.dp or 1)
+    world = cfg.parallel.ranks
     ranks = run_distributed(trains, world, cfg, masked, group=False)
     expected = reference(alone, masked)
     tolerance = TOLERANCE[cfg.train.dtype]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pentad.configs.resolve import resolve
 from pentad.configs.schema import (
     AdamWConfig,
     CheckpointConfig,
@@ -71,10 +72,10 @@ def job(
     optim: str = "adamw",
     **train: Any,
 ) -> Config:
-    """A resolved config, made by hand; `train` overrides keys of that section, `model` may hold a MoeConfig."""
+    """A resolved config; `train` overrides keys of that section, `model` may hold a MoeConfig."""
     settings: dict[str, Any] = {"steps": 10, "global_batch": 8, "micro_batch": 2, "seq_len": 16, "dtype": "fp64"}
     schedule = ConstantSchedule()
-    return Config(
+    config = Config(
         model=replace(TINY, **(model or {})),
         parallel=ParallelConfig(
             tp=tp,
@@ -97,13 +98,14 @@ def job(
         faults=FaultsConfig(timeout_s=60),
         hardware=HardwareConfig(),
     )
+    return resolve(config)
 
 
 def text(cfg: Config, step: int) -> np.ndarray:
     """(global_batch, seq_len + 1) tokens that a model can learn: walks with a few possible steps."""
     draws = np.random.default_rng([7, step])
     shape = (cfg.train.global_batch, cfg.train.seq_len + 1)
-    return np.cumsum(draws.choice([1, 3, 3, 5], size=shape), axis=1) % (cfg.model.used_vocab or 1)
+    return np.cumsum(draws.choice([1, 3, 3, 5], size=shape), axis=1) % cfg.model.used_vocab
 
 
 def microbatches(cfg: Config, step: int, rank: int, size: int, *, masked: bool = False) -> list[Microbatch]:
@@ -128,7 +130,7 @@ def microbatches(cfg: Config, step: int, rank: int, size: int, *, masked: bool =
 
 def world_of(cfg: Config) -> int:
     """Ranks of the job."""
-    return cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp * (cfg.parallel.dp or 1)
+    return cfg.parallel.ranks
 
 
 def make_here(rank: int, cfg: Config, record: Path | None = None) -> Here:

@@ -27,7 +27,7 @@ class InputMaker:
     def __init__(self, cfg: Config, mesh: Mesh, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
         self._cp, self._tp = mesh.axis("cp"), mesh.axis("tp")
-        self._deal = deal_of(cfg.parallel.context.placement or "zigzag")
+        self._deal = deal_of(cfg.parallel.context.placement)
         self._plain: TokenLayout | None = None
 
     def make(self, batch: Microbatch, step: int, scale: float) -> Inputs:

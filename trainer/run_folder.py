@@ -52,7 +52,7 @@ def run_folder(cfg: Config) -> Path:
 
 def checkpoint_folder(cfg: Config) -> Path:
     """Where the job's checkpoints are."""
-    return Path(cfg.checkpoint.dir) if cfg.checkpoint.dir else run_folder(cfg) / RunFile.CHECKPOINTS
+    return Path(cfg.checkpoint.dir)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,6 @@ def prepare_device(cfg: Config, ranks: Ranks) -> torch.device:
 def degrees_of(cfg: Config) -> Degrees:
     """The sizes of the mesh's axes."""
     p, kv = cfg.parallel, cfg.model.kv_heads
-    assert p.dp is not None and kv is not None
     return Degrees(tp=p.tp, pp=p.pp, cp=p.cp, dp=p.dp, ep=p.ep, etp=p.etp, tp_replica=max(1, p.tp // kv))
 
 
@@ -103,7 +102,7 @@ def mesh_of(
         timeout_s=cfg.faults.timeout_s,
         channels=pipeline.channels,
         vocab=balanced,
-        context=(context.inner or 1) if context.method == "usp" else 1,
+        context=1 if context.inner is None else context.inner,
         ends=pipeline.ends if (cfg.model.tied or cfg.model.mtp) and not balanced else None,
     )
 

@@ -167,7 +167,7 @@ def _layout(config: Config, world_size: int | None) -> list[Problem]:
     problems: list[Problem] = []
     if world_size is None:
         return problems
-    inner = p.tp * p.pp * p.cp
+    inner = p.model_ranks
     degrees = f"parallel.tp={p.tp} x parallel.pp={p.pp} x parallel.cp={p.cp}"
     if inner > 0 and world_size % inner:
         message = (

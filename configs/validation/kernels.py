@@ -21,7 +21,7 @@ def validate_kernels(config: Config) -> list[Problem]:
     problems = _apex(config)
     moe, p = config.model.moe, config.parallel
     # Sizes that are not whole are other checks' problems.
-    if moe.experts < 1 or min(p.ep, p.etp, p.tp, p.cp) < 1 or moe.experts % p.ep or (moe.ffn or config.model.ffn) < 1:
+    if moe.experts < 1 or min(p.ep, p.etp, p.tp, p.cp) < 1 or moe.experts % p.ep or moe.ffn < 1:
         return problems
     return [*problems, *_experts(config), *_deepep(config)]
 
@@ -64,7 +64,7 @@ def _experts(config: Config) -> list[Problem]:
     model, p = config.model, config.parallel
     moe = model.moe
     if moe.compute == "grouped_mm":
-        problem = grouped_mm_problem(config.train.dtype, (moe.ffn or model.ffn) // p.etp, model.hidden)
+        problem = grouped_mm_problem(config.train.dtype, moe.ffn // p.etp, model.hidden)
         return [] if problem is None else [problem]
     if moe.compute == "bmm" and not _rows_are_equal(config):
         return [bmm_problem(_why_unequal(moe, p.ep))]

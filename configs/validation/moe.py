@@ -83,8 +83,8 @@ def _mesh(config: Config) -> list[Problem]:
         )
         return [Problem(key, message, ("parallel.ep", "parallel.etp", f"{_MOE}.experts"))]
     problems: list[Problem] = []
-    ranks = p.tp * p.cp * (p.dp or 1)
-    if p.dp is not None and ranks % inner:
+    # Ranks that the degrees do not divide are another check's problem, and there is no dp.
+    if p.dp is not None and (ranks := p.tp * p.cp * p.dp) % inner:
         key = "parallel.ep" if p.ep > 1 else "parallel.etp"
         message = (
             f"parallel.ep={p.ep} x parallel.etp={p.etp} = {inner} does not divide parallel.tp={p.tp} x "
@@ -94,9 +94,7 @@ def _mesh(config: Config) -> list[Problem]:
         follows = ("parallel.ep", "parallel.etp", "parallel.tp", "parallel.cp", "parallel.dp")
         problems.append(Problem(key, message, follows))
     problems += indivisible(f"{_MOE}.experts", experts, "parallel.ep", p.ep, "each rank holds equally many")
-    return problems + indivisible(
-        f"{_MOE}.ffn", m.moe.ffn or m.ffn, "parallel.etp", p.etp, "it is split over the ranks"
-    )
+    return problems + indivisible(f"{_MOE}.ffn", m.moe.ffn, "parallel.etp", p.etp, "it is split over the ranks")
 
 
 def _sizes(config: Config) -> list[Problem]:
@@ -120,7 +118,7 @@ def _top_k(config: Config) -> list[Problem]:
         null = f" + {_ROUTER}.null_experts={router.null_experts} = {choices}" if router.null_experts else ""
         message = f"{moe.top_k} is more than {_MOE}.experts={moe.experts}{null}; set {key}={choices} or less"
         return [Problem(key, message, (f"{_MOE}.experts", f"{_ROUTER}.null_experts"))]
-    kept = router.groups_kept or router.groups
+    kept = router.groups_kept
     if router.groups <= 1 or moe.experts % router.groups:
         return []
     reach = kept * (moe.experts // router.groups)

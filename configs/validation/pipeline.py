@@ -18,7 +18,7 @@ def validate_pipeline(config: Config) -> list[Problem]:
     found = [*_vocab(config), *_sharding(config)]
     p = config.parallel
     if not is_program(p.pipeline.schedule):
-        stages = p.pp * (p.pipeline.chunks or 1)
+        stages = p.pp * p.pipeline.chunks
         return [
             *_schedule(config),
             *_layers(config, stages, f"parallel.pp={p.pp} x {_SECTION}.chunks={p.pipeline.chunks} are"),
@@ -33,9 +33,9 @@ def validate_pipeline(config: Config) -> list[Problem]:
 def _schedule(config: Config) -> list[Problem]:
     pipeline = config.parallel.pipeline
     return schedule_problems(
-        pipeline.schedule or "",
+        pipeline.schedule,
         ranks=config.parallel.pp,
-        chunks=1 if pipeline.chunks is None else pipeline.chunks,
+        chunks=pipeline.chunks,
         group=pipeline.group,
         barriers=pipeline.vocab_barriers if pipeline.vocab == "balanced" else None,
     )

@@ -54,7 +54,7 @@ def train(config: str, overrides: Sequence[str], *, fresh: bool = False, imports
 def world_size(cfg: Config) -> int:
     """Ranks that the layout needs."""
     p = cfg.parallel
-    return p.tp * p.pp * p.cp * (p.dp or 1)
+    return p.ranks
 
 
 def uses_gpus(cfg: Config, ranks: int) -> bool:

@@ -24,7 +24,7 @@ def print_job(cfg: Config) -> None:
 
 def _layout(cfg: Config) -> Table:
     p, t = cfg.parallel, cfg.train
-    dp = p.dp or 1
+    dp = p.dp
     ranks = world_size(cfg)
     microbatches = t.global_batch // (t.micro_batch * dp)
     tokens = t.global_batch * t.seq_len
@@ -111,7 +111,7 @@ def _memory(cfg: Config, memory: Memory) -> Table:
 
 
 def _sharded_over(cfg: Config) -> str:
-    share = (cfg.parallel.dp or 1) * cfg.parallel.cp
+    share = cfg.parallel.dp * cfg.parallel.cp
     replicas = expert_replicas(cfg) if cfg.model.moe.experts else share
     if replicas != share:
         return f", sharded over {share}, experts over {replicas}"

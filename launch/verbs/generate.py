@@ -138,7 +138,7 @@ def _check_prompt(prompt: list[int], model: Transformer) -> None:
 
 def _longest(model: Transformer) -> float:
     """Tokens that the model can read: learned positions end, rotary ones go on."""
-    return (model.cfg.max_positions or math.inf) if model.cfg.position == "learned" else math.inf
+    return model.cfg.max_positions if model.cfg.position == "learned" else math.inf
 
 
 def _tokenizer(name: str) -> Any:

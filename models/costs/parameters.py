@@ -95,14 +95,14 @@ def sizes(model: ModelConfig) -> Sizes:
     return Sizes(
         hidden=m.hidden,
         vocab=m.vocab,
-        positions=(m.max_positions or 0) if m.position == "learned" else 0,
+        positions=m.max_positions if m.position == "learned" else 0,
         projections=_projections(m, m.head_dim, m.kv_heads),
         per_pair=m.heads * (m.head_dim + value),
         linear_projections=_linear_projections(m),
         state=2 * m.heads * m.linear.key_dim * m.linear.value_dim,
         linear=len(m.linear_layers),
         ffn=matrices * m.hidden * m.ffn,
-        expert=matrices * m.hidden * (m.moe.ffn or 0),
+        expert=matrices * m.hidden * m.moe.ffn,
         shared=matrices * m.hidden * m.moe.shared,
         router=(m.moe.experts + m.moe.router.null_experts) * m.hidden,
         dense=m.layers + m.mtp - routed,
@@ -161,7 +161,7 @@ def parameter_count(model: ModelConfig) -> Counts:
 def _attention_vectors(model: ModelConfig) -> int:
     """Biases, norms and sinks of one layer's softmax attention."""
     m, mla = resolve_model(model, model.max_positions or 1), model.mla
-    head_dim, kv_heads = m.head_dim or 0, m.kv_heads or 0
+    head_dim, kv_heads = m.head_dim, m.kv_heads
     q, kv = m.heads * head_dim, kv_heads * head_dim
     found = m.hidden * m.out_bias + m.heads * m.sinks
     if mla.kv_rank:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...configs.errors import UserError
+from ...configs.resolve import resolve_model
 from ...configs.schema import ModelConfig
 from .families import family_of, hf_family
 from .links import Link
@@ -34,7 +35,8 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     init_std = float(reader.number("initializer_range", zero=True)) if given else ModelConfig.init_std
     if reader.problems:
         raise UserError(*reader.problems)
-    return ModelConfig(family=family.name, tied=tied, init_std=init_std, **fields)
+    model = ModelConfig(family=family.name, tied=tied, init_std=init_std, **fields)
+    return resolve_model(model, model.max_positions or 1)
 
 
 def hf_config(cfg: ModelConfig, dtype: str = "float32") -> dict[str, Any]:

@@ -89,7 +89,7 @@ def all_key_heads(cfg: ModelConfig, name: str) -> list[Problem]:
 
 def heads_fill_hidden(cfg: ModelConfig, name: str) -> list[Problem]:
     """There is no key for the width of a head."""
-    if cfg.heads * (cfg.head_dim or 0) == cfg.hidden:
+    if cfg.heads * cfg.head_dim == cfg.hidden:
         return []
     size = f"{cfg.head_dim} × model.heads {cfg.heads}"
     return [Problem("model.head_dim", f"{size} must equal model.hidden {cfg.hidden} for export")]

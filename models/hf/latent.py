@@ -104,13 +104,13 @@ def write_latent(cfg: ModelConfig, topk_method: str) -> dict[str, Any]:
         **write_decoder(cfg, mscale=True),
         **write_moe(cfg, "n_routed_experts"),
         "attention_bias": cfg.qkv_bias,
-        "moe_intermediate_size": moe.ffn or cfg.ffn,
+        "moe_intermediate_size": moe.ffn,
         "kv_lora_rank": mla.kv_rank,
         "q_lora_rank": mla.q_rank,
         "qk_nope_head_dim": mla.nope_dim,
         "qk_rope_head_dim": mla.rope_dim,
         "v_head_dim": mla.value_dim,
-        "n_shared_experts": moe.shared // (moe.ffn or cfg.ffn),
+        "n_shared_experts": moe.shared // (moe.ffn),
         "first_k_dense_replace": moe.dense_layers,
         "moe_layer_freq": 1,
         "routed_scaling_factor": router.scale,
@@ -118,7 +118,7 @@ def write_latent(cfg: ModelConfig, topk_method: str) -> dict[str, Any]:
         "scoring_func": router.score,
         "topk_method": topk_method,
         "n_group": router.groups,
-        "topk_group": router.groups_kept or router.groups,
+        "topk_group": router.groups_kept,
         "seq_aux": router.aux_level == "sequence",
     }
 
@@ -175,7 +175,7 @@ def _dense_first_layers(cfg: ModelConfig, name: str) -> list[Problem]:
 def _whole_shared_experts(cfg: ModelConfig, name: str) -> list[Problem]:
     """Shared experts are counted, each as wide as a routed one."""
     moe = cfg.moe
-    if not moe.experts or moe.shared % (moe.ffn or cfg.ffn) == 0:
+    if not moe.experts or moe.shared % (moe.ffn) == 0:
         return []
     message = f"{moe.shared} must be a multiple of model.moe.ffn {moe.ffn} for export"
     return [Problem("model.moe.shared", message)]

@@ -46,7 +46,7 @@ def expert_links(
     moe, hidden = cfg.moe, cfg.hidden
     theirs = f"{layer}.{'mlp' if fused else names.block}"
     yield from router_links(cfg, f"{theirs}.gate", ours)
-    width = moe.ffn or cfg.ffn
+    width = moe.ffn
     gate, up, down = (f"{ours}.experts.{part}.weight" for part in ("gate", "up", "down"))
     wide, narrow = (moe.experts, width, hidden), (moe.experts, hidden, width)
     if fused:
@@ -78,7 +78,7 @@ def decoder_links(cfg: ModelConfig, fused: bool = False, *, experts: ExpertLinks
         fused: a layer's experts are in one tensor per matrix.
         experts: the experts' tensors.
     """
-    vocab, hidden, routed = cfg.vocab or 0, cfg.hidden, set(cfg.moe_layers)
+    vocab, hidden, routed = cfg.vocab, cfg.hidden, set(cfg.moe_layers)
     yield one("model.embed_tokens.weight", "embed.weight", (vocab, hidden))
     for i in range(cfg.layers):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
@@ -97,7 +97,7 @@ def decoder_links(cfg: ModelConfig, fused: bool = False, *, experts: ExpertLinks
 
 def attention_links(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Link]:
     """Projections, norms and sinks of an attention layer."""
-    head_dim, kv_heads = cfg.head_dim or 0, cfg.kv_heads or 0
+    head_dim, kv_heads = cfg.head_dim, cfg.kv_heads
     hidden, query, key = cfg.hidden, cfg.heads * head_dim, kv_heads * head_dim
     for letter, rows in (("q", query), ("k", key), ("v", key)):
         yield from linear(f"{theirs}.{letter}_proj", f"{ours}.{letter}", (rows, hidden), cfg.qkv_bias)

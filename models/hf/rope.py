@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ...configs.resolve import yarn_scale
 from ...configs.schema import RopeConfig
 from .reader import Reader
 
@@ -83,11 +84,6 @@ def _given(reader: Reader, absent: Mapping[str, Any] = _NOTHING) -> tuple[str, M
     return source, given
 
 
-def yarn_scale(factor: float, m: float = 1.0) -> float:
-    """0.1 m ln(factor) + 1 (YaRN, arXiv 2309.00071, section 3.4, with DeepSeek's m)."""
-    return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
-
-
 def _yarn_attention_factor(rope: Reader, factor: float) -> float:
     """Multiplier of cos and sin: given, or the quotient of two scales, or one."""
     if rope.value("attention_factor") is not None:
@@ -146,5 +142,4 @@ def _mscales(rope: RopeConfig) -> dict[str, float]:
         return short if math.isclose(yarn_scale(rope.factor, short), scale, rel_tol=1e-14) else exact
 
     scores = math.sqrt(rope.score_factor)
-    factor = yarn_scale(rope.factor) if rope.attention_factor is None else rope.attention_factor
-    return {"mscale_all_dim": inverse(scores), "mscale": inverse(factor * scores)}
+    return {"mscale_all_dim": inverse(scores), "mscale": inverse(rope.attention_factor * scores)}

@@ -50,7 +50,7 @@ def top_k(logits: Tensor, scores: Tensor, moe: MoeConfig, bias: Tensor | None) -
     if router.groups > 1:
         members = by[:, : moe.experts].unflatten(-1, (router.groups, -1))
         best = members.topk(min(router.group_members, members.shape[-1]), -1).values.sum(-1)
-        kept = best.topk(router.groups_kept or router.groups, -1).indices
+        kept = best.topk(router.groups_kept, -1).indices
         outside = torch.ones_like(best, dtype=torch.bool).scatter_(-1, kept, False)
         members = members.masked_fill(outside.unsqueeze(-1), -math.inf).flatten(1)
         by = torch.cat((members, by[:, moe.experts :]), -1)

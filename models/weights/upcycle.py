@@ -75,7 +75,7 @@ def check_upcycling(dense: ModelConfig, wanted: ModelConfig, prefix: str = "mode
     def wrong(key: str, message: str) -> None:
         problems.append(Problem(f"{prefix}{key}", message))
 
-    inner, width = dense.ffn - moe.shared, moe.ffn or wanted.ffn
+    inner, width = dense.ffn - moe.shared, moe.ffn
     if inner <= 0 or inner % width:
         less = f" less the shared expert's {moe.shared}" if moe.shared else ""
         wrong("ffn", f"{width} does not divide the dense network's width {dense.ffn}{less}")
@@ -154,7 +154,7 @@ def _experts(leaf: str, dense: str, placement: Placement, cfg: ModelConfig, gran
         return torch.zeros(placement.local_shape)
     if leaf == "down.bias":
         return _scaled(read(dense, inside), scale).expand(count, -1)
-    dim, width = int(leaf == "down.weight"), cfg.moe.ffn or cfg.ffn
+    dim, width = int(leaf == "down.weight"), cfg.moe.ffn
     shards: dict[int, Tensor] = {}
     out: Tensor | None = None
     for i in range(count):

@@ -32,7 +32,7 @@ def padded_read(read: Read, given: ModelConfig) -> Read:
         known = max(0, min(placement.offsets[0] + placement.local_shape[0], given.used_vocab) - placement.offsets[0])
         if not known:
             return torch.zeros(placement.local_shape)
-        shape, local = (given.vocab or 0, *width), (known, *placement.local_shape[1:])
+        shape, local = (given.vocab, *width), (known, *placement.local_shape[1:])
         found = read(name, Placement(shape, placement.offsets, local))
         return torch.cat((found, found.new_zeros(placement.local_shape[0] - known, *placement.local_shape[1:])))
 

@@ -74,7 +74,7 @@ def _losses(case: Case) -> list[str]:
 
 def _layout(layout: Layout) -> dict[str, list[str]]:
     p, m = layout.config.parallel, layout.config.model
-    degrees = {"tp": p.tp, "pp": p.pp, "cp": p.cp, "dp": p.dp or 1, "ep": p.ep, "etp": p.etp}
+    degrees = {"tp": p.tp, "pp": p.pp, "cp": p.cp, "dp": p.dp, "ep": p.ep, "etp": p.etp}
     columns = {
         "world": [str(layout.world)],
         "axis": [axis for axis, size in degrees.items() if size > 1],

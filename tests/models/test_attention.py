@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from pentad.configs.resolve import yarn_scale
 from pentad.configs.schema import RopeConfig
 from pentad.models.attention import attend
 from pentad.models.functional import rms_norm, rotate, swiglu, swiglu_clipped
@@ -211,11 +212,12 @@ def test_rms_norm_of_a_part_uses_the_sums_of_the_whole():
              "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
         ),
         (
-            RopeConfig(theta=1e4, scaling="yarn", factor=4.0, original_positions=64),
+            RopeConfig(theta=1e4, scaling="yarn", factor=4.0, original_positions=64, attention_factor=yarn_scale(4.0)),
             {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
         ),
         (
-            RopeConfig(theta=15e4, scaling="yarn", factor=32.0, original_positions=4096, truncate=False),
+            RopeConfig(theta=15e4, scaling="yarn", factor=32.0, original_positions=4096, truncate=False,
+                       attention_factor=yarn_scale(32.0)),
             {"rope_type": "yarn", "rope_theta": 15e4, "factor": 32.0, "original_max_position_embeddings": 4096,
              "truncate": False},
         ),

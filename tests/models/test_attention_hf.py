@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from pentad.configs.resolve import yarn_scale
 from pentad.configs.schema import ModelConfig, RopeConfig
 from pentad.models.attention import Attention
 from pentad.models.rope import angles, frequencies
@@ -87,6 +89,7 @@ def test_gpt_oss(layer):
     )  # fmt: skip
     config._attn_implementation = "eager"
     rope = RopeConfig(theta=15e4, scaling="yarn", factor=8.0, original_positions=16, beta_fast=4.0, truncate=False)
+    rope = replace(rope, attention_factor=yarn_scale(8.0))
     cfg = ModelConfig(**SIZES, rope=rope, sinks=True, qkv_bias=True, out_bias=True, window=5, window_every=2)  # type: ignore[arg-type]
     theirs = GptOssAttention(config, layer)
     assert theirs.sliding_window == cfg.window_of(layer)

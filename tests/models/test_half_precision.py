@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from pentad.configs.resolve import yarn_scale
 from pentad.configs.schema import RopeConfig
 from pentad.models.dropout import Draws
 from pentad.models.functional import rms_norm, rotate, swiglu, swiglu_clipped
@@ -107,7 +108,7 @@ def test_full_precision_is_that_of_its_type(dtype):
 def test_rotary_embedding_is_rounded_once(interleaved, turning):
     shape = (2, 700, 4, 64)
     q, dq = _draw(*shape).requires_grad_(), _draw(*shape, seed=1)
-    freq = frequencies(RopeConfig(scaling="yarn", factor=4.0), turning)
+    freq = frequencies(RopeConfig(scaling="yarn", factor=4.0, attention_factor=yarn_scale(4.0)), turning)
     cos, sin = angles(*freq, torch.arange(700), BF16)
     assert cos.dtype == torch.float32
     exact = angles(*freq, torch.arange(700), torch.float64)

@@ -33,7 +33,7 @@ def test_gradients_are_those_of_the_sum_of_losses(depth):
     model = Transformer(cfg).double()
     initialise(model, cfg)
     draws = torch.Generator().manual_seed(3)
-    text = torch.randint(cfg.vocab or 0, (B, T + 1), generator=draws)
+    text = torch.randint(cfg.vocab, (B, T + 1), generator=draws)
     tokens, labels = text[:, :-1], text[:, 1:]
     scale = 1 / labels.numel()
     loss = model(Inputs(tokens, ahead(labels, depth), scale=scale, share=1.0))

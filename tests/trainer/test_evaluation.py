@@ -68,7 +68,7 @@ def _check(*, masked: bool = False, late: int = -1, **wanted: Any) -> None:
     one = {"tp": 1, "pp": 1, "cp": 1, "dp": 1, "ep": 1, "etp": 1, "sharding": "ddp", "pipeline": None}
     alone = job(**{**wanted, **one, "recompute": "none"})
     p = cfg.parallel
-    found = run_distributed(_losses, p.tp * p.pp * p.cp * (p.dp or 1), cfg, masked, late, group=False)
+    found = run_distributed(_losses, p.ranks, cfg, masked, late, group=False)
     (expected,) = run_distributed(_losses, 1, alone, masked, -1, group=False)
     assert expected[0] != expected[3] != expected[6]  # training moved it
     for mine in found:

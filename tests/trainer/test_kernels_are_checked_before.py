@@ -68,7 +68,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def test_the_check_and_the_job_agree(case):
     moe, settings = CASES[case]
     cfg = _job(dict(moe), **settings)
-    world = cfg.parallel.tp * (cfg.parallel.dp or 1)
+    world = cfg.parallel.ranks
     before = {problem.key for problem in validate_kernels.validate_kernels(cfg)}
     assert set(run_distributed(_outcome, world, cfg, group=False)) == (before or {""})
 

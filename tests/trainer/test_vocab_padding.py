@@ -62,7 +62,7 @@ def test_padding_changes_nothing(layout: dict[str, Any], vocab: int, kind: str, 
     import_hf(tmp_path / "hf", tmp_path / "checkpoint")
     expected = trained(0, 1, job(model={"vocab": 61, "tied": tied}), tmp_path / "hf")
     cfg = job(model={"vocab": vocab, "vocab_used": 61, "tied": tied}, **layout)
-    world = cfg.parallel.tp * cfg.parallel.pp * (cfg.parallel.dp or 1)
+    world = cfg.parallel.ranks
     for found in run_distributed(trained, world, cfg, tmp_path / kind, group=False):
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=0)
 

@@ -11,6 +11,7 @@ from ...configs.errors import Problem, UserError, nearest
 from ...configs.fields import field_types, optional, short
 from ...configs.inert import differences
 from ...configs.reading.convert import WrongType, convert, expected, written
+from ...configs.resolve import resolve_model
 from ...configs.schema import ModelConfig
 from ...configs.tables.imports import give_again, missing_imports
 from ...configs.tables.named import named
@@ -28,7 +29,7 @@ def model_config_from_state(state: Mapping[str, Any]) -> ModelConfig:
     config = _built(ModelConfig, state.get("model"), "model", problems, missing_imports(state.get("imports")))
     if problems:
         raise UserError(*problems)
-    return config
+    return resolve_model(config, config.max_positions or 1)
 
 
 def _built(kind: type[Section], values: Any, key: str, problems: list[Problem], missing: list[str]) -> Section:

@@ -14,7 +14,8 @@ import torch
 
 from ...configs.errors import Problem, UserError
 from ...configs.schema import DataConfig
-from .packing import IGNORED, Boundaries, TokenStream, pair_sum
+from ...parallel.labels import IGNORED
+from .packing import Boundaries, TokenStream, pair_sum
 from .sampler import Sampler, make_pattern, permute
 from .sources import is_text, open_indexed, open_text, split_windows
 from .tokenizer import Tokenizer, check_vocab, make_tokenizer

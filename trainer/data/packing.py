@@ -13,7 +13,6 @@ import numpy as np
 from ...configs.errors import UserError
 from .indexed import SCAN_BYTES, IndexedReader
 
-IGNORED = -1
 _SCAN_CHUNK = 8 << 20
 
 

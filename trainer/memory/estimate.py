@@ -108,7 +108,7 @@ class _Widths:
 
 
 def _widths(model: ModelConfig, tp: int, etp: int = 1) -> _Widths:
-    kv_heads, head_dim = model.kv_heads or model.heads, model.head_dim or model.hidden // model.heads
+    kv_heads, head_dim = model.kv_heads, model.head_dim
     q = model.heads * head_dim // tp
     # Fewer key heads than ranks: each rank keeps a copy of one.
     return _Widths(
@@ -117,8 +117,8 @@ def _widths(model: ModelConfig, tp: int, etp: int = 1) -> _Widths:
         value=model.heads * model.mla.value_dim // tp if model.mla.kv_rank else q,
         ffn=model.ffn // tp,
         shared=model.moe.shared // tp,
-        expert=(model.moe.ffn or 0) // etp,
-        vocab=(model.vocab or 0) // tp,
+        expert=model.moe.ffn // etp,
+        vocab=model.vocab // tp,
     )
 
 
@@ -154,7 +154,7 @@ def local_parameters(
     embeds = part.embeds or bool(ahead) or (model.tied and part.predicts)
     tables = embeds + (part.predicts and not model.tied)
     rest = norm * part.ends + w.vocab // shared * h * tables + len(ahead) * (2 * h * h + 3 * norm)
-    rest += (model.max_positions or 0) * h if model.position == "learned" and part.begins else 0
+    rest += model.max_positions * h if model.position == "learned" and part.begins else 0
     return LocalParameters(
         layer=max(layers, default=0),
         experts=len(routed) * experts,
@@ -176,7 +176,7 @@ def _attention_parameters(model: ModelConfig, w: _Widths, tp: int) -> int:
         found += (h + model.qkv_bias) * narrow + (narrow - mla.rope_dim)
         expanded = model.heads // tp * (mla.nope_dim + mla.value_dim)
         return found + mla.kv_rank * expanded + (h if mla.q_rank is None else mla.q_rank) * w.q
-    head_dim = model.head_dim or h // model.heads
+    head_dim = model.head_dim
     norms = (w.q + w.kv if model.qk_norm_whole else 2 * head_dim) * model.qk_norm
     return found + (h + model.qkv_bias) * (w.q + 2 * w.kv) + norms
 
@@ -208,7 +208,7 @@ def per_rank(cfg: Config) -> list[Memory]:
 
 def _on_rank(cfg: Config, rank: int, part: Part, local: LocalParameters, activations: int) -> Memory:
     p, t = cfg.parallel, cfg.train
-    dp = p.dp or 1
+    dp = p.dp
     share = dp * p.cp
     bits, precise = _BYTES[t.dtype], max(4, _BYTES[t.dtype])
     kept = local.total * precise
@@ -243,7 +243,7 @@ def _on_rank(cfg: Config, rank: int, part: Part, local: LocalParameters, activat
 def expert_replicas(cfg: Config) -> int:
     """Ranks of a pipeline stage that hold the same experts."""
     p = cfg.parallel
-    return max(1, p.tp * p.cp * (p.dp or 1) // (p.ep * p.etp))
+    return max(1, p.tp * p.cp * p.dp // (p.ep * p.etp))
 
 
 def layer_elements(cfg: Config, layer: int = 0) -> int:
@@ -303,8 +303,8 @@ def _activations(cfg: Config, pipeline: Pipeline) -> list[int]:
     """Bytes of all activations in flight on each rank of the pipeline axis, at the most."""
     p, t = cfg.parallel, cfg.train
     bits, layers = _BYTES[t.dtype], pipeline.split.layers
-    microbatches = max(1, t.global_batch // (t.micro_batch * (p.dp or 1)))
-    schedule = SCHEDULES.get(p.pipeline_in_use.schedule or "")
+    microbatches = max(1, t.global_batch // (t.micro_batch * p.dp))
+    schedule = SCHEDULES.get(p.pipeline_in_use.schedule)
     if schedule is not None and schedule.steady:
         # By then every rank is in its steady state.
         microbatches = min(microbatches, 4 * p.pp + 2 * (p.pipeline.group or 0))

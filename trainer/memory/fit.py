@@ -60,7 +60,7 @@ def _advice(cfg: Config) -> str:
     if not changes:
         return "nothing that could be changed lowers it; take devices with more memory or a smaller model"
     needed, p = estimate(changed).total / GIB, changed.parallel
-    ranks = p.tp * p.pp * p.cp * (p.dp or 1)
+    ranks = p.ranks
     latest = {change.key: change for change in changes}
     together = f"{' '.join(map(str, latest.values()))} ({ranks} ranks): {needed:.3g} GiB"
     return f"set {together}" if needed <= available else f"not even {together}, is enough"
@@ -102,6 +102,6 @@ def _candidates(cfg: Config) -> Iterator[tuple[Change, Config]]:
         if change.key == "parallel.pp":
             candidate = with_value(candidate, "parallel.pipeline.group", None)
         candidate = resolve(candidate)
-        stages = candidate.parallel.pp * (candidate.parallel.pipeline.chunks or 1)
+        stages = candidate.parallel.pp * candidate.parallel.pipeline.chunks
         if stages <= max(candidate.model.layers, p.pp) and not validate(candidate):
             yield change, candidate

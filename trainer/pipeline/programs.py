@@ -71,7 +71,6 @@ def compute_program(cfg: Config, pipeline: Pipeline, microbatches: int) -> Progr
         UserError: the file's program cannot run.
     """
     p, ranks = cfg.parallel.pipeline_in_use, cfg.parallel.pp
-    assert p.schedule is not None
     if is_program(p.schedule):
         return read_program(p.schedule)
     if not pipeline.split.balanced:

@@ -30,7 +30,6 @@ class StageLayers:
     def of(cfg: Config) -> StageLayers:
         """Layers split by their cost, or as the job says."""
         p, ranks = cfg.parallel.pipeline_in_use, cfg.parallel.pp
-        assert p.schedule is not None and p.chunks is not None
         placement = schedules.placement(p.schedule, ranks, p.chunks)
         balanced = p.vocab == "balanced" and ranks > 1
         *costs, head = layer_flops(cfg.model, cfg.train.seq_len)

@@ -34,7 +34,6 @@ class BalancedVocabulary:
         head, embed = mesh.axis("vocab_head"), mesh.axis("vocab_embed")
         self._lanes = Lane("head", parts.device, head), Lane("embedding", parts.device, embed)
         first, last = (tuple(range(rank * tp, (rank + 1) * tp)) for rank in parts.pipeline.ends)
-        assert cfg.vocab
         shard = VocabShard.of(head, cfg.vocab, cfg.used_vocab)
         self._head = BalancedHead(head, self._lanes[0], shard, last, barriers)
         self._embedding = BalancedEmbedding(embed, self._lanes[1], VocabShard.of(embed, cfg.vocab), first)

@@ -16,7 +16,8 @@ from torch import Tensor
 from ...configs.schema import Config
 from ...parallel.comm.collectives import all_gather
 from ...parallel.comm.mesh import Mesh
-from ...parallel.vocab import IGNORED, VocabShard
+from ...parallel.labels import IGNORED
+from ...parallel.vocab import VocabShard
 from ..data.dataset import Microbatch
 from ..pipeline.programs import Pipeline, evaluation_program
 from ..step import Stepper

@@ -58,9 +58,9 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _links(cfg: ModelConfig, fused: bool) -> Iterator[Link]:
-    vocab, hidden = cfg.vocab or 0, cfg.hidden
+    vocab, hidden = cfg.vocab, cfg.hidden
     yield one("transformer.wte.weight", "embed.weight", (vocab, hidden))
-    yield one("transformer.wpe.weight", "positions.weight", (cfg.max_positions or 0, hidden))
+    yield one("transformer.wpe.weight", "positions.weight", (cfg.max_positions, hidden))
     for i in range(cfg.layers):
         ours, theirs = f"layers.{i}", f"transformer.h.{i}"
         qkv = tuple(f"{ours}.attention.{letter}" for letter in "qkv")

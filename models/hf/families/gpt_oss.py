@@ -40,7 +40,7 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
     return {
         **write_decoder(cfg),
         **write_moe(cfg, "num_local_experts"),
-        "intermediate_size": cfg.moe.ffn or cfg.ffn,
+        "intermediate_size": cfg.moe.ffn,
         "head_dim": cfg.head_dim,
         "attention_bias": cfg.qkv_bias,
         "sliding_window": cfg.window,
@@ -52,7 +52,7 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
 
 def _experts(cfg: ModelConfig, layer: str, ours: str, fused: bool) -> Iterator[Link]:
     """(in, out) weights of all experts together, rows of gate and up in turn."""
-    experts, hidden, width = cfg.moe.experts, cfg.hidden, cfg.moe.ffn or cfg.ffn
+    experts, hidden, width = cfg.moe.experts, cfg.hidden, cfg.moe.ffn
     yield from router_links(cfg, f"{layer}.mlp.router", ours)
     theirs = f"{layer}.mlp.experts"
     pair = [f"{ours}.experts.{part}" for part in ("gate", "up")]

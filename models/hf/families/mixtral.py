@@ -33,7 +33,7 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
     return {
         **write_decoder(cfg),
         **write_moe(cfg, "num_local_experts"),
-        "intermediate_size": cfg.moe.ffn or cfg.ffn,
+        "intermediate_size": cfg.moe.ffn,
         "head_dim": cfg.head_dim,
         "sliding_window": cfg.window,
     }

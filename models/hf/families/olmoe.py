@@ -41,7 +41,7 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
     return {
         **write_decoder(cfg),
         **write_moe(cfg, "num_experts"),
-        "intermediate_size": cfg.moe.ffn or cfg.ffn,
+        "intermediate_size": cfg.moe.ffn,
         "head_dim": cfg.head_dim,
         "attention_bias": cfg.qkv_bias,
         "norm_topk_prob": cfg.moe.router.normalize,

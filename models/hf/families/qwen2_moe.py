@@ -39,7 +39,7 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
         **write_sparse_layers(cfg),
         "head_dim": cfg.head_dim,
         "qkv_bias": cfg.qkv_bias,
-        "moe_intermediate_size": cfg.moe.ffn or cfg.ffn,
+        "moe_intermediate_size": cfg.moe.ffn,
         "norm_topk_prob": cfg.moe.router.normalize,
         "shared_expert_intermediate_size": cfg.moe.shared,
     }

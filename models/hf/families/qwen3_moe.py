@@ -39,7 +39,7 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
         "attention_bias": cfg.qkv_bias,
         "use_sliding_window": cfg.window is not None,
         "sliding_window": cfg.window,
-        "moe_intermediate_size": cfg.moe.ffn or cfg.ffn,
+        "moe_intermediate_size": cfg.moe.ffn,
         "norm_topk_prob": cfg.moe.router.normalize,
     }
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from pentad.configs.resolve import resolve_model
 from pentad.configs.schema import LinearAttentionConfig, MlaConfig, ModelConfig, MoeConfig, RopeConfig, RouterConfig
 from pentad.models.generate.decode import CachedReader, PrefixReader, can_cache, make_reader
 from pentad.models.generate.sampling import Sampler, Sampling, generate
@@ -35,7 +36,9 @@ CASES = {
     "window": replace(DENSE, window=5),
     "window of one": replace(DENSE, window=1),
     "window in every other layer, sinks": replace(DENSE, window=4, window_every=2, sinks=True),
-    "yarn": replace(DENSE, rope=RopeConfig(scaling="yarn", factor=4.0, original_positions=16), qk_norm=True),
+    "yarn": resolve_model(
+        replace(DENSE, rope=RopeConfig(scaling="yarn", factor=4.0, original_positions=16), qk_norm=True), 64
+    ),
     "gpt2": replace(DENSE, **GPT2),
     "experts": ROUTED,
     "latent": replace(

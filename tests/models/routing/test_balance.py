@@ -42,7 +42,7 @@ def model_of(cfg: ModelConfig, part: Part | None = None) -> Transformer:
 
 
 def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(TINY.vocab or 1, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(TINY.vocab, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
     return tokens[:, :-1], tokens[:, 1:]
 
 

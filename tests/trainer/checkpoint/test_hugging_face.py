@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from pentad.configs import load, preset_names
 from pentad.configs.errors import UserError
+from pentad.configs.resolve import resolve_model
 from pentad.configs.schema import MlaConfig, ModelConfig, MoeConfig, RopeConfig, RouterConfig
 from pentad.models.hf.config_json import links
 from pentad.models.hf.folder import hf_config, load_hf, model_config_from_hf, write_hf
@@ -61,6 +62,7 @@ LATENT = replace(
         router=RouterConfig(score="sigmoid", selection_bias=True, groups=2, groups_kept=1),
     ),
 )
+LLAMA, GPT2, ROUTED, LATENT = (resolve_model(config, 64) for config in (LLAMA, GPT2, ROUTED, LATENT))
 
 
 def random_tensors(config: ModelConfig) -> dict[str, torch.Tensor]:

@@ -99,7 +99,7 @@ def test_another_layout(tmp_path, first, second):
     rows = []
     for name, until in ((first, 10), (second, 20)):
         cfg = text_job(tmp_path, model=model, **LAYOUTS[name])
-        world = cfg.parallel.tp * (cfg.parallel.dp or 1)
+        world = cfg.parallel.ranks
         rows += run_distributed(train, world, cfg, tmp_path / "run", until, group=False)[0][0]
     assert [row[0] for row in rows] == list(range(1, 21))
     for mine, theirs in zip(rows, reference, strict=True):
@@ -137,7 +137,7 @@ def test_experts_under_another_layout(tmp_path, first, second):
     for name, until in ((first, 10), (second, 20)):
         cfg = text_job(tmp_path, model=model, optim="sgd", **EXPERT_LAYOUTS[name])
         p = cfg.parallel
-        world = p.tp * p.pp * p.cp * (p.dp or 1)
+        world = p.ranks
         rows += run_distributed(train, world, cfg, tmp_path / "run", until, group=False)[0][0]
     assert [row[0] for row in rows] == list(range(1, 21))
     for mine, theirs in zip(rows, reference, strict=True):
@@ -149,7 +149,7 @@ def test_experts_under_another_layout(tmp_path, first, second):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_same_layout_bit_for_bit(tmp_path, layout, dtype):
     cfg = text_job(tmp_path, dtype=dtype, deterministic=True, **LAYOUTS[layout])
-    world = cfg.parallel.tp * (cfg.parallel.dp or 1)
+    world = cfg.parallel.ranks
     reference = straight(tmp_path, world, cfg)
     rows = [
         row

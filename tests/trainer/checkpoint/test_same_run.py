@@ -187,9 +187,9 @@ def test_looking_at_checkpoints_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("state", [{"layers": 2, "hidden": 8}, None, "model"])
-def test_a_state_without_the_sizes_of_a_model_is_refused(state: Any) -> None:
+@pytest.mark.parametrize("model", [{"layers": 2, "hidden": 8}, None, "model"])
+def test_a_state_without_the_sizes_of_a_model_is_refused(model: Any) -> None:
     with pytest.raises(UserError) as caught:
-        model_config_from_state(state)
+        model_config_from_state({"model": model})
     keys = {problem.key for problem in caught.value.problems}
-    assert keys == ({"model.heads", "model.ffn"} if isinstance(state, dict) else {"model"})
+    assert keys == ({"model.heads", "model.ffn"} if isinstance(model, dict) else {"model"})

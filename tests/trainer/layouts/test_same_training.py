@@ -38,7 +38,7 @@ def check(*, masked: bool = False, **settings) -> None:
     cfg = job(**settings)
     alone = job(**{**settings, "tp": 1, "cp": 1, "dp": 1, "sharding": "ddp"})
     p = cfg.parallel
-    curves = run_distributed(curve, p.tp * p.cp * (p.dp or 1), cfg, masked, group=False)
+    curves = run_distributed(curve, p.ranks, cfg, masked, group=False)
     assert worst(curves, reference(alone, masked)) < TOLERANCE[cfg.train.dtype]
 
 

@@ -33,7 +33,7 @@ def test_advice_is_accepted_and_is_enough(overrides: list[str]) -> None:
     changed = load(None, [*overrides, *found[1].split()])  # valid, or this raises
     assert estimate(changed).total <= (cfg.hardware.memory_gib or 0) * GIB
     p = changed.parallel
-    assert p.tp * p.pp * p.cp * (p.dp or 1) == int(found[2])
+    assert p.ranks == int(found[2])
     assert memory_findings(changed) == ([], [])
 
 

@@ -24,7 +24,7 @@ def _lines(job: str, *given: str, apart: str = "") -> list[str]:
     trainer = SimpleNamespace(
         parameters=9_600_000,
         device=torch.device("cpu"),
-        mesh=SimpleNamespace(degrees=Degrees(tp=p.tp, pp=p.pp, cp=p.cp, dp=p.dp or 1, ep=p.ep, etp=p.etp), apart=apart),
+        mesh=SimpleNamespace(degrees=Degrees(tp=p.tp, pp=p.pp, cp=p.cp, dp=p.dp, ep=p.ep, etp=p.etp), apart=apart),
         program=SimpleNamespace(microbatches=2),
         data=data,
         parts=SimpleNamespace(pipeline=Pipeline.of(cfg)),

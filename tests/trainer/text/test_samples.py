@@ -92,7 +92,7 @@ def test_every_layout_gives_the_tokens_of_one_process(name: str) -> None:
         wanted = expected(job(model=plain))
     assert len({len(tokens) for tokens in wanted}) > 1 or name != "one process"  # some end early
     cfg = job(model=model, **layout)
-    world = cfg.parallel.tp * cfg.parallel.pp * cfg.parallel.cp * (cfg.parallel.dp or 1)
+    world = cfg.parallel.ranks
     for found in run_distributed(sampled, world, cfg, True, group=False) if world > 1 else [sampled(0, 1, cfg, True)]:
         assert found == wanted
 
