@@ -19,7 +19,7 @@ from .errors import Problem, UserError, nearest
 from .fields import SELECTORS, describe, field_types, flatten_schema, is_mapping, nearest_key, optional
 from .output import hide
 from .paths import check_files
-from .reading.build import Reading, build, convert_all, defaults
+from .reading.build import KnownProblems, build, convert_all, defaults
 from .reading.convert import display, odd_character
 from .reading.hints import foreign_key, foreign_value, meant
 from .reading.interpolation import is_interpolated
@@ -67,7 +67,7 @@ def load(
     Raises:
         UserError: all problems found, each one line with the key, the value, what is allowed and where it was given.
     """
-    reading = Reading()
+    reading = KnownProblems()
     user = _user_layers(path, overrides, reading)
     layers = _preset_layers(user, reading) + user
     chosen = _choose_classes(layers, reading)
@@ -133,7 +133,7 @@ def given_yaml(path: str | Path | None, overrides: Sequence[str] = ()) -> str:
         file = find_config(path)
         if isinstance(file, Path):
             return "".join(f"# {option}\n" for option in options) + read_text(file, str(path))
-    reading = Reading()
+    reading = KnownProblems()
     layers = _user_layers(path, overrides, reading)
     chosen = _choose_classes(layers, reading)
     given = _merge(layers, chosen, reading)
@@ -162,12 +162,12 @@ def _yaml_value(given: Given, value: Any) -> Any:
 
 def _otherwise(presets: list[Layer], chosen: Mapping[str, type]) -> dict[str, Any]:
     """The value of every key that has one where nobody but these layers gives any."""
-    unheard = Reading()  # whatever is wrong with a preset's value, the whole has been told
+    unheard = KnownProblems()  # whatever is wrong with a preset's value, the whole has been told
     values, _ = convert_all(_merge(presets, chosen, unheard), chosen, unheard)
     return {**defaults(chosen), **values}
 
 
-def _user_layers(path: str | Path | None, overrides: Sequence[str], reading: Reading) -> list[Layer]:
+def _user_layers(path: str | Path | None, overrides: Sequence[str], reading: KnownProblems) -> list[Layer]:
     command_line, problems = read_overrides(overrides)
     if path is None:
         reading.problems += problems
@@ -183,7 +183,7 @@ def _user_layers(path: str | Path | None, overrides: Sequence[str], reading: Rea
     return [content, command_line]
 
 
-def _preset_layers(user: list[Layer], reading: Reading) -> list[Layer]:
+def _preset_layers(user: list[Layer], reading: KnownProblems) -> list[Layer]:
     """The layers of the presets that the user's layers name, lowest first."""
     model = _preset("models", "model.preset", user, reading)
     dtype = select(user, "train.dtype") or "bf16"
@@ -192,7 +192,7 @@ def _preset_layers(user: list[Layer], reading: Reading) -> list[Layer]:
     return [_family(family, reading), model, [g for g in hardware if g is not None]]
 
 
-def _family(name: str, reading: Reading) -> Layer:
+def _family(name: str, reading: KnownProblems) -> Layer:
     """The defaults of a family; the conversion of `model.family` will report a name that there is not."""
     family = FAMILIES.get(name)
     if family is None:
@@ -203,7 +203,7 @@ def _family(name: str, reading: Reading) -> Layer:
     return given_values(family.values, f"family {name}", "model")
 
 
-def _preset(kind: str, key: str, user: list[Layer], reading: Reading) -> Layer:
+def _preset(kind: str, key: str, user: list[Layer], reading: KnownProblems) -> Layer:
     name = select(user, key)
     if name is None:
         return []
@@ -224,7 +224,7 @@ def _for_dtype(given: Given, dtype: str) -> Given | None:
     return dataclasses.replace(given, key=key + dot[:-1]) if suffix == dtype else None
 
 
-def _choose_classes(layers: list[Layer], reading: Reading) -> dict[str, type]:
+def _choose_classes(layers: list[Layer], reading: KnownProblems) -> dict[str, type]:
     chosen: dict[str, type] = {}
     for section, (registry, default) in SELECTORS.items():
         key = f"{section}.name"
@@ -247,7 +247,7 @@ def _other_class(key: str, chosen: Mapping[str, type]) -> tuple[str, str] | None
     return None
 
 
-def _merge(layers: list[Layer], chosen: Mapping[str, type], reading: Reading) -> dict[str, Given]:
+def _merge(layers: list[Layer], chosen: Mapping[str, type], reading: KnownProblems) -> dict[str, Given]:
     """What was given last for every key; keys that the schema does not have are reported and left out."""
     keys, sections = flatten_schema(chosen)
     mappings = [k for k, a in keys.items() if is_mapping(a)]
@@ -291,7 +291,7 @@ def _merged(before: Given | None, given: Given, owner: str) -> Node:
     return {**before.node, **entries}
 
 
-def _superseded(key: str, later: list[Layer], chosen: Mapping[str, type], reading: Reading) -> bool:
+def _superseded(key: str, later: list[Layer], chosen: Mapping[str, type], reading: KnownProblems) -> bool:
     """Whether the key belongs to a class that a later layer's name (or a wrong name) has replaced."""
     other = _other_class(key, chosen)
     if other is None:

@@ -242,7 +242,7 @@ def _schedule(args: argparse.Namespace) -> int:
 
 
 def _tokenize(args: argparse.Namespace) -> int:
-    from ..trainer.data.tokenize import describe, tokenize, verify_tokens
+    from ..trainer.data.tokenize import tokenize, tokenized_lines, verify_tokens
 
     if args.verify:
         verify_tokens(args.inputs, print)
@@ -254,7 +254,7 @@ def _tokenize(args: argparse.Namespace) -> int:
     done = tokenize(
         args.inputs, args.tokenizer, args.out, field=args.field, eod=args.eod, kind=kind, workers=args.workers
     )
-    print("\n".join(describe(done)))
+    print("\n".join(tokenized_lines(done)))
     return 0
 
 

@@ -21,7 +21,7 @@ from ..parallel.expert.make import make_dispatcher
 from ..parallel.expert.tokens import TokenPool
 from ..parallel.gradients import slot_of
 from ..parallel.kernels.device import check_local_attention, local_attention
-from ..parallel.sharding_rules import Axes, Column, Plan, Row, Rule, Sharding, place
+from ..parallel.sharding_rules import Axes, ColumnWise, Plan, RowWise, Rule, Sharding, place_parameter
 from ..parallel.tensor import ColumnProjection, RowProjection
 from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard
 from .attention import Attention
@@ -62,7 +62,8 @@ def shardings(model: Transformer, mesh: Mesh, *, balanced: bool = False) -> dict
         mesh.axis("tp"), mesh.axis("tp_shard"), mesh.axis("tp_replica"), vocab, mesh.axis("ep"), mesh.axis("etp")
     )
     where = {
-        name: place(rule_of(plan, name), name, tuple(param.shape), axes) for name, param in model.named_parameters()
+        name: place_parameter(rule_of(plan, name), name, tuple(param.shape), axes)
+        for name, param in model.named_parameters()
     }
     # A table that both ends of a pipeline use has two copies, whose gradients are summed.
     if mesh.axis("ends").size > 1 and "embed.weight" in where:
@@ -70,7 +71,7 @@ def shardings(model: Transformer, mesh: Mesh, *, balanced: bool = False) -> dict
     return where
 
 
-def build(
+def build_model(
     cfg: ModelConfig,
     mesh: Mesh,
     *,
@@ -124,9 +125,9 @@ def _replace_seams(model: Transformer, mesh: Mesh) -> None:
     plan = plan_of(model.cfg)
     for name, linear in _linears(model):
         match rule_of(plan, f"{name}.weight"):
-            case Row():
+            case RowWise():
                 linear.apply_weights = row
-            case Column():
+            case ColumnWise():
                 linear.apply_weights = column
     for module in model.modules():
         if isinstance(module, LatentAttention):

@@ -6,30 +6,30 @@ Parameters have the same names in all families; a family whose cuts differ bring
 from __future__ import annotations
 
 from ..configs.schema import ModelConfig
-from ..parallel.sharding_rules import Column, Expert, Plan, Row, Vocab, Whole
+from ..parallel.sharding_rules import ColumnWise, Expert, Plan, RowWise, Vocab, Whole
 from .hf.families import find_family
 
 DECODER: Plan = (
     ("embed.weight", Vocab()),
     ("head.weight", Vocab()),
     ("positions.weight", Whole()),
-    ("*.attention.q.*", Column()),
-    ("*.attention.k.*", Column(kv=True)),
-    ("*.attention.v.*", Column(kv=True)),
-    ("*.attention.out.*", Row()),
-    ("*.attention.sinks", Column()),
+    ("*.attention.q.*", ColumnWise()),
+    ("*.attention.k.*", ColumnWise(kv=True)),
+    ("*.attention.v.*", ColumnWise(kv=True)),
+    ("*.attention.out.*", RowWise()),
+    ("*.attention.sinks", ColumnWise()),
     ("*.attention.q_down.*", Whole()),
-    ("*.attention.q_up.*", Column()),
+    ("*.attention.q_up.*", ColumnWise()),
     ("*.attention.kv_down.*", Whole()),
-    ("*.attention.kv_up.*", Column()),
-    ("*.ffn.gate.*", Column()),
-    ("*.ffn.up.*", Column()),
-    ("*.ffn.down.*", Row()),
+    ("*.attention.kv_up.*", ColumnWise()),
+    ("*.ffn.gate.*", ColumnWise()),
+    ("*.ffn.up.*", ColumnWise()),
+    ("*.ffn.down.*", RowWise()),
     ("*.moe.router.*", Whole()),
     ("*.moe.shared_gate.*", Whole()),
-    ("*.moe.shared.gate.*", Column()),
-    ("*.moe.shared.up.*", Column()),
-    ("*.moe.shared.down.*", Row()),
+    ("*.moe.shared.gate.*", ColumnWise()),
+    ("*.moe.shared.up.*", ColumnWise()),
+    ("*.moe.shared.down.*", RowWise()),
     ("*.moe.experts.gate.*", Expert(inner=1)),
     ("*.moe.experts.up.*", Expert(inner=1)),
     ("*.moe.experts.down.weight", Expert(inner=2)),
@@ -39,8 +39,8 @@ DECODER: Plan = (
 )
 
 _NORMS_OVER_ALL_HEADS: Plan = (
-    ("*.attention.q_norm.*", Column()),
-    ("*.attention.k_norm.*", Column(kv=True)),
+    ("*.attention.q_norm.*", ColumnWise()),
+    ("*.attention.k_norm.*", ColumnWise(kv=True)),
 )
 
 
@@ -59,7 +59,7 @@ def _linear_attention(cfg: ModelConfig) -> Plan:
         rule
         for i in cfg.linear_layers
         for rule in (
-            *((f"layers.{i}.attention.{name}.*", Column()) for name in columns),
+            *((f"layers.{i}.attention.{name}.*", ColumnWise()) for name in columns),
             (f"layers.{i}.attention.decay_down.*", Whole()),
         )
     )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .costs.parts import Split
+from .costs.parts import StageSplit
 from .sequences import Inputs
 from .transformer import Transformer
 
 
 def run_stage(
-    model: Transformer, split: Split, stage: int, x: Tensor | None, inputs: Inputs, dtype: torch.dtype
+    model: Transformer, split: StageSplit, stage: int, x: Tensor | None, inputs: Inputs, dtype: torch.dtype
 ) -> Tensor:
     """The output of a stage (N, h); from a last stage that has the head, the loss (a scalar).
 

@@ -94,7 +94,7 @@ class _Call:
 
 
 @dataclass(frozen=True)
-class _WeightGrads:
+class _GroupedWeightGrads:
     """The weight gradients of one grouped projection, computed at once or left for later."""
 
     call: _Call
@@ -144,7 +144,7 @@ class _GroupedProject(torch.autograd.Function):
         bias_grads = [_bias_grad(b, dy, call, scales, dscales) for b, dy in zip(biases, dys, strict=True)]
         if dscales is not None and scales is not None:
             dscales = dscales.to(scales.dtype)
-        deferred = _WeightGrads(call, x, weights, dys)
+        deferred = _GroupedWeightGrads(call, x, weights, dys)
         store = open_store(weights)
         if store is not None:
             store.put(deferred)

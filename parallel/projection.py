@@ -36,10 +36,10 @@ class Projection(Protocol):
 
 def local(x: Tensor, linears: Sequence[HasWeight]) -> tuple[Tensor, ...]:
     """y_i (N, out_i) = x (N, in) W_iᵀ + b_i on one device."""
-    return run(x, linears, ProjectionComm())
+    return run_projection(x, linears, ProjectionComm())
 
 
-def run(x: Tensor, linears: Sequence[HasWeight], around: ProjectionComm) -> tuple[Tensor, ...]:
+def run_projection(x: Tensor, linears: Sequence[HasWeight], around: ProjectionComm) -> tuple[Tensor, ...]:
     """The projection of x (N, in) with communication `around` it → (N, out) per linear."""
     weights = [linear.weight for linear in linears]
     biases = [linear.bias for linear in linears]

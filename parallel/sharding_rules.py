@@ -13,14 +13,14 @@ from .global_tensor import Placement
 
 
 @dataclass(frozen=True)
-class Column:
+class ColumnWise:
     """Output features cut over tp. `heads`: key-value heads may be fewer than ranks and are then replicated."""
 
     kv: bool = False
 
 
 @dataclass(frozen=True)
-class Row:
+class RowWise:
     """Input features cut over tp; the bias is whole."""
 
 
@@ -42,7 +42,7 @@ class Expert:
     inner: int | None = None
 
 
-Rule = Column | Row | Vocab | Whole | Expert
+Rule = ColumnWise | RowWise | Vocab | Whole | Expert
 Plan = tuple[tuple[str, Rule], ...]
 Partial = Literal["", "tp", "tp_replica", "ends", "etp"]
 """The axis over which a parameter's gradient is a partial sum."""
@@ -74,14 +74,14 @@ class Axes:
     etp: Axis
 
 
-def place(rule: Rule, name: str, shape: tuple[int, ...], axes: Axes) -> Sharding:
+def place_parameter(rule: Rule, name: str, shape: tuple[int, ...], axes: Axes) -> Sharding:
     """The slice of the global parameter `name` that this rank holds."""
     tp, shards, replicas, vocab = axes.tp, axes.shards, axes.replicas, axes.vocab
     bias = name.endswith("bias")
     match rule:
-        case Column(kv=True) if replicas.size > 1:
+        case ColumnWise(kv=True) if replicas.size > 1:
             return Sharding(Placement.shard(shape, 0, shards.rank, shards.size), "tp_replica")
-        case Column():
+        case ColumnWise():
             return Sharding(Placement.shard(shape, 0, tp.rank, tp.size))
         case Expert(inner=inner):
             mine = Placement.shard(shape, 0, axes.ep.rank, axes.ep.size)
@@ -90,7 +90,7 @@ def place(rule: Rule, name: str, shape: tuple[int, ...], axes: Axes) -> Sharding
             return Sharding(mine, "etp" if axes.etp.size > 1 else "", "expert")
         case Vocab():
             return Sharding(Placement.shard(shape, 0, vocab.rank, vocab.size))
-        case Row() if not bias:
+        case RowWise() if not bias:
             return Sharding(Placement.shard(shape, 1, tp.rank, tp.size))
         case _:
             return Sharding(Placement.whole(shape), "tp" if tp.size > 1 else "")

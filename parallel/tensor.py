@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .comm.collectives import Handle, all_gather, reduce_scatter
 from .comm.mesh import Axis
-from .projection import HasWeight, ProjectionComm, run
+from .projection import HasWeight, ProjectionComm, run_projection
 
 
 class _Column(ProjectionComm):
@@ -54,7 +54,7 @@ class ColumnProjection:
         self._around = _Column(axis)
 
     def __call__(self, x: Tensor, linears: Sequence[HasWeight]) -> tuple[Tensor, ...]:
-        return run(x, linears, self._around)
+        return run_projection(x, linears, self._around)
 
 
 class RowProjection:
@@ -64,4 +64,4 @@ class RowProjection:
         self._around = _Row(axis)
 
     def __call__(self, x: Tensor, linears: Sequence[HasWeight]) -> tuple[Tensor, ...]:
-        return run(x, linears, self._around)
+        return run_projection(x, linears, self._around)

@@ -42,7 +42,7 @@ from .run_folder import RunFile, checkpoint_folder, run_folder
 from .session import Here, Session
 from .setup import DTYPES, Ranks, make_recorder, prepare_device
 from .text.prompts import make_coder
-from .text.samples import Sampler
+from .text.samples import PromptSampler
 from .text.tokenizer_files import TokenizerFiles, of_checkpoint, of_job
 from .trainer import Outputs, Trainer
 
@@ -174,7 +174,7 @@ def _train(session: Session, run_dir: Path, stop: StopRequest) -> None:
     checkpointer.beside = trainer.tokenizer.files
     if cfg.eval.prompts:
         coder = make_coder(trainer.tokenizer, f"data.name={cfg.data.name}")
-        trainer.sampler = Sampler(cfg, mesh, parts.pipeline, trainer.stepper, coder, trainer.tokenizer.stops)
+        trainer.sampler = PromptSampler(cfg, mesh, parts.pipeline, trainer.stepper, coder, trainer.tokenizer.stops)
     outputs = None
     if mesh.is_first and events is not None:
         lines = [*introduction(cfg, trainer, trainer.peak), _beginning(cfg, trainer, found)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..configs.errors import UserError
 from ..configs.schema import Config
 from ..models.mla import LatentAttention
-from ..models.parallelize import build, initial_values, set_overlap_chunks
+from ..models.parallelize import build_model, initial_values, set_overlap_chunks
 from ..models.transformer import Transformer
 from ..parallel.comm.collectives import all_gather
 from ..parallel.comm.mesh import Degrees, Mesh
@@ -200,7 +200,7 @@ def make_model(cfg: Config, mesh: Mesh, device: torch.device, kept: KeptModel | 
     held = torch.float32 if fsdp and dtype == torch.bfloat16 else dtype
     pipeline = Pipeline.of(cfg)
     stages = pipeline.stages_of(mesh.axis("pp").rank)
-    model, where = build(
+    model, where = build_model(
         cfg.model,
         mesh,
         device=device,

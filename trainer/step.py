@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..configs.schema import Config
 from ..models.parallelize import close
-from ..models.routing.balance import collect, rebalance
+from ..models.routing.balance import collect_tallies, rebalance
 from ..models.stages import Inputs, run_stage
 from ..parallel.comm.collectives import Handle, all_reduce
 from ..parallel.comm.mesh import Mesh
@@ -217,7 +217,7 @@ class Stepper:
         if self._vocabulary is not None:
             self._vocabulary.clear()
         if left.outcome is None:
-            collect(self.model, self.device)  # and forget it
+            collect_tallies(self.model, self.device)  # and forget it
             self.replicas.clear()
             return None
         for op in self.ops:
@@ -306,7 +306,7 @@ class Stepper:
                 if unit.counted:
                     square = square + sum_of_squares(unit.grad)
         mine = torch.stack((square, self._counted(self._runtime), now.stop)).double()
-        routed = collect(self.model, self.device)  # of all layers, those of other stages zero
+        routed = collect_tallies(self.model, self.device)  # of all layers, those of other stages zero
         if routed is not None:
             mine = torch.cat((mine, routed.flatten()))
         # Nobody waits for this one inside the step.

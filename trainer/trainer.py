@@ -15,7 +15,7 @@ from ..configs.errors import UserError
 from ..models.costs.flops import parameter_count
 from ..parallel.comm.collectives import all_reduce
 from .checkpoint.checkpointer import Checkpointer
-from .checkpoint.same_run import Progress, facts, run_problems
+from .checkpoint.same_run import RunProgress, facts, run_problems
 from .checkpoint.state import all_tensors
 from .data.loader import Loader, heldout_batches
 from .metrics.evaluation import HELD_OUT_LOSS, on_one_line, sample_metric
@@ -30,7 +30,7 @@ from .processes.signals import StopRequest
 from .run_folder import RunFile
 from .session import Session
 from .step import StepResult
-from .text.samples import Sampler
+from .text.samples import PromptSampler
 from .text.tokenizer_files import TokenizerFiles
 
 
@@ -82,7 +82,7 @@ class Trainer:
         self.profiler = Profiler(cfg.log.profile, run_dir / RunFile.PROFILE, mesh.rank)
         self.tokenizer = TokenizerFiles()
         """What the run's checkpoints say about text."""
-        self.sampler: Sampler | None = None
+        self.sampler: PromptSampler | None = None
         """Continues `eval.prompts`, where there are some."""
         self.step = self.tokens = self.skipped = 0
         """Since the start of training."""
@@ -102,7 +102,7 @@ class Trainer:
             raise UserError(*problems)
         self.checkpointer.load(path, all_tensors(self.parts, self.optimizer))
         self.parts.replicas.sync_params()
-        was = Progress.of(state, path)
+        was = RunProgress.of(state, path)
         self.step, self.tokens, self.skipped = was.step, was.tokens, was.skipped
         self.stepper.updates.fill_(float(was.updates))
 
@@ -112,7 +112,7 @@ class Trainer:
         if self.checkpointer.newest == self.step:
             return
         updates = int(self.stepper.updates.item())
-        done = Progress(self.step, updates, self.tokens, self.skipped)
+        done = RunProgress(self.step, updates, self.tokens, self.skipped)
         state = done.as_dict() | facts(self.cfg, self.data.fingerprint) | {"tokenizer": self.tokenizer.state}
         self.checkpointer.save(self.step, all_tensors(self.parts, self.optimizer), state)
 

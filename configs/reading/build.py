@@ -17,7 +17,7 @@ from .interpolation import SHORTEST_SECRET, Unresolvable, escape, is_interpolate
 
 
 @dataclass
-class Reading:
+class KnownProblems:
     """What is known so far: the problems, and the keys whose values cannot be trusted because of one."""
 
     problems: list[Problem] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Reading:
 
 
 def convert_all(
-    given: Mapping[str, Given], chosen: Mapping[str, type], reading: Reading
+    given: Mapping[str, Given], chosen: Mapping[str, type], reading: KnownProblems
 ) -> tuple[dict[str, Any], Origin]:
     """The value of every given key, and which of them come from outside; what cannot be converted is reported."""
     keys, _ = flatten_schema(chosen)
@@ -54,7 +54,9 @@ def convert_all(
     return values, _origin({key: known[key] for key in interpolated if key in values}, known, values)
 
 
-def _convert(values: dict[str, Any], key: str, annotation: Any, given: Given, node: Any, reading: Reading) -> None:
+def _convert(
+    values: dict[str, Any], key: str, annotation: Any, given: Given, node: Any, reading: KnownProblems
+) -> None:
     try:
         values[key] = convert(annotation, node)
     except WrongType as error:
@@ -107,7 +109,7 @@ def _default(cls: type, name: str) -> Any:
     return declared.default
 
 
-def build(values: Mapping[str, Any], chosen: Mapping[str, type], reading: Reading) -> Config:
+def build(values: Mapping[str, Any], chosen: Mapping[str, type], reading: KnownProblems) -> Config:
     """The dataclasses of the values; keys without value and default are reported, and a stand-in is taken."""
     keys, _ = flatten_schema(chosen)
     whole = {**defaults(chosen), **values}

@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ...trainer.processes.orphans import signal_self_when_orphaned
-from .worker import publish
+from .worker import publish_text
 
 
 def launch(folder: Path, ranks: int, command: list[str]) -> int:
@@ -60,7 +60,7 @@ def launch(folder: Path, ranks: int, command: list[str]) -> int:
         elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
         exits = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        publish(folder / "exits", json.dumps(exits))
+        publish_text(folder / "exits", json.dumps(exits))
         return 1
     except SignalException as signalled:
         return 128 + signalled.sigval

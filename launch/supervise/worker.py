@@ -19,7 +19,7 @@ from ...trainer.processes.failure import Failure
 from ...trainer.processes.start import Start
 
 
-def publish(file: Path, text: str) -> None:
+def publish_text(file: Path, text: str) -> None:
     """Writes a file that readers see whole or not at all."""
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text)
@@ -29,10 +29,10 @@ def publish(file: Path, text: str) -> None:
 def work(folder: Path, argv: list[str], job: Callable[[Config, Start], int] | None = None) -> int:
     """Runs the rank that the environment names; its exit code. `job` as of `trainer.__main__.main`."""
     rank = os.environ["RANK"]
-    publish(folder / f"pid.{rank}", json.dumps(asdict(ProcessId.current())))
+    publish_text(folder / f"pid.{rank}", json.dumps(asdict(ProcessId.current())))
 
     def failed(failure: Failure) -> None:
-        publish(folder / f"failure.{rank}", json.dumps(failure.as_dict()))
+        publish_text(folder / f"failure.{rank}", json.dumps(failure.as_dict()))
 
     return main(argv, failed, job)
 

@@ -176,11 +176,11 @@ def _tokens(
     model: Transformer, prompt: list[int], args: argparse.Namespace, stops: frozenset[int], device: str
 ) -> Iterator[int]:
     from ...models.generate.decode import make_reader
-    from ...models.generate.sampling import Sampling, generate
+    from ...models.generate.sampling import Sampling, generate_tokens
 
     count = int(min(args.max_new_tokens, _longest(model) - len(prompt)))
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    return generate(make_reader(model), prompt, count=count, sampling=sampling, stop=stops, device=device)
+    return generate_tokens(make_reader(model), prompt, count=count, sampling=sampling, stop=stops, device=device)
 
 
 def _print_stream(

@@ -18,7 +18,7 @@ from ...configs.errors import nearest
 from ...configs.fields import short
 from ...configs.strict_json import read_bytes
 from ...configs.tables.schedules import SCHEDULES, default_chunks, find_schedule, is_program, schedule_problems
-from ...parallel.pipeline.check import check
+from ...parallel.pipeline.check import check_program
 from ...parallel.pipeline.communication import is_lowered
 from ...parallel.pipeline.lower import lower
 from ...parallel.pipeline.memory import ActivationBytes, peak_activations, peak_host_bytes
@@ -62,7 +62,7 @@ _OPTIONS = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class SimulatedProgram:
     """A program and how it runs.
 
     Args:
@@ -110,7 +110,7 @@ def schedule(args: argparse.Namespace) -> int:
     return 0
 
 
-def make(args: argparse.Namespace) -> Plan:
+def make(args: argparse.Namespace) -> SimulatedProgram:
     """The program that the arguments ask for, checked and simulated."""
     if (Path(args.name) / RunFile.PROGRAM).is_file():
         return of_run(Path(args.name), args.step)
@@ -149,12 +149,14 @@ def make(args: argparse.Namespace) -> Plan:
     program = lower(program, times=times)
     if SCHEDULES[args.name].offloads:
         program = offload(program, first_chunks(program, SCHEDULES[args.name].offloads), times)
-    check(program)
+    check_program(program)
     timeline = simulate(program, times)
-    return Plan(args.name, timeline, utilization(timeline), peak_activations(program), max(peak_activations(plain)))
+    return SimulatedProgram(
+        args.name, timeline, utilization(timeline), peak_activations(program), max(peak_activations(plain))
+    )
 
 
-def of_file(args: argparse.Namespace) -> Plan:
+def of_file(args: argparse.Namespace) -> SimulatedProgram:
     """The program of a file, lowered where it has compute alone, and simulated with the times that were given.
 
     Raises:
@@ -175,10 +177,10 @@ def of_file(args: argparse.Namespace) -> Plan:
         program = lower(program, times=times)
     timeline, peaks = simulate(program, times), peak_activations(program)
     plain = None if program.vocab_barriers else max(peaks)
-    return Plan(args.name, timeline, utilization(timeline), peaks, plain)
+    return SimulatedProgram(args.name, timeline, utilization(timeline), peaks, plain)
 
 
-def of_run(folder: Path, step: int | None) -> Plan:
+def of_run(folder: Path, step: int | None) -> SimulatedProgram:
     """The program of a run, simulated with the median times of one recorded step, and that step.
 
     Args:
@@ -191,7 +193,7 @@ def of_run(folder: Path, step: int | None) -> Plan:
     file = folder / RunFile.PROGRAM
     try:
         program = Program.from_json(read_bytes(file).decode())
-        check(program)
+        check_program(program)
     except (OSError, ValueError, LookupError, UserError) as error:
         first = " ".join(str(error).split())
         raise UserError(Problem(str(file), f"is not the program of a run: {first}")) from None
@@ -212,10 +214,10 @@ def of_run(folder: Path, step: int | None) -> Plan:
     timeline = simulate(program, Times.from_spans(spans, program.placement))
     peaks = peak_activations(program)
     plain = None if program.vocab_barriers else max(peaks)
-    return Plan(str(folder), timeline, utilization(timeline), peaks, plain, real)
+    return SimulatedProgram(str(folder), timeline, utilization(timeline), peaks, plain, real)
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: SimulatedProgram) -> dict[str, Any]:
     """What `--json` prints: times in the unit of those given, activations in microbatches of a rank's whole share."""
     program, use = plan.program, plan.use
     return {
@@ -249,7 +251,7 @@ def _on_host(program: Program) -> tuple[float, ...]:
     return peak_host_bytes(program, ActivationBytes(activation=(1 / program.chunks,)))
 
 
-def _summary(plan: Plan) -> str:
+def _summary(plan: SimulatedProgram) -> str:
     program, use = plan.program, plan.use
     barriers = f"{program.vocab_barriers} barrier{'s' if program.vocab_barriers > 1 else ''}"
     vocab = f"vocabulary balanced, {barriers}" if program.vocab_barriers else "vocabulary at the ends"
@@ -277,7 +279,7 @@ def _summary(plan: Plan) -> str:
     return "\n".join(f"{name:<14}{text}" for name, text in rows)
 
 
-def _write_files(plan: Plan, args: argparse.Namespace) -> None:
+def _write_files(plan: SimulatedProgram, args: argparse.Namespace) -> None:
     from ...parallel.pipeline import draw
 
     title = f"{plan.name}, vocabulary balanced" if plan.program.vocab_barriers else plan.name

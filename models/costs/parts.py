@@ -25,7 +25,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Split:
+class StageSplit:
     """How the model is split.
 
     Args:
@@ -37,11 +37,11 @@ class Split:
     balanced: bool = False
 
     @staticmethod
-    def of(counts: Sequence[int], *, balanced: bool = False) -> Split:
+    def of(counts: Sequence[int], *, balanced: bool = False) -> StageSplit:
         """Consecutive layers, so many per stage."""
         starts = [sum(counts[:stage]) for stage in range(len(counts))]
         layers = tuple(tuple(range(start, start + count)) for start, count in zip(starts, counts, strict=True))
-        return Split(layers, balanced)
+        return StageSplit(layers, balanced)
 
     def part(self, stages: Sequence[int]) -> Part:
         """What a rank with these stages holds."""

@@ -33,14 +33,14 @@ def can_cache(cfg: ModelConfig) -> bool:
     return not cfg.moe.experts or (cfg.moe.router.name != "expert_choice" and cfg.moe.capacity_factor is None)
 
 
-class Reader(Protocol):
+class SequenceReader(Protocol):
     """Reads one sequence; called with what comes next, (1, n) token ids, it returns the logits (V,) of the token after
     them."""
 
     def __call__(self, tokens: Tensor) -> Tensor: ...
 
 
-def make_reader(model: Transformer) -> Reader:
+def make_reader(model: Transformer) -> SequenceReader:
     """The cheapest reader that computes what the model computes. It takes the model over: make a new one for each
     sequence, and use the model only through the newest."""
     return CachedReader(model) if can_cache(model.cfg) else PrefixReader(model)
@@ -77,7 +77,7 @@ class CachedReader:
             if isinstance(module, (Attention, LatentAttention)):
                 module.core = _CachedCore(module.window)
             elif isinstance(module, LinearAttention):
-                module.neighbours = _Remembered()
+                module.neighbours = _StateBefore()
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class CachedReader:
         return logits
 
 
-class _Kept:
+class _Cache:
     """(B, m, K, d) of the newest tokens, in memory that doubles when it is full."""
 
     def __init__(self) -> None:
@@ -119,7 +119,7 @@ class _CachedCore:
 
     def __init__(self, window: int | None) -> None:
         self._keep = None if window is None else max(window - 1, 0)
-        self._keys, self._values, self._count = _Kept(), _Kept(), 0
+        self._keys, self._values, self._count = _Cache(), _Cache(), 0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         keys, values = self._keys.append(k, self._keep), self._values.append(v, self._keep)
@@ -130,7 +130,7 @@ class _CachedCore:
 
 
 @dataclass
-class _Remembered:
+class _StateBefore:
     """`Neighbours` of linear attention whose tokens come one piece after the other."""
 
     state: Tensor | None = None

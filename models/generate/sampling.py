@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .decode import Reader
+from .decode import SequenceReader
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Sampling:
     seed: int = 0
 
 
-class Sampler:
+class TokenSampler:
     """Chooses one token after the other."""
 
     def __init__(self, sampling: Sampling) -> None:
@@ -49,8 +49,8 @@ class Sampler:
         return int(ids[torch.multinomial(ordered, 1, generator=self._draws)])
 
 
-def generate(
-    reader: Reader,
+def generate_tokens(
+    reader: SequenceReader,
     prompt: Sequence[int],
     *,
     count: int,
@@ -68,7 +68,7 @@ def generate(
         stop: token ids after which nothing follows.
         device: the model's.
     """
-    sampler = Sampler(sampling)
+    sampler = TokenSampler(sampling)
     piece = list(prompt)
     for _ in range(count):
         token = sampler(reader(torch.tensor([piece], device=device)))

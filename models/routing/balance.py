@@ -12,7 +12,7 @@ from ..transformer import Transformer
 from .router import Router
 from .tally import FIELDS, columns
 
-__all__ = ["FIELDS", "collect", "columns", "rebalance"]
+__all__ = ["FIELDS", "collect_tallies", "columns", "rebalance"]
 
 
 def _routers(model: Transformer) -> Iterator[tuple[int, Router]]:
@@ -24,7 +24,7 @@ def _routers(model: Transformer) -> Iterator[tuple[int, Router]]:
 
 
 @torch.no_grad()
-def collect(model: Transformer, device: torch.device) -> Tensor | None:
+def collect_tallies(model: Transformer, device: torch.device) -> Tensor | None:
     """What the routers of this part of the model counted since the last call, and forgets it.
 
     Args:

@@ -47,7 +47,7 @@ _ALIVE_EVERY_S = 0.2
 
 
 @dataclass(frozen=True)
-class Part:
+class PeerTensor:
     """What goes to one peer (index on the axis), or comes from it: contiguous."""
 
     peer: int
@@ -113,8 +113,8 @@ class LocalAxis:
     def exchange(
         self,
         what: str,
-        posts: Sequence[Part],
-        reads: Sequence[Part],
+        posts: Sequence[PeerTensor],
+        reads: Sequence[PeerTensor],
         *,
         then: Callable[[], None] | None = None,
         held: bool = False,
@@ -132,18 +132,18 @@ class LocalAxis:
 
     def send(self, x: Tensor, to: int) -> Exchange:
         """Gives x (contiguous, unchanged until it is done) to one peer."""
-        return self._start(_TRANSFERS, "send", (Part(to, x),), ())
+        return self._start(_TRANSFERS, "send", (PeerTensor(to, x),), ())
 
     def receive(self, out: Tensor, source: int) -> Exchange:
         """What a peer sends, into `out`."""
-        return self._start(_TRANSFERS, "receive", (), (Part(source, out),))
+        return self._start(_TRANSFERS, "receive", (), (PeerTensor(source, out),))
 
     def _start(
         self,
         channel: int,
         what: str,
-        posts: Sequence[Part],
-        reads: Sequence[Part],
+        posts: Sequence[PeerTensor],
+        reads: Sequence[PeerTensor],
         then: Callable[[], None] | None = None,
         held: bool = False,
     ) -> Exchange:

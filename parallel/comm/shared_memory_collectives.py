@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .shared_memory import Exchange, LocalAxis, Part
+from .shared_memory import Exchange, LocalAxis, PeerTensor
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def all_gather(local: LocalAxis, x: Tensor, out: Tensor) -> Flight:
     mine = parts[local.rank]
     if mine.data_ptr() != x.data_ptr():
         mine.copy_(x)
-    exchange = local.exchange("all_gather", [Part(p, x) for p in peers], [Part(p, parts[p]) for p in peers])
+    exchange = local.exchange("all_gather", [PeerTensor(p, x) for p in peers], [PeerTensor(p, parts[p]) for p in peers])
     return _flight(exchange, lambda: out)
 
 
@@ -51,8 +51,8 @@ def reduce_scatter(local: LocalAxis, x: Tensor, out: Tensor) -> Flight:
     """x (size · n, …) → out (n, …), which may be this rank's part of x."""
     given, peers = x.chunk(len(local.ranks)), _others(local)
     parts = _parts(local, given[local.rank])
-    posts = [Part(p, given[p]) for p in peers]
-    exchange = local.exchange("reduce_scatter", posts, [Part(p, parts[p]) for p in peers])
+    posts = [PeerTensor(p, given[p]) for p in peers]
+    exchange = local.exchange("reduce_scatter", posts, [PeerTensor(p, parts[p]) for p in peers])
     return _flight(exchange, lambda: sum_in_rank_order(parts, out))
 
 
@@ -60,7 +60,9 @@ def all_reduce(local: LocalAxis, x: Tensor, op: str) -> Flight:
     """x (n, …) in place, for small x: every rank reads all the others'."""
     parts, peers = _parts(local, x), _others(local)
     own = parts[local.rank]
-    exchange = local.exchange("all_reduce", [Part(p, own) for p in peers], [Part(p, parts[p]) for p in peers])
+    exchange = local.exchange(
+        "all_reduce", [PeerTensor(p, own) for p in peers], [PeerTensor(p, parts[p]) for p in peers]
+    )
 
     def result() -> Tensor:
         if op == "sum":
@@ -84,9 +86,9 @@ def all_reduce_in_two(local: LocalAxis, x: Tensor) -> Flight:
         gather.release()
 
     # A part is overwritten by its sum only after its owner, who made the sum, has read it.
-    others = [Part(p, given[p]) for p in peers]
-    gather = local.exchange("all_reduce", [Part(p, mine) for p in peers], others, held=True)
-    scatter = local.exchange("all_reduce", others, [Part(p, parts[p]) for p in peers], then=summed)
+    others = [PeerTensor(p, given[p]) for p in peers]
+    gather = local.exchange("all_reduce", [PeerTensor(p, mine) for p in peers], others, held=True)
+    scatter = local.exchange("all_reduce", others, [PeerTensor(p, parts[p]) for p in peers], then=summed)
 
     def finish() -> Tensor:
         scatter.finish()
@@ -104,15 +106,17 @@ def all_to_all(
     sent = x.split(send or [x.shape[0] // size] * size)
     parts, peers = out.split(receive or [out.shape[0] // size] * size), _others(local)
     parts[local.rank].copy_(sent[local.rank])
-    exchange = local.exchange("all_to_all", [Part(p, sent[p]) for p in peers], [Part(p, parts[p]) for p in peers])
+    exchange = local.exchange(
+        "all_to_all", [PeerTensor(p, sent[p]) for p in peers], [PeerTensor(p, parts[p]) for p in peers]
+    )
     return _flight(exchange, lambda: out)
 
 
 def broadcast(local: LocalAxis, x: Tensor, source: int) -> Flight:
     """x (n, …) in place: that of `source`."""
     if source == local.rank:
-        return _flight(local.exchange("broadcast", [Part(p, x) for p in _others(local)], ()), lambda: x)
-    return _flight(local.exchange("broadcast", (), [Part(source, x)]), lambda: x)
+        return _flight(local.exchange("broadcast", [PeerTensor(p, x) for p in _others(local)], ()), lambda: x)
+    return _flight(local.exchange("broadcast", (), [PeerTensor(source, x)]), lambda: x)
 
 
 def reduce_blocks(local: LocalAxis, x: Tensor, to: Sequence[int]) -> Flight:
@@ -121,8 +125,8 @@ def reduce_blocks(local: LocalAxis, x: Tensor, to: Sequence[int]) -> Flight:
     parts = x.new_empty((0, 0, *x.shape[1:]))
     if local.rank in to:
         parts = _parts(local, blocks[to.index(local.rank)])
-        reads = [Part(p, parts[p]) for p in _others(local)]
-    posts = [Part(p, block) for p, block in zip(to, blocks, strict=True) if p != local.rank]
+        reads = [PeerTensor(p, parts[p]) for p in _others(local)]
+    posts = [PeerTensor(p, block) for p, block in zip(to, blocks, strict=True) if p != local.rank]
     exchange = local.exchange("reduce", posts, reads)
 
     def result() -> Tensor:

@@ -20,7 +20,7 @@ LINE_WORDS = 1 + 4 * _SLOTS
 number + 1 of what was read last of the other's posts."""
 
 
-class Reader(Protocol):
+class LineReader(Protocol):
     """An exchange that expects a post."""
 
     what: str
@@ -64,7 +64,7 @@ class Line:
         """Posts that have no slot yet."""
         self._unread: dict[int, Tensor] = {}
         """What must stay in memory."""
-        self._coming: dict[int, tuple[Tensor, Reader]] = {}
+        self._coming: dict[int, tuple[Tensor, LineReader]] = {}
         self._seen = -1
         """The peer's number of posts at the last look for what is expected; -1: there is more to look for since."""
 
@@ -73,7 +73,7 @@ class Line:
         self._posts += 1
         return self._posts - 1
 
-    def expect(self, into: Tensor, exchange: Reader) -> int:
+    def expect(self, into: Tensor, exchange: LineReader) -> int:
         """The number of the peer's next post, which goes into a tensor."""
         number, self._reads = self._reads, self._reads + 1
         self._coming[number] = into, exchange

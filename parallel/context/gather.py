@@ -6,7 +6,7 @@
 Any mask works and no head number matters. With b sequences of s tokens on each of P ranks, a rank sends
 (P − 1) · b · s · w elements three times, for w numbers a token:
 
-* `AllGather`: keys and values, w = K · (d + e);
+* `GatherKeysValues`: keys and values, w = K · (d + e);
 * `GatherLatent`, for latent attention: what they are made from, w = r / tp + p: 576 instead of 40,960 for DeepSeek-V3.
   In exchange every rank expands all tokens, one rank's at a time, so no more than those keys and values exist at once.
 """
@@ -32,7 +32,7 @@ from ..kernels.precision import precise
 KeysValues = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class AllGather:
+class GatherKeysValues:
     """A `Core`: the keys and values of all ranks are gathered, again in backward.
 
     Args:
@@ -44,9 +44,9 @@ class AllGather:
         self._axis, self._local = axis, local
 
     @staticmethod
-    def of(context: ContextConfig, mesh: Mesh, local: LocalAttention) -> AllGather:
+    def of(context: ContextConfig, mesh: Mesh, local: LocalAttention) -> GatherKeysValues:
         """The core of a job; arguments as of `make_core`."""
-        return AllGather(mesh.axis("cp"), local)
+        return GatherKeysValues(mesh.axis("cp"), local)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
         """See `Core`. Saved for backward: q, k, v, out and lse of this rank's tokens."""
@@ -54,7 +54,7 @@ class AllGather:
 
 
 class GatherLatent:
-    """A `LatentCore`: the latents of all ranks are gathered, again in backward; arguments as of `AllGather`."""
+    """A `LatentCore`: the latents of all ranks are gathered, again in backward; arguments as of `GatherKeysValues`."""
 
     def __init__(self, axis: Axis, local: LocalAttention) -> None:
         self._axis, self._local = axis, local

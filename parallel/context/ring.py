@@ -64,11 +64,11 @@ class Ring:
         """
         return differentiable(q, k, v, call.sinks, _BothWays(self._courses(k.shape[2], call)))
 
-    def _courses(self, heads: int, call: AttentionCall) -> list[_Course]:
+    def _courses(self, heads: int, call: AttentionCall) -> list[_Direction]:
         layout, window, scale = call.layout, call.window, call.scale
         down = Lines(self._axis, self._back, -1)
         if self._up is None or self._axis.size == 1:
-            return [_Course(self._down.of(layout, window), self._local, scale, down, slice(0, heads))]
+            return [_Direction(self._down.of(layout, window), self._local, scale, down, slice(0, heads))]
         if heads == 1:
             raise UserError(
                 Problem(
@@ -79,13 +79,13 @@ class Ring:
             )
         half, up = (heads + 1) // 2, Lines(self._back, self._axis, 1)
         return [
-            _Course(self._down.of(layout, window), self._local, scale, down, slice(0, half)),
-            _Course(self._up.of(layout, window), self._local, scale, up, slice(half, heads)),
+            _Direction(self._down.of(layout, window), self._local, scale, down, slice(0, half)),
+            _Direction(self._up.of(layout, window), self._local, scale, up, slice(half, heads)),
         ]
 
 
 @dataclass(frozen=True)
-class _Course:
+class _Direction:
     """One direction.
 
     Args:
@@ -110,7 +110,7 @@ class _Course:
         return lse[:, self.heads.start * groups : self.heads.stop * groups]
 
 
-def _attend(course: _Course, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Iterator[None]:
+def _attend(course: _Direction, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Iterator[None]:
     """Fills out and lse; yields between starting transfers and working, so that two directions can take turns."""
     journey = RingTransfer(course.table, course.lines, (k, v))
     journey.post(1)
@@ -139,7 +139,7 @@ def _attend(course: _Course, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: 
 class _Gradients:
     """The gradients of keys and values under way: a step behind the keys, then home."""
 
-    def __init__(self, course: _Course, dk: Tensor, dv: Tensor) -> None:
+    def __init__(self, course: _Direction, dk: Tensor, dv: Tensor) -> None:
         self._course, self._home = course, (dk, dv)
         self._coming: dict[int, tuple[Handle, PackedTensors]] = {}
         self._returning: list[tuple[Handle, PackedTensors, Stop]] = []
@@ -197,7 +197,7 @@ class _Saved:
     lse: Tensor
 
 
-def _differentiate(course: _Course, saved: _Saved, dq: Tensor, dk: Tensor, dv: Tensor) -> Iterator[None]:
+def _differentiate(course: _Direction, saved: _Saved, dq: Tensor, dk: Tensor, dv: Tensor) -> Iterator[None]:
     """Fills the gradients; yields as `_attend`."""
     journey = RingTransfer(course.table, course.lines, (saved.k, saved.v))
     gradients = _Gradients(course, dk, dv)
@@ -235,7 +235,7 @@ def _differentiate(course: _Course, saved: _Saved, dq: Tensor, dk: Tensor, dv: T
 class _BothWays:
     """One call: the directions take turns, so that each computes while the other communicates."""
 
-    courses: list[_Course]
+    courses: list[_Direction]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out and lse over all ranks' keys, in lse's precision."""

@@ -60,7 +60,7 @@ class Ulysses:
         """
         layout = call.layout
         tokens = layout.once(GatheredTokens, layout.ranks)
-        exchange = Exchange(self._axis, tokens, self._piece_bytes)
+        exchange = HeadExchange(self._axis, tokens, self._piece_bytes)
         q, k, v, sinks = exchange.split_heads(q, k, v, call.sinks)
         mask = layout.once(Mask.of, tokens.rows, call.window)
         out = attention(self._local, q, k, v, mask, call.scale, sinks)
@@ -84,7 +84,7 @@ def check_heads(heads: int, ranks: int) -> None:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class HeadExchange:
     """Heads for tokens and back, with autograd.
 
     Every tensor has its own exchange, and that is done in pieces: while one travels the last one is put in place and
@@ -170,7 +170,7 @@ class Exchange:
 
 class _ToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange, copies: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, exchange: HeadExchange, copies: int) -> Tensor:
         ctx.exchange, ctx.copies = exchange, copies
         return exchange.to_heads(x, copies)
 
@@ -182,7 +182,7 @@ class _ToHeads(torch.autograd.Function):
 
 class _ToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, whole: Tensor, exchange: HeadExchange) -> Tensor:
         ctx.exchange = exchange
         return exchange.to_tokens(whole)
 

@@ -17,7 +17,7 @@ from ..kernels.interfaces import AttentionCall, Core, LocalAttention
 from ..kernels.mask import TokenIndex, TokenLayout
 from .gathered_tokens import GatheredTokens
 from .ring import Ring
-from .ulysses import PIECE_BYTES, Exchange
+from .ulysses import PIECE_BYTES, HeadExchange
 
 
 class Usp:
@@ -46,7 +46,7 @@ class Usp:
         size, layout = self._inner.size, call.layout
         lines = layout.once(_lines, layout.ranks, size)
         line = layout.rank // size
-        exchange = Exchange(self._inner, lines[line], self._piece_bytes)
+        exchange = HeadExchange(self._inner, lines[line], self._piece_bytes)
         q, k, v, sinks = exchange.split_heads(q, k, v, call.sinks)
         theirs = AttentionCall(layout.once(_as_ranks, lines, line), call.window, call.scale, sinks)
         out = self._outer(q, k, v, theirs)

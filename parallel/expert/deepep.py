@@ -19,7 +19,7 @@ from ...configs.validation.kernels import deepep_problem
 from ..comm.mesh import Axis
 from . import permute
 from .dispatch import Arrived, Phases
-from .plan import Plan, at_home
+from .plan import RowPlan, at_home
 from .routing import DeepEpLayout, Routing
 
 KEY = "model.moe.dispatcher"
@@ -71,7 +71,7 @@ class _Trip:
         return layout
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> RowPlan:
         layout = self.layout
         if layout.plan is None:
             layout.plan = at_home(layout.ids, layout.counts)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..comm.mesh import Axis
 from ..grouped_projection import Groups
 from . import permute
-from .plan import Chunk, Plan, by_capacity, by_count
+from .plan import Chunk, RowPlan, by_capacity, by_count
 from .routing import Routing
 from .travel import AsyncAllToAll, gather_rows, scatter_rows
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 Journey = TypeVar("Journey")
 
 
-class Experts(Protocol):
+class RunExperts(Protocol):
     """rows (R, h), expert by expert → their outputs (R, h), multiplied by `weights` (R,) where these are given."""
 
     def __call__(self, rows: Tensor, groups: Groups, weights: Tensor | None) -> Tensor: ...
@@ -47,7 +47,9 @@ class Dispatcher(Protocol):
         """Whether the experts per token have to be equally many in all calls of a step, on whatever rank."""
         ...
 
-    def __call__(self, x: Tensor, routing: Routing, experts: Experts, beside: Callable[[], T]) -> tuple[Tensor, T]: ...
+    def __call__(
+        self, x: Tensor, routing: Routing, experts: RunExperts, beside: Callable[[], T]
+    ) -> tuple[Tensor, T]: ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Phases(Generic[Journey]):
 
     fixed_width = True
 
-    def __call__(self, x: Tensor, routing: Routing, experts: Experts, beside: Callable[[], T]) -> tuple[Tensor, T]:
+    def __call__(self, x: Tensor, routing: Routing, experts: RunExperts, beside: Callable[[], T]) -> tuple[Tensor, T]:
         journeys = self.prepare(x, routing)
         for journey in journeys:
             self.dispatch(journey)
@@ -101,7 +103,7 @@ class Phases(Generic[Journey]):
 
 
 @dataclass
-class _Rows:
+class _ChunkRows:
     """One chunk's rows, wherever they are now."""
 
     chunk: Chunk
@@ -112,7 +114,7 @@ class _Rows:
     weights_there: AsyncAllToAll
 
 
-class AllToAll(Phases[_Rows]):
+class AllToAll(Phases[_ChunkRows]):
     """Every token travels to each of its experts' ranks.
 
     Without a capacity nothing is dropped here and the ranks tell each other how many rows come; with one
@@ -131,7 +133,7 @@ class AllToAll(Phases[_Rows]):
         self.chunks = 1
         """Rows travel in so many parts, each behind the compute of another one; may change between steps."""
 
-    def prepare(self, x: Tensor, routing: Routing) -> list[_Rows]:
+    def prepare(self, x: Tensor, routing: Routing) -> list[_ChunkRows]:
         plan = self._plan(routing)
         n, k = routing.experts.shape
         rows = permute.spread(x, plan.pairs // k, plan.places)
@@ -141,7 +143,7 @@ class AllToAll(Phases[_Rows]):
             column = routing.weights.reshape(n * k, 1)
             weights = _split(permute.spread(column, plan.pairs, plan.places.view(n * k, 1)), plan.chunks)
         return [
-            _Rows(
+            _ChunkRows(
                 chunk,
                 AsyncAllToAll(self.ep, chunk.send, chunk.receive),
                 AsyncAllToAll(self.ep, chunk.receive, chunk.send),
@@ -152,19 +154,19 @@ class AllToAll(Phases[_Rows]):
             for chunk, part, weight in zip(plan.chunks, parts, weights, strict=True)
         ]
 
-    def dispatch(self, journey: _Rows) -> None:
+    def dispatch(self, journey: _ChunkRows) -> None:
         journey.rows = journey.there.start(journey.rows)
         if journey.weights is not None:
             journey.weights = journey.weights_there.start(journey.weights)
 
-    def arrange(self, journey: _Rows) -> Arrived:
+    def arrange(self, journey: _ChunkRows) -> Arrived:
         rows = self._arrange(journey.there.finish(journey.rows), journey.chunk)
         weights = journey.weights
         if weights is not None:
             weights = self._arrange(journey.weights_there.finish(weights), journey.chunk).view(-1)
         return Arrived(rows, journey.chunk.groups, weights)
 
-    def collect(self, journey: _Rows, out: Tensor) -> None:
+    def collect(self, journey: _ChunkRows, out: Tensor) -> None:
         chunk = journey.chunk
         if chunk.block is not None:
             sources, experts, width = chunk.block
@@ -173,15 +175,15 @@ class AllToAll(Phases[_Rows]):
             out = permute.reorder(out, chunk.order.inverse, chunk.order.index)
         journey.rows = scatter_rows(out, self.etp, chunk.gathered)
 
-    def combine(self, journey: _Rows) -> None:
+    def combine(self, journey: _ChunkRows) -> None:
         journey.rows = journey.back.start(journey.rows)
 
-    def finish(self, journeys: list[_Rows], routing: Routing) -> Tensor:
+    def finish(self, journeys: list[_ChunkRows], routing: Routing) -> Tensor:
         parts = [journey.back.finish(journey.rows) for journey in journeys]
         rows = torch.cat(parts) if len(parts) > 1 else parts[0]
         return permute.combine(rows, self._plan(routing).places, None if self.weigh_before else routing.weights)
 
-    def _plan(self, routing: Routing) -> Plan:
+    def _plan(self, routing: Routing) -> RowPlan:
         """The plan, made once for a routing, also when a layer runs again."""
         plans = routing.findings.plans
         if self.chunks not in plans:

@@ -22,7 +22,7 @@ from .routing import Routing
 
 
 @dataclass
-class _Gathered:
+class _GatheredRows:
     found: Assignments
     rows: Tensor
     """(n · K, h): tokens, later results, of this rank's assignments."""
@@ -31,7 +31,7 @@ class _Gathered:
     """K: so many rows are the same token at first."""
 
 
-class AllGather(Phases[_Gathered]):
+class AllGather(Phases[_GatheredRows]):
     """Tokens, ids and weights are gathered over the expert mesh; all its ranks have the same number of tokens.
 
     A capacity needs no padding here, and there is nothing to cut into chunks.
@@ -46,29 +46,29 @@ class AllGather(Phases[_Gathered]):
     def __init__(self, experts: int, ep: Axis, etp: Axis, *, weigh_before: bool = False) -> None:
         self.experts, self.ep, self.etp, self.weigh_before = experts, ep, etp, weigh_before
 
-    def prepare(self, x: Tensor, routing: Routing) -> list[_Gathered]:
+    def prepare(self, x: Tensor, routing: Routing) -> list[_GatheredRows]:
         n, k = routing.experts.shape
         home = torch.arange(n * k, device=x.device)
         rows = permute.spread(x, home // k, _places(routing))
         weights = routing.weights.reshape(n * k, 1) if self.weigh_before else None
-        return [_Gathered(self._found(routing), rows, weights, k)]
+        return [_GatheredRows(self._found(routing), rows, weights, k)]
 
-    def dispatch(self, journey: _Gathered) -> None:
+    def dispatch(self, journey: _GatheredRows) -> None:
         """Nothing: `arrange` knows which rows to keep."""
 
-    def arrange(self, journey: _Gathered) -> Arrived:
+    def arrange(self, journey: _GatheredRows) -> Arrived:
         found = journey.found
         rows = self._gather(journey.rows, found.pairs, journey.copies)
         weights = None if journey.weights is None else self._gather(journey.weights, found.pairs, 1).view(-1)
         return Arrived(rows, found.groups, weights)
 
-    def collect(self, journey: _Gathered, out: Tensor) -> None:
+    def collect(self, journey: _GatheredRows, out: Tensor) -> None:
         journey.rows = _Scatter.apply(out, journey.found.pairs, len(journey.rows), self.ep, self.etp)
 
-    def combine(self, journey: _Gathered) -> None:
+    def combine(self, journey: _GatheredRows) -> None:
         """Nothing: `collect` has summed over all ranks."""
 
-    def finish(self, journeys: list[_Gathered], routing: Routing) -> Tensor:
+    def finish(self, journeys: list[_GatheredRows], routing: Routing) -> Tensor:
         return permute.combine(journeys[0].rows, _places(routing), None if self.weigh_before else routing.weights)
 
     def _gather(self, rows: Tensor, pairs: Tensor, copies: int) -> Tensor:

@@ -56,7 +56,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RowPlan:
     """The journey of all rows.
 
     Args:
@@ -78,7 +78,7 @@ class Assignments:
     groups: Groups
 
 
-def by_count(ids: Tensor, experts: int, ep: Axis, etp: Axis, chunks: int) -> Plan:
+def by_count(ids: Tensor, experts: int, ep: Axis, etp: Axis, chunks: int) -> RowPlan:
     """Every assignment is a row. The ranks exchange how many they have; one copy from the device to the host.
 
     Args:
@@ -114,17 +114,17 @@ def by_count(ids: Tensor, experts: int, ep: Axis, etp: Axis, chunks: int) -> Pla
     )
     starts = [sum(sizes[:i]) * k for i in range(chunks)]
     pairs = torch.cat([order[start : start + c.rows] for start, c in zip(starts, journeys, strict=True)])
-    return Plan(pairs, _places(pairs, ids), journeys)
+    return RowPlan(pairs, _places(pairs, ids), journeys)
 
 
-def at_home(ids: Tensor, counts: list[int]) -> Plan:
+def at_home(ids: Tensor, counts: list[int]) -> RowPlan:
     """Rows that have arrived: ids (n, K) of this rank's experts, or -1, of which the host knows the numbers."""
     order, _ = _sorted(ids, len(counts), [ids.shape[0]])
     pairs, rows = order[: sum(counts)], [sum(counts)]
-    return Plan(pairs, _places(pairs, ids), (Chunk(rows, rows, rows, Groups(tuple(counts))),))
+    return RowPlan(pairs, _places(pairs, ids), (Chunk(rows, rows, rows, Groups(tuple(counts))),))
 
 
-def by_capacity(ids: Tensor, capacity: int, experts: int, ep: Axis, etp: Axis, chunks: int) -> Plan:
+def by_capacity(ids: Tensor, capacity: int, experts: int, ep: Axis, etp: Axis, chunks: int) -> RowPlan:
     """Every expert gets `capacity` rows of this rank's, so that nothing depends on the data: no exchange, no copy.
 
     Args:
@@ -161,7 +161,7 @@ def by_capacity(ids: Tensor, capacity: int, experts: int, ep: Axis, etp: Axis, c
         )
         for _, width in spans
     )
-    return Plan(pairs[:-1], places.view(n, k), journeys)
+    return RowPlan(pairs[:-1], places.view(n, k), journeys)
 
 
 def _sorted(ids: Tensor, experts: int, sizes: list[int]) -> tuple[Tensor, Tensor]:

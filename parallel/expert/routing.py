@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .plan import Assignments, Plan
+from .plan import Assignments, RowPlan
 
 
 @dataclass
@@ -25,7 +25,7 @@ class DeepEpLayout:
     ids: Tensor
     weights: Tensor
     counts: list[int]
-    plan: Plan | None = None
+    plan: RowPlan | None = None
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Findings:
         deepep: of DeepEP.
     """
 
-    plans: dict[int, Plan] = field(default_factory=dict)
+    plans: dict[int, RowPlan] = field(default_factory=dict)
     mine: Assignments | None = None
     deepep: DeepEpLayout | None = None
 

@@ -25,7 +25,7 @@ _ROWS = 64
 
 
 @dataclass(frozen=True)
-class Block:
+class QueryBlock:
     """The queries [first, last) and the keys [low, high) that some of them see; all see those before `start`.
 
     Where they see none, low = start = high.
@@ -38,7 +38,7 @@ class Block:
     high: int
 
 
-def blocks(queries: TokenIndex, keys: TokenIndex, window: int | None, size: int = _ROWS) -> list[Block]:
+def blocks(queries: TokenIndex, keys: TokenIndex, window: int | None, size: int = _ROWS) -> list[QueryBlock]:
     """What each `size` queries see of the keys. Sequences of a batch share the ranges."""
     mask, found = Mask(queries, keys, window), []
     for first in range(0, queries.count, size):
@@ -53,7 +53,7 @@ def blocks(queries: TokenIndex, keys: TokenIndex, window: int | None, size: int 
             partial = some[low - start : high - start].nonzero()
             start = low + int(partial[0]) if len(partial) else high
         low = min(low, high)
-        found.append(Block(first, last, low, max(low, min(start, high)), high))
+        found.append(QueryBlock(first, last, low, max(low, min(start, high)), high))
     return found
 
 
@@ -128,7 +128,7 @@ def _ungrouped(y: Tensor, batch: int, rows: int) -> Tensor:
     return y.view(batch, -1, rows, y.shape[-1]).transpose(1, 2)
 
 
-def _scores(q: Tensor, keys: Tensor, mask: Mask, block: Block, scale: float) -> Tensor:
+def _scores(q: Tensor, keys: Tensor, mask: Mask, block: QueryBlock, scale: float) -> Tensor:
     """Masked scaled scores (B · K, G · rows, keys) of a block's queries q (B · K, G · rows, d)."""
     scores = torch.bmm(q.to(keys.dtype).mul(scale), keys.transpose(1, 2))
     if block.start < block.high:

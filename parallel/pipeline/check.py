@@ -18,7 +18,7 @@ from .communication import (
     channel,
     consumers,
     counterpart,
-    expected,
+    expected_communication,
     is_lowered,
     is_training,
     key,
@@ -37,7 +37,7 @@ class ProgramError(UserError):
     """A program that cannot be run; `problems` holds all defects of one class."""
 
 
-def check(program: Program, *, limit: Sequence[float] | None = None) -> None:
+def check_program(program: Program, *, limit: Sequence[float] | None = None) -> None:
     """Checks a compute-only or lowered program of a training step or an evaluation (one without backward passes).
 
     In this order: every operation once and on its rank; local order; sends and receives in the same order on each
@@ -117,7 +117,9 @@ def _communication(program: Program, training: bool) -> Iterator[str]:
     """Each compute operation's communication, once and on its rank."""
     for rank, ops in enumerate(program.ranks):
         count = Counter((op.kind, op.index, op.stage) for op in ops if op.kind.communicates)
-        yield from _differences(program, rank, count, [key(op) for op in expected(program, rank, training)])
+        yield from _differences(
+            program, rank, count, [key(op) for op in expected_communication(program, rank, training)]
+        )
 
 
 def _differences(program: Program, rank: int, count: Counter[Key], want: list[Key]) -> Iterator[str]:

@@ -152,7 +152,7 @@ def awaited(program: Program, op: Op) -> Key | None:
     return None
 
 
-def expected(program: Program, rank: int, training: bool) -> Iterator[Op]:
+def expected_communication(program: Program, rank: int, training: bool) -> Iterator[Op]:
     """The communication that the compute of a rank needs, in no particular order, without slots."""
     if len(program.ranks) == 1:
         return

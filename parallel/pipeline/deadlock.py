@@ -101,7 +101,7 @@ def _add_rendezvous(program: Program, starts: list[int], on: dict[int, list[int]
             on.setdefault(later, []).append(receive)
 
 
-def run(program: Program, graph: Waits) -> Run:
+def run_in_order(program: Program, graph: Waits) -> Run:
     """Passes operations in order on every rank until nothing moves."""
     starts, total = graph.starts, graph.starts[-1]
     passed = bytearray(total + len(graph.groups))
@@ -136,11 +136,11 @@ def run(program: Program, graph: Waits) -> Run:
 def deadlock(program: Program) -> str | None:
     """None if a complete program finishes however its sends behave; else its smallest blocking cycle in words."""
     graph = waits(program)
-    result = run(program, graph)
+    result = run_in_order(program, graph)
     if result.finished(program):
         return None
     eager = waits(program, rendezvous=False)
-    eager_result = run(program, eager)
+    eager_result = run_in_order(program, eager)
     if eager_result.finished(program):
         head = "deadlock where a send is complete only when its receive is posted"
         return f"{head}: {_cycle(program, graph, result)}"

@@ -59,7 +59,7 @@ class Graph:
         return known[before] - self.unoccupied if before and event < self.collectives else known[before]
 
 
-def build(program: Program, times: Times) -> Graph:
+def build_graph(program: Program, times: Times) -> Graph:
     """The graph of a program, of compute only or lowered.
 
     Where the program has no sends and receives at all, what a stage made is at the next one a hop later; where it has

@@ -11,13 +11,13 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from .check import check
+from .check import check_program
 from .communication import (
     Key,
     channel,
     consumers,
     counterpart,
-    expected,
+    expected_communication,
     is_lowered,
     is_training,
     key,
@@ -25,7 +25,7 @@ from .communication import (
     number_slots,
     producer,
 )
-from .deadlock import run, waits
+from .deadlock import run_in_order, waits
 from .kind import Role
 from .needs import Kinds
 from .program import OUTSTANDING_SENDS, Op, Ops, Program
@@ -50,7 +50,7 @@ def lower(program: Program, *, ahead: int = 1, times: Times = Times()) -> Progra
         raise ValueError("the program is lowered already")
     if ahead < 0:
         raise ValueError(f"ahead is {ahead}: it must be at least 0")
-    check(program)
+    check_program(program)
     if len(program.ranks) == 1:
         return program
     training = is_training(program)
@@ -129,7 +129,7 @@ class _Plan:
         flat = [end for mine in spans for _, end in mine]
         turns = [0] * len(flat)
         # Sorting is stable: where ends are equal, as with passes of no duration, the order of `run` stays.
-        for turn, number in enumerate(sorted(run(program, graph).order, key=flat.__getitem__)):
+        for turn, number in enumerate(sorted(run_in_order(program, graph).order, key=flat.__getitem__)):
             turns[number] = turn
         return _Plan(
             [{key(op): n for n, op in enumerate(ops)} for ops in program.ranks],
@@ -146,7 +146,7 @@ def _lane_orders(program: Program, plan: _Plan, training: bool) -> list[Ops]:
     """
     ready: dict[Op, int] = {}
     for rank, place in enumerate(plan.places):
-        for op in expected(program, rank, training):
+        for op in expected_communication(program, rank, training):
             if op.kind.role is Role.COLLECTIVE:
                 # On a rank that only receives (a broadcast), the collective waits for nothing: turn −1.
                 made = producer(program, op, rank)
@@ -169,7 +169,7 @@ def _joins(program: Program, rank: int, place: dict[Key, int], orders: list[Ops]
 def _sends(program: Program, rank: int, place: dict[Key, int], training: bool) -> dict[int, Op]:
     """The send that follows a rank's n-th compute operation, where there is one, in order."""
     sends = {}
-    for op in expected(program, rank, training):
+    for op in expected_communication(program, rank, training):
         made = producer(program, op, rank)
         if op.kind.role is Role.SEND and made is not None:
             sends[place[made]] = op

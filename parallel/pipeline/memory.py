@@ -13,7 +13,7 @@ from itertools import groupby
 from .kind import Acts, Hold, Kind
 from .program import Ops, Program
 from .simulate import Timeline
-from .times import spread
+from .times import one_each
 
 Curve = tuple[tuple[float, float], ...]
 """(time, amount from then on), in the order of time."""
@@ -72,7 +72,7 @@ def peak_bytes(program: Program, sizes: ActivationBytes) -> tuple[float, ...]:
     Raises:
         UserError: sizes for another number of stages or ranks.
     """
-    constant = spread("constant", sizes.constant, len(program.ranks), "ranks")
+    constant = one_each("constant", sizes.constant, len(program.ranks), "ranks")
     peaks = []
     for rank, ops in enumerate(program.ranks):
         held = peak = constant[rank]
@@ -106,7 +106,7 @@ def byte_curve(timeline: Timeline, sizes: ActivationBytes) -> tuple[Curve, ...]:
         UserError: sizes for another number of stages or ranks.
     """
     program = timeline.program
-    constant = spread("constant", sizes.constant, len(program.ranks), "ranks")
+    constant = one_each("constant", sizes.constant, len(program.ranks), "ranks")
     curves = []
     for rank, (ops, spans) in enumerate(zip(program.ranks, timeline.spans, strict=True)):
         held = constant[rank]
@@ -138,7 +138,7 @@ def _weighed(
     given["host"] = given["offloaded"]
     places = {"stages": program.stages, "ranks": len(program.ranks)}
     per = dict.fromkeys(given, "stages") | {"head": "ranks"}
-    each = {name: spread(name, values, places[per[name]], per[name]) for name, values in given.items()}
+    each = {name: one_each(name, values, places[per[name]], per[name]) for name, values in given.items()}
     for position, at_end, changes in _grouped(ops):
         op = ops[position]
         place = op.stage if op.kind.acts is Acts.STAGE else rank

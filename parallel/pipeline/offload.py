@@ -18,7 +18,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from math import ceil
 
-from .check import ProgramError, check
+from .check import ProgramError, check_program
 from .communication import is_training, number_slots
 from .kind import Kind
 from .needs import Kinds
@@ -120,7 +120,7 @@ def offload(program: Program, chosen: Collection[Pass], times: Times) -> Program
         out = tuple(each for k, op in enumerate(ops) for each in (*inserted[k].before, op, *inserted[k].after))
         ranks.append(number_slots(out, training=True))
     result = replace(program, ranks=tuple(ranks))
-    check(result)
+    check_program(result)
     return result
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ...configs.errors import Problem, UserError
 from ...configs.reading.program_file import KEY, no_program, read_program_bytes
-from .check import ProgramError, check
+from .check import ProgramError, check_program
 from .communication import is_training, number_slots
 from .program import Program
 
@@ -27,7 +27,7 @@ def read_program(file: str, *, whole: bool = False) -> Program:
     except ValueError as error:
         raise UserError(no_program(file, error)) from None
     try:
-        check(program)
+        check_program(program)
     except ProgramError as error:
         first, *others = error.problems
         more = f" (and {len(others)} more like it)" if others else ""

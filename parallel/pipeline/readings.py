@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
-from .events import ALWAYS, Graph, build
+from .events import ALWAYS, Graph, build_graph
 from .kind import Role
 from .program import Op
 from .simulate import Timeline
@@ -179,7 +179,7 @@ class _Replay:
 
     def __init__(self, timeline: Timeline) -> None:
         self.timeline = timeline
-        self.graph: Graph = build(timeline.program, timeline.times)
+        self.graph: Graph = build_graph(timeline.program, timeline.times)
         size = len(self.graph.contributors)
         self.latest = [0.0] * size
         self.last: list[tuple[int, int]] = [(-1, -1)] * size

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .events import ALWAYS, NEVER, Graph, build
+from .events import ALWAYS, NEVER, Graph, build_graph
 from .program import Op, Program
 from .times import Times
 
@@ -84,7 +84,7 @@ def simulate(program: Program, times: Times) -> Timeline:
         StuckError: the program cannot run to its end.
         UserError: the times are for another number of stages or ranks.
     """
-    graph = build(program, times)
+    graph = build_graph(program, times)
     if graph.disorder:
         raise StuckError(graph.disorder)
     starts, known = _run(graph)

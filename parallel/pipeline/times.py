@@ -139,7 +139,7 @@ class Times:
                 continue
             per_stage = kind.acts is Acts.STAGE
             for name, values in zip(kind.duration or (kind.token,), self._durations(kind), strict=True):
-                spread(name, values, stages if per_stage else ranks, "stages" if per_stage else "ranks")
+                one_each(name, values, stages if per_stage else ranks, "stages" if per_stage else "ranks")
 
 
 def _at(values: tuple[float, ...], index: int) -> float:
@@ -151,7 +151,7 @@ def by_rank(placement: tuple[int, ...], chunks: int, per_rank: tuple[float, ...]
     return tuple(_at(per_rank, rank) / chunks for rank in placement)
 
 
-def spread(name: str, values: tuple[float, ...], count: int, things: str) -> list[float]:
+def one_each(name: str, values: tuple[float, ...], count: int, things: str) -> list[float]:
     """One duration for each of `count` stages or ranks.
 
     Raises:

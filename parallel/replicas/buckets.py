@@ -30,7 +30,7 @@ _ALIGN = 16
 
 
 @dataclass(frozen=True)
-class Kind:
+class BucketKind:
     """What the parameters of a bucket have in common."""
 
     family: ReplicaFamily
@@ -67,7 +67,7 @@ class Bucket:
 
     def __init__(
         self,
-        kind: Kind,
+        kind: BucketKind,
         params: Sequence[tuple[str, nn.Parameter, Sharding]],
         *,
         data: Axis,
@@ -219,16 +219,16 @@ def make_buckets(
     over with the parameters in it.
     """
     make = partial(Bucket, sharded=sharded, grad_dtype=grad_dtype)
-    open_kinds: dict[Kind, list[tuple[str, nn.Parameter, Sharding]]] = {}
+    open_kinds: dict[BucketKind, list[tuple[str, nn.Parameter, Sharding]]] = {}
     buckets: list[Bucket] = []
 
-    def close(kind: Kind) -> None:
+    def close(kind: BucketKind) -> None:
         key, axes = bucket_key(len(buckets)), (data_axes[kind.family], partial_axes[kind.partial])
         flat = None if kept is None else partial(_kept, kept, key)
         buckets.append(make(kind, open_kinds.pop(kind), data=axes[0], partial=axes[1], flat=flat))
 
     for name, param, sharding in reversed(params):
-        kind = Kind(sharding.family, sharding.partial, decay=_decays(name, sharding))
+        kind = BucketKind(sharding.family, sharding.partial, decay=_decays(name, sharding))
         members = open_kinds.setdefault(kind, [])
         members.append((name, param, sharding))
         if sum(p.numel() * p.element_size() for _, p, _ in members) >= bucket_bytes:

@@ -39,14 +39,14 @@ class _Comm:
         return None
 
 
-class _AllGather(_Comm):
+class _RecordedAllGather(_Comm):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> Handle | None:
         return self._result(collectives.all_gather(input_tensor, self.axis, out=output_tensor), async_op)
 
 
-class _ReduceScatter(_Comm):
+class _RecordedReduceScatter(_Comm):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> Handle | None:
@@ -84,8 +84,8 @@ class FsdpReplicas:
                 part.set_gradient_divide_factor(1.0)
                 part.set_force_sum_reduction_for_comms(True)
                 if self._axis.size > 1:
-                    part.set_custom_all_gather(_AllGather(self._axis))  # pyright: ignore[reportArgumentType]
-                    part.set_custom_reduce_scatter(_ReduceScatter(self._axis))  # pyright: ignore[reportArgumentType]
+                    part.set_custom_all_gather(_RecordedAllGather(self._axis))  # pyright: ignore[reportArgumentType]
+                    part.set_custom_reduce_scatter(_RecordedReduceScatter(self._axis))  # pyright: ignore[reportArgumentType]
 
         for name, param in self._params() if kept is not None else ():
             local = param.to_local().detach()

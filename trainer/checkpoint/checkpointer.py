@@ -23,9 +23,9 @@ from ..processes.threads import Beside
 from . import files
 from .check import all_damaged, missing
 from .io import Save, read_full, read_together, write_full, write_together
-from .manifest import Damaged, differences, is_finite, read_manifest, read_state, resume_order, verify
+from .manifest import Damaged, damaged_files, is_finite, read_manifest, read_state, resume_order, verify
 from .names import step_folder
-from .stored import Stored
+from .stored import StoredTensor
 from .team import CheckpointError, Team
 from .tensors import PlannedFile, index_of, plan_files
 from .writers import Holding, HostBuffers, Write, assign
@@ -41,7 +41,7 @@ class _Layout:
 
     writes: list[Write]
     files: list[PlannedFile]
-    index: Mapping[str, Stored]
+    index: Mapping[str, StoredTensor]
     buffers: HostBuffers
 
 
@@ -330,7 +330,7 @@ class Checkpointer:
         # Largest first, dealt out in turn: shares of about the same bytes.
         order = sorted(known.files, key=lambda name: (-known.files[name].size, name))
         share = {name: known.files[name] for name in order[self._team.rank :: self._team.world]}
-        parts = self._team.together("verifying", lambda: differences(path, share))
+        parts = self._team.together("verifying", lambda: damaged_files(path, share))
         problems = sorted(problem for part in parts for problem in part)
         if not problems:
             state = self._team.first("verifying", lambda: _or_reason(read_state, path))

@@ -26,7 +26,7 @@ def temporary(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.tmp")
 
 
-def publish(written: Path, folder: Path) -> None:
+def publish_folder(written: Path, folder: Path) -> None:
     """Gives a complete, synced folder its final name: atomically, or in place of an older one of that name."""
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():

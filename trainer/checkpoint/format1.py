@@ -21,7 +21,7 @@ from torch import Tensor
 from ...configs.fields import short
 from ...configs.strict_json import JsonError, expect_file_name, expect_int
 from .manifest import OLD_INDEX, Damaged, FileSum
-from .stored import ITEM_BYTES, Stored, StoredBox, checked_box, checked_name
+from .stored import ITEM_BYTES, StoredBox, StoredTensor, checked_box, checked_name
 
 _DTYPES = {
     "float64": "F64",
@@ -108,7 +108,7 @@ class _Unpickler(pickle.Unpickler):
             raise JsonError(f"it names {short(f'{module}.{name}')}, which no checkpoint needs") from None
 
 
-def read_index(data: bytes, files: Mapping[str, FileSum]) -> dict[str, Stored]:
+def read_index(data: bytes, files: Mapping[str, FileSum]) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint from its `.metadata`.
 
     Args:
@@ -137,13 +137,13 @@ def _check_operations(data: bytes) -> None:
             raise JsonError("it is not the index of a checkpoint")
 
 
-def _tensors(found: Any, files: Mapping[str, FileSum]) -> dict[str, Stored]:
+def _tensors(found: Any, files: Mapping[str, FileSum]) -> dict[str, StoredTensor]:
     places: dict[tuple[str, tuple[int, ...]], _Remembered] = {}
     root = _object(found)
     for index, place in root.get("storage_data").items():
         name, offset = checked_name(_object(index).get("fqn")), _object(index).get("offset")
         places[name, _ints(offset if offset is not None else (), name)] = _object(place)
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name, about in root.get("state_dict_metadata").items():
         shape = _ints(_object(about).get("size"), checked_name(name))
         properties = _object(_object(about).get("properties")).state
@@ -155,7 +155,7 @@ def _tensors(found: Any, files: Mapping[str, FileSum]) -> dict[str, Stored]:
             _box(name, str(dtype), shape, (_ints(c.get("offsets"), name), _ints(c.get("sizes"), name)), places, files)
             for c in chunks
         ]
-        tensors[name] = Stored(str(dtype), shape, tuple(boxes))
+        tensors[name] = StoredTensor(str(dtype), shape, tuple(boxes))
     return tensors
 
 

@@ -31,7 +31,7 @@ from ...configs.strict_json import (
     parse_json,
 )
 from .manifest import FORMAT, INDEX, Damaged, FileSum, read_manifest, read_state, read_verified
-from .stored import ITEM_BYTES, Stored, StoredBox, checked_box, checked_name
+from .stored import ITEM_BYTES, StoredBox, StoredTensor, checked_box, checked_name
 
 _MAX_INDEX_BYTES = 1 << 30
 
@@ -43,11 +43,11 @@ class Contents:
     path: Path
     format: int
     files: Mapping[str, FileSum]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     state: dict[str, Any]
 
 
-def write_index(tensors: Mapping[str, Stored]) -> bytes:
+def write_index(tensors: Mapping[str, StoredTensor]) -> bytes:
     """The text of `tensors.json`, a line per tensor."""
     files = sorted({box.file for stored in tensors.values() for box in stored.boxes})
     number = {name: i for i, name in enumerate(files)}
@@ -81,7 +81,7 @@ def read_contents(path: Path) -> Contents:
     return Contents(path, manifest.format, manifest.files, tensors, state)
 
 
-def _index(value: Any, files: Mapping[str, FileSum]) -> dict[str, Stored]:
+def _index(value: Any, files: Mapping[str, FileSum]) -> dict[str, StoredTensor]:
     found = expect_object(value, "it", ("files", "tensors"))
     names = [expect_file_name(name, "a file") for name in expect_list(found["files"], "files")]
     lacking = [name for name in names if name not in files]
@@ -91,7 +91,7 @@ def _index(value: Any, files: Mapping[str, FileSum]) -> dict[str, Stored]:
     return {checked_name(name): _stored(name, about, names, files) for name, about in tensors.items()}
 
 
-def _stored(name: str, value: Any, names: Sequence[str], files: Mapping[str, FileSum]) -> Stored:
+def _stored(name: str, value: Any, names: Sequence[str], files: Mapping[str, FileSum]) -> StoredTensor:
     about = expect_object(value, name, ("dtype", "shape", "boxes"))
     dtype, shape = expect_text(about["dtype"], f"dtype of {name}"), _ints(about["shape"], f"shape of {name}")
     if dtype not in ITEM_BYTES:
@@ -105,7 +105,7 @@ def _stored(name: str, value: Any, names: Sequence[str], files: Mapping[str, Fil
         nbytes = math.prod(sizes) * ITEM_BYTES[dtype]
         start = expect_int(box[1], f"first byte of {name}")
         boxes.append(checked_box(name, shape, StoredBox(file, start, nbytes, offsets, sizes), files))
-    return Stored(dtype, shape, tuple(boxes))
+    return StoredTensor(dtype, shape, tuple(boxes))
 
 
 def _ints(value: Any, what: str) -> tuple[int, ...]:

@@ -16,9 +16,9 @@ from ...configs.errors import Problem, UserError
 from ...parallel.global_tensor import GlobalTensor
 from . import files
 from .index import Contents, read_contents, write_index
-from .manifest import INDEX, Damaged, FileSum, differences, write_file, write_manifest
+from .manifest import INDEX, Damaged, FileSum, damaged_files, write_file, write_manifest
 from .names import step_of
-from .stored import Stored
+from .stored import StoredTensor
 from .team import CheckpointError, Team
 from .tensors import DTYPES, PlannedFile, TensorFiles, index_of, plan_files, write_files
 from .writers import Write
@@ -39,7 +39,7 @@ class Save:
     writes: Sequence[Write]
     data: Sequence[Tensor]
     files: Sequence[PlannedFile]
-    index: Mapping[str, Stored]
+    index: Mapping[str, StoredTensor]
     """Of all ranks; only rank 0 needs it."""
     state: Mapping[str, Any]
     problem: Exception | None = None
@@ -81,7 +81,7 @@ def write_together(team: Team, save: Save) -> Published:
         if team.rank == 0:
             sums[INDEX] = write_file(tmp / INDEX, write_index(save.index))
             sums |= {name: write_file(tmp / name, content) for name, content in save.beside.items()}
-        wrong = differences(tmp, sums)
+        wrong = damaged_files(tmp, sums)
         if wrong:
             raise Damaged(f"read back after writing: {'; '.join(wrong)}")
         return sums, not_finite(save.writes, save.data)
@@ -90,7 +90,7 @@ def write_together(team: Team, save: Save) -> Published:
         total = {name: one for sums, _ in parts for name, one in sums.items()}
         bad = tuple(sorted({name for _, names in parts for name in names}))
         write_manifest(tmp, total, save.state, not_finite=bad[:_SHOWN])
-        files.publish(tmp, save.folder)
+        files.publish_folder(tmp, save.folder)
         return Published(sum(one.size for one in total.values()), bad)
 
     what = f"saving {save.folder}"
@@ -251,7 +251,7 @@ def read_full(path: Path, names: Sequence[str] | None = None) -> tuple[dict[str,
     if absent:
         raise UserError(*listed(path, [f"{name}: the checkpoint does not have it" for name in absent]))
     read_from = {box.file for name in wanted for box in contents.tensors[name].boxes}
-    problems = differences(path, {name: contents.files[name] for name in read_from})
+    problems = damaged_files(path, {name: contents.files[name] for name in read_from})
     if problems:
         raise UserError(Problem(str(path), f"damaged checkpoint: {'; '.join(problems)}"))
     found = {name: about for name, about in contents.tensors.items() if name in wanted}

@@ -26,7 +26,7 @@ from ...configs.strict_json import (
     parse_json,
     read_bytes,
 )
-from ..processes.threads import spread
+from ..processes.threads import map_threads
 from .names import checkpoints, step_of
 
 MANIFEST = "manifest.json"
@@ -253,7 +253,7 @@ def read_verified(folder: Path, name: str, known: FileSum, max_bytes: int = MAX_
     return data
 
 
-def differences(folder: Path, files: Mapping[str, FileSum]) -> list[str]:
+def damaged_files(folder: Path, files: Mapping[str, FileSum]) -> list[str]:
     """What is wrong with each of `files`, read whole: missing, of another size, or with another checksum."""
 
     def problem(name: str) -> str | None:
@@ -274,7 +274,7 @@ def differences(folder: Path, files: Mapping[str, FileSum]) -> list[str]:
             return f"{name} is not readable ({error.strerror})"
         return _difference(name, found, files[name])
 
-    return [found for found in spread(problem, sorted(files), _READERS) if found is not None]
+    return [found for found in map_threads(problem, sorted(files), _READERS) if found is not None]
 
 
 def _checksum(file: Any) -> FileSum:
@@ -299,7 +299,7 @@ def verify(folder: Path) -> list[str]:
         return [f"{folder} is not a folder"]
     try:
         manifest = read_manifest(folder)
-        problems = differences(folder, manifest.files)
+        problems = damaged_files(folder, manifest.files)
         if not problems:
             read_state(folder, manifest)
         return problems

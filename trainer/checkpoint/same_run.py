@@ -21,7 +21,7 @@ _FREE_DATA = {"cache", "prefetch"}
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """How far a run was."""
 
     step: int
@@ -31,7 +31,7 @@ class Progress:
     skipped: int
 
     @staticmethod
-    def of(state: Mapping[str, Any], path: Path) -> Progress:
+    def of(state: Mapping[str, Any], path: Path) -> RunProgress:
         """What the state of a checkpoint says.
 
         Raises:
@@ -46,7 +46,7 @@ class Progress:
             names = ("step", "updates", "tokens", "skipped")
             expect_object(state, "it", names)
             expect_object(state["same"], "same")
-            return Progress(*(expect_int(state[name], name) for name in names))
+            return RunProgress(*(expect_int(state[name], name) for name in names))
         except JsonError as error:
             raise UserError(
                 Problem("checkpoint.resume", f"state.json of {path} is not that of a run: {error}")
@@ -91,7 +91,7 @@ def run_problems(state: Mapping[str, Any], cfg: Config, path: Path, fingerprint:
         fingerprint: of the job's data; none: not known yet.
     """
     try:
-        Progress.of(state, path)
+        RunProgress.of(state, path)
         model = model_config_from_state(state)
     except UserError as error:
         return error.problems

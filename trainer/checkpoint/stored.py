@@ -41,7 +41,7 @@ class StoredBox:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor of a checkpoint."""
 
     dtype: str

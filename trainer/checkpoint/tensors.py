@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ...configs.strict_json import JsonError, open_regular
 from ...parallel.global_tensor import GlobalTensor
-from ..processes.threads import spread
+from ..processes.threads import map_threads
 from .format1 import decode_box
 from .index import Contents
 from .manifest import FORMAT, Damaged, FileSum, SummedFile
-from .stored import Stored, StoredBox
+from .stored import StoredBox, StoredTensor
 from .writers import Write
 
 DTYPES = {
@@ -101,7 +101,7 @@ def _header(writes: Sequence[Write]) -> tuple[bytes, tuple[int, ...]]:
     return header, tuple(len(header) + start for start in ends[:-1])
 
 
-def index_of(everyone: Sequence[Sequence[Write]]) -> dict[str, Stored]:
+def index_of(everyone: Sequence[Sequence[Write]]) -> dict[str, StoredTensor]:
     """Where all ranks' writes will be, tensor by tensor."""
     about: dict[str, Write] = {}
     boxes: dict[str, list[StoredBox]] = {}
@@ -112,7 +112,9 @@ def index_of(everyone: Sequence[Sequence[Write]]) -> dict[str, Stored]:
                 about.setdefault(w.name, w)
                 boxes.setdefault(w.name, []).append(StoredBox(file.name, start, w.nbytes, w.offsets, w.sizes))
     return {
-        name: Stored(_NAMES[about[name].dtype], about[name].shape, tuple(sorted(boxes[name], key=lambda b: b.offsets)))
+        name: StoredTensor(
+            _NAMES[about[name].dtype], about[name].shape, tuple(sorted(boxes[name], key=lambda b: b.offsets))
+        )
         for name in sorted(boxes)
     }
 
@@ -133,7 +135,7 @@ def write_files(folder: Path, files: Sequence[PlannedFile], data: Sequence[Tenso
                 out.write(_bytes(data[number]))
             return out.finish()
 
-    return dict(zip((file.name for file in files), spread(write, files, _THREADS), strict=True))
+    return dict(zip((file.name for file in files), map_threads(write, files, _THREADS), strict=True))
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -142,7 +144,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 @dataclass(frozen=True)
-class Part:
+class BoxOverlap:
     """What one stored box gives to a box that is read."""
 
     stored: StoredBox
@@ -174,7 +176,7 @@ class TensorFiles:
             os.close(fd)
         self._open = {}
 
-    def parts(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[Part]:
+    def parts(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[BoxOverlap]:
         """Where the elements of a box of a tensor are.
 
         Raises:
@@ -192,7 +194,7 @@ class TensorFiles:
         if held != math.prod(sizes) or _overlap(firsts, lasts):
             raise Damaged(f"of the {math.prod(sizes)} elements of {name} at {offsets}, it does not hold each once")
         return [
-            Part(stored.boxes[int(i)], tuple(map(int, first)), tuple(map(int, last - first)))
+            BoxOverlap(stored.boxes[int(i)], tuple(map(int, first)), tuple(map(int, last - first)))
             for i, first, last in zip(touching, firsts, lasts, strict=True)
         ]
 
@@ -203,7 +205,7 @@ class TensorFiles:
             Damaged: the checkpoint does not hold what its index says; found before anything is read where possible.
             OSError: a file cannot be read.
         """
-        jobs: list[tuple[Part, torch.dtype, Tensor]] = []
+        jobs: list[tuple[BoxOverlap, torch.dtype, Tensor]] = []
         for name, piece in wanted.items():
             dtype = DTYPES[self.contents.tensors[name].dtype]
             for box in piece.boxes:
@@ -215,9 +217,9 @@ class TensorFiles:
                     jobs.append((part, dtype, inside))
         # Neighbours in a file one after the other.
         jobs.sort(key=lambda job: (job[0].stored.file, job[0].stored.start))
-        spread(lambda job: self._read(*job), jobs, _THREADS)
+        map_threads(lambda job: self._read(*job), jobs, _THREADS)
 
-    def _read(self, part: Part, dtype: torch.dtype, out: Tensor) -> None:
+    def _read(self, part: BoxOverlap, dtype: torch.dtype, out: Tensor) -> None:
         box = part.stored
         inner = tuple(at - first for at, first in zip(part.offsets, box.offsets, strict=True))
         if self.contents.format != FORMAT:

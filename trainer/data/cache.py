@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ...configs.errors import Problem, UserError
 from .documents import Tally, read_documents
-from .encode import SAY_EVERY_S, Progress, write_documents
+from .encode import SAY_EVERY_S, ProgressLine, write_documents
 from .files import no_text
 from .indexed import SCAN_BYTES, IndexedReader, IndexedWriter
 from .tokenizer import Tokenizer, coding, token_dtype
@@ -47,7 +47,7 @@ def tokenize_cached(
             ready = _open_ready(prefix)
             if ready is not None:
                 return ready
-            said = Progress(f"tokenizing {len(files)} files", total, enabled=progress)
+            said = ProgressLine(f"tokenizing {len(files)} files", total, enabled=progress)
             tally = Tally()
             with IndexedWriter(prefix, token_dtype(tokenizer.vocab), coding=coding(tokenizer)) as writer:
                 write_documents(writer, tokenizer, read_documents(files, kind, field, tally), said)

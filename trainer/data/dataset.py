@@ -17,7 +17,7 @@ from ...configs.schema import DataConfig
 from ...parallel.labels import IGNORED
 from .packing import Boundaries, TokenStream, pair_sum
 from .sampler import Sampler, make_pattern, permute
-from .sources import is_text, open_indexed, open_text, split_windows
+from .sources import is_text, open_indexed, open_text_source, split_windows
 from .tokenizer import Tokenizer, check_vocab, make_tokenizer
 
 
@@ -195,7 +195,7 @@ def open_data(
     if tokenizer is None:
         sources = open_indexed(cfg, vocab)
     else:
-        sources = [open_text(cfg, tokenizer, vocab, progress=progress)]
+        sources = [open_text_source(cfg, tokenizer, vocab, progress=progress)]
     splits = [split_windows(source.name, source.stream.tokens, seq_len, cfg.holdout) for source in sources]
     problems = [split for split in splits if isinstance(split, Problem)]
     if problems:

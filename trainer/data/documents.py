@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...configs.errors import Problem, UserError
-from .files import kind_of
+from .files import file_kind
 from .opening import DAMAGE, open_text
 from .parquet import read_parquet
 
@@ -46,7 +46,7 @@ def read_documents(
     """
     for path in files:
         try:
-            for document in READERS[kind or kind_of(path)](path, field):
+            for document in READERS[kind or file_kind(path)](path, field):
                 if document.text:
                     yield document
                 elif tally is not None:

@@ -30,7 +30,7 @@ def write_documents(
     writer: IndexedWriter,
     tokenizer: Tokenizer,
     documents: Iterable[Document],
-    progress: Progress,
+    progress: ProgressLine,
     *,
     append_eod: bool = True,
     workers: int = 1,
@@ -115,7 +115,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-class Progress:
+class ProgressLine:
     """A line on stderr every few seconds while something long goes on; nothing at all when it is quick."""
 
     def __init__(self, label: str, total: float, enabled: bool = True) -> None:

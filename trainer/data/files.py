@@ -233,7 +233,7 @@ def kind_of_content(path: Path) -> str | None:
     return "jsonl" if first_object(path) else None
 
 
-def kind_of(path: Path) -> str:
+def file_kind(path: Path) -> str:
     """text, jsonl or parquet: by suffix, else by content."""
     return kind_of_suffix(path) or kind_of_content(path) or "text"
 
@@ -242,7 +242,7 @@ def kind_notice(files: Sequence[Path]) -> str | None:
     """A line that says which files are of which kind, where they are of several."""
     kinds: dict[str, list[Path]] = {}
     for file in files:
-        kinds.setdefault(kind_of(file), []).append(file)
+        kinds.setdefault(file_kind(file), []).append(file)
     if len(kinds) < 2:
         return None
     return "mixed kinds: " + "; ".join(f"{len(paths)} {kind} ({_names(paths)})" for kind, paths in kinds.items())

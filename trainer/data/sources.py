@@ -89,7 +89,7 @@ def text_files(cfg: DataConfig) -> TextFiles:
     return TextFiles(tuple(found.files), cfg.name, getattr(cfg, "field", ""), tuple(found.notices()))
 
 
-def open_text(cfg: DataConfig, tokenizer: Tokenizer, vocab: int, *, progress: bool = True) -> Source:
+def open_text_source(cfg: DataConfig, tokenizer: Tokenizer, vocab: int, *, progress: bool = True) -> Source:
     """A text source, tokenized now if it never was. Raises UserError."""
     check_vocab(tokenizer.vocab - 1, vocab, "the tokenizer")
     text = text_files(cfg)

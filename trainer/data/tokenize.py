@@ -13,7 +13,7 @@ from ...configs.errors import Problem, UserError
 from ...configs.schema import TokenizerConfig
 from ...configs.tokenized import META_SUFFIX, Coding, token_prefix
 from .documents import Tally, read_documents
-from .encode import Progress, write_documents
+from .encode import ProgressLine, write_documents
 from .files import kind_notice, no_text, survey
 from .indexed import IndexedReader, IndexedWriter
 from .tokenizer import coding, make_tokenizer, token_dtype
@@ -98,7 +98,7 @@ def _tokenize(
         print(line, file=sys.stderr, flush=True)
     started = time.monotonic()
     total = sum(file.stat().st_size for file in found.files)
-    said = Progress(f"tokenizing to {out_prefix}", total, enabled=progress)
+    said = ProgressLine(f"tokenizing to {out_prefix}", total, enabled=progress)
     tally, how = Tally(), coding(coder, append_eod)
     try:
         with IndexedWriter(out_prefix, token_dtype(coder.vocab), coding=how) as writer:
@@ -121,7 +121,7 @@ def _tokenize(
     )
 
 
-def describe(done: Tokenized) -> list[str]:
+def tokenized_lines(done: Tokenized) -> list[str]:
     """What was written, in lines for the console."""
     how = done.coding
     end = f"end of document {how.eod}" if how.eod is not None else "no end-of-document token"

@@ -62,11 +62,11 @@ def peak_tflops(
         return Peak(measure_cpu_peak(dtype, barrier), "measured")
     if device.type == "cuda":
         tf32 = torch.get_float32_matmul_precision() != "highest"
-        return lookup(torch.cuda.get_device_name(device), dtype, tf32=tf32)
+        return peak_of(torch.cuda.get_device_name(device), dtype, tf32=tf32)
     return Peak(None, "unknown device")
 
 
-def lookup(device_name: str, dtype: torch.dtype, *, tf32: bool) -> Peak:
+def peak_of(device_name: str, dtype: torch.dtype, *, tf32: bool) -> Peak:
     """Table row of a device name; tf32: fp32 products run on tensor cores in TF32."""
     if not _NOT_THE_WHOLE.search(device_name):
         for pattern, bf16, tf32_peak, fp32, fp64 in _PEAKS:

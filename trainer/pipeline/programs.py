@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from ...configs.schema import Config
 from ...configs.tables.schedules import SCHEDULES, is_program
-from ...models.costs.parts import Split
+from ...models.costs.parts import StageSplit
 from ...parallel.pipeline import schedules
-from ...parallel.pipeline.check import check
+from ...parallel.pipeline.check import check_program
 from ...parallel.pipeline.communication import is_lowered
 from ...parallel.pipeline.lower import forward_only, lower
 from ...parallel.pipeline.offload import first_chunks, offload, windows, worthwhile
@@ -38,14 +38,14 @@ class Pipeline:
     """
 
     placement: tuple[int, ...]
-    split: Split
+    split: StageSplit
     times: Times
 
     @staticmethod
     def of(cfg: Config) -> Pipeline:
         """The pipeline that the config asks for: layers split by their cost, or as it says."""
         stages = StageLayers.of(cfg)
-        split = Split.of(stages.counts, balanced=stages.balanced)
+        split = StageSplit.of(stages.counts, balanced=stages.balanced)
         return Pipeline(stages.placement, split, _times(cfg, split, stages.placement, *stages.costs))
 
     @property
@@ -100,7 +100,7 @@ def training_program(cfg: Config, pipeline: Pipeline, microbatches: int, buckets
     program = offloaded(cfg, program, pipeline.times)
     tails = [ops + update(count) for ops, count in zip(program.ranks, buckets, strict=True)]
     program = replace(program, ranks=tuple(tails))
-    check(program)
+    check_program(program)
     return program
 
 
@@ -133,12 +133,12 @@ def evaluation_program(cfg: Config, pipeline: Pipeline, microbatches: int) -> Pr
     """Forward passes only, checked."""
     barriers = cfg.parallel.pipeline.vocab_barriers if pipeline.split.balanced else 0
     program = lower(forward_only(pipeline.placement, microbatches, barriers), times=pipeline.times)
-    check(program)
+    check_program(program)
     return program
 
 
 def _times(
-    cfg: Config, split: Split, placement: Sequence[int], costs: Sequence[float], ahead: float, head: float
+    cfg: Config, split: StageSplit, placement: Sequence[int], costs: Sequence[float], ahead: float, head: float
 ) -> Times:
     """Of the passes through each stage; `costs` of the layers, prediction modules and head are in one unit."""
     ranks = max(placement) + 1

@@ -72,7 +72,7 @@ class Failure:
         return Failure(rank, world, at, user, everywhere, lost, lines, trace)
 
 
-def describe(error: BaseException, *, rank: int, world: int, everywhere: bool = False) -> Failure:
+def failure_of(error: BaseException, *, rank: int, world: int, everywhere: bool = False) -> Failure:
     """The failure of a rank."""
     user = isinstance(error, UserError) or (isinstance(error, LostRank) and error.user)
     first = str(error).partition("\n")[0]

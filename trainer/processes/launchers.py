@@ -38,7 +38,7 @@ _BRACKET = re.compile(r"\[([^\[\]]*)\]")
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """A rank among those of its job; None where the launcher does not tell."""
 
     source: str
@@ -75,7 +75,7 @@ def place(env: Mapping[str, str]) -> dict[str, str]:
     return made | {name: env.get(name, value) for name, value in local.items()}
 
 
-def _given(env: Mapping[str, str]) -> Place:
+def _given(env: Mapping[str, str]) -> RankPlace:
     """What RANK and WORLD_SIZE say, compared with what others do."""
     for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
         if name not in env:
@@ -96,14 +96,14 @@ def _given(env: Mapping[str, str]) -> Place:
     return given
 
 
-def _other(env: Mapping[str, str]) -> Place | None:
+def _other(env: Mapping[str, str]) -> RankPlace | None:
     """What launchers other than torchrun say."""
     task, step = _tasks(env), _slurm(env)
     # mpirun starts one task of a step on each host; srun with PMI sets both alike, and SLURM tells more.
     return step if task is None or (step and (step.rank, step.world) == (task.rank, task.world)) else task
 
 
-def _tasks(env: Mapping[str, str]) -> Place | None:
+def _tasks(env: Mapping[str, str]) -> RankPlace | None:
     """What the launchers of `TASKS` say.
 
     Raises:
@@ -120,7 +120,7 @@ def _tasks(env: Mapping[str, str]) -> Place | None:
     return found[0] if found else None
 
 
-def _slurm(env: Mapping[str, str]) -> Place | None:
+def _slurm(env: Mapping[str, str]) -> RankPlace | None:
     """The task of a SLURM step that this process is."""
     if not any(name in env for name in _SLURM_STEP):
         if env.get("SLURM_PROCID", "0") != "0":
@@ -135,11 +135,11 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
     return _checked(env, "SLURM", "SLURM_PROCID", size or "SLURM_NTASKS", "SLURM_LOCALID", "")
 
 
-def _checked(env: Mapping[str, str], source: str, rank: str, size: str, local_rank: str, local_size: str) -> Place:
+def _checked(env: Mapping[str, str], source: str, rank: str, size: str, local_rank: str, local_size: str) -> RankPlace:
     for name, other in ((rank, size), (size, rank)):
         if name not in env:
             raise UserError(f"{source}: {name} is not set, but {other}={env.get(other)} is; start the job again")
-    place = Place(
+    place = RankPlace(
         source,
         _number(env, rank),
         _number(env, size),
@@ -163,7 +163,7 @@ def _number(env: Mapping[str, str], name: str) -> int:
     return int(value)
 
 
-def _local(env: Mapping[str, str], found: Place) -> tuple[int, int]:
+def _local(env: Mapping[str, str], found: RankPlace) -> tuple[int, int]:
     """This process's number among those on its host, and how many those are."""
     rank, world = found.local_rank, found.local_world
     if rank is None and "LOCAL_RANK" in env:
@@ -191,7 +191,7 @@ def _slurm_local_world(env: Mapping[str, str]) -> int | None:
     return counts[min(int(node), len(counts) - 1)] if node.isdecimal() else None
 
 
-def _one_host(env: Mapping[str, str], found: Place) -> bool:
+def _one_host(env: Mapping[str, str], found: RankPlace) -> bool:
     if env.get("MASTER_ADDR") in _THIS_HOST:
         return True
     nodes = env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or env.get("SLURM_JOB_NUM_NODES")
@@ -200,7 +200,7 @@ def _one_host(env: Mapping[str, str], found: Place) -> bool:
     return found.source == "SLURM" and (nodes or str(len(list(hosts(_node_list(env)))))) in ("0", "1")
 
 
-def _meeting_point(env: Mapping[str, str], found: Place) -> dict[str, str]:
+def _meeting_point(env: Mapping[str, str], found: RankPlace) -> dict[str, str]:
     """Where rank 0 waits for the others: on the first host, at a port that the job's number gives."""
     address = env.get("MASTER_ADDR")
     if address is None:

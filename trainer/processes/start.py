@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ...configs import Config, hide
-from .failure import Failure, describe, print_failure
+from .failure import Failure, failure_of, print_failure
 from .meeting import Meeting
 from .signals import StopRequest
 
@@ -48,7 +48,7 @@ class Start:
         """Tells why this rank ends; once."""
         if self.failure is None:
             rank, world = self.meeting.rank, self.meeting.world
-            failure = describe(error, rank=rank, world=world, everywhere=everywhere)
+            failure = failure_of(error, rank=rank, world=world, everywhere=everywhere)
             if cfg is not None:
                 lines = tuple(hide(cfg, line) for line in failure.lines)
                 failure = replace(failure, lines=lines, trace=hide(cfg, failure.trace))

@@ -18,7 +18,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-def spread(fn: Callable[[S], T], items: Iterable[S], threads: int) -> list[T]:
+def map_threads(fn: Callable[[S], T], items: Iterable[S], threads: int) -> list[T]:
     """`fn` of each item, in their order, by several threads, of which the calling one is the first.
 
     Args:

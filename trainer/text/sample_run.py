@@ -15,7 +15,7 @@ from ..run_folder import checkpoint_folder
 from ..session import Session
 from ..setup import Ranks
 from .prompts import make_coder
-from .samples import Sampler
+from .samples import PromptSampler
 from .tokenizer_files import of_checkpoint
 
 REQUEST = "request.json"
@@ -61,7 +61,7 @@ def _answer(session: Session, folder: Path) -> None:
     try:
         tokenizer = of_checkpoint(init)
         coder = make_coder(tokenizer, str(init))
-        found = Sampler(cfg, mesh, parts.pipeline, session.stepper, coder, tokenizer.stops)(
+        found = PromptSampler(cfg, mesh, parts.pipeline, session.stepper, coder, tokenizer.stops)(
             request["prompts"], request["count"]
         )
     finally:

@@ -33,7 +33,7 @@ class Sample:
     tokens: tuple[int, ...]
 
 
-class Sampler:
+class PromptSampler:
     """Continues prompts greedily. Every rank makes one and calls it at the same time.
 
     Args:

@@ -14,7 +14,7 @@ from ..simulate import Timeline
 
 
 @dataclass(frozen=True)
-class Box:
+class OpBox:
     """An operation that took time."""
 
     rank: int
@@ -23,20 +23,20 @@ class Box:
     end: float
 
 
-def boxes(timeline: Timeline) -> list[Box]:
+def op_boxes(timeline: Timeline) -> list[OpBox]:
     """Operations that took time, rank by rank."""
     return [
-        Box(rank, op, start, end)
+        OpBox(rank, op, start, end)
         for rank, (ops, spans) in enumerate(zip(timeline.program.ranks, timeline.spans, strict=True))
         for op, (start, end) in zip(ops, spans, strict=True)
         if op.kind.drawn and end > start
     ]
 
 
-def copies(timeline: Timeline) -> list[Box]:
+def copies(timeline: Timeline) -> list[OpBox]:
     """Copies between device and host while their engine runs them, as simulated."""
     return [
-        Box(rank, op, end - timeline.times.latency(op, rank), end)
+        OpBox(rank, op, end - timeline.times.latency(op, rank), end)
         for rank, (ops, spans) in enumerate(zip(timeline.program.ranks, timeline.spans, strict=True))
         for op, (_, end) in zip(ops, spans, strict=True)
         if op.kind.engine and timeline.times.latency(op, rank) > 0
@@ -72,15 +72,15 @@ def figures(timeline: Timeline) -> Figures:
     """Totals of a timeline; operations of the update do not count."""
     used = utilization(timeline)
     idle = tuple(idle / span if span else 0.0 for idle, span in zip(used.idle, used.span, strict=True))
-    end = max((box.end for box in boxes(timeline) if box.op.kind.computes), default=0.0)
+    end = max((box.end for box in op_boxes(timeline) if box.op.kind.computes), default=0.0)
     return Figures(end, used.longest, used.bubble_rate, idle, peak_activations(timeline.program))
 
 
-def causes(timeline: Timeline, least: float) -> Iterator[tuple[Box, Box]]:
+def causes(timeline: Timeline, least: float) -> Iterator[tuple[OpBox, OpBox]]:
     """(what was waited for, what waited) for every wait longer than `least` for an operation of another rank."""
-    found = {(box.rank, _as_need(box.op)): box for box in boxes(timeline)}
+    found = {(box.rank, _as_need(box.op)): box for box in op_boxes(timeline)}
     before: dict[int, float] = {}
-    for box in boxes(timeline):
+    for box in op_boxes(timeline):
         idle = box.start - before.get(box.rank, 0.0)
         before[box.rank] = box.end
         if idle <= least or not box.op.kind.computes:
@@ -91,10 +91,10 @@ def causes(timeline: Timeline, least: float) -> Iterator[tuple[Box, Box]]:
             yield latest, box
 
 
-def stage_flows(timeline: Timeline) -> Iterator[tuple[Box, Box]]:
+def stage_flows(timeline: Timeline) -> Iterator[tuple[OpBox, OpBox]]:
     """(sender, receiver) of every hand-over between stages on different ranks."""
-    found = {(box.rank, _as_need(box.op)): box for box in boxes(timeline)}
-    for box in boxes(timeline):
+    found = {(box.rank, _as_need(box.op)): box for box in op_boxes(timeline)}
+    for box in op_boxes(timeline):
         if not box.op.kind.of_stage:
             continue
         for rank, need in data_needs(timeline.program, box.op):

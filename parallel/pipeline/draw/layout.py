@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..memory import Curve, activation_curve
 from ..needs import KINDS, Kinds
 from ..simulate import Timeline
-from .figures import Box, Figures, boxes, causes, chunk_of, copies, figures
+from .figures import Figures, OpBox, causes, chunk_of, copies, figures, op_boxes
 from .style import (
     CAUSE,
     CURVE,
@@ -22,9 +22,9 @@ from .style import (
     PAPER,
     REAL_EDGE,
     UPDATE_HUE,
+    Drawing,
     Label,
-    Line,
-    Picture,
+    Polyline,
     Rect,
     number,
     on,
@@ -74,14 +74,14 @@ class _Frame:
         return self.bottom + 60
 
 
-def picture(timeline: Timeline, actual: Timeline | None = None, *, unit: str = "", title: str = "") -> Picture:
+def picture(timeline: Timeline, actual: Timeline | None = None, *, unit: str = "", title: str = "") -> Drawing:
     """The shapes of a timeline's picture, or of a planned one above a real one on the same axis."""
     timelines = [timeline] if actual is None else [timeline, actual]
-    drawn = [boxes(one) for one in timelines]
+    drawn = [op_boxes(one) for one in timelines]
     stated = [figures(one) for one in timelines]
     frame = _frame(timelines, drawn)
     height = frame.memory_top + frame.ranks * (frame.memory + 5) + 16
-    result = Picture(_LEFT + frame.width + _RIGHT, height)
+    result = Drawing(_LEFT + frame.width + _RIGHT, height)
     shapes = result.shapes
     shapes.append(Rect(0, 0, result.width, result.height, PAPER))
     shapes += _header(timeline, stated, unit, title, result.width)
@@ -98,7 +98,7 @@ def picture(timeline: Timeline, actual: Timeline | None = None, *, unit: str = "
     return result
 
 
-def _frame(timelines: list[Timeline], drawn: list[list[Box]]) -> _Frame:
+def _frame(timelines: list[Timeline], drawn: list[list[OpBox]]) -> _Frame:
     end = max(max(one.makespan for one in timelines), 1e-12)
     widths = sorted(box.end - box.start for box in drawn[0] if box.op.kind.of_stage) or [end]
     width = min(max(_SHORT_BOX * end / widths[len(widths) // 4], _PLOT[0]), _PLOT[1])
@@ -136,7 +136,7 @@ def _header(timeline: Timeline, stated: list[Figures], unit: str, title: str, wi
     ]
 
 
-def _legend(timeline: Timeline, drawn: list[list[Box]], width: float) -> list[Rect | Label]:
+def _legend(timeline: Timeline, drawn: list[list[OpBox]], width: float) -> list[Rect | Label]:
     kinds = {box.op.kind for found in drawn for box in found}
     shapes: list[Rect | Label] = []
     x, y, chunks = 16.0, 64.0, timeline.program.chunks
@@ -176,15 +176,15 @@ def _lanes(frame: _Frame, stated: list[Figures]) -> list[Rect | Label]:
     return shapes
 
 
-def _axis(frame: _Frame, unit: str) -> list[Line | Label]:
-    shapes: list[Line | Label] = []
+def _axis(frame: _Frame, unit: str) -> list[Polyline | Label]:
+    shapes: list[Polyline | Label] = []
     y = frame.bottom + 6
     for tick in ticks(frame.end, frame.width / 75):
         x = frame.x(tick)
-        shapes.append(Line(((x, _TOP), (x, frame.bottom)), GRID, 0.8))
-        shapes.append(Line(((x, y), (x, y + 4)), FAINT))
+        shapes.append(Polyline(((x, _TOP), (x, frame.bottom)), GRID, 0.8))
+        shapes.append(Polyline(((x, y), (x, y + 4)), FAINT))
         shapes.append(Label(x, y + 13, number(tick), 10.5, MUTED))
-    shapes.append(Line(((_LEFT, y), (_LEFT + frame.width, y)), FAINT))
+    shapes.append(Polyline(((_LEFT, y), (_LEFT + frame.width, y)), FAINT))
     shapes.append(Label(_LEFT + frame.width + 46, y + 13, unit or "time", 10.5, MUTED, "end"))
     return shapes
 
@@ -197,7 +197,7 @@ def ticks(end: float, at_most: float) -> list[float]:
     return [i * step for i in range(int(end / step * (1 + 1e-9)) + 1)]
 
 
-def _operations(frame: _Frame, timeline: Timeline, found: list[Box], lane: int, *, tips: bool) -> list[Rect | Label]:
+def _operations(frame: _Frame, timeline: Timeline, found: list[OpBox], lane: int, *, tips: bool) -> list[Rect | Label]:
     chunk, chunks = chunk_of(timeline), timeline.program.chunks
     rects, labels = [], []
     for box in found:
@@ -219,7 +219,7 @@ def _operations(frame: _Frame, timeline: Timeline, found: list[Box], lane: int, 
     return sorted(rects, key=lambda r: (r.fill, r.y, r.x)) + sorted(labels, key=lambda s: (s.fill, s.size, s.y, s.x))
 
 
-def _copies(frame: _Frame, found: list[Box], *, tips: bool) -> list[Rect]:
+def _copies(frame: _Frame, found: list[OpBox], *, tips: bool) -> list[Rect]:
     """Strips under the ranks' lanes: to the host above, to the device below."""
     rects = []
     for box in found:
@@ -230,7 +230,7 @@ def _copies(frame: _Frame, found: list[Box], *, tips: bool) -> list[Rect]:
     return sorted(rects, key=lambda r: (r.fill, r.y, r.x))
 
 
-def _causes(frame: _Frame, timeline: Timeline) -> list[Line]:
+def _causes(frame: _Frame, timeline: Timeline) -> list[Polyline]:
     """From what a rank waited for to what it waited with: the reason of each wait, where there are few enough."""
     found = list(causes(timeline, frame.end * 1e-6))
     if len(found) > _CAUSES or frame.lane < 16:
@@ -240,15 +240,15 @@ def _causes(frame: _Frame, timeline: Timeline) -> list[Line]:
         down = target.rank > source.rank
         start = frame.x(source.end), frame.y(source.rank) + (frame.lane if down else 0)
         end = frame.x(target.start), frame.y(target.rank) + (0 if down else frame.lane)
-        lines.append(Line((start, end), CAUSE, 0.7))
+        lines.append(Polyline((start, end), CAUSE, 0.7))
     return lines
 
 
-def _memory(frame: _Frame, timelines: list[Timeline], stated: list[Figures]) -> list[Rect | Line | Label]:
+def _memory(frame: _Frame, timelines: list[Timeline], stated: list[Figures]) -> list[Rect | Polyline | Label]:
     top = frame.memory_top
     curves = [activation_curve(timeline) for timeline in timelines]
     what = "activations held (microbatches)" + ("; filled: plan, line: real" if frame.lanes > 1 else "")
-    shapes: list[Rect | Line | Label] = [
+    shapes: list[Rect | Polyline | Label] = [
         Label(_LEFT, top - 14, what, 11, MUTED, "start"),
         Label(_LEFT + frame.width + 46, top - 14, "peak", 10, FAINT, "end"),
     ]
@@ -263,8 +263,8 @@ def _memory(frame: _Frame, timelines: list[Timeline], stated: list[Figures]) -> 
             if not steps:
                 continue
             edge, fill = (CURVE_EDGE, CURVE) if lane == 0 else (REAL_EDGE, "")
-            shapes.append(Line(steps, edge, 1.0, fill))
-        shapes.append(Line(((_LEFT, base), (_LEFT + frame.width, base)), FRAME))
+            shapes.append(Polyline(steps, edge, 1.0, fill))
+        shapes.append(Polyline(((_LEFT, base), (_LEFT + frame.width, base)), FRAME))
         peaks = " → ".join(dict.fromkeys(number(one.peak[rank]) for one in stated))
         shapes.append(Label(_LEFT + frame.width + 46, y + frame.memory / 2, peaks, size, MUTED, "end"))
     return shapes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..simulate import Timeline
 from .layout import picture
-from .style import Label, Line, Picture, Rect
+from .style import Drawing, Label, Polyline, Rect
 
 _ANCHOR = {"start": "left", "middle": "center", "end": "right"}
 _POINTS = 72 / 100  # matplotlib's font sizes and line widths are points; a figure of 100 dpi makes a pixel 0.72 of one
@@ -27,7 +27,7 @@ def png(
     _render(drawn, Path(path), zoom)
 
 
-def _render(drawn: Picture, path: Path, zoom: float) -> None:
+def _render(drawn: Drawing, path: Path, zoom: float) -> None:
     # Imported here: whoever only simulates does not wait for it. No pyplot: it keeps figures in the process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.collections import LineCollection, PolyCollection
@@ -46,8 +46,8 @@ def _render(drawn: Picture, path: Path, zoom: float) -> None:
             corners = [[(r.x, r.y), (r.x + r.w, r.y), (r.x + r.w, r.y + r.h), (r.x, r.y + r.h)] for r in rects]
             fills = [r.fill for r in rects]
             axes.add_collection(PolyCollection(corners, facecolors=fills, edgecolors="none", zorder=order))
-        elif kind is Line:
-            lines = [shape for shape in shapes if isinstance(shape, Line)]
+        elif kind is Polyline:
+            lines = [shape for shape in shapes if isinstance(shape, Polyline)]
             for line in lines:
                 if line.fill:
                     axes.add_collection(PolyCollection([line.points], facecolors=line.fill, zorder=order))

@@ -27,7 +27,7 @@ class Rect:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class Polyline:
     """Straight lines through points, filled where `fill` is given."""
 
     points: tuple[tuple[float, float], ...]
@@ -49,11 +49,11 @@ class Label:
     bold: bool = False
 
 
-Shape = Rect | Line | Label
+Shape = Rect | Polyline | Label
 
 
 @dataclass
-class Picture:
+class Drawing:
     """Shapes in drawing order, in pixels, y downwards."""
 
     width: float

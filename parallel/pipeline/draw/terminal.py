@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..kind import Kind
 from ..needs import KINDS
 from ..simulate import Timeline
-from .figures import Box, boxes, chunk_of, figures
+from .figures import OpBox, chunk_of, figures, op_boxes
 from .layout import ticks
 from .style import number, on, rgb, shade
 
@@ -21,7 +21,7 @@ def terminal(timeline: Timeline, width: int = 120, *, colour: bool = False, unit
     An operation is a letter and its microbatch ("F3"; lower case on later chunks) as far as its columns go, idle time
     a dot. With `colour` (24-bit ANSI) the letter is left out and the kind is the background.
     """
-    found = [box for box in boxes(timeline) if box.op.kind.computes]
+    found = [box for box in op_boxes(timeline) if box.op.kind.computes]
     ranks = len(timeline.program.ranks)
     margin = len(f"rank {ranks - 1}") + 2
     end = figures(timeline).end
@@ -44,7 +44,7 @@ def terminal(timeline: Timeline, width: int = 120, *, colour: bool = False, unit
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def _scale(found: list[Box], end: float, columns: int) -> float:
+def _scale(found: list[OpBox], end: float, columns: int) -> float:
     """Columns per unit of time: whole columns for the shortest operation where there is room for them."""
     scale = columns / end
     shortest = min((b.end - b.start for b in found if b.op.kind.of_stage), default=end)
@@ -52,7 +52,7 @@ def _scale(found: list[Box], end: float, columns: int) -> float:
     return int(cells + 1e-9) / shortest if 1 <= cells + 1e-9 < 12 else scale if cells < 1 else 12 / shortest
 
 
-def _text(box: Box, columns: int, chunk: int, colour: bool) -> str:
+def _text(box: OpBox, columns: int, chunk: int, colour: bool) -> str:
     digits = str(box.op.index)
     letter = box.op.kind.letter or box.op.kind.token
     letter = letter.lower() if chunk else letter

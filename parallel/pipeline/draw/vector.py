@@ -7,7 +7,7 @@ from itertools import groupby
 
 from ..simulate import Timeline
 from .layout import picture
-from .style import FRAME, Label, Line, Rect, Shape
+from .style import FRAME, Label, Polyline, Rect, Shape
 
 _FONT = "Inter, 'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 
@@ -39,7 +39,7 @@ def _style(shape: Shape) -> str:
     match shape:
         case Rect():
             return f' fill="{shape.fill}"'
-        case Line():
+        case Polyline():
             return f' fill="{shape.fill or "none"}" stroke="{shape.stroke}" stroke-width="{_n(shape.width)}"'
         case Label():
             bold = ' font-weight="600"' if shape.bold else ""
@@ -51,14 +51,14 @@ def _element(shape: Shape) -> str:
         case Rect():
             path = f'<path d="M{_n(shape.x)} {_n(shape.y)}h{_n(shape.w)}v{_n(shape.h)}h{_n(-shape.w)}z"'
             return f"{path}><title>{escape(shape.tip)}</title></path>" if shape.tip else f"{path}/>"
-        case Line():
+        case Polyline():
             return f'<path d="{_path(shape)}"/>'
         case Label():
             # 0.35 em below the centre is the baseline of digits; dominant-baseline is not drawn alike everywhere.
             return f'<text x="{_n(shape.x)}" y="{_n(shape.y + 0.35 * shape.size)}">{escape(shape.text)}</text>'
 
 
-def _path(line: Line) -> str:
+def _path(line: Polyline) -> str:
     (x, y), *rest = line.points
     parts = [f"M{_n(x)} {_n(y)}"]
     for next_x, next_y in rest:

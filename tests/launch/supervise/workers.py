@@ -10,17 +10,17 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from pentad.launch.supervise.worker import publish
+from pentad.launch.supervise.worker import publish_text
 from pentad.parallel.comm.process_ids import ProcessId
 from pentad.parallel.comm.processes import PeerGone
-from pentad.trainer.processes.failure import describe
+from pentad.trainer.processes.failure import failure_of
 from pentad.trainer.processes.orphans import signal_self_when_orphaned
 
 
 def _train_until_stopped(folder: Path, rank: str) -> int:
     stop: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
-    publish(folder / f"pid.{rank}", json.dumps(asdict(ProcessId.current())))
+    publish_text(folder / f"pid.{rank}", json.dumps(asdict(ProcessId.current())))
     for _ in range(600):
         if stop:
             time.sleep(0.3)  # the rest of the step, and saving
@@ -36,19 +36,19 @@ def _fail(folder: Path, rank: str) -> int:
     try:
         raise ArithmeticError(f"cause on {rank}")
     except ArithmeticError as error:
-        publish(folder / f"failure.{rank}", json.dumps(describe(error, rank=int(rank), world=2).as_dict()))
+        publish_text(folder / f"failure.{rank}", json.dumps(failure_of(error, rank=int(rank), world=2).as_dict()))
     return 1
 
 
 def _outlive(folder: Path, rank: str) -> int:
     """Rank 1 is killed; the other loses it, says so, and does not end."""
-    publish(folder / f"pid.{rank}", json.dumps(asdict(ProcessId.current())))
+    publish_text(folder / f"pid.{rank}", json.dumps(asdict(ProcessId.current())))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.5)
-    lost = describe(PeerGone("rank 1 cannot be reached"), rank=int(rank), world=2)
-    publish(folder / f"failure.{rank}", json.dumps(lost.as_dict()))
+    lost = failure_of(PeerGone("rank 1 cannot be reached"), rank=int(rank), world=2)
+    publish_text(folder / f"failure.{rank}", json.dumps(lost.as_dict()))
     time.sleep(600)
     return 3
 

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from pentad.launch.cli import main
-from pentad.parallel.pipeline.check import check
+from pentad.parallel.pipeline.check import check_program
 from pentad.parallel.pipeline.program import Op, Program
 
 
@@ -105,7 +105,7 @@ def test_files_and_summary(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert png.read_bytes().startswith(b"\x89PNG")
     assert any(event["name"] == "F4@7" for event in json.loads(trace.read_text())["traceEvents"])
     read = Program.from_json(program.read_text())
-    check(read)
+    check_program(read)
     assert read.hash in out and len(read.ranks) == 4 and read.microbatches == 5
     assert "interleaved with split backward" in out
     rows = [line for line in out.splitlines() if line.startswith("rank ")]

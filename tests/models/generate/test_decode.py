@@ -12,7 +12,7 @@ import torch
 from pentad.configs.resolve import resolve_model
 from pentad.configs.schema import LinearAttentionConfig, MlaConfig, ModelConfig, MoeConfig, RopeConfig, RouterConfig
 from pentad.models.generate.decode import CachedReader, PrefixReader, can_cache, make_reader
-from pentad.models.generate.sampling import Sampler, Sampling, generate
+from pentad.models.generate.sampling import Sampling, TokenSampler, generate_tokens
 from pentad.models.transformer import Transformer
 from pentad.models.weights.initialise import initialise
 
@@ -95,10 +95,10 @@ def test_greedy_tokens_are_those_of_whole_forwards() -> None:
     with torch.no_grad():
         for _ in range(12):
             expected = torch.cat((expected, model(expected)[:, -1:].argmax(-1)), dim=1)
-    found = list(generate(CachedReader(model), TOKENS[0, :5].tolist(), count=12))
+    found = list(generate_tokens(CachedReader(model), TOKENS[0, :5].tolist(), count=12))
     assert found == expected[0, 5:].tolist()
     stop = found[3]
-    again = list(generate(CachedReader(model), TOKENS[0, :5].tolist(), count=12, stop={stop}))
+    again = list(generate_tokens(CachedReader(model), TOKENS[0, :5].tolist(), count=12, stop={stop}))
     assert again == found[: found.index(stop) + 1]
 
 
@@ -106,16 +106,16 @@ def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([2.0, -1.0, 0.5, 1.0, -20.0])
     temperature = 0.7
     expected = torch.softmax(logits.double() / temperature, -1)
-    sampler = Sampler(Sampling(temperature, seed=3))
+    sampler = TokenSampler(Sampling(temperature, seed=3))
     counts = torch.bincount(torch.tensor([sampler(logits) for _ in range(4000)]), minlength=5) / 4000
     torch.testing.assert_close(counts.double(), expected, rtol=0, atol=0.025)
 
-    nucleus = Sampler(Sampling(temperature, top_p=0.9, seed=3))
+    nucleus = TokenSampler(Sampling(temperature, top_p=0.9, seed=3))
     drawn = {nucleus(logits) for _ in range(500)}
     ordered = expected.sort(descending=True)
     needed = int((ordered.values.cumsum(-1) < 0.9).sum()) + 1
     assert drawn == set(ordered.indices[:needed].tolist()) and needed < 4
-    first = [Sampler(Sampling(1.0, seed=5))(logits) for _ in range(3)]
+    first = [TokenSampler(Sampling(1.0, seed=5))(logits) for _ in range(3)]
     assert len(set(first)) == 1
-    assert Sampler(Sampling(1.0, top_p=0.0))(logits) == 0  # the likeliest one alone
-    assert Sampler(Sampling())(logits) == 0
+    assert TokenSampler(Sampling(1.0, top_p=0.0))(logits) == 0  # the likeliest one alone
+    assert TokenSampler(Sampling())(logits) == 0

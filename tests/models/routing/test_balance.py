@@ -16,7 +16,7 @@ from pentad.configs.schema import ModelConfig, MoeConfig, RouterConfig
 from pentad.models.costs.parts import Part
 from pentad.models.dropout import Draws
 from pentad.models.recompute import run_layer_again
-from pentad.models.routing.balance import FIELDS, collect, columns, rebalance
+from pentad.models.routing.balance import FIELDS, collect_tallies, columns, rebalance
 from pentad.models.routing.router import Router
 from pentad.models.sequences import Inputs
 from pentad.models.transformer import RunLayer, Transformer, run_layer
@@ -56,7 +56,7 @@ def kept(model: Transformer, name: str) -> list[list[float]]:
 
 
 def totals_of(model: Transformer) -> Tensor:
-    totals = collect(model, torch.device("cpu"))
+    totals = collect_tallies(model, torch.device("cpu"))
     assert totals is not None
     return totals
 
@@ -174,7 +174,7 @@ def test_layers_elsewhere_are_zero():
     model.run_layers(torch.ones(TOKENS, TINY.hidden, dtype=torch.float64), seq, None, part.layers)
     totals = totals_of(model)
     assert column(totals, "tokens").tolist() == [0, TOKENS]
-    assert collect(model_of(replace(cfg, moe=MoeConfig())), torch.device("cpu")) is None
+    assert collect_tallies(model_of(replace(cfg, moe=MoeConfig())), torch.device("cpu")) is None
 
 
 # Balance without a loss ---------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pentad.configs.errors import UserError
 from pentad.parallel.comm.mesh import Axis, Degrees, Mesh
-from pentad.parallel.context.gather import AllGather
+from pentad.parallel.context.gather import GatherKeysValues
 from pentad.parallel.context.gathered_tokens import GatheredTokens
 from pentad.parallel.context.ring import Ring
 from pentad.parallel.context.tokenring import TokenRing
@@ -33,8 +33,8 @@ BF16 = (
 )
 
 
-def gathered(mesh: Mesh) -> AllGather:
-    return AllGather(mesh.axis("cp"), local_attention(torch.device("cpu")))
+def gathered(mesh: Mesh) -> GatherKeysValues:
+    return GatherKeysValues(mesh.axis("cp"), local_attention(torch.device("cpu")))
 
 
 def exchanged(mesh: Mesh) -> Ulysses:
@@ -46,7 +46,7 @@ def exchanged_in_pieces(mesh: Mesh) -> Ulysses:
 
 
 def in_two_directions(mesh: Mesh) -> Usp:
-    return Usp(mesh.axis("cp_inner"), AllGather(mesh.axis("cp_outer"), PlainMaths()))
+    return Usp(mesh.axis("cp_inner"), GatherKeysValues(mesh.axis("cp_outer"), PlainMaths()))
 
 
 def exchanged_twice(mesh: Mesh) -> Usp:
@@ -124,7 +124,9 @@ def test_keeps_one_rank_s_share():
     assert run_distributed(kept, 4, group=False) == [[floats * 8 // 4] * 3] * 4
 
 
-@pytest.mark.parametrize("make", [AllGather, Ulysses, lambda axis, local: Usp(axis, AllGather(axis, local))])
+@pytest.mark.parametrize(
+    "make", [GatherKeysValues, Ulysses, lambda axis, local: Usp(axis, GatherKeysValues(axis, local))]
+)
 def test_on_one_rank(make: Callable[..., Core]):
     core = make(Axis.single("cp"), PlainMaths())
     for case in CASES:
@@ -145,7 +147,7 @@ class Watched(PlainMaths):
 @pytest.mark.parametrize(
     "make",
     [
-        AllGather,
+        GatherKeysValues,
         Ulysses,
         lambda axis, local: Ring(axis, axis, local),
         lambda axis, local: TokenRing(axis, axis, local),

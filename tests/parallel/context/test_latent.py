@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pentad.parallel.comm.mesh import Axis, Degrees, Mesh
-from pentad.parallel.context.gather import AllGather, GatherLatent
+from pentad.parallel.context.gather import GatherKeysValues, GatherLatent
 from pentad.parallel.kernels.device import PlainMaths
 from pentad.parallel.kernels.interfaces import AttentionCall
 from pentad.parallel.kernels.mask import TokenLayout
@@ -44,7 +44,7 @@ def _keys_values(expanded: Tensor, turning: Tensor) -> tuple[Tensor, Tensor]:
 def _expected(case: Case) -> list[Tensor]:
     up, given, dout = _inputs(case)
     q, latent, turning = (x.requires_grad_() for x in given)
-    core, whole = AllGather(Axis.single("cp"), PlainMaths()), TokenLayout.whole(case.length, documents(case))
+    core, whole = GatherKeysValues(Axis.single("cp"), PlainMaths()), TokenLayout.whole(case.length, documents(case))
     out = core(q, *_keys_values(up(latent), turning), AttentionCall(whole, case.window, case.scale))
     return [out.detach(), *torch.autograd.grad(out, (q, latent, turning, up.weight), dout)]
 

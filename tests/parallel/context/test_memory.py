@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pentad.parallel.comm.mesh import Degrees, Mesh
-from pentad.parallel.context.gather import AllGather
+from pentad.parallel.context.gather import GatherKeysValues
 from pentad.parallel.context.ring import Ring
 from pentad.parallel.context.tokenring import TokenRing
 from pentad.parallel.context.ulysses import Ulysses
@@ -74,7 +74,7 @@ def core_of(name: str, mesh: Mesh) -> Core:
     axis, back, local = mesh.axis("cp"), mesh.axis("cp_back"), Results()
     match name:
         case "allgather":
-            return AllGather(axis, local)
+            return GatherKeysValues(axis, local)
         case "ulysses":
             return Ulysses(axis, local, piece_bytes=1)
         case "ring":

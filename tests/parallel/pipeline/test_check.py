@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pentad.parallel.pipeline.check import ProgramError, check
+from pentad.parallel.pipeline.check import ProgramError, check_program
 from pentad.parallel.pipeline.lower import forward_only, lower
 from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.pipeline.program import Op, Ops, Program, update
@@ -40,7 +40,7 @@ def _edited(program: Program, rank: int, *edits: tuple[str, str]) -> Program:
 
 def _defects(program: Program, limit: list[float] | None = None) -> list[str]:
     with pytest.raises(ProgramError) as error:
-        check(program, limit=limit)
+        check_program(program, limit=limit)
     return [str(problem) for problem in error.value.problems]
 
 
@@ -55,7 +55,7 @@ def test_the_program_that_the_other_tests_break() -> None:
         "RF0@1#0 F0@1 RF1@1#1 BW0@1 SB0@1 F1@1 RF2@1#0 BW1@1 SB1@1 F2@1 BW2@1 SB2@1",
     ]
     for program in (PLAIN, SPLIT, BALANCED):
-        check(program)
+        check_program(program)
 
 
 def test_completeness_lists_all_that_is_wrong() -> None:
@@ -162,7 +162,7 @@ def test_a_slot_is_in_use_until_the_deferred_weight_gradient() -> None:
     assert _defects(_program(sender, ops, m=2)) == [
         "rank 1: RF1@1#0 (operation 4) overwrites slot 0, which RF0@1 needs until operation 6"
     ]
-    check(_program(sender, ops.replace("RF1@1#0", "RF1@1#1"), m=2))
+    check_program(_program(sender, ops.replace("RF1@1#0", "RF1@1#1"), m=2))
 
 
 def test_deadlock_says_who_waits_for_whom() -> None:
@@ -219,20 +219,20 @@ def test_deadlock_in_a_collective() -> None:
 
 def test_activations_within_the_limit() -> None:
     program = lower(generate("1f1b", ranks=4, microbatches=8, chunks=1))
-    check(program, limit=[4, 3, 2, 1])
+    check_program(program, limit=[4, 3, 2, 1])
     assert _defects(program, [4, 2.5, 2, 1]) == [
         "rank 1 holds 3 activations of a microbatch, more than the limit of 2.5"
     ]
-    check(generate("zb-v", ranks=4, microbatches=12, chunks=2), limit=[4, 4, 4, 4])
-    check(forward_only((0, 1, 1, 0), 5), limit=[0.5, 0.5])
+    check_program(generate("zb-v", ranks=4, microbatches=12, chunks=2), limit=[4, 4, 4, 4])
+    check_program(forward_only((0, 1, 1, 0), 5), limit=[0.5, 0.5])
     assert len(_defects(forward_only((0, 1, 1, 0), 5), [0.4, 0.4])) == 2
     with pytest.raises(ValueError, match="1 limits for 4 ranks"):
-        check(program, limit=[1])
+        check_program(program, limit=[1])
 
 
 def test_evaluation() -> None:
     program = lower(forward_only((0, 1), 3, 1))
-    check(program)
+    check_program(program)
     assert _defects(_edited(program, 1, ("F1@1", ""))) == ["rank 1: F1@1 is listed 0 times, not once"]
     assert "rank 1: CG0 does not belong here (nothing needs it)" in _defects(_edited(program, 1, ("S2", "S2 CG0")))
     assert "takes slot 1, but the smallest free one is 0" in _defects(_edited(program, 1, ("RF2@1#0", "RF2@1#1")))[0]
@@ -251,7 +251,7 @@ def test_evaluation() -> None:
 )
 def test_the_update(edit: tuple[str, str], defect: str) -> None:
     program = replace(PLAIN, ranks=(PLAIN.ranks[0] + update(2), PLAIN.ranks[1] + update(1)))
-    check(program)
+    check_program(program)
     assert defect in _defects(_edited(program, 0, edit))
 
 
@@ -276,7 +276,7 @@ def test_broken_programs_are_rejected_or_run() -> None:
     count = 300
     for kind, program in broken_programs(seed=3, count=count):
         try:
-            check(program)
+            check_program(program)
         except ProgramError:
             continue
         accepted[kind] += 1
@@ -288,4 +288,4 @@ def test_broken_programs_are_rejected_or_run() -> None:
 def test_the_programs_that_are_broken_are_sound() -> None:
     rng = random.Random(5)
     for _ in range(40):
-        check(sound_program(rng))
+        check_program(sound_program(rng))

@@ -15,7 +15,7 @@ from pentad.configs.errors import UserError
 from pentad.parallel.pipeline.draw import chrome_trace, png, svg, terminal
 from pentad.parallel.pipeline.draw.figures import causes, figures
 from pentad.parallel.pipeline.draw.layout import picture, ticks
-from pentad.parallel.pipeline.draw.style import INK, Line, Rect, on, shade
+from pentad.parallel.pipeline.draw.style import INK, Polyline, Rect, on, shade
 from pentad.parallel.pipeline.lower import lower
 from pentad.parallel.pipeline.needs import KINDS, Kinds
 from pentad.parallel.pipeline.offload import offload
@@ -80,7 +80,7 @@ def test_figures_of_chunks_and_split_backward() -> None:
 def test_the_curves_of_activations_step_where_the_timeline_does() -> None:
     timeline = _timeline("1f1b", 2, 2)
     drawn = picture(timeline)
-    curves = [shape.points for shape in drawn.shapes if isinstance(shape, Line) and shape.fill]
+    curves = [shape.points for shape in drawn.shapes if isinstance(shape, Polyline) and shape.fill]
     assert len(curves) == 2
     left, right = curves[0][0][0], curves[0][-1][0]
     scale = (right - left) / timeline.makespan

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pentad.configs.tables.schedules import SCHEDULES
-from pentad.parallel.pipeline.check import ProgramError, check
+from pentad.parallel.pipeline.check import ProgramError, check_program
 from pentad.parallel.pipeline.communication import channel, counterpart, slots
 from pentad.parallel.pipeline.kind import Role
 from pentad.parallel.pipeline.lower import forward_only, lower
@@ -72,7 +72,7 @@ def test_every_program_checks_clean_and_loses_no_time(program: Program, ahead: i
         hop=data.draw(st.sampled_from((0.0, 0.1, 0.7))),
     )
     lowered = lower(program, ahead=ahead, times=times)
-    check(lowered)
+    check_program(lowered)
     assert _kept(lowered) == program.ranks
     assert simulate(lowered, times).makespan == pytest.approx(simulate(program, times).makespan, rel=1e-12)
     # Orders made for some times are correct at all times.
@@ -106,7 +106,7 @@ def test_lanes_find_one_order_where_ranks_pass_in_different_ones() -> None:
     a, b = ops.index(Op(Kinds.EMBED, 0)), ops.index(Op(Kinds.EMBED, 1))
     ops[a], ops[b] = ops[b], ops[a]
     program = replace(program, ranks=(program.ranks[0], tuple(ops), program.ranks[2]))
-    check(lower(program))
+    check_program(lower(program))
 
 
 @pytest.mark.parametrize("microbatches", [16, 64])
@@ -158,13 +158,13 @@ def test_receives_are_in_time_for_senders_that_would_wait_for_ever() -> None:
     second = [op for i in range(6) for op in (Op(Kinds.FORWARD, i, 1), Op(Kinds.BACKWARD, i, 1))]
     program = Program(6, (0, 1), (tuple(first), tuple(second)))
     zero = Times(forward=(0.0,), backward=(0.0,), weight=(0.0,))
-    check(lower(program, ahead=0, times=zero))
+    check_program(lower(program, ahead=0, times=zero))
 
 
 def test_nothing_to_add() -> None:
     for program in (generate("gis", ranks=1, microbatches=4, chunks=2), balanced("1f1b", ranks=1, microbatches=3)):
         assert lower(program) is program
-        check(program)
+        check_program(program)
     local = lower(generate("zb-v", ranks=3, microbatches=5, chunks=2))
     assert not any(op.stage == 3 and op.kind is Kinds.RECV_FORWARD for op in local.ranks[2])  # stages 2 and 3 share it
 
@@ -173,7 +173,7 @@ def test_the_update_stays_at_the_end() -> None:
     program = generate("1f1b", ranks=2, microbatches=3, chunks=1)
     tailed = replace(program, ranks=tuple(ops + update(rank + 1) for rank, ops in enumerate(program.ranks)))
     lowered = lower(tailed)
-    check(lowered)
+    check_program(lowered)
     assert _lists(lowered)[0].endswith("BW2@0 RG0 NORM OPT0 AG0")
     assert [len(ops) for ops in lowered.ranks] == [len(ops) + n for ops, n in zip(lower(program).ranks, (4, 7))]  # noqa: B905
 
@@ -228,7 +228,7 @@ def test_evaluations_fill_the_ranks_and_few_buffers(placement: tuple[int, ...], 
     ideal = len(placement) // ranks * 40 + ranks - 1
     for m in (1, 2, 5, 40):
         program = lower(forward_only(placement, m, barriers))
-        check(program)
+        check_program(program)
     assert simulate(program, Times()).makespan <= ideal + ranks
     latency = Times(head=(0.3,), embed=(0.02,), hop=0.1, collective=0.1)
     work = ideal + 40 * 0.32 * (barriers > 0)

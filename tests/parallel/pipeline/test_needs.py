@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pentad.parallel.pipeline import needs
-from pentad.parallel.pipeline.check import ProgramError, check
+from pentad.parallel.pipeline.check import ProgramError, check_program
 from pentad.parallel.pipeline.draw import svg, terminal
 from pentad.parallel.pipeline.kind import Acts, Hold, Kind, Need, Place, Role
 from pentad.parallel.pipeline.lower import lower
@@ -59,9 +59,9 @@ def _plain() -> Program:
 
 def test_it_is_checked_and_lowered(squeeze: Kind) -> None:
     program = _squeezed(_plain(), squeeze)
-    check(program)
+    check_program(program)
     lowered = lower(program)
-    check(lowered)
+    check_program(lowered)
     assert Program.from_json(lowered.to_json()) == lowered
     plain = lower(_plain())
     without = tuple(tuple(op for op in ops if op.kind is not squeeze) for ops in lowered.ranks)
@@ -84,7 +84,7 @@ def test_what_is_wrong_with_it_is_said(squeeze: Kind, rank: int, old: str, new: 
     edited = tuple(Op.parse(token) for token in f" {text} ".replace(f" {old} ", f" {new} ").split())
     broken = replace(program, ranks=(*program.ranks[:rank], edited, *program.ranks[rank + 1 :]))
     with pytest.raises(ProgramError, match=message):
-        check(broken)
+        check_program(broken)
 
 
 def test_it_is_simulated_with_its_own_time(squeeze: Kind) -> None:
@@ -137,7 +137,7 @@ def test_it_is_executed(squeeze: Kind) -> None:
 
     def make(cfg: Any, parts: Any, optimizer: Any, mesh: Any, program: Program) -> Stepper:
         squeezed = _squeezed(program, squeeze)
-        check(squeezed)
+        check_program(squeezed)
         stepper = Stepper(cfg, parts, optimizer, mesh, squeezed)
         stepper._handlers[squeeze] = lambda op: done.append(str(op))
         return stepper

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pentad.parallel.pipeline.check import ProgramError, check
+from pentad.parallel.pipeline.check import ProgramError, check_program
 from pentad.parallel.pipeline.communication import is_lowered
 from pentad.parallel.pipeline.kind import Role
 from pentad.parallel.pipeline.lower import lower
@@ -65,7 +65,7 @@ def test_the_uniform_schedule_has_its_published_bubble_and_peaks(
     chunks: int, bubble: int, peak: int, kept: int
 ) -> None:
     program = _uniform(4, chunks, 24)
-    check(program)
+    check_program(program)
     assert simulate(program, UNITS).makespan - 3 * chunks * 24 == bubble
     assert max(peak_activations(program)) * chunks == peak
     assert _kept(program, range(4 * -(-chunks // 2), 4 * chunks)) == kept
@@ -76,7 +76,7 @@ def test_the_uniform_schedule_gives_every_pass_a_slot_of_its_own(ranks: int) -> 
     for chunks in (1, 2, 3, 4, 5, 6, 8):
         for microbatches in (1, 2, ranks, 11):
             program = _uniform(ranks, chunks, microbatches)
-            check(program)
+            check_program(program)
             assert all(len(ops) == 3 * chunks * microbatches for ops in program.ranks)
 
 
@@ -198,7 +198,7 @@ def test_what_is_wrong_with_an_offload_is_said(old: str, new: str, message: str)
     assert f" {old} " in text
     edited = tuple(Op.parse(token) for token in text.replace(f" {old} ", f" {new} ").split())
     with pytest.raises(ProgramError, match=message):
-        check(replace(program, ranks=(edited, program.ranks[1])))
+        check_program(replace(program, ranks=(edited, program.ranks[1])))
 
 
 def test_what_is_not_there_is_not_offloaded_and_nothing_twice() -> None:

@@ -12,7 +12,7 @@ import pytest
 from pentad.configs import Config, UserError, document, load, render
 from pentad.configs.tables.schedules import SCHEDULES
 from pentad.launch.cli import main
-from pentad.parallel.pipeline.check import check
+from pentad.parallel.pipeline.check import check_program
 from pentad.parallel.pipeline.lower import lower
 from pentad.parallel.pipeline.program import Op, Ops
 from pentad.parallel.pipeline.schedules import Orders, Schedule, Shape, generate, register
@@ -54,7 +54,7 @@ def train(rank: int, world: int, cfg: Config, masked: bool) -> same_training.Tra
 def test_it_is_checked_simulated_and_drawn(capsys: pytest.CaptureFixture[str]) -> None:
     for ranks, microbatches, chunks in ((1, 1, 1), (2, 3, 1), (3, 5, 2), (4, 2, 3)):
         program = lower(generate(NAME, ranks=ranks, microbatches=microbatches, chunks=chunks))
-        check(program)
+        check_program(program)
         assert simulate(program, Times()).makespan >= 3 * microbatches * chunks
     assert main(["schedule", NAME, "--ranks", "2", "--microbatches", "3", "--width", "80"]) == 0
     out = capsys.readouterr().out

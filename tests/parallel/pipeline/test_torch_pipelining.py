@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from pentad.models.costs.parts import Split
-from pentad.models.parallelize import build, initial_values
+from pentad.models.costs.parts import StageSplit
+from pentad.models.parallelize import build_model, initial_values
 from pentad.models.sequences import Inputs
 from pentad.models.stages import run_stage
 from pentad.models.transformer import Transformer
@@ -34,7 +34,9 @@ THEIRS = {
 class Stage(nn.Module):
     """One stage of our model without gradient slots: autograd accumulates the parameters' gradients."""
 
-    def __init__(self, model: Transformer, split: Split, stage: int, shape: torch.Size, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Transformer, split: StageSplit, stage: int, shape: torch.Size, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.model, self.stage, self.dtype = model, stage, dtype
         self.split = replace(split, balanced=True)  # the head is torch's loss function
@@ -49,7 +51,7 @@ class Stage(nn.Module):
 
 def _make_stage(run: Run, stage: int) -> Stage:
     cfg, split = run.cfg, run.parts.pipeline.split
-    model, where = build(
+    model, where = build_model(
         cfg.model, run.mesh, device=torch.device("cpu"), dtype=torch.float64, part=split.part((stage,))
     )
     params = dict(model.named_parameters())

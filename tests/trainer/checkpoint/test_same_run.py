@@ -15,7 +15,7 @@ from pentad.configs.errors import UserError
 from pentad.configs.schema import CheckpointConfig, Config, MoeConfig, SgdConfig, TextData
 from pentad.trainer.checkpoint.check import checkpoint_problems
 from pentad.trainer.checkpoint.checkpointer import write_full
-from pentad.trainer.checkpoint.same_run import Progress, facts, run_problems
+from pentad.trainer.checkpoint.same_run import RunProgress, facts, run_problems
 from pentad.trainer.checkpoint.saved_model import model_config_from_state
 from tests.training import job
 
@@ -23,7 +23,7 @@ PRINT = "print f a print"
 
 
 def _state(cfg: Config, step: int = 10, **changes: Any) -> dict[str, Any]:
-    return Progress(step, step, 100, 0).as_dict() | facts(cfg, PRINT) | changes
+    return RunProgress(step, step, 100, 0).as_dict() | facts(cfg, PRINT) | changes
 
 
 def _saved(folder: Path, cfg: Config, **changes: Any) -> Path:

@@ -12,7 +12,7 @@ import pytest
 
 from pentad.configs.errors import UserError
 from pentad.trainer.data import files as files_module
-from pentad.trainer.data.files import find_files, kind_notice, kind_of, survey
+from pentad.trainer.data.files import file_kind, find_files, kind_notice, survey
 
 LINE = b'{"text": "a"}\n'
 
@@ -124,7 +124,7 @@ def test_kinds_go_by_suffix_and_then_by_content(tmp_path: Path) -> None:
     make(tmp_path, "list", content=b"[1]\n")
     make(tmp_path, "prose", content=b'{"text": "a"} is an object\n')
     make(tmp_path, "binary", content=b"\xff\xfe\0")
-    found = {name: kind_of(tmp_path / name) for name in os.listdir(tmp_path)}
+    found = {name: file_kind(tmp_path / name) for name in os.listdir(tmp_path)}
     jsonl = {"a", "blank", "bom", "packed", "c.log"}
     assert found == {name: "jsonl" if name in jsonl else "text" for name in found}
     assert kind_notice([tmp_path / "a", tmp_path / "blank"]) is None

@@ -18,7 +18,7 @@ from pentad.trainer.data import cache as cache_module
 from pentad.trainer.data.cache import tokenize_cached
 from pentad.trainer.data.dataset import open_data
 from pentad.trainer.data.documents import read_documents
-from pentad.trainer.data.encode import Progress
+from pentad.trainer.data.encode import ProgressLine
 from pentad.trainer.data.files import find_files, stdlib_files
 from pentad.trainer.data.indexed import IndexedReader
 from pentad.trainer.data.tokenize import tokenize
@@ -233,7 +233,7 @@ def test_tokenize_with_a_file_tokenizer(tmp_path: Path) -> None:
 def test_progress_says_how_far(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(cache_module.time, "monotonic", lambda: clock[0])
-    said = Progress("tokenizing x", 100e6)
+    said = ProgressLine("tokenizing x", 100e6)
     said.advance(10e6)
     assert capsys.readouterr().err == ""
     clock[0] = 5.0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pentad.configs.schema import HardwareConfig
-from pentad.trainer.metrics.peak import MeasuredPeaks, Peak, lookup, measure_cpu_peak, peak_tflops
+from pentad.trainer.metrics.peak import MeasuredPeaks, Peak, measure_cpu_peak, peak_of, peak_tflops
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ from pentad.trainer.metrics.peak import MeasuredPeaks, Peak, lookup, measure_cpu
     ],
 )
 def test_peak_table(name: str, dtype: torch.dtype, tf32: bool, expected: float | None) -> None:
-    peak = lookup(name, dtype, tf32=tf32)
+    peak = peak_of(name, dtype, tf32=tf32)
     assert peak.tflops == expected
     assert ("unknown" in peak.source) == (expected is None)
 

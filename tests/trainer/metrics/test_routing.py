@@ -19,7 +19,7 @@ from pentad.trainer.metrics.line_file import finite
 from pentad.trainer.metrics.metric import Picture
 from pentad.trainer.metrics.peak import Peak
 from pentad.trainer.metrics.readings import routing
-from pentad.trainer.metrics.readings.routing import HeatMap, heat_map, is_pictured, sparse_flops, summarize
+from pentad.trainer.metrics.readings.routing import HeatMap, heat_map, is_pictured, sparse_flops, summarize_routing
 from pentad.trainer.metrics.report import Report
 from pentad.trainer.metrics.sinks import make_sinks
 from pentad.trainer.metrics.sinks.wandb import WandbSink
@@ -57,7 +57,7 @@ def totals(cfg: Config, loads: list[list[float]], **fields: float) -> np.ndarray
 
 def test_metrics_of_one_layer() -> None:
     cfg = config("parallel.ep=2", "model.moe.router.aux_loss=0.01")
-    moe = summarize(totals(cfg, [[20, 40, 60, 80]], dropped=30, entropy=120, top1=55, aux=1.25, z=3.5), cfg)
+    moe = summarize_routing(totals(cfg, [[20, 40, 60, 80]], dropped=30, entropy=120, top1=55, aux=1.25, z=3.5), cfg)
     spread = math.sqrt((30**2 + 10**2 + 10**2 + 30**2) / 4) / 50
     expected = {
         "load_max": 80 / 50,
@@ -79,13 +79,13 @@ def test_metrics_of_one_layer() -> None:
 
 def test_what_a_job_does_not_have_is_left_out() -> None:
     cfg = config()
-    moe = summarize(totals(cfg, [[1, 2, 3, 4]]), cfg)
+    moe = summarize_routing(totals(cfg, [[1, 2, 3, 4]]), cfg)
     assert not {"aux", "ep_load_max"} & {*moe, *moe["mean"], *moe["worst"]}
 
 
 def test_null_experts_are_no_load() -> None:
     cfg = config("model.moe.router.null_experts=2")
-    moe = summarize(totals(cfg, [[20, 40, 20, 20, 60, 40]]), cfg)
+    moe = summarize_routing(totals(cfg, [[20, 40, 20, 20, 60, 40]]), cfg)
     assert (moe["null"], moe["load_max"], moe["load_min"]) == ([0.5], [1.6], [0.8])
 
 
@@ -94,7 +94,7 @@ def test_worst_layers_are_named() -> None:
     loads = [[50.0, 50, 50, 50], [100, 40, 30, 30], [51, 50, 50, 49]]
     found = totals(cfg, loads)
     found[:, FIELDS.index("entropy")] = [130.0, 120, 110]
-    moe = summarize(found, cfg)
+    moe = summarize_routing(found, cfg)
     assert moe["layers"] == [1, 2, 3]
     assert moe["worst"]["load_max"] == [2.0, 2] and moe["worst"]["load_min"] == [0.6, 2]
     assert moe["worst"]["entropy"] == [1.1, 3]
@@ -103,11 +103,11 @@ def test_worst_layers_are_named() -> None:
 
 def test_layers_without_tokens_have_no_value() -> None:
     cfg = config("model.moe.every=1")
-    moe = summarize(totals(cfg, [[0, 0, 0, 0], [1, 1, 1, 5], [0, 0, 0, 0]]), cfg)
+    moe = summarize_routing(totals(cfg, [[0, 0, 0, 0], [1, 1, 1, 5], [0, 0, 0, 0]]), cfg)
     assert moe["worst"]["load_max"] == [2.5, 2]
     row = json.loads(json.dumps(finite(moe), allow_nan=False))
     assert row["load_max"] == [None, 2.5, None] and row["mean"]["load_max"] is None
-    nothing = json.loads(json.dumps(finite(summarize(totals(cfg, [[0.0] * 4] * 3), cfg)), allow_nan=False))
+    nothing = json.loads(json.dumps(finite(summarize_routing(totals(cfg, [[0.0] * 4] * 3), cfg)), allow_nan=False))
     assert nothing["worst"]["load_max"] == [None, None]
     assert line(step_report(cfg, [[0.0] * 4] * 3), 10).split()[-3:] == ["-", "-", "-"]
 
@@ -115,7 +115,7 @@ def test_layers_without_tokens_have_no_value() -> None:
 def test_values_are_short() -> None:
     cfg = config()
     found = totals(cfg, [[1, 1, 1, 0]], entropy=100 / 3)
-    text = json.dumps(summarize(found, cfg)["entropy"])
+    text = json.dumps(summarize_routing(found, cfg)["entropy"])
     assert text == "[0.333333]"
 
 

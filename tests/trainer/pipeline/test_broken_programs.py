@@ -9,7 +9,7 @@ import pytest
 from pentad.configs.errors import UserError
 from pentad.configs.schema import Config
 from pentad.parallel.comm.mesh import Mesh
-from pentad.parallel.pipeline.check import check
+from pentad.parallel.pipeline.check import check_program
 from pentad.parallel.pipeline.program import Program, update
 from pentad.trainer.optim.optimizer import Optimizer
 from pentad.trainer.setup import Parts, buckets_per_rank
@@ -26,7 +26,7 @@ def _accepted(seed: int, count: int) -> list[Program]:
     found = []
     for kind, program in broken_programs(seed=seed, count=count):
         try:
-            check(program)
+            check_program(program)
         except UserError:
             continue
         assert kind == "swapped"

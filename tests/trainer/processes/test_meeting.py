@@ -13,7 +13,7 @@ import pytest
 from pentad.configs import UserError
 from pentad.parallel.comm.processes import PeerGone
 from pentad.trainer.processes import meeting as meetings
-from pentad.trainer.processes.failure import describe, print_failure
+from pentad.trainer.processes.failure import failure_of, print_failure
 from pentad.trainer.processes.meeting import LostRank, Meeting, Stopped
 
 _ABOUT = json.dumps({"model": "1", "train": "2"})
@@ -153,7 +153,7 @@ def test_of_ranks_that_lost_others_the_first_says_so_in_one_line_and_nobody_prin
     def rank(own: Meeting) -> None:
         own.open(30)
         own.come(_ABOUT, 30)
-        print_failure(describe(PeerGone("rank 3 has left"), rank=own.rank, world=3), own)
+        print_failure(failure_of(PeerGone("rank 3 has left"), rank=own.rank, world=3), own)
 
     assert _each(3, rank) == [None] * 3
     lines = capsys.readouterr().err.splitlines()
@@ -161,10 +161,10 @@ def test_of_ranks_that_lost_others_the_first_says_so_in_one_line_and_nobody_prin
     # Rank 0 is dead, and the store with it: nobody calls itself the first.
     survivor = Meeting(2, 3, _env())
     survivor._complete = True
-    print_failure(describe(PeerGone("rank 0 has left"), rank=2, world=3), survivor)
+    print_failure(failure_of(PeerGone("rank 0 has left"), rank=2, world=3), survivor)
     assert capsys.readouterr().err == "rank 2 then stopped: PeerGone: rank 0 has left\n"
     # What is a cause of its own is shown whole even then.
-    print_failure(describe(ArithmeticError("mine"), rank=2, world=3), survivor)
+    print_failure(failure_of(ArithmeticError("mine"), rank=2, world=3), survivor)
     assert capsys.readouterr().err.endswith("error: rank 2 of 3 failed: ArithmeticError: mine\n")
 
 

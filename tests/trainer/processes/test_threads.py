@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pentad.trainer.processes.threads import Beside, spread
+from pentad.trainer.processes.threads import Beside, map_threads
 
 
 def test_results_come_in_order_from_several_threads_at_once() -> None:
@@ -20,10 +20,10 @@ def test_results_come_in_order_from_several_threads_at_once() -> None:
             meeting.wait()  # only four at once get past
         return n * n
 
-    assert spread(square, range(20), 4) == [n * n for n in range(20)]
-    assert spread(square, [], 4) == []
+    assert map_threads(square, range(20), 4) == [n * n for n in range(20)]
+    assert map_threads(square, [], 4) == []
     with pytest.raises(ZeroDivisionError):
-        spread(lambda n: 1 // n, [1, 0, 2], 2)
+        map_threads(lambda n: 1 // n, [1, 0, 2], 2)
 
 
 @pytest.mark.parametrize("kind", ["refused", "dies before it runs"])
@@ -34,7 +34,7 @@ def test_without_memory_for_threads_the_calling_one_does_all(monkeypatch: pytest
         return 0
 
     monkeypatch.setattr(_thread, "start_new_thread", start)
-    assert spread(lambda n: n + 1, range(10), 4) == list(range(1, 11))
+    assert map_threads(lambda n: n + 1, range(10), 4) == list(range(1, 11))
 
 
 def test_a_job_beside_ends_before_the_next_and_survives_its_error() -> None:

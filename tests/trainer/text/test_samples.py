@@ -13,7 +13,7 @@ from pentad.configs import UserError, load
 from pentad.configs.schema import Config, MoeConfig, RouterConfig
 from pentad.trainer.__main__ import main as run_rank
 from pentad.trainer.preflight import preflight
-from pentad.trainer.text.samples import Sampler
+from pentad.trainer.text.samples import PromptSampler
 from tests.distributed import run_distributed
 from tests.training import Run, job
 
@@ -34,7 +34,7 @@ class Letters:
 def sampled(rank: int, world: int, cfg: Config, trains: bool) -> list[tuple[int, ...]]:
     run = Run(rank, cfg)
     try:
-        sampler = Sampler(cfg, run.mesh, run.parts.pipeline, run.stepper, Letters(), {STOP})
+        sampler = PromptSampler(cfg, run.mesh, run.parts.pipeline, run.stepper, Letters(), {STOP})
         if trains:
             run.step(0)
         found = sampler(PROMPTS, 9)

@@ -70,14 +70,14 @@ class RoutingReading(Reading):
             return {}
         cfg, share = self.run.cfg, per_peak(self.run, done.seconds)
         sparse = sparse_flops(cfg.model, done.tokens, done.pairs, done.routed)
-        moe = {**summarize(done.routed, cfg), "s_mfu": None if share is None else sparse * share}
+        moe = {**summarize_routing(done.routed, cfg), "s_mfu": None if share is None else sparse * share}
         tracked = tracker_values(moe)
         if is_pictured(cfg, done.step):
             tracked["load"] = Picture(image(heat_map(done.routed, cfg, done.step)))
         return {"moe": moe, "moe_tracked": tracked}
 
 
-def summarize(totals: np.ndarray, cfg: Config) -> dict[str, Any]:
+def summarize_routing(totals: np.ndarray, cfg: Config) -> dict[str, Any]:
     """The `moe` object of metrics.jsonl: a list over the layers per metric, then `mean` and `worst` over the layers.
 
     Loads are assignments of tokens to experts before any is dropped. What has no value (an entropy without tokens) is
