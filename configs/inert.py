@@ -9,7 +9,8 @@ from typing import Any, Generic, TypeVar
 
 from .fields import all_keys, short, value_of
 from .resolve import resolve_model
-from .schema import BinData, BlendData, Config, ModelConfig, MoeConfig
+from .schema import Config, ModelConfig, MoeConfig
+from .schema_data import TokenizedData
 
 _Section = TypeVar("_Section")
 
@@ -97,7 +98,7 @@ JOB: tuple[Inert[Config], ...] = (
     Inert(("parallel.context",), ("parallel.cp",), lambda c: c.parallel.cp == 1),
     Inert(("parallel.data.bucket_mib",), ("parallel.data.sharding",), lambda c: c.parallel.data.sharding == "fsdp"),
     Inert(("data.tokenizer.eod",), ("data.tokenizer.path",), lambda c: c.data.tokenizer.path is None),
-    Inert(("data.cache",), ("data.name",), lambda c: isinstance(c.data, (BinData, BlendData))),
+    Inert(("data.cache",), ("data.name",), lambda c: isinstance(c.data, TokenizedData)),
     Inert(("eval.steps",), ("eval.every",), lambda c: c.eval.every == 0),
     Inert(("eval.prompt_tokens",), ("eval.prompts",), lambda c: not c.eval.prompts),
     Inert(("log.wandb_project",), ("log.wandb",), lambda c: not c.log.wandb),

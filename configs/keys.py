@@ -79,7 +79,10 @@ def _section(cls: type, prefix: str, when: str) -> list[KeyDoc]:
         annotation = field_types(cls)[field.name]
         if not dataclasses.is_dataclass(annotation):
             kind, names = _type(cls, field.name, annotation)
-            docs.append(KeyDoc(key, kind, _default(field), _docs(cls)[field.name], when, names))
+            text = _docs(cls)[field.name]
+            if prefix.removesuffix(".") in SELECTORS and field.name == "name":
+                text = "Selects the class of this section, and with it which other keys it has."
+            docs.append(KeyDoc(key, kind, _default(field), text, when, names))
         elif key in SELECTORS:
             docs += _polymorphic(key, when)
         elif isinstance(annotation, type):
@@ -93,11 +96,17 @@ def _polymorphic(section: str, when: str) -> list[KeyDoc]:
     shared = set.intersection(*(set(field_types(c)) for c in registry.values()))
     common = [d for d in _section(registry[default], section + ".", when) if _first(d.key, section) in shared]
     names = f"Literal[{', '.join(map(repr, registry))}]"
-    docs = [dataclasses.replace(d, type=names) if d.key == f"{section}.name" else d for d in common]
+    rows = tuple((name, _summary(cls)) for name, cls in registry.items())
+    docs = [dataclasses.replace(d, type=names, names=rows) if d.key == f"{section}.name" else d for d in common]
     for name, cls in registry.items():
         condition = ", ".join(filter(None, [when, f"{section}.name={name}"]))
         docs += [d for d in _section(cls, section + ".", condition) if _first(d.key, section) not in shared]
     return docs
+
+
+def _summary(cls: type) -> str:
+    """The first paragraph of a class's docstring in one line, without its full stop."""
+    return " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split()).removesuffix(".")
 
 
 def _first(key: str, section: str) -> str:

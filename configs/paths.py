@@ -12,6 +12,7 @@ from typing import Any
 from .errors import Problem, nearest
 from .fields import value_of, with_value
 from .schema import BinData, BlendData, Config, TextData
+from .schema_data import TokenizedData
 from .tables.schedules import is_program
 
 PATHS = (
@@ -85,16 +86,14 @@ def _missing(config: Config) -> Iterator[Problem]:
         # Links in a circle make glob's ** endless: `trainer.data` searches such patterns, before any rank starts.
         given = [path for path in data.paths if "**" not in path or os.path.exists(path)]
         yield from (_no_file("data.paths", path) for path in given if not find_paths(path))
-    elif isinstance(data, (BinData, BlendData)):
-        key = "data.paths" if isinstance(data, BinData) else "data.weights"
-        prefixes = data.paths if isinstance(data, BinData) else [p for p, weight in data.weights.items() if weight != 0]
-        files = [prefix + suffix for prefix in prefixes for suffix in _SUFFIXES]
-        yield from (_no_file(key, file) for file in files if not os.path.isfile(file))
+    elif isinstance(data, TokenizedData):
+        files = [prefix + suffix for prefixes, _ in data.groups for prefix in prefixes for suffix in _SUFFIXES]
+        yield from (_no_file(data.given, file) for file in files if not os.path.isfile(file))
     schedule = config.parallel.pipeline.schedule
     if config.parallel.pp > 1 and schedule is not None and is_program(schedule) and not os.path.isfile(schedule):
         yield _no_file("parallel.pipeline.schedule", schedule)
     tokenizer = data.tokenizer.path
-    if tokenizer is not None and not isinstance(data, (BinData, BlendData)) and not os.path.isfile(tokenizer):
+    if tokenizer is not None and not isinstance(data, TokenizedData) and not os.path.isfile(tokenizer):
         yield _no_tokenizer(tokenizer)
     for key, path in (("checkpoint.init", c.init), ("checkpoint.resume", c.resume)):
         if path is None or path == "latest" or os.path.exists(path):

@@ -12,8 +12,6 @@ from .errors import UserError
 from .paths import default_checkpoint_folder, resolve_paths
 from .reading.program_file import read_frame
 from .schema import (
-    BinData,
-    BlendData,
     Config,
     ContextConfig,
     DataConfig,
@@ -23,6 +21,7 @@ from .schema import (
     PipelineConfig,
     RopeConfig,
 )
+from .schema_data import TokenizedData
 from .tables.context_methods import CONTEXT_METHODS
 from .tables.schedules import SCHEDULES, default_chunks, is_program
 from .tokenized import read_metas
@@ -99,7 +98,7 @@ def tokenizer_vocab(data: DataConfig) -> int | None:
     Of tokenized data: of the tokenizers that made it, as PREFIX.meta.json says, or of data.tokenizer.path. None for
     files that are missing or damaged, and for tokens of unknown origin.
     """
-    if isinstance(data, (BinData, BlendData)):
+    if isinstance(data, TokenizedData):
         known = _vocab_of_tokens(data)
         if known is not None or data.tokenizer.path is None:
             return known
@@ -115,7 +114,7 @@ def tokenizer_vocab(data: DataConfig) -> int | None:
         return None
 
 
-def _vocab_of_tokens(data: BinData | BlendData) -> int | None:
+def _vocab_of_tokens(data: TokenizedData) -> int | None:
     try:
         return max((meta.coding.vocab for meta in read_metas(data) or ()), default=None)
     except UserError:

@@ -96,7 +96,6 @@ class ConstantSchedule:
     """Learning rate constant after the warm-up."""
 
     name: Literal["constant"] = "constant"
-    """Selects the class of this section: constant, linear, cosine or wsd."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
 
@@ -106,7 +105,6 @@ class LinearSchedule(ConstantSchedule):
     """Linear decay, which would reach min_ratio · lr one step after the last."""
 
     name: Literal["linear"] = "linear"
-    """Selects the class of this section: constant, linear, cosine or wsd."""
     min_ratio: float = 0.0
     """Learning rate that the decay goes to, one step after the last, as a fraction of optim.lr."""
 
@@ -116,7 +114,6 @@ class CosineSchedule(ConstantSchedule):
     """Half a cosine, which would reach min_ratio · lr one step after the last."""
 
     name: Literal["cosine"] = "cosine"
-    """Selects the class of this section: constant, linear, cosine or wsd."""
     min_ratio: float = 0.1
     """Learning rate that the decay goes to, one step after the last, as a fraction of optim.lr."""
 
@@ -126,7 +123,6 @@ class WsdSchedule(ConstantSchedule):
     """Warm-up, stable, decay: constant until decay_steps before the end, then linear, towards min_ratio · lr."""
 
     name: Literal["wsd"] = "wsd"
-    """Selects the class of this section: constant, linear, cosine or wsd."""
     decay_steps: int = 100
     """Steps of the final decay."""
     min_ratio: float = 0.0
@@ -135,11 +131,9 @@ class WsdSchedule(ConstantSchedule):
 
 ScheduleConfig = ConstantSchedule
 SCHEDULES: dict[str, type] = {
-    "constant": ConstantSchedule,
-    "linear": LinearSchedule,
-    "cosine": CosineSchedule,
-    "wsd": WsdSchedule,
+    kind.name: kind for kind in (ConstantSchedule, LinearSchedule, CosineSchedule, WsdSchedule)
 }
+"""By the name that optim.schedule.name selects."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +141,6 @@ class OptimConfig:
     """What every optimizer has."""
 
     name: str
-    """Selects the class of this section: adamw or sgd."""
     lr: float = 3e-4
     """Peak learning rate."""
     weight_decay: float = 0.1
@@ -163,7 +156,6 @@ class AdamWConfig(OptimConfig):
     """AdamW (Loshchilov and Hutter, 2019)."""
 
     name: Literal["adamw"] = "adamw"
-    """Selects the class of this section: adamw or sgd."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.95
@@ -179,12 +171,12 @@ class SgdConfig(OptimConfig):
     """Plain stochastic gradient descent."""
 
     name: Literal["sgd"] = "sgd"
-    """Selects the class of this section: adamw or sgd."""
     momentum: float = 0.0
     """Momentum; 0 keeps no state."""
 
 
-OPTIMIZERS: dict[str, type] = {"adamw": AdamWConfig, "sgd": SgdConfig}
+OPTIMIZERS: dict[str, type] = {kind.name: kind for kind in (AdamWConfig, SgdConfig)}
+"""By the name that optim.name selects."""
 
 
 @dataclass(frozen=True, kw_only=True)

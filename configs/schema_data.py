@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from .tables.derived import DERIVED, Derived
 
@@ -23,7 +23,6 @@ class DataConfig:
     """What every source has."""
 
     name: str
-    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Text to tokens; of bin and blend only its vocabulary is used, where the files do not say theirs."""
     document_mask: bool = False
@@ -41,7 +40,6 @@ class StdlibData(DataConfig):
     """The source text of the running Python's standard library: real text on every machine."""
 
     name: Literal["stdlib"] = "stdlib"
-    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,60 +47,76 @@ class TextData(DataConfig):
     """Plain text, one document a file."""
 
     name: Literal["text"] = "text"
-    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
     paths: tuple[str, ...]
     """Files, folders or glob patterns."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class JsonlData(TextData):
+class RecordsData(TextData):
+    """Files of records, one document a record."""
+
+    field: str = "text"
+    """The key or the column that holds the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonlData(RecordsData):
     """JSON lines, one document a line."""
 
     name: Literal["jsonl"] = "jsonl"
-    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
-    field: str = "text"
-    """The key that holds the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParquetData(TextData):
+class ParquetData(RecordsData):
     """Parquet files, one document a row."""
 
     name: Literal["parquet"] = "parquet"
-    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
-    field: str = "text"
-    """The column that holds the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BinData(DataConfig):
+class TokenizedData(DataConfig):
+    """What is tokens already: all other sources are text, which the job's tokenizer turns into them."""
+
+    eod: int | None = None
+    """End-of-document token; none: a document ends where the index says."""
+    given: ClassVar[str]
+    """The key that holds the prefixes."""
+
+    @property
+    def groups(self) -> list[tuple[tuple[str, ...], float]]:
+        """The prefixes of each stream of tokens, and its weight in the mixture."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BinData(TokenizedData):
     """Megatron's tokenized format: PREFIX.bin and PREFIX.idx."""
 
     name: Literal["bin"] = "bin"
-    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
     paths: tuple[str, ...]
     """Prefixes, without the extension; several are concatenated."""
-    eod: int | None = None
-    """End-of-document token; none: a document ends where the index says."""
+    given: ClassVar[str] = "data.paths"
+
+    @property
+    def groups(self) -> list[tuple[tuple[str, ...], float]]:
+        return [(self.paths, 1.0)] if self.paths else []
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlendData(DataConfig):
+class BlendData(TokenizedData):
     """A weighted mixture of .bin/.idx prefixes."""
 
     name: Literal["blend"] = "blend"
-    """Selects the class of this section: stdlib, text, jsonl, parquet, bin or blend."""
     weights: dict[str, float]
     """Prefix to weight; weights are normalised to sum to 1, and 0 leaves a source out."""
-    eod: int | None = None
-    """End-of-document token; none: a document ends where the index says."""
+    given: ClassVar[str] = "data.weights"
+
+    @property
+    def groups(self) -> list[tuple[tuple[str, ...], float]]:
+        return [((prefix,), weight) for prefix, weight in self.weights.items() if weight != 0]
 
 
 DATASETS: dict[str, type] = {
-    "stdlib": StdlibData,
-    "text": TextData,
-    "jsonl": JsonlData,
-    "parquet": ParquetData,
-    "bin": BinData,
-    "blend": BlendData,
+    kind.name: kind for kind in (StdlibData, TextData, JsonlData, ParquetData, BinData, BlendData)
 }
+"""By the name that data.name selects; a source is its class, listed here, and what `trainer/data` reads it with."""

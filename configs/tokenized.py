@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import UserError
 from .paths import TOKENIZER_FILE
-from .schema import BinData, BlendData
+from .schema_data import TokenizedData
 from .strict_json import JsonError, expect_int, expect_list, expect_object, expect_text, read_json
 
 META_SUFFIX = ".meta.json"
@@ -87,9 +87,9 @@ def read_meta(prefix: str) -> TokenMeta | None:
         raise UserError(f"{path} is damaged ({reason}); tokenize again, or delete it to go without checksums") from None
 
 
-def read_metas(data: BinData | BlendData) -> list[TokenMeta] | None:
+def read_metas(data: TokenizedData) -> list[TokenMeta] | None:
     """What the files of every source say; None where one of them says nothing. Raises UserError as `read_meta`."""
-    prefixes = data.paths if isinstance(data, BinData) else [p for p, weight in data.weights.items() if weight != 0]
+    prefixes = [prefix for group, _ in data.groups for prefix in group]
     metas = [read_meta(prefix) for prefix in prefixes]
     known = [meta for meta in metas if meta is not None]
     return known if len(known) == len(metas) else None

@@ -9,6 +9,7 @@ from ..errors import Problem
 from ..fields import value_of
 from ..resolve import BYTE_TOKENS
 from ..schema import BinData, BlendData, Config, TextData, WsdSchedule
+from ..schema_data import TokenizedData
 from ..tokenized import META_SUFFIX
 from ..vocabulary import indivisible_vocab, padded
 from .context import validate_context
@@ -232,7 +233,7 @@ def _rope(config: Config) -> list[Problem]:
 def _vocab(config: Config) -> list[Problem]:
     vocab, data = config.model.vocab, config.data
     if vocab is None:
-        if isinstance(data, (BinData, BlendData)):
+        if isinstance(data, TokenizedData):
             reason = f"data.name={data.name} has no tokenizer to derive it from: no PREFIX{META_SUFFIX} says it"
             if data.tokenizer.path is not None:
                 reason += f", and data.tokenizer.path={data.tokenizer.path} cannot be read"
@@ -244,7 +245,7 @@ def _vocab(config: Config) -> list[Problem]:
     if used is not None and used > vocab:
         message = f"{used} is more than model.vocab={vocab}; set model.vocab={padded(used)}"
         return [Problem("model.vocab_used", message, ("model.vocab",))]
-    tokenized = isinstance(data, (BinData, BlendData))  # whose largest token counts, not what its tokenizer has
+    tokenized = isinstance(data, TokenizedData)  # whose largest token counts, not what its tokenizer has
     if not tokenized and data.tokenizer.path is None and config.model.used_vocab < BYTE_TOKENS:
         key, size = ("model.vocab", 320) if used is None else ("model.vocab_used", BYTE_TOKENS)
         message = f"{config.model.used_vocab} is smaller than the byte tokenizer's {BYTE_TOKENS} tokens"

@@ -68,3 +68,10 @@ def test_sections_and_single_keys() -> None:
     assert {d.key for d in document("eval")} == {f"eval.{key}" for key in keys}
     with pytest.raises(UserError, match=r"traim: no such section or key; did you mean train\?"):
         document("traim")
+
+
+def test_the_names_of_a_section_are_listed_with_what_they_stand_for() -> None:
+    for section, (registry, _) in SELECTORS.items():
+        (doc,) = (d for d in document(f"{section}.name") if d.key == f"{section}.name")
+        assert [name for name, _ in doc.names] == list(registry) and all(text for _, text in doc.names)
+    assert "jsonl    JSON lines, one document a line" in render(document("data.name"))

@@ -14,7 +14,8 @@ from typing import TypeVar
 
 from ...configs.errors import Problem, UserError
 from ...configs.fields import add_class
-from ...configs.schema import BinData, BlendData, DataConfig, StdlibData, TextData
+from ...configs.schema import DataConfig, StdlibData, TextData
+from ...configs.schema_data import TokenizedData
 from ...configs.tokenized import META_SUFFIX
 from .cache import cache_folder, tokenize_cached
 from .documents import READERS, Reader
@@ -76,7 +77,7 @@ def register(read: Reader) -> Callable[[type[_Data]], type[_Data]]:
 
 def is_text(cfg: DataConfig) -> bool:
     """Whether the source is text, that a tokenizer has to turn into tokens first."""
-    return not isinstance(cfg, BinData | BlendData)
+    return not isinstance(cfg, TokenizedData)
 
 
 def text_files(cfg: DataConfig) -> TextFiles:
@@ -105,13 +106,9 @@ def open_text_source(cfg: DataConfig, tokenizer: Tokenizer, vocab: int, *, progr
 
 def open_indexed(cfg: DataConfig, vocab: int) -> list[Source]:
     """The sources of tokenized data: one for bin, one a prefix for blend. Raises UserError naming every bad file."""
-    if isinstance(cfg, BlendData):
-        # A weight of 0 leaves its source out.
-        groups, key = [((prefix,), weight) for prefix, weight in cfg.weights.items() if weight != 0], "data.weights"
-    elif isinstance(cfg, BinData):
-        groups, key = [(tuple(cfg.paths), 1.0)] if cfg.paths else [], "data.paths"
-    else:
+    if not isinstance(cfg, TokenizedData):
         raise UserError(Problem("data.name", f"unknown source {cfg.name!r}"))
+    groups, key = cfg.groups, cfg.given
     if not groups:
         raise UserError(Problem(key, "no prefixes; give at least one PREFIX of PREFIX.bin and PREFIX.idx"))
     problems: list[Problem] = []

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...configs.errors import Problem, UserError
-from ...configs.schema import BinData, BlendData, Config
+from ...configs.schema import Config
+from ...configs.schema_data import TokenizedData
 from ...configs.strict_json import JsonError, parse_json, read_bytes, read_json
 from ...configs.tokenized import Coding, read_metas
 from ..checkpoint.manifest import Damaged, Manifest, read_manifest, read_state, read_verified
@@ -139,7 +140,7 @@ def of_job(cfg: Config) -> TokenizerFiles:
     Raises:
         UserError: a file cannot be read.
     """
-    tokenized = isinstance(cfg.data, (BinData, BlendData))
+    tokenized = isinstance(cfg.data, TokenizedData)
     coding = _coding(cfg)
     if coding is not None and coding.path is not None:
         eod = getattr(cfg.data, "eod", None)
@@ -163,7 +164,7 @@ def of_job(cfg: Config) -> TokenizerFiles:
 
 def _coding(cfg: Config) -> Coding | None:
     """How tokenized data was made: by bytes, or by a tokenizer.json that is still there; None where that is unknown."""
-    if not isinstance(cfg.data, (BinData, BlendData)) or cfg.data.tokenizer.path is not None:
+    if not isinstance(cfg.data, TokenizedData) or cfg.data.tokenizer.path is not None:
         return None
     found = [meta.coding for meta in read_metas(cfg.data) or ()]
     if not found or len({coding.identity for coding in found}) > 1:
