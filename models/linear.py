@@ -23,6 +23,7 @@ class Linear(nn.Module):
         self.apply_weights: Projection = local
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (N, in) → y (N, out)."""
         return self.apply_weights(x, (self,))[0]
 
 
@@ -44,6 +45,7 @@ class GroupedLinear(nn.Module):
         self.apply_weights: GroupedProjection = grouped_projection.local
 
     def forward(self, x: Tensor | RecomputedInput, groups: Groups) -> Tensor:
+        """Rows x (R, in), in the order of `groups` → y (R, out)."""
         return self.apply_weights(x, groups, (self,))[0]
 
 

@@ -24,6 +24,7 @@ class RmsNorm(nn.Module):
         self.total: Total | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (…, size) → (…, size)."""
         return rms_norm(x, self.weight, self.eps, self.size, self.total)
 
 
@@ -37,6 +38,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (…, size) → (…, size)."""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 

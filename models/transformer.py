@@ -74,7 +74,9 @@ class EmbeddingOp(Protocol):
 
     def __call__(self, tokens: Tensor, weight: Tensor) -> Tensor: ...
 
-    def local_tokens(self, x: Tensor) -> Tensor: ...
+    def local_tokens(self, x: Tensor) -> Tensor:
+        """(B · length, …) → (N, …): the rows of the tokens that are here."""
+        ...
 
 
 class HeadOp(Protocol):
@@ -82,16 +84,20 @@ class HeadOp(Protocol):
 
     look: Look | None
 
-    def logits(self, x: Tensor, weight: Tensor) -> Tensor: ...
+    def logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x (N, h), weight (V, h) → (N, V)."""
+        ...
 
-    def loss(self, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | float) -> Tensor: ...
+    def loss(self, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | float) -> Tensor:
+        """x (N, h), weight (V, h), labels (N,) → the scalar sum of all tokens' losses, times `scale`."""
+        ...
 
 
 RunLayer = Callable[[Layer, Tensor, Sequences, Draws | None], Tensor]
 
 
 def run_layer(layer: Layer, x: Tensor, seq: Sequences, draws: Draws | None) -> Tensor:
-    """Calls the layer and keeps what its backward needs."""
+    """x (N, h) → (N, h): calls the layer and keeps what its backward needs."""
     return layer(x, seq, draws)
 
 
@@ -126,7 +132,7 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The head's weight, where this part has it."""
+        """The head's weight (V, h), where this part has it."""
         return self.embed_weight if self.head is None else self.head.weight
 
     def sequences(self, inputs: Inputs, dtype: torch.dtype) -> Sequences:

@@ -30,7 +30,7 @@ class Link(Protocol):
         ...
 
     def to_ours(self, name: str, placement: Placement, read: Read) -> Tensor:
-        """A slice of one of our parameters, reading no more than that slice."""
+        """A slice of one of our parameters, of shape `placement.local_shape` (n, …), reading no more than that."""
         ...
 
     def to_theirs(self, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -62,7 +62,8 @@ class Joined:
         return {self.name: _swapped(tuple(sizes)) if self.transposed else tuple(sizes)}
 
     def to_ours(self, name: str, placement: Placement, read: Read) -> Tensor:
-        """A slice of one of our parameters, reading no more than that slice (interleaved: its neighbours too)."""
+        """A slice of one of our parameters, of shape `placement.local_shape` (n, …), reading no more than that
+        (interleaved: its neighbours too)."""
         names = [part for part, _ in self.parts]
         which, count = names.index(name), len(names)
         index = _index(placement)
@@ -77,7 +78,7 @@ class Joined:
         return tensor.unflatten(self.dim, (-1, count)).select(self.dim + 1, which) if self.interleaved else tensor
 
     def to_theirs(self, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The Hugging Face tensor, contiguous, out of our parameters."""
+        """The Hugging Face tensor (n, …), contiguous, out of our parameters, which it joins along `dim`."""
         tensors = [ours[name] for name, _ in self.parts]
         if self.interleaved:
             joined = torch.stack(tensors, self.dim + 1).flatten(self.dim, self.dim + 1)
@@ -106,7 +107,7 @@ class Stacked:
         return dict.fromkeys(self.names, self.shape[1:])
 
     def to_ours(self, name: str, placement: Placement, read: Read) -> Tensor:
-        """A slice of our parameter; other experts' tensors are not read."""
+        """A slice (experts, out, in) of our parameter; other experts' tensors are not read."""
         experts, *rest = _index(placement)
         out = None
         for i, expert in enumerate(self.names[experts]):
@@ -116,7 +117,7 @@ class Stacked:
         return torch.empty(placement.local_shape) if out is None else out
 
     def to_theirs(self, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The Hugging Face tensors, contiguous, out of our parameter."""
+        """The Hugging Face tensors (out, in), contiguous, out of our parameter (experts, out, in)."""
         for name, expert in zip(self.names, ours[self.ours_name], strict=True):
             yield name, expert.contiguous()
 

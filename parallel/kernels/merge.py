@@ -21,14 +21,14 @@ def per_value(lse: Tensor) -> Tensor:
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """out and lse of both, in lse's precision."""
+    """out (B, n, H, e) and lse (B, H, n) of both, in lse's precision."""
     out, lse = out_a.to(lse_a.dtype, copy=True), lse_a.clone()
     merge_(out, lse, out_b, lse_b)
     return out, lse
 
 
 def merge_(out: Tensor, lse: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
-    """Joins b into `out` and `lse`, which may be views; `out` should have lse's precision."""
+    """Joins b into `out` (B, n, H, e) and `lse` (B, H, n), which may be views; `out` should have lse's precision."""
     # b's part of the sum: 1 / (1 + exp(lse − lse_b)). Where both are −inf nothing has a part: the difference is no
     # number there.
     share = torch.sigmoid(lse_b - lse).nan_to_num_(nan=0.0)

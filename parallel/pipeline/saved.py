@@ -73,7 +73,7 @@ class View:
     offset: int
 
     def tensor(self) -> Tensor:
-        """The tensor, in the block's present memory.
+        """The tensor, `shape` (n, …), in the block's present memory.
 
         Raises:
             RuntimeError: the block is on the host: the program has no RES before this backward pass.
