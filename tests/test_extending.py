@@ -86,7 +86,12 @@ class _Counting:
 @pytest.mark.distributed
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_context_method_trains_like_one_process(masked: bool, tmp_path: Path) -> None:
-    same_training.check(masked, cp=2, context={"method": "counted"}, steps=3, trains=_Counting(tmp_path))
+    row = ContextMethod(name="counted", text="whose module the ranks import")
+    register(row)(type("Made", (), {}))
+    try:
+        same_training.check(masked, cp=2, context={"method": "counted"}, steps=3, trains=_Counting(tmp_path))
+    finally:
+        del CONTEXT_METHODS["counted"]
 
 
 def test_the_configuration_knows_a_context_method() -> None:
@@ -254,7 +259,7 @@ import gc, json
 from dataclasses import replace
 import torch
 from pentad.configs.schema import SignConfig
-from pentad.parallel.pipeline.check import ProgramError, check
+from pentad.parallel.pipeline.check import ProgramError, check_program
 from pentad.parallel.pipeline.lower import lower
 from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.pipeline.program import Op
@@ -271,18 +276,18 @@ def collecting(program):
 
 plain = generate("1f1b", ranks=2, microbatches=3)
 program = lower(collecting(plain))
-check(program)
+check_program(program)
 spans = [simulate(lower(p), Times(other={"GC": (0.5,)})).makespan for p in (plain, collecting(plain))]
 first = [tuple(sorted(ops, key=lambda op: op.kind is not Kinds.COLLECT)) for ops in program.ranks]
 early = replace(program, ranks=tuple(first))
 try:
-    check(early)
+    check_program(early)
 except ProgramError as error:
     refused = str(error)
 
 def make(cfg, parts, optimizer, mesh, program):
     program = collecting(program)
-    check(program)
+    check_program(program)
     return Stepper(cfg, parts, optimizer, mesh, program)
 
 collected, found = [], gc.collect

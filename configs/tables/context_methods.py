@@ -41,7 +41,7 @@ _LIST = (
     ContextMethod(
         name="allgather",
         text="every rank gathers all keys and values",
-        core="gather.AllGather",
+        core="gather.GatherKeysValues",
         latent_core="gather.GatherLatent",
     ),
     ContextMethod(

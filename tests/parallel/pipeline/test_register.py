@@ -73,6 +73,7 @@ def test_the_configuration_knows_it() -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_it_trains_like_one_process(chunks: int) -> None:
     pipeline: dict[str, Any] = {"schedule": NAME, "chunks": chunks}
