@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from .errors import Problem
 from .fields import value_of, with_value
@@ -62,10 +62,6 @@ def _inert(config: Config) -> list[Problem]:
         f"{', '.join(keys)} {'have' if len(keys) > 1 else 'has'} no effect with {why}" for why, keys in named.items()
     ]
     return [Problem("", "; ".join(parts))] if parts else []
-
-
-def _have(keys: Sequence[str]) -> str:
-    return "have" if len(keys) > 1 else "has"
 
 
 RULES: tuple[Rule, ...] = (_context_method, _context_placement, _inert)

@@ -2,7 +2,7 @@
 
 The string under a field documents it: `pentad show --keys` prints it with the field's type and default, so it names
 the unit and what the default does. `Derived` keys may be left out: `resolve` in `resolve.py` fills them in, and
-nothing after loading meets one without a value. Where a ``None`` is the value, the docstring says what it means.
+nothing after loading meets one without a value. Where a `None` is the value, the docstring says what it means.
 """
 
 from __future__ import annotations

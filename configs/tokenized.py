@@ -30,7 +30,7 @@ def token_prefix(prefix: str) -> str:
 
 
 def tokenizer_file(path: str) -> Path:
-    """The tokenizer.json that ``data.tokenizer.path`` means: the file, or the one in that folder; with ~ expanded."""
+    """The tokenizer.json that `data.tokenizer.path` means: the file, or the one in that folder; with ~ expanded."""
     file = Path(path).expanduser()
     return file / TOKENIZER_FILE if file.is_dir() else file
 
@@ -50,8 +50,8 @@ class Coding:
 class TokenMeta:
     """What PREFIX.meta.json says.
 
-    ``largest`` is the largest token id (-1 without tokens), ``left_out`` counts documents without text. Sizes are in
-    bytes; ``bin_crc32`` has one CRC-32 for each block of `BLOCK_BYTES`, ``idx_crc32`` is that of the whole file.
+    `largest` is the largest token id (-1 without tokens), `left_out` counts documents without text. Sizes are in
+    bytes; `bin_crc32` has one CRC-32 for each block of `BLOCK_BYTES`, `idx_crc32` is that of the whole file.
     """
 
     coding: Coding

@@ -1,4 +1,4 @@
-"""One rank of a job: ``torchrun … -m pentad.trainer CONFIG [key=value …]``, or under srun, mpirun and their like."""
+"""One rank of a job: `torchrun … -m pentad.trainer CONFIG [key=value …]`, or under srun, mpirun and their like."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ class Trainer:
             tokens=self._tokens,
             tokens_seen=self.tokens,
             valid=issued.valid,
-            pairs=issued.pairs / 2,
+            pairs=issued.pairs,
             seconds=seconds,
             routed=None if moe is None else moe.cpu().numpy(),
         )

@@ -1,4 +1,4 @@
-"""A rank of `pentad generate --layout run`: ``python -m pentad.launch.supervise.sample_worker FOLDER CONFIG``."""
+"""A rank of `pentad generate --layout run`: `python -m pentad.launch.supervise.sample_worker FOLDER CONFIG`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank that `pentad train` started: ``python -m pentad.launch.supervise.worker FOLDER CONFIG [key=value …]``.
+"""A rank that `pentad train` started: `python -m pentad.launch.supervise.worker FOLDER CONFIG [key=value …]`.
 
 FOLDER is shared with the launcher: the rank leaves its process id there, and its failure if it fails.
 """

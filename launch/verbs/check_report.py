@@ -47,7 +47,7 @@ def _experts(cfg: Config) -> list[tuple[str, str]]:
     """The expert mesh and the layers that it serves, one row each."""
     p, model, edp = cfg.parallel, cfg.model, expert_replicas(cfg)
     moe = model.moe
-    mesh = f"etp {p.etp} × ep {p.ep} × edp {edp} = {p.etp * p.ep * edp}" + " of each stage" * (p.pp > 1)
+    mesh = f"etp {p.etp} × ep {p.ep} × edp {edp} = {p.etp * p.ep * edp}{' of each stage' if p.pp > 1 else ''}"
     share = f", {moe.experts // p.ep} on a rank" if p.ep > 1 else ""
     layers = f"in {len(model.moe_layers)} of {model.layers} layers"
     return [("ranks, for experts", mesh), ("experts", f"{moe.experts}, {moe.top_k} per token, {layers}{share}")]

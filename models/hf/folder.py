@@ -44,7 +44,7 @@ _WRAPPERS = ("", "module.", "_orig_mod.", "base_model.model.")
 
 
 def load_hf(directory: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Transformer:
-    """A Hugging Face folder as a module: ``module(tokens (B, T)) -> logits (B, T, V)``.
+    """A Hugging Face folder as a module: `module(tokens (B, T)) -> logits (B, T, V)`.
 
     Args:
         directory: folder with config.json and *.safetensors, one file or shards with an index.
@@ -163,7 +163,7 @@ def write_hf(
         directory: a new or empty folder.
         config: resolved model configuration.
         tensors: our parameter names to tensors, on any device, written in their own dtype.
-        extra: further keys of config.json that do not describe the network, e.g. ``eos_token_id``.
+        extra: further keys of config.json that do not describe the network, e.g. `eos_token_id`.
         files: further files of the folder, by name, e.g. the tokenizer's.
         shard_bytes: largest file in bytes; above it there are several and an index.
 

@@ -373,17 +373,6 @@ class _ReduceScatter(torch.autograd.Function):
         return all_gather(grad, ctx.axis).wait(), None
 
 
-class _AllReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return all_reduce(x.clone(), axis).wait()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return all_reduce(grad.clone(), ctx.axis).wait(), None
-
-
 def all_gather_autograd(x: Tensor, axis: Axis) -> Tensor:
     """(n, …) of each rank → (size · n, …): `all_gather` whose backward is `reduce_scatter`."""
     return x if axis.size == 1 else _AllGather.apply(x, axis)
@@ -392,8 +381,3 @@ def all_gather_autograd(x: Tensor, axis: Axis) -> Tensor:
 def reduce_scatter_autograd(x: Tensor, axis: Axis) -> Tensor:
     """(size · n, …) of each rank → (n, …): `reduce_scatter` whose backward is `all_gather`."""
     return x if axis.size == 1 else _ReduceScatter.apply(x, axis)
-
-
-def all_reduce_autograd(x: Tensor, axis: Axis) -> Tensor:
-    """Sum of x (…) over the axis, forward and backward (the sum of the ranks' gradients)."""
-    return x if axis.size == 1 else _AllReduce.apply(x, axis)

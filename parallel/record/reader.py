@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -184,47 +182,3 @@ def _parse_names(data: bytes) -> tuple[str, ...]:
         names.append(data[at + 2 : at + 2 + length].decode(errors="replace"))
         at += 2 + length
     return tuple(names)
-
-
-def summary(ring: RecordRing, step: int) -> dict[str, float]:
-    """Seconds per kind in a step, of finished entries (spans that nest or overlap are counted each)."""
-    entries = ring.entries[(ring.entries["step"] == step) & (ring.entries["end"] > 0)]
-    seconds = (entries["end"] - entries["start"]) / 1e9
-    return {ring.name(int(k)): float(seconds[entries["kind"] == k].sum()) for k in np.unique(entries["kind"])}
-
-
-def to_chrome(rings: Sequence[RecordRing]) -> dict[str, Any]:
-    """Trace for chrome://tracing or Perfetto: a process per rank, a row per stream; wall-clock microseconds.
-
-    Entries under way are drawn up to the newest time in their ring and carry `"open": true`.
-    """
-    events: list[dict[str, Any]] = []
-    for ring in rings:
-        rank = ring.header.rank
-        events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}})
-        entries = ring.entries
-        if not len(entries):
-            continue
-        for code in np.unique(entries["stream"]):
-            args = {"name": ring.name(int(code)) or "main"}
-            events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": int(code), "args": args})
-        newest = int(max(entries["end"].max(), entries["start"].max()))
-        events.extend(_chrome_event(ring, entry, newest) for entry in entries)
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-def _chrome_event(ring: RecordRing, entry: np.void, newest: int) -> dict[str, Any]:
-    end = int(entry["end"])
-    args: dict[str, Any] = {n: int(entry[n]) for n in _NUMBERS}
-    args.update({n: ring.name(int(entry[n])) for n in ("axis", "dtype")})
-    if not end:
-        args["open"] = True
-    return {
-        "ph": "X",
-        "name": ring.name(int(entry["kind"])),
-        "pid": ring.header.rank,
-        "tid": int(entry["stream"]),
-        "ts": ring.wall(int(entry["start"])) * 1e6,
-        "dur": ((end or newest) - int(entry["start"])) / 1e3,
-        "args": args,
-    }

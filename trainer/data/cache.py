@@ -23,14 +23,14 @@ _FORMAT = 2
 
 
 def cache_folder(configured: str | None) -> Path:
-    """``data.cache``, or .cache/pentad/data in the user's home folder."""
+    """`data.cache`, or .cache/pentad/data in the user's home folder."""
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "pentad" / "data"
 
 
 def tokenize_cached(
     folder: Path, tokenizer: Tokenizer, files: Sequence[Path], kind: str, field: str, *, progress: bool = True
 ) -> IndexedReader:
-    """The tokens of ``files``, from ``folder`` when they were tokenized before, else tokenized now.
+    """The tokens of `files`, from `folder` when they were tokenized before, else tokenized now.
 
     The name of the cached pair is a hash of every file's path, size and modification time, and the tokenizer. One
     process tokenizes while the others wait for its lock; a damaged pair is made again. Raises UserError.
@@ -83,7 +83,7 @@ def _open_ready(prefix: str) -> IndexedReader | None:
 
 @contextmanager
 def _locked(path: Path, progress: bool) -> Iterator[None]:
-    """Hold an exclusive lock on ``path``. The kernel releases it when its holder dies, so none is ever stale.
+    """Hold an exclusive lock on `path`. The kernel releases it when its holder dies, so none is ever stale.
 
     On a file system without locks the block runs unlocked: each process then writes under temporary names of its own,
     and only the work is doubled.

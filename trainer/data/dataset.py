@@ -25,11 +25,12 @@ from .tokenizer import Tokenizer, check_vocab, make_tokenizer
 class Microbatch:
     """b sequences of T tokens, on the CPU (pinned where asked for).
 
-    ``labels`` are the next tokens, -1 where none may be learnt. ``positions`` (restarting at 0) and ``documents``
-    (counted from 0 in each sequence) are None unless documents are masked from each other. ``samples`` are run-wide
-    numbers, step * global_batch + sequence. ``valid`` counts labels that are not -1; ``pairs`` is twice the unmasked
-    attention pairs: the squared length of every document (of every sequence, without document mask), and less where
-    the model attends through a sliding window. It is the mean over the model's layers, whose windows may differ.
+    `labels` are the next tokens, -1 where none may be learnt. `positions` (restarting at 0) and `documents`
+    (counted from 0 in each sequence) are None unless documents are masked from each other. `samples` are run-wide
+    numbers, step * global_batch + sequence. `valid` counts labels that are not -1; `pairs` are the
+    unmasked attention pairs: half the squared length of every document (of every sequence, without document mask), and
+    fewer where the model attends through a sliding window. It is the mean over the model's layers, whose windows may
+    differ.
     """
 
     tokens: torch.Tensor  # int64 [b, T]
@@ -41,7 +42,7 @@ class Microbatch:
     pairs: float
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Microbatch:
-        """The same microbatch with its tensors on ``device``."""
+        """The same microbatch with its tensors on `device`."""
         moved = {
             name: value.to(device, non_blocking=non_blocking)
             for name, value in vars(self).items()
@@ -72,10 +73,11 @@ class Split:
         """Tokens that a token may attend to, itself included, and the number of layers where these are so many."""
         return Counter(self.seq_len if w is None else min(w, self.seq_len) for w in self.windows)
 
-    def _mean(self, pairs: Callable[[int], int]) -> float:
-        """The mean of `pairs(reach)` over the layers."""
-        found = [(layers, pairs(reach)) for reach, layers in self._reaches.items()] or [(0, 0)]
-        return sum(layers * each for layers, each in found) / self._reaches.total() if len(found) > 1 else found[0][1]
+    def _mean(self, twice: Callable[[int], int]) -> float:
+        """The mean over the layers of half of `twice(reach)`, a whole number whatever the lengths."""
+        found = [(layers, twice(reach)) for reach, layers in self._reaches.items()] or [(0, 0)]
+        mean = sum(layers * each for layers, each in found) / self._reaches.total() if len(found) > 1 else found[0][1]
+        return mean / 2
 
     @property
     def sequences(self) -> int:
@@ -159,9 +161,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a run reads. ``heldout`` is None when data.holdout is 0; ``tokenizer`` is None for .bin sources.
+    """What a run reads. `heldout` is None when data.holdout is 0; `tokenizer` is None for .bin sources.
 
-    ``fingerprint`` changes when tokens, split or order-relevant settings other than the seed change, and is equal on
+    `fingerprint` changes when tokens, split or order-relevant settings other than the seed change, and is equal on
     machines that hold equal data under other paths.
     """
 
@@ -183,11 +185,11 @@ def open_data(
     windows: Sequence[int | None] = (None,),
     progress: bool = True,
 ) -> Dataset:
-    """Open (and, the first time, tokenize) the sources of ``cfg``; may be called by all ranks at once.
+    """Open (and, the first time, tokenize) the sources of `cfg`; may be called by all ranks at once.
 
-    ``windows`` are the sliding windows of the model's layers, None for full attention (`costs.flops.layer_windows`).
+    `windows` are the sliding windows of the model's layers, None for full attention (`costs.flops.layer_windows`).
 
-    Raises UserError for files that are missing, damaged or too small, and for token ids that do not fit ``vocab``.
+    Raises UserError for files that are missing, damaged or too small, and for token ids that do not fit `vocab`.
     """
     if not 0 <= cfg.holdout < 1:
         raise UserError(Problem("data.holdout", f"{cfg.holdout} is not a fraction in [0, 1)"))

@@ -39,9 +39,9 @@ class Tally:
 def read_documents(
     files: Iterable[Path], kind: str | None = None, field: str = "text", tally: Tally | None = None
 ) -> Iterator[Document]:
-    """Every document of ``files`` that has text, in order; the others are counted in ``tally``.
+    """Every document of `files` that has text, in order; the others are counted in `tally`.
 
-    ``kind`` None goes by each file's suffix or, without one, its content. Raises UserError naming the file and the
+    `kind` None goes by each file's suffix or, without one, its content. Raises UserError naming the file and the
     line, row or byte that cannot be read.
     """
     for path in files:

@@ -35,9 +35,9 @@ def write_documents(
     append_eod: bool = True,
     workers: int = 1,
 ) -> None:
-    """Tokenize ``documents`` in batches of about a million characters and add each, with its end token, to writer.
+    """Tokenize `documents` in batches of about a million characters and add each, with its end token, to writer.
 
-    ``workers`` processes share the batches; what is written is the same for any number of them.
+    `workers` processes share the batches; what is written is the same for any number of them.
     """
     end = np.array([tokenizer.eod] if append_eod else [], writer.dtype)
     for size, encoded in _encode_all(_batches(documents), tokenizer, workers):
@@ -124,7 +124,7 @@ class ProgressLine:
         self._started = self._said = time.monotonic()
 
     def advance(self, size: float) -> None:
-        """Count ``size`` more bytes of input."""
+        """Count `size` more bytes of input."""
         self._done += size
         now = time.monotonic()
         if not self._enabled or now - self._said < SAY_EVERY_S:

@@ -27,9 +27,9 @@ _LOOKED_INTO = 16
 
 @dataclass
 class Found:
-    """Files to read, in order and each real file once, and what was seen beside them in folders: ``left_out`` is of
-    another kind or hidden, ``empty`` has no bytes. ``other`` are taken as text although they hold JSON lines.
-    ``problems`` are those of the paths."""
+    """Files to read, in order and each real file once, and what was seen beside them in folders: `left_out` is of
+    another kind or hidden, `empty` has no bytes. `other` are taken as text although they hold JSON lines.
+    `problems` are those of the paths."""
 
     files: list[Path] = field(default_factory=list)
     left_out: list[Path] = field(default_factory=list)
@@ -64,16 +64,11 @@ def _cannot_read(error: OSError) -> None:
     raise UserError(Problem("data.name", f"cannot read folder {error.filename}: {error.strerror}"))
 
 
-def find_files(paths: Sequence[str], kind: str | None = None) -> list[Path]:
-    """The files of `survey`. Raises UserError with every problem that it found."""
-    return survey(paths, kind).files
-
-
 def survey(paths: Sequence[str], kind: str | None = None) -> Found:
-    """Files that ``paths`` (files, folders, glob patterns) name, in the order given, each real file once.
+    """Files that `paths` (files, folders, glob patterns) name, in the order given, each real file once.
 
     A folder, named or matched by a pattern, stands for its files at any depth, sorted, whose suffix or, without one,
-    content fits ``kind`` (every file for text and for kinds from outside; for None the three kinds, without files like
+    content fits `kind` (every file for text and for kinds from outside; for None the three kinds, without files like
     README), hidden ones left out. Links are followed. Raises UserError naming every path that matches nothing, and
     everything that cannot be read: broken links, unreadable files and folders, pipes and devices.
     """
@@ -112,7 +107,7 @@ def _json_lines(files: Sequence[Path]) -> list[Path]:
 
 
 class _Walk:
-    """Collects files. ``count`` is how many were met, those that were met before included."""
+    """Collects files. `count` is how many were met, those that were met before included."""
 
     def __init__(self, kind: str | None) -> None:
         self.found, self.count = Found(), 0
@@ -123,7 +118,7 @@ class _Walk:
         self.found.problems.append(Problem("data.paths", message))
 
     def take(self, path: Path, folders: tuple[tuple[int, int], ...] = (), *, chosen: bool = True) -> None:
-        """A file or everything in a folder; ``folders`` are those around it, ``chosen`` files were named themselves."""
+        """A file or everything in a folder; `folders` are those around it, `chosen` files were named themselves."""
         status = self._status(path)
         if status is None:
             return
@@ -147,7 +142,7 @@ class _Walk:
             self.found.left_out.append(path)
 
     def matches(self, root: Path, parts: list[str], folders: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-        """Paths below ``root`` that match the pattern ``parts``. Unlike `glob`, it says what it cannot look into."""
+        """Paths below `root` that match the pattern `parts`. Unlike `glob`, it says what it cannot look into."""
         if not parts:
             yield root
             return

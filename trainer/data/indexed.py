@@ -1,6 +1,6 @@
 """Megatron-LM's tokenized format: PREFIX.bin holds token ids, PREFIX.idx says where sequences and documents start.
 
-The layout of PREFIX.idx, little-endian, is that of Megatron-LM's ``IndexedDataset``::
+The layout of PREFIX.idx, little-endian, is that of Megatron-LM's `IndexedDataset`::
 
     magic "MMIDIDX\\0\\0" · u64 version 1 · u8 dtype code · u64 sequences S · u64 document entries D
     i32 tokens per sequence [S] · i64 byte offset of each sequence in PREFIX.bin [S] · i64 document entries [D]
@@ -44,7 +44,7 @@ _INDEX_IN_MEMORY = 64 << 20
 class IndexedReader:
     """Read-only view of PREFIX.bin and PREFIX.idx: opening costs no memory per token.
 
-    ``size`` is the number of tokens, ``bytes`` that of PREFIX.bin, ``meta`` what PREFIX.meta.json says (None without
+    `size` is the number of tokens, `bytes` that of PREFIX.bin, `meta` what PREFIX.meta.json says (None without
     one). Raises UserError when a file is missing, is damaged, or its sequences do not lie end to end in PREFIX.bin (as
     every known writer lays them out). Tokens are read, not memory-mapped: a file that is cut short while it is in use,
     or a disk that fails, is an error that names it instead of a SIGBUS that ends the process.
@@ -95,7 +95,7 @@ class IndexedReader:
         return self.read(start, stop - start)
 
     def document_starts(self, index: np.ndarray) -> np.ndarray:
-        """Token offsets [n] at which documents ``index`` [n] start; the one after the last starts at the end."""
+        """Token offsets [n] at which documents `index` [n] start; the one after the last starts at the end."""
         self._check_index_size()
         sequence = self.entries[index]
         if not self.sequences:
@@ -203,10 +203,10 @@ class IndexedReader:
 
 
 class IndexedWriter:
-    """Writes PREFIX.bin and PREFIX.idx; both appear, whole, when the ``with`` block ends without an exception.
+    """Writes PREFIX.bin and PREFIX.idx; both appear, whole, when the `with` block ends without an exception.
 
-    Documents longer than ``max_sequence`` tokens (lengths are 32-bit) become several sequences of one document.
-    With ``coding``, how the tokens were made, a PREFIX.meta.json with the checksums appears too. Raises OSError.
+    Documents longer than `max_sequence` tokens (lengths are 32-bit) become several sequences of one document.
+    With `coding`, how the tokens were made, a PREFIX.meta.json with the checksums appears too. Raises OSError.
     """
 
     def __init__(
@@ -246,7 +246,7 @@ class IndexedWriter:
             self.largest = max(self.largest, int(tokens.max()))
 
     def _count(self, data: memoryview) -> None:
-        """Add to the checksums of the blocks that ``data`` falls into."""
+        """Add to the checksums of the blocks that `data` falls into."""
         at = 0
         while at < len(data):
             part = data[at : at + BLOCK_BYTES - self._block]

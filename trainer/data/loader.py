@@ -30,14 +30,14 @@ class _Item:
 
 
 class Loader:
-    """Iterates over steps ``start_step`` to ``steps - 1`` (steps counted from 0; ``steps`` is the run's total).
+    """Iterates over steps `start_step` to `steps - 1` (steps counted from 0; `steps` is the run's total).
 
-    Each step is the list of this rank's microbatches: rank r of ``dp_size`` owns global microbatches
-    a * dp_size + r, a = 0, 1, … ``prefetch`` microbatches are prepared ahead by a thread; 0 means none and no
-    thread. An exception in the thread is raised by the ``next`` that would have returned its microbatch. After each
-    ``next``, ``wait_s`` is how long it waited (seconds) and ``counts`` the (valid labels, pairs) of the global batch.
+    Each step is the list of this rank's microbatches: rank r of `dp_size` owns global microbatches
+    a * dp_size + r, a = 0, 1, … `prefetch` microbatches are prepared ahead by a thread; 0 means none and no
+    thread. An exception in the thread is raised by the `next` that would have returned its microbatch. After each
+    `next`, `wait_s` is how long it waited (seconds) and `counts` the (valid labels, pairs) of the global batch.
 
-    Raises UserError when ``global_batch`` is not a multiple of ``micro_batch * dp_size``.
+    Raises UserError when `global_batch` is not a multiple of `micro_batch * dp_size`.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Loader:
         return self._split.global_counts(step, global_batch=self._global_batch)
 
     def close(self) -> None:
-        """Stop the thread and wait, 5 seconds at most, for it. Safe to call twice; then ``next`` raises RuntimeError.
+        """Stop the thread and wait, 5 seconds at most, for it. Safe to call twice; then `next` raises RuntimeError.
 
         A thread stuck in a read of a dead file system is left behind; it is a daemon, so it cannot keep the process.
         """
@@ -135,7 +135,7 @@ def heldout_batches(
     """This rank's microbatches of each evaluation step: the same sequences at every call and in every layout.
 
     Sources take their turns by weight; one that has given all that it holds out is passed over. Yields
-    ``heldout_steps`` steps, so no sequence is evaluated twice unless one global batch is already larger than the
+    `heldout_steps` steps, so no sequence is evaluated twice unless one global batch is already larger than the
     split. Raises UserError when nothing is held out.
     """
     if split is None:
@@ -145,7 +145,7 @@ def heldout_batches(
 
 
 def heldout_steps(split: Split, steps: int, global_batch: int) -> int:
-    """Evaluation steps that ``heldout_batches`` yields: at most ``steps``, and no more than the split fills."""
+    """Evaluation steps that `heldout_batches` yields: at most `steps`, and no more than the split fills."""
     return min(steps, max(1, split.sequences // global_batch))
 
 
@@ -176,7 +176,7 @@ def _steps(split: Split, steps: int, shape: tuple[int, int, int, int]) -> Iterat
 
 
 def _produce(items: Iterator[_Item], out: queue.Queue[_Item | BaseException], stop: threading.Event) -> None:
-    """Body of the thread. Waits for room by polling, so that a full queue cannot keep it from seeing ``stop``."""
+    """Body of the thread. Waits for room by polling, so that a full queue cannot keep it from seeing `stop`."""
     try:
         for item in items:
             if not _put(item, out, stop):

@@ -18,7 +18,7 @@ _SCAN_CHUNK = 8 << 20
 
 @dataclass(frozen=True)
 class Boundaries:
-    """Where documents start inside windows: ``window`` [n] numbers the row, ``offset`` [n] in 1..T the token within
+    """Where documents start inside windows: `window` [n] numbers the row, `offset` [n] in 1..T the token within
     it, sorted by row and offset, without repeats. Offset T is a label only."""
 
     window: np.ndarray
@@ -28,7 +28,7 @@ class Boundaries:
 class TokenStream:
     """The tokens of one or more .bin files end to end, with random access.
 
-    A document starts where an index says, or, when ``eod`` is given, after every such token and nowhere else.
+    A document starts where an index says, or, when `eod` is given, after every such token and nowhere else.
     """
 
     def __init__(self, parts: Sequence[IndexedReader], eod: int | None = None) -> None:
@@ -43,7 +43,7 @@ class TokenStream:
         self.documents = sum(part.documents for part in parts)
 
     def read(self, start: int, out: np.ndarray) -> None:
-        """Fill ``out`` [n] with the tokens [start, start + n)."""
+        """Fill `out` [n] with the tokens [start, start + n)."""
         stop = start + len(out)
         part = int(np.searchsorted(self._offsets, start, "right")) - 1
         while start < stop:
@@ -54,14 +54,14 @@ class TokenStream:
             part += 1
 
     def windows(self, starts: np.ndarray, seq_len: int) -> np.ndarray:
-        """Tokens [b, seq_len + 1], int64, from each of ``starts`` [b]."""
+        """Tokens [b, seq_len + 1], int64, from each of `starts` [b]."""
         out = np.empty((len(starts), seq_len + 1), np.int64)
         for row, start in zip(out, starts.tolist(), strict=True):
             self.read(start, row)
         return out
 
     def boundaries(self, starts: np.ndarray, seq_len: int) -> Boundaries:
-        """Document starts within the windows at token ``starts`` [b]; reads no tokens unless ``eod`` is given."""
+        """Document starts within the windows at token `starts` [b]; reads no tokens unless `eod` is given."""
         if self.eod is not None:
             tokens = self.windows(starts, seq_len)[:, :-1]
             window, at = np.nonzero(tokens == self.eod)
@@ -96,7 +96,7 @@ class TokenStream:
 
 
 def _document_starts(part: IndexedReader, starts: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and offsets, for one file, of document starts in (start, start + seq_len] of each of ``starts`` [b]."""
+    """Rows and offsets, for one file, of document starts in (start, start + seq_len] of each of `starts` [b]."""
     near = np.flatnonzero((starts + seq_len >= 0) & (starts < part.size))
     first = _count_up_to(part, starts[near])
     counts = _count_up_to(part, starts[near] + seq_len) - first
@@ -107,7 +107,7 @@ def _document_starts(part: IndexedReader, starts: np.ndarray, seq_len: int) -> t
 
 
 def _count_up_to(part: IndexedReader, token: np.ndarray) -> np.ndarray:
-    """Number [n] of documents that start at or before ``token`` [n].
+    """Number [n] of documents that start at or before `token` [n].
 
     A bisection of the memory-mapped index for all tokens at once: np.searchsorted would first copy the index, whose
     8-byte entries lie unaligned in the file, on every call.
@@ -122,9 +122,9 @@ def _count_up_to(part: IndexedReader, token: np.ndarray) -> np.ndarray:
 
 
 def pair_sum(found: Boundaries, windows: int, seq_len: int, reach: int) -> int:
-    """Twice the unmasked attention pairs over the documents of ``windows`` windows, labels not counted.
+    """Twice the unmasked attention pairs over the documents of `windows` windows, labels not counted.
 
-    A document of L tokens has L^2, or 2 r L - r^2 where a token sees r = ``reach`` < L tokens at most.
+    A document of L tokens has L^2, or 2 r L - r^2 where a token sees r = `reach` < L tokens at most.
     """
     rows = np.arange(windows)
     window = np.concatenate((rows, found.window, rows))

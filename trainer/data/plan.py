@@ -12,9 +12,9 @@ from .loader import heldout_steps
 class DataPlan:
     """A run's share of its data.
 
-    ``sequences`` are those to train on, ``drawn`` those that all steps take together. ``epochs`` is how often the
-    source that comes round most is gone through, ``source`` its name where there are several. ``heldout`` sequences
-    are held out; an evaluation takes ``eval_steps`` steps of them, ``eval_asked`` were configured (0: no evaluation).
+    `sequences` are those to train on, `drawn` those that all steps take together. `epochs` is how often the
+    source that comes round most is gone through, `source` its name where there are several. `heldout` sequences
+    are held out; an evaluation takes `eval_steps` steps of them, `eval_asked` were configured (0: no evaluation).
     """
 
     tokens: int
@@ -30,7 +30,7 @@ class DataPlan:
 
 
 def plan_data(data: Dataset, *, steps: int, global_batch: int, eval_steps: int) -> DataPlan:
-    """The plan of a run of ``steps`` steps, whose evaluations ask for ``eval_steps`` steps (0: there are none)."""
+    """The plan of a run of `steps` steps, whose evaluations ask for `eval_steps` steps (0: there are none)."""
     sampler, drawn = data.train.sampler, steps * global_batch
     turns = sampler.pattern.turns(drawn)
     epochs = [

@@ -56,7 +56,7 @@ def _text_tokens(cfg: Config) -> int:
 
 
 def count_tokens(text: TextFiles, tokenizer: Tokenizer, enough: int) -> int:
-    """Tokens of ``text`` where these are fewer than ``enough``, else a number from ``enough`` on.
+    """Tokens of `text` where these are fewer than `enough`, else a number from `enough` on.
 
     Raises UserError for a file among those read that cannot be.
     """

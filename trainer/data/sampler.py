@@ -1,6 +1,6 @@
 """Which sample comes when, as pure functions of (seed, position): nothing to save, so resuming needs no data state.
 
-Position g of a run is ``step * global_batch + sequence``. A blend maps g to (source, position in that source) by a
+Position g of a run is `step * global_batch + sequence`. A blend maps g to (source, position in that source) by a
 periodic pattern; a source maps its position to (epoch, index), the epoch's permutation maps the index to a training
 sample, and one fixed permutation separates training from held-out windows. Every map is random access.
 """
@@ -25,10 +25,10 @@ MAX_PERIOD = 1 << 16
 
 
 def permute(index: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
-    """Images [n] of ``index`` [n] (ints in [0, size)) under the pseudo-random permutation of [0, size) named by key.
+    """Images [n] of `index` [n] (ints in [0, size)) under the pseudo-random permutation of [0, size) named by key.
 
-    A balanced Feistel network over the smallest even number of bits that holds ``size``, iterated until the image
-    falls below ``size`` (cycle walking; Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). No memory
+    A balanced Feistel network over the smallest even number of bits that holds `size`, iterated until the image
+    falls below `size` (cycle walking; Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). No memory
     beyond the arguments; fewer than 4 expected iterations. The round function is the finaliser of SplitMix64.
     """
     if size <= 1:
@@ -68,8 +68,8 @@ def _round_keys(key: tuple[int, ...]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A repeating order of sources: ``sources`` [period] of each position, ``before`` [period] the number of earlier
-    positions of the same source in the period, ``counts`` [sources] the number of positions of each in a period."""
+    """A repeating order of sources: `sources` [period] of each position, `before` [period] the number of earlier
+    positions of the same source in the period, `counts` [sources] the number of positions of each in a period."""
 
     sources: np.ndarray
     before: np.ndarray
@@ -82,7 +82,7 @@ class Pattern:
         return source, period * self.counts[source] + self.before[at]
 
     def turns(self, positions: int) -> np.ndarray:
-        """How many of the first ``positions`` positions each source [sources] has."""
+        """How many of the first `positions` positions each source [sources] has."""
         periods, rest = divmod(positions, len(self.sources))
         return periods * self.counts + np.bincount(self.sources[:rest], minlength=len(self.counts))
 
@@ -127,7 +127,7 @@ def _pattern(order: np.ndarray, sources: int) -> Pattern:
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Held-out positions from ``start`` on, as long as the same sources have windows left: their order, and how many
+    """Held-out positions from `start` on, as long as the same sources have windows left: their order, and how many
     windows each source [sources] has given before."""
 
     start: int
@@ -156,7 +156,7 @@ def _turns(weights: Sequence[float]) -> list[int]:
 class Sampler:
     """Maps positions of a run to windows of sources.
 
-    ``windows`` and ``heldout`` give, per source, the number of all windows and of those held out; ``evaluate``
+    `windows` and `heldout` give, per source, the number of all windows and of those held out; `evaluate`
     selects the held-out ones, which come in one fixed order whatever the seed, each once before any comes again: a
     source that has given all of its own is passed over, so that no small source is read over and over.
     """
@@ -220,7 +220,7 @@ class Sampler:
 
 
 def _first_exhausted(pattern: Pattern, left: np.ndarray) -> int:
-    """Positions until a source of ``pattern`` has given all of its ``left`` [sources] windows."""
+    """Positions until a source of `pattern` has given all of its `left` [sources] windows."""
     # The last window of source s is its turn left[s] - 1: `before` says where in a period that is.
     periods, turn = np.divmod(left[pattern.sources] - 1, np.maximum(pattern.counts, 1)[pattern.sources])
     ends = periods * len(pattern.sources) + np.arange(len(pattern.sources))

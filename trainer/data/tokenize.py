@@ -54,11 +54,11 @@ def tokenize(
     workers: int = 1,
     progress: bool = True,
 ) -> Tokenized:
-    """Write the text of ``inputs`` (files, folders, globs) to OUT_PREFIX.bin and OUT_PREFIX.idx, whole or not at all.
+    """Write the text of `inputs` (files, folders, globs) to OUT_PREFIX.bin and OUT_PREFIX.idx, whole or not at all.
 
-    ``tokenizer`` is "byte" or the path of a tokenizer.json or of its folder; ``eod`` names its end-of-document token,
-    ``field`` the key or column of JSONL and parquet files, ``kind`` (text, jsonl, parquet) overrules the files'
-    suffixes and content. What is written does not depend on ``workers``, the number of processes. OUT_PREFIX.meta.json
+    `tokenizer` is "byte" or the path of a tokenizer.json or of its folder; `eod` names its end-of-document token,
+    `field` the key or column of JSONL and parquet files, `kind` (text, jsonl, parquet) overrules the files'
+    suffixes and content. What is written does not depend on `workers`, the number of processes. OUT_PREFIX.meta.json
     gets the vocabulary and checksums. Raises UserError for anything that the user can mend.
     """
     cfg = TokenizerConfig(path=None if tokenizer == "byte" else tokenizer, eod=eod)

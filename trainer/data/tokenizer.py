@@ -1,4 +1,4 @@
-"""Text to token ids and back: the built-in byte tokenizer, and any ``tokenizer.json``."""
+"""Text to token ids and back: the built-in byte tokenizer, and any `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MISSING = "reading a tokenizer.json needs the tokenizers package: pip install '
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer has. ``identity`` names its vocabulary exactly: equal identities give equal tokens. ``cfg``
+    """What every tokenizer has. `identity` names its vocabulary exactly: equal identities give equal tokens. `cfg`
     is what made it, for other processes to make it again."""
 
     cfg: TokenizerConfig
@@ -67,7 +67,7 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A Hugging Face ``tokenizer.json`` read with the ``tokenizers`` package, which it needs (an optional extra).
+    """A Hugging Face `tokenizer.json` read with the `tokenizers` package, which it needs (an optional extra).
 
     Raises UserError when the package or the file is missing, the file cannot be parsed, or it has no end-of-document
     token.
@@ -133,19 +133,19 @@ def make_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
 
 
 def file_identity(path: str) -> str:
-    """What the identity of the tokenizer at ``path`` begins with, and a dash; needs no package. Raises UserError."""
+    """What the identity of the tokenizer at `path` begins with, and a dash; needs no package. Raises UserError."""
     return f"{_digest(_read(path))}-"
 
 
 def coding(tokenizer: Tokenizer, append_eod: bool = True) -> Coding:
-    """How ``tokenizer`` makes tokens, for the record beside them."""
+    """How `tokenizer` makes tokens, for the record beside them."""
     eod = tokenizer.eod if append_eod else None
     path = tokenizer.cfg.path
     return Coding(tokenizer.identity, path and str(tokenizer_file(path).absolute()), tokenizer.vocab, eod)
 
 
 def check_vocab(max_id: int, vocab: int, where: str = "the data") -> None:
-    """Raise UserError when the largest token id of ``where`` does not fit a model with ``vocab`` tokens."""
+    """Raise UserError when the largest token id of `where` does not fit a model with `vocab` tokens."""
     if max_id >= vocab:
         message = f"{where} has token id {max_id}, but the model has {vocab} tokens; set model.vocab to {max_id + 1}"
         raise UserError(Problem("model.vocab", f"{message} or more"))

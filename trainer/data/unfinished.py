@@ -28,7 +28,7 @@ def open_locked(path: str) -> BinaryIO:
 
 
 def remove_abandoned(prefix: str) -> None:
-    """Delete unfinished files of writers of ``prefix`` that were killed."""
+    """Delete unfinished files of writers of `prefix` that were killed."""
     for unfinished in glob.glob(f"{glob.escape(prefix)}.*.tmp.bin"):
         # Who can lock the file is alone with it; without locks, or permission, it stays.
         with contextlib.suppress(OSError), open(unfinished, "r+b") as file:

@@ -51,7 +51,7 @@ def open_model(path: str | os.PathLike[str], dtype: torch.dtype, notice: Notice 
 
 
 def load_checkpoint(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Transformer:
-    """A checkpoint of any layout as a module: ``module(tokens (B, T)) -> logits (B, T, V)``, without padded ids.
+    """A checkpoint of any layout as a module: `module(tokens (B, T)) -> logits (B, T, V)`, without padded ids.
 
     Args:
         path: one checkpoint, or a run's folder, of which the newest good checkpoint is taken.

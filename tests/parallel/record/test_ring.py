@@ -160,7 +160,6 @@ def test_stamp_span_and_close(tmp_path: Path) -> None:
     assert ring.header.closed and ring.header.epoch == 4 and list(ring.entries["epoch"]) == [0, 0, 0, 4]
     assert ring.entries[0]["start"] == 5_000_000_000 and ring.entries[0]["end"] == 7_000_000_000
     assert ring.entries[1]["flags"] == FAILED and ring.entries[1]["end"] > 0
-    assert record_view.summary(ring, 0)["forward"] > 2
 
 
 def test_names_outlive_a_full_table(tmp_path: Path) -> None:
@@ -217,8 +216,8 @@ def test_index_and_collect(tmp_path: Path, rings: Path) -> None:
     copies = record_files.collect(run, record_files.read_index(run), host="host1", remove=True)
     assert copies == [run / "record" / "rank-00001.epoch-0.ring"] and not (rings / "pentad-run-1.ring").exists()
     assert record_view.read(copies[0]).header.rank == 1 and (rings / "pentad-run-0.ring").exists()
-    trace = record_view.to_chrome([record_view.read(copies[0])])
-    assert [e["name"] for e in trace["traceEvents"] if e["ph"] == "X"] == ["forward"]
+    copied = record_view.read(copies[0])
+    assert [copied.name(int(code)) for code in copied.entries["kind"]] == ["forward"]
     # Another run in the folder does not know the rings of the one before.
     record_files.write_index(run, files[:1], run="another")
     assert record_files.read_index(run) == files[:1]

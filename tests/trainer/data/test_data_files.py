@@ -12,7 +12,7 @@ import pytest
 
 from pentad.configs.errors import UserError
 from pentad.trainer.data import files as files_module
-from pentad.trainer.data.files import file_kind, find_files, kind_notice, survey
+from pentad.trainer.data.files import file_kind, kind_notice, survey
 
 LINE = b'{"text": "a"}\n'
 
@@ -24,7 +24,7 @@ def make(root: Path, *names: str, content: bytes = LINE) -> None:
 
 
 def names(root: Path, paths: Sequence[str], kind: str | None) -> list[str]:
-    return [file.relative_to(root).as_posix() for file in find_files([str(root / path) for path in paths], kind)]
+    return [file.relative_to(root).as_posix() for file in survey([str(root / path) for path in paths], kind).files]
 
 
 def test_links_to_folders_and_files_are_followed_and_each_real_file_counts_once(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
     (tmp_path / "corpus/a/b").symlink_to("../b")
     (tmp_path / "corpus/b/a").symlink_to("../a")
     for paths in (["corpus"], ["corpus/**/*.jsonl"], ["corpus/**"]):
-        found = find_files([str(tmp_path / path) for path in paths], "jsonl")
+        found = survey([str(tmp_path / path) for path in paths], "jsonl").files
         assert sorted(os.path.realpath(file) for file in found) == [
             str(tmp_path / "corpus/a/1.jsonl"), str(tmp_path / "corpus/b/2.jsonl")
         ]  # fmt: skip
@@ -71,7 +71,7 @@ def test_what_cannot_be_read_is_an_error_never_less_data(tmp_path: Path, monkeyp
     )
     for path in ("c", "c/**", "c/**/*.jsonl"):
         with pytest.raises(UserError) as caught:
-            find_files([str(tmp_path / path)], "jsonl")
+            survey([str(tmp_path / path)], "jsonl")
         lines = str(caught.value)
         assert f"cannot read folder {tmp_path}/c/closed: Permission denied" in lines
         assert f"broken link: {tmp_path}/c/gone.jsonl -> nowhere" in lines
@@ -90,7 +90,7 @@ def test_every_pattern_and_path_must_mean_something(tmp_path: Path) -> None:
     make(tmp_path, "c/1.jsonl", "[odd].jsonl")
     assert names(tmp_path, ["[odd].jsonl"], "jsonl") == ["[odd].jsonl"]
     with pytest.raises(UserError) as caught:
-        find_files([str(tmp_path / "c"), str(tmp_path / "*.nope"), "", str(tmp_path / "c" / "2.jsonl")], "jsonl")
+        survey([str(tmp_path / "c"), str(tmp_path / "*.nope"), "", str(tmp_path / "c" / "2.jsonl")], "jsonl")
     lines = str(caught.value).splitlines()
     assert [line.split(": ", 1)[1].split(" ")[:3] for line in lines] == [
         ["no", "file", "matches"], ["an", "empty", "path;"], ["no", "such", "file"]

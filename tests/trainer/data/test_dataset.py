@@ -35,7 +35,7 @@ def write(prefix: Path, documents: list[list[int]], max_sequence: int = 2**31 - 
 
 
 def brute_force(documents: list[list[int]], start: int) -> tuple[list[int], list[int], list[int], list[int], int]:
-    """tokens, labels, positions, documents, pairs of the window that starts at token ``start``."""
+    """tokens, labels, positions, documents, twice the pairs of the window that starts at token ``start``."""
     flat = [(token, d) for d, document in enumerate(documents) for token in document]
     window = flat[start : start + T + 1]
     tokens = [token for token, _ in window[:T]]
@@ -58,7 +58,7 @@ def test_masked_batches_equal_brute_force(tmp_path: Path, eod: int | None, max_s
     paths = tuple(write(tmp_path / str(i), g, max_sequence=max_sequence) for i, g in enumerate(groups))
     data = open_bin(BinData(paths=paths, eod=eod, document_mask=True, holdout=0))
     documents = list(chain(*groups))
-    counts = np.zeros(2, np.int64)
+    counts = np.zeros(2)
     for index in range(10):
         batch = data.train.batch(0, index, global_batch=30, micro_batch=3)
         _, windows = data.train.sampler.locate(batch.samples.numpy())
@@ -67,7 +67,7 @@ def test_masked_batches_equal_brute_force(tmp_path: Path, eod: int | None, max_s
         fields = (batch.tokens, batch.labels, batch.positions, batch.documents)
         for field, values in zip(fields, zip(*wanted, strict=True), strict=False):
             assert field.tolist() == list(values)
-        assert batch.pairs == sum(w[4] for w in wanted)
+        assert batch.pairs == sum(w[4] for w in wanted) / 2
         assert batch.valid == sum(label >= 0 for w in wanted for label in w[1])
         counts += batch.valid, batch.pairs
     assert data.train.global_counts(0, global_batch=30) == tuple(counts)
@@ -80,7 +80,7 @@ def test_windows_tile_the_stream_without_mask(tmp_path: Path) -> None:
     count = data.train.sequences
     assert count == (len(flat) - 1) // T
     batch = data.train.batch(0, 0, global_batch=count, micro_batch=count)
-    assert (batch.positions, batch.documents, batch.valid, batch.pairs) == (None, None, count * T, count * T * T)
+    assert (batch.positions, batch.documents, batch.valid, batch.pairs) == (None, None, count * T, count * T * T / 2)
     assert data.train.global_counts(0, global_batch=count) == (batch.valid, batch.pairs)
     seen = sorted(zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True))
     wanted = [(flat[i * T : i * T + T], flat[i * T + 1 : i * T + T + 1]) for i in range(count)]
@@ -216,9 +216,9 @@ def test_pairs_with_a_sliding_window_equal_a_count(tmp_path: Path, mask: bool, w
     owners = torch.zeros(20, T, dtype=torch.int32) if batch.documents is None else batch.documents
     wanted = 0
     for row in owners.tolist():
-        wanted += 2 * sum(row[j] == row[i] for i in range(T) for j in range(max(0, i - window + 1), i + 1))
-        # By convention L tokens count L^2, not L^2 + L; with a window, the correction stops at its width.
-        wanted -= sum(min(row.count(d), window) for d in set(row))
+        wanted += sum(row[j] == row[i] for i in range(T) for j in range(max(0, i - window + 1), i + 1))
+        # By convention L tokens count L^2 / 2, not (L^2 + L) / 2; with a window, the correction stops at its width.
+        wanted -= sum(min(row.count(d), window) for d in set(row)) / 2
     assert batch.pairs == wanted
     assert data.train.global_counts(0, global_batch=20) == (batch.valid, wanted)
 

@@ -19,7 +19,7 @@ from pentad.trainer.data.cache import tokenize_cached
 from pentad.trainer.data.dataset import open_data
 from pentad.trainer.data.documents import read_documents
 from pentad.trainer.data.encode import ProgressLine
-from pentad.trainer.data.files import find_files, stdlib_files
+from pentad.trainer.data.files import stdlib_files, survey
 from pentad.trainer.data.indexed import IndexedReader
 from pentad.trainer.data.tokenize import tokenize
 from pentad.trainer.data.tokenizer import ByteTokenizer, FileTokenizer, make_tokenizer
@@ -131,13 +131,13 @@ def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         texts(tmp_path / "x.txt")
 
 
-def test_find_files(tmp_path: Path) -> None:
+def test_survey(tmp_path: Path) -> None:
     for name in ("b/2.jsonl", "b/1.jsonl", "b/.hidden", "b/notes.txt", "a.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
 
     def names(*paths: str, kind: str) -> list[str]:
-        found = find_files([str(tmp_path / p) for p in paths], kind)
+        found = survey([str(tmp_path / p) for p in paths], kind).files
         return [file.relative_to(tmp_path).as_posix() for file in found]
 
     assert names("b", kind="jsonl") == ["b/1.jsonl", "b/2.jsonl"]
