@@ -3,8 +3,8 @@
     python benchmarks/same_behaviour.py BEFORE AFTER
 
 BEFORE and AFTER are checkouts (`git worktree add ../before COMMIT`); both run under the interpreter that runs this
-script, through their command line alone, so that they may have any layout inside. Every pipeline program must be the
-same text, simulated times included; the same jobs must log the same losses and gradient norms; AFTER must go on from
+script, through their command line alone, so that they may have any layout inside. Every pipeline program and its
+simulated times must be the same; the same jobs must log the same losses and gradient norms; AFTER must go on from
 BEFORE's checkpoints exactly as BEFORE does, and export the same Hugging Face folders. Exits 1 where something differs.
 """
 
@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOMS = ("configs", "parallel", "models", "trainer", "launch")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "gis", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipev")
@@ -105,16 +106,28 @@ def differing(before: dict, after: dict) -> str:
     wrong = [key for key in sorted(before.keys() | after.keys(), key=str) if before.get(key) != after.get(key)]
     if not wrong:
         return f"{len(after)} equal"
-    return f"DIFFERS in {len(wrong)} of {len(after)}, first {wrong[0]}: {before.get(wrong[0])} / {after.get(wrong[0])}"
+    shown = " / ".join(f"{side.get(wrong[0])}"[:200] for side in (before, after))
+    return f"DIFFERS in {len(wrong)} of {len(after)}, first {wrong[0]}: {shown}"
 
 
 def compare_programs(sides: tuple[Checkout, Checkout], scratch: Path) -> str:
-    """Every schedule's program, as text."""
-    made: list[dict[str, str]] = []
-    for side in sides:
-        texts = {" ".join(p[1:8]): side.pentad(*p, where=scratch / side.label) for p in programs()}
-        made.append({name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()})
-    return differing(*made)
+    """Every schedule's program and its simulated run: all that BEFORE prints of them."""
+    before, after = ({" ".join(p[1:8]): printed(side, p, scratch) for p in programs()} for side in sides)
+    return differing(before, {name: shared(value, before.get(name)) for name, value in after.items()})
+
+
+def printed(side: Checkout, arguments: tuple[str, ...], scratch: Path) -> Any:
+    """What a command prints as JSON."""
+    return json.loads(side.pentad(*arguments, where=scratch / side.label))
+
+
+def shared(value: Any, other: Any) -> Any:
+    """The value without the keys that another one lacks: what was added since is no difference."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        return {key: shared(value[key], other[key]) for key in value if key in other}
+    if isinstance(value, list) and isinstance(other, list) and len(value) == len(other):
+        return [shared(*pair) for pair in zip(value, other, strict=True)]
+    return value
 
 
 def compare_job(name: str, sides: tuple[Checkout, Checkout], scratch: Path) -> Iterator[tuple[str, str]]:
