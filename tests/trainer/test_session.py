@@ -98,11 +98,14 @@ _GROWTH_PAGES = 8 << 8
     ("layout", "times"),
     [
         pytest.param({}, 50, id="one"),
-        pytest.param({"tp": 2, "dp": 2, "sharding": "zero1"}, 50, id="tp2-dp2"),
+        pytest.param({"tp": 2, "dp": 2, "sharding": "zero1"}, 15, id="tp2-dp2"),
+        pytest.param({"tp": 2, "dp": 2, "sharding": "zero1"}, 50, id="tp2-dp2-often", marks=pytest.mark.slow),
         pytest.param({"pp": 2, "cp": 2}, 50, id="pp2-cp2", marks=pytest.mark.slow),
-        pytest.param({"pp": 2, "pipeline": {"schedule": "gis", "vocab": "balanced"}}, 15, id="balanced"),
+        pytest.param(
+            {"pp": 2, "pipeline": {"schedule": "gis", "vocab": "balanced"}}, 15, id="balanced", marks=pytest.mark.slow
+        ),
         pytest.param({"dp": 2, "ep": 2, "model": ROUTED}, 50, id="ep2", marks=pytest.mark.slow),
-        pytest.param({"dp": 2, "sharding": "fsdp"}, 15, id="fsdp"),
+        pytest.param({"dp": 2, "sharding": "fsdp"}, 15, id="fsdp", marks=pytest.mark.slow),
     ],
 )
 def test_sessions_open_and_close_without_growth(layout: dict[str, Any], times: int) -> None:
@@ -336,7 +339,12 @@ def _reset(session: Session) -> StepResult | None:
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(name, marks=pytest.mark.slow if name in ("dp 2, fsdp", "pp 2, split backward") else ())
+        pytest.param(
+            name,
+            marks=pytest.mark.slow
+            if name in ("dp 2, fsdp", "pp 2, split backward", "pp 2, balanced vocabulary")
+            else (),
+        )
         for name in LAYOUTS
     ],
 )

@@ -37,9 +37,19 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+ALWAYS = {("alone", "none"), ("gis-balanced", "none"), ("po-h", "none"), ("experts-in-a-pipeline", "full")}
+"""Run by `make test` too."""
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    [
+        pytest.param(name, recompute, marks=() if (name, recompute) in ALWAYS else pytest.mark.slow)
+        for name in LAYOUTS
+        for recompute in ("none", "full")
+    ],
+)
 def test_curves_are_bit_equal(name: str, recompute: str) -> None:
     wanted = {**SIZE, **LAYOUTS[name], "recompute": recompute}
     cfg = job(**wanted)
