@@ -20,6 +20,8 @@ from pentad.parallel.pipeline.simulate import simulate
 from pentad.parallel.pipeline.times import Times
 
 NAMES = ("gpipe", "1f1b", "interleaved", "gis", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipev")
+OFFLOADED = ("po-h", "po-f")
+"""Their orders and what they keep are in `test_offload.py`."""
 ANY = settings(max_examples=60, deadline=None)
 EXACT = settings(max_examples=150, deadline=None)
 
@@ -296,12 +298,12 @@ def test_placements():
 
 
 def test_the_table():
-    assert tuple(SCHEDULES) == NAMES
+    assert tuple(SCHEDULES) == (*NAMES, *OFFLOADED)
     assert all(name == s.name and s.text and "\n" not in s.text for name, s in SCHEDULES.items())
     assert all(callable(order_of(name)) for name in SCHEDULES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", (*NAMES, *OFFLOADED))
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_steady_schedules_hold_no_more_with_more_microbatches(name, chunks):
     chunks = SCHEDULES[name].chunks or chunks
