@@ -69,6 +69,15 @@ class Pending(Generic[T]):
             torch.cuda.current_stream().wait_event(self._event)
         return self._result[0]
 
+    def abandon(self) -> None:
+        """Nobody asks for the result any more. Waits for nothing, so it does not fail after an abort either.
+
+        On a CPU the job holds what it works on. On CUDA it is enqueued already, and memory that it works on may be
+        used again only by compute that comes after it.
+        """
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+
     def _run(self, failed: Exception | None) -> Exception | None:
         """Runs the job, unless an earlier one has failed; the first failure."""
         job, self._job = self._job, None

@@ -183,10 +183,13 @@ class Offloads:
             yield
 
     def clear(self) -> None:
-        """Drops everything but the slabs, after a program that was left half-way; returns when no copy runs."""
+        """Drops everything but the slabs, after a program that was left half-way.
+
+        Copies may still run. Those to the host end before any later one does; those from it read what nobody needs.
+        """
         for saved in self._saved.values():
             if saved.copy is not None:
-                saved.copy.wait()
+                saved.copy.abandon()
         self._saved.clear()
 
     def close(self) -> None:

@@ -35,6 +35,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp 2, ep 2, selection bias": {"dp": 2, "ep": 2, "model": ROUTED},
     "pp 2, split backward": {"pp": 2, "pipeline": {"schedule": "zb-h1"}},
     "pp 2, balanced vocabulary": {"pp": 2, "pipeline": {"schedule": "gis", "vocab": "balanced"}},
+    "pp 2, activations on the host": {"pp": 2, "pipeline": {"schedule": "gis"}, "offload": "all", "seq_len": 64},
     "dp 2, fsdp": {"dp": 2, "sharding": "fsdp", "global_batch": 4},
 }
 

@@ -22,7 +22,6 @@ from .stage_layers import StageLayers
 _LATENCY = 0.02
 """Guess of a hop's and a collective's latency, in forward passes of one rank's share, for orders that are searched."""
 
-
 _COPY = 0.25
 """Guess of a copy of what a stage keeps to or from the host, in forward passes of that stage."""
 

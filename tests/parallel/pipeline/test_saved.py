@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pentad.parallel.comm.lane import Lane, Pending
+from pentad.parallel.comm.waiting import Aborted
 from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.pipeline.offload import offload, windows
 from pentad.parallel.pipeline.program import Op, Program
@@ -197,5 +198,24 @@ def test_slabs_are_used_again_and_grow_where_more_is_saved_than_before() -> None
                     offloads.handlers[op.kind](op)
             sizes.append(offloads.host_bytes)
         assert sizes[0] == sizes[1] == 2 * 12032 and sizes[2] == sizes[3] == 2 * 36032
+        offloads.close()
+        assert offloads.host_bytes == 0
+
+
+def test_what_is_left_half_way_is_dropped_whatever_the_copies_do_and_the_next_step_is_right() -> None:
+    """Also after an abort, when nobody may wait: a copy that is late neither blocks the end nor spoils a slab."""
+    program = _program(2)
+    with _lanes(lambda name: SlowLane(name, 5)) as (out, back):
+        out._abort.trigger("somebody is gone")
+        offloads = Offloads(program, 0, out=out, back=back, device=CPU)
+        with offloads.catching(0, 0):
+            (torch.ones(3000, requires_grad=True) * 2).square()
+        offloads.handlers[Kinds.OFFLOAD](Op(Kinds.OFFLOAD, 0, 0, 0))
+        with pytest.raises(Aborted):
+            offloads.handlers[Kinds.RELEASE](Op(Kinds.RELEASE, 0, 0))
+        offloads.clear()
+        with offloads.catching(0, 0):
+            (torch.ones(3000, requires_grad=True) * 2).square()
+        assert len(offloads._saved) == 1
         offloads.close()
         assert offloads.host_bytes == 0
