@@ -33,11 +33,13 @@ from pentad.models.sequences import Inputs
 from pentad.parallel.comm.collectives import Handle, all_reduce, receive, send
 from pentad.parallel.gradients import WeightGradients
 from pentad.parallel.pipeline import draw, schedules
-from pentad.parallel.pipeline.execute import execute
+from pentad.parallel.pipeline.execute import Handler, execute
+from pentad.parallel.pipeline.kind import Kind
 from pentad.parallel.pipeline.lower import lower
-from pentad.parallel.pipeline.program import Program
+from pentad.parallel.pipeline.needs import Kinds
+from pentad.parallel.pipeline.program import Op, Program
 from pentad.parallel.pipeline.recorded import actual
-from pentad.parallel.pipeline.runtime import Hidden, Runtime, Vocabulary
+from pentad.parallel.pipeline.runtime import Hidden, Runtime
 from pentad.parallel.pipeline.simulate import Timeline, simulate
 from pentad.parallel.pipeline.times import Times
 from pentad.parallel.pipeline.vocabulary import balanced
@@ -94,21 +96,21 @@ class _Sleep(torch.autograd.Function):
         return grad, None
 
 
-def slow_down(vocab: Vocabulary) -> None:
-    """From now on its passes take their time, after their data is there."""
+def slowed(handlers: dict[Kind, Handler]) -> dict[Kind, Handler]:
+    """The same, but the passes of the vocabulary take their time, after their data is there."""
     passes = {
-        "score": WAITS.head,
-        "head_grad": WAITS.head_grad,
-        "look_up": WAITS.embed,
-        "embed_grad": WAITS.embed_grad,
+        Kinds.HEAD: WAITS.head,
+        Kinds.HEAD_GRAD: WAITS.head_grad,
+        Kinds.EMBED: WAITS.embed,
+        Kinds.EMBED_GRAD: WAITS.embed_grad,
     }
-    for name, (seconds,) in passes.items():
-        setattr(vocab, name, _then_sleep(getattr(vocab, name), seconds))
+    slow = {kind: _then_sleep(handlers[kind], seconds) for kind, (seconds,) in passes.items() if kind in handlers}
+    return handlers | slow
 
 
-def _then_sleep(run: Callable[[int], None], seconds: float) -> Callable[[int], None]:
-    def slow(index: int) -> None:
-        run(index)
+def _then_sleep(run: Handler, seconds: float) -> Handler:
+    def slow(op: Op) -> None:
+        run(op)
         time.sleep(seconds)
 
     return slow
@@ -204,27 +206,31 @@ class Case:
         if self.vocab is None:
             return 0.0
         self.parts.replicas.start_step(times)
-        vocab, found, zeros = self.vocab, [], torch.zeros(self.shape)
+        found, zeros = [], torch.zeros(self.shape)
         first, last = (self.rank == end for end in self.parts.pipeline.ends)
+        run = self.vocab.handlers(
+            output=lambda index: zeros if last else None, rows_grad=lambda index: zeros if first else None
+        )
         for i in range(times):
-            vocab.look_up(i)
-            found.append(self._timed(vocab.post_rows, vocab.rows if first else None, i))
-            found.append(self._timed(partial(vocab.post_hidden, x=zeros if last else None), vocab.score, i))
-            found.append(self._timed(vocab.post_statistics, vocab.head_grad, i))
+            vocab, head, embed = self.vocab, Op(Kinds.HEAD, i), Op(Kinds.EMBED, i)
+            run[Kinds.EMBED](embed)
+            found.append(self._timed(partial(run[Kinds.EMBEDDED], embed), partial(vocab.rows, i) if first else None))
+            found.append(self._timed(partial(run[Kinds.HIDDEN], head), partial(run[Kinds.HEAD], head)))
+            found.append(self._timed(partial(run[Kinds.STATISTICS], head), partial(run[Kinds.HEAD_GRAD], head)))
             if last:
                 vocab.hidden_grad(i)
             vocab.loss(i)
-            found.append(self._timed(partial(vocab.post_rows_grad, grad=zeros if first else None), vocab.embed_grad, i))
+            found.append(self._timed(partial(run[Kinds.EMBEDDED_GRAD], embed), partial(run[Kinds.EMBED_GRAD], embed)))
         return median(found)
 
-    def _timed(self, post: Callable[[int], object], wait: Callable[[int], object] | None, index: int) -> float:
+    def _timed(self, post: Callable[[], object], wait: Callable[[], object] | None) -> float:
         """Seconds from the last rank's `post` to the end of the last rank's `wait`, all having slept before."""
         self.together()
         time.sleep(WAITS.head[0])
         started = time.monotonic()
-        post(index)
+        post()
         if wait is not None:
-            wait(index)
+            wait()
         ended = time.monotonic()
         return self.latest(ended) - self.latest(started)
 
@@ -243,8 +249,6 @@ class Case:
 
     def run(self, program: Program, steps: int) -> None:
         """Runs the program; the record says when each operation ran."""
-        if self.vocab is not None:
-            slow_down(self.vocab)
         ours = Runtime(
             program,
             self.rank,
@@ -255,11 +259,12 @@ class Case:
             vocab=self.vocab,
             recorder=self.mesh.recorder,
         )
+        handlers = slowed(ours.handlers)
         for step in range(steps):
             self.mesh.recorder.step = step + 1  # 0: what was measured before
             self.together()
             self.parts.replicas.start_step(program.microbatches)
-            execute(program.ranks[self.rank], ours.handlers, self.mesh.recorder)
+            execute(program.ranks[self.rank], handlers, self.mesh.recorder)
             ours.finish()
             ours.losses()
 

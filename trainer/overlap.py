@@ -1,10 +1,11 @@
-"""Choosing into how many chunks tokens are cut on their way to the experts, while the training runs."""
+"""Choosing by trial into how many chunks tokens are cut on their way to the experts, while the training runs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from statistics import median
 
 import torch
 
@@ -12,8 +13,49 @@ from ..configs.schema import Config
 from ..models.parallelize import set_overlap_chunks
 from ..parallel.comm.collectives import all_reduce
 from ..parallel.comm.mesh import Mesh
-from ..parallel.expert.search import ChunkSearch
 from .setup import Parts
+
+
+class ChunkSearch:
+    """Tries each number of chunks for some steps, then stays with the fastest.
+
+    Every rank makes the same choice as long as every rank is told the same times.
+
+    Args:
+        degrees: numbers of chunks to try.
+        warm_up: first steps with each that do not count.
+        steps: steps with each that count, by their median.
+    """
+
+    def __init__(self, degrees: Sequence[int] = (1, 2, 4), *, warm_up: int = 1, steps: int = 3) -> None:
+        if not degrees or steps < 1:
+            raise ValueError(f"a search needs degrees and steps, got {list(degrees)} and {steps}")
+        self.degrees, self.warm_up, self.steps = tuple(degrees), warm_up, steps
+        self.chosen: int | None = degrees[0] if len(degrees) == 1 else None
+        """The answer; none while the search goes on."""
+        self._times: list[list[float]] = []
+
+    def propose(self) -> int:
+        """The number of chunks for the next step."""
+        if self.chosen is not None:
+            return self.chosen
+        return self.degrees[self._at()]
+
+    def observe(self, seconds: float) -> None:
+        """How long the step with the proposed number took, on the slowest rank."""
+        if self.chosen is not None:
+            return
+        at = self._at()
+        if at == len(self._times):
+            self._times.append([])
+        self._times[at].append(seconds)
+        if self._at() == len(self.degrees):
+            typical = [median(times[self.warm_up :]) for times in self._times]
+            self.chosen = self.degrees[typical.index(min(typical))]
+
+    def _at(self) -> int:
+        full = self.warm_up + self.steps
+        return sum(len(times) == full for times in self._times)
 
 
 class OverlapTuner:

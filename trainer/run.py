@@ -177,7 +177,8 @@ def _train(session: Session, run_dir: Path, stop: StopRequest) -> None:
         trainer.sampler = PromptSampler(cfg, mesh, parts.pipeline, trainer.stepper, coder, trainer.tokenizer.stops)
     outputs = None
     if mesh.is_first and events is not None:
-        lines = [*introduction(cfg, trainer, trainer.peak), _beginning(cfg, trainer, found)]
+        known = introduction(cfg, trainer.data, trainer.peak, device=trainer.device.type, apart=mesh.apart)
+        lines = [*known, _beginning(cfg, trainer, found)]
         print(hide(cfg, "\n".join(lines)), flush=True)
         sinks = make_sinks(cfg.log, run_dir, as_dict(cfg), cfg.train.steps, trainer.step)
         outputs = Outputs(sinks, events)

@@ -26,7 +26,6 @@ from ..configs.errors import Problem, UserError
 from ..configs.schema import Config
 from ..parallel.comm.collectives import all_reduce
 from ..parallel.comm.mesh import Mesh
-from ..parallel.expert.search import ChunkSearch
 from ..parallel.pipeline.program import Program
 from ..parallel.record.ring import Recorder
 from ..parallel.replicas.protocol import OtherSlices
@@ -34,7 +33,7 @@ from .checkpoint.state import units_by_key
 from .data.dataset import Dataset
 from .metrics.peak import Peak
 from .optim.optimizer import Optimizer, make_optimizer
-from .overlap import OverlapTuner
+from .overlap import ChunkSearch, OverlapTuner
 from .pipeline.programs import training_program
 from .setup import KeptModel, Parts, buckets_per_rank, degrees_of, make_model, mesh_of
 from .step import Stepper

@@ -240,11 +240,12 @@ def _expect_uses(model: Transformer, mesh: Mesh) -> None:
     """The embedding's and the head's tables are used by every prediction module too, a tied one by both ends; what
     expands gathered latents, for each context rank's."""
     part, depth = model.part, len(model.mtp)
-    embeds, predicts = part.embeds + depth, (1 + depth) * part.predicts
+    embeds = depth + 1 if part.embeds else depth
+    predicts = depth + 1 if part.predicts else 0
     if model.head is not None:
         expect_uses(model.head_weight, predicts)
     if model.embed is not None:
-        expect_uses(model.embed_weight, embeds + predicts * model.cfg.tied)
+        expect_uses(model.embed_weight, embeds + predicts if model.cfg.tied else embeds)
     for module in model.modules():
         if isinstance(module, LatentAttention) and module.latent_core is not None:
             expect_uses(module.kv_up.weight, mesh.axis("cp").size)

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from ..configs.errors import UserError
-from ..models.costs.flops import parameter_count
 from ..parallel.comm.collectives import all_reduce
 from .checkpoint.checkpointer import Checkpointer
 from .checkpoint.same_run import RunProgress, facts, run_problems
@@ -89,6 +88,9 @@ class Trainer:
         self._bad_steps = 0
         self._stopping = False
         self._waiting: _Issued | None = None
+        self._outputs: Outputs | None = None
+        self._clock = time.perf_counter()
+        """When the numbers of the step before were read."""
 
     def restore(self, path: Path) -> None:
         """Goes on from a checkpoint, written under any layout.
@@ -207,11 +209,6 @@ class Trainer:
             seconds=seconds,
             routed=None if moe is None else moe.cpu().numpy(),
         )
-
-    @property
-    def parameters(self) -> int:
-        """Of the whole model."""
-        return parameter_count(self.cfg.model).total
 
     @property
     def _tokens(self) -> int:

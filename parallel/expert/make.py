@@ -16,8 +16,9 @@ def local_dispatcher(moe: MoeConfig) -> Dispatcher:
 
 
 def make_dispatcher(moe: MoeConfig, ep: Axis, etp: Axis) -> Dispatcher:
-    """One dispatcher for all layers. With overlap_chunks=auto it starts with one chunk (`search.ChunkSearch`). Where a
-    rank has all experts, deepep has nothing to carry and all_to_all does the rest.
+    """One dispatcher for all layers; with overlap_chunks=auto it starts with one chunk.
+
+    Where a rank has all experts, deepep has nothing to carry and all_to_all does the rest.
 
     Args:
         moe: what to make.

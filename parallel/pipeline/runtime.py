@@ -34,21 +34,33 @@ Forward = Callable[[int, int, Tensor | None], Tensor]
 """(stage, microbatch, input or None for the first stage) → output, or the loss where the last stage has the head."""
 
 
-class Vocabulary(Protocol):
-    """Embedding, head and loss over all ranks of the pipeline; one method per token, `index` is the microbatch."""
+Taken = Callable[[int], Tensor | None]
+"""Hands over, and forgets, what a rank has of a microbatch; None where it has none."""
 
-    def post_hidden(self, index: int, x: Tensor | None) -> None: ...
-    def score(self, index: int) -> None: ...
-    def post_statistics(self, index: int) -> None: ...
-    def head_grad(self, index: int) -> None: ...
-    def post_hidden_grad(self, index: int) -> None: ...
-    def hidden_grad(self, index: int) -> Tensor: ...
-    def loss(self, index: int) -> Tensor: ...
-    def look_up(self, index: int) -> None: ...
-    def post_rows(self, index: int) -> None: ...
-    def rows(self, index: int) -> Tensor: ...
-    def post_rows_grad(self, index: int, grad: Tensor | None) -> None: ...
-    def embed_grad(self, index: int) -> None: ...
+
+class Vocabulary(Protocol):
+    """Embedding, head and loss over all ranks of the pipeline; `index` is the microbatch."""
+
+    def handlers(self, output: Taken, rows_grad: Taken) -> dict[Kind, Handler]:
+        """One per kind of vocabulary operation.
+
+        Args:
+            output: of the last stage, where this rank has it.
+            rows_grad: the gradient of `rows`, where this rank has it.
+        """
+        ...
+
+    def rows(self, index: int) -> Tensor:
+        """The input of the first stage, on its ranks."""
+        ...
+
+    def hidden_grad(self, index: int) -> Tensor:
+        """The gradient of the last stage's output, on its ranks."""
+        ...
+
+    def loss(self, index: int) -> Tensor:
+        """The microbatch's loss, on all ranks."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -134,23 +146,13 @@ class Runtime:
             Kinds.RECV_BACKWARD: lambda op: self._receive(op, op.stage + 1),
         }
         if self._vocab is not None:
-            handlers |= self._vocab_handlers(self._vocab)
+            handlers |= self._vocab.handlers(
+                output=lambda index: self._outputs.pop((self._last, index), None),
+                rows_grad=lambda index: self._grads.pop((0, index), None),
+            )
         if self._offloads is not None:
             handlers |= self._offloads.handlers
         return handlers
-
-    def _vocab_handlers(self, vocab: Vocabulary) -> dict[Kind, Handler]:
-        return {
-            Kinds.HIDDEN: lambda op: vocab.post_hidden(op.index, self._outputs.pop((self._last, op.index), None)),
-            Kinds.HEAD: lambda op: vocab.score(op.index),
-            Kinds.STATISTICS: lambda op: vocab.post_statistics(op.index),
-            Kinds.HEAD_GRAD: lambda op: vocab.head_grad(op.index),
-            Kinds.HIDDEN_GRAD: lambda op: vocab.post_hidden_grad(op.index),
-            Kinds.EMBED: lambda op: vocab.look_up(op.index),
-            Kinds.EMBEDDED: lambda op: vocab.post_rows(op.index),
-            Kinds.EMBEDDED_GRAD: lambda op: vocab.post_rows_grad(op.index, self._grads.pop((0, op.index), None)),
-            Kinds.EMBED_GRAD: lambda op: vocab.embed_grad(op.index),
-        }
 
     def losses(self) -> list[Tensor]:
         """The microbatches' losses, after the program: on the last stage's rank, on all ranks with a balanced

@@ -11,6 +11,11 @@ from ...models.sequences import Inputs
 from ...parallel.balanced_vocab import BalancedEmbedding, BalancedHead
 from ...parallel.comm.lane import Lane
 from ...parallel.comm.mesh import Mesh
+from ...parallel.pipeline.execute import Handler
+from ...parallel.pipeline.kind import Kind
+from ...parallel.pipeline.needs import Kinds
+from ...parallel.pipeline.program import Op
+from ...parallel.pipeline.runtime import Taken
 from ...parallel.vocab import Look, VocabShard
 from ..setup import Parts
 
@@ -52,29 +57,31 @@ class BalancedVocabulary:
         for lane in self._lanes:
             lane.close()
 
-    def post_hidden(self, index: int, x: Tensor | None) -> None:
-        """CX: x is the last stage's output, None on other ranks."""
-        self._head.post_hidden(index, x, *self._shape(index), self._dtype)
+    def handlers(self, output: Taken, rows_grad: Taken) -> dict[Kind, Handler]:
+        """One per kind of vocabulary operation; arguments as of `Vocabulary.handlers`."""
+        head, embedding, model = self._head, self._embedding, self._model
 
-    def score(self, index: int) -> None:
-        """S: logits and softmax statistics of this rank's rows."""
-        self._replicas.begin_microbatch()
-        inputs = self._inputs(index)
-        assert inputs.labels is not None
-        labels, with_grad = inputs.labels.reshape(-1), torch.is_grad_enabled()
-        self._head.score(index, self._model.head_weight, labels, inputs.scale, with_grad=with_grad)
+        def post_hidden(op: Op) -> None:
+            head.post_hidden(op.index, output(op.index), *self._shape(op.index), self._dtype)
 
-    def post_statistics(self, index: int) -> None:
-        """CS."""
-        self._head.post_statistics(index)
+        def post_rows_grad(op: Op) -> None:
+            embedding.post_grad(op.index, rows_grad(op.index), *self._shape(op.index), self._dtype)
 
-    def head_grad(self, index: int) -> None:
-        """T: the gradient of this rank's rows of the head."""
-        self._head.weight_grad(index, self._model.head_weight)
+        return {
+            Kinds.HIDDEN: post_hidden,
+            Kinds.HEAD: self._score,
+            Kinds.STATISTICS: lambda op: head.post_statistics(op.index),
+            Kinds.HEAD_GRAD: lambda op: head.weight_grad(op.index, model.head_weight),
+            Kinds.HIDDEN_GRAD: lambda op: head.post_hidden_grad(op.index),
+            Kinds.EMBED: self._look_up,
+            Kinds.EMBEDDED: lambda op: embedding.post_rows(op.index),
+            Kinds.EMBEDDED_GRAD: post_rows_grad,
+            Kinds.EMBED_GRAD: lambda op: embedding.weight_grad(op.index, self._tokens(op.index), model.embed_weight),
+        }
 
-    def post_hidden_grad(self, index: int) -> None:
-        """CD."""
-        self._head.post_hidden_grad(index)
+    def rows(self, index: int) -> Tensor:
+        """The input of the first stage, on its ranks."""
+        return self._embedding.rows(index)
 
     def hidden_grad(self, index: int) -> Tensor:
         """The gradient of the last stage's output, on its ranks."""
@@ -84,26 +91,20 @@ class BalancedVocabulary:
         """The microbatch's loss, on all ranks."""
         return self._head.loss(index)
 
-    def look_up(self, index: int) -> None:
-        """IF: the rows that this rank has."""
+    def _score(self, op: Op) -> None:
         self._replicas.begin_microbatch()
-        self._embedding.look_up(index, self._inputs(index).tokens.reshape(-1), self._model.embed_weight)
+        inputs = self._inputs(op.index)
+        assert inputs.labels is not None
+        labels, with_grad = inputs.labels.reshape(-1), torch.is_grad_enabled()
+        self._head.score(op.index, self._model.head_weight, labels, inputs.scale, with_grad=with_grad)
 
-    def post_rows(self, index: int) -> None:
-        """CE."""
-        self._embedding.post_rows(index)
+    def _look_up(self, op: Op) -> None:
+        self._replicas.begin_microbatch()
+        self._embedding.look_up(op.index, self._tokens(op.index), self._model.embed_weight)
 
-    def rows(self, index: int) -> Tensor:
-        """The input of the first stage, on its ranks."""
-        return self._embedding.rows(index)
-
-    def post_rows_grad(self, index: int, grad: Tensor | None) -> None:
-        """CG: the gradient of `rows`, None on other ranks."""
-        self._embedding.post_grad(index, grad, *self._shape(index), self._dtype)
-
-    def embed_grad(self, index: int) -> None:
-        """IB: the gradient of this rank's rows of the embedding."""
-        self._embedding.weight_grad(index, self._inputs(index).tokens.reshape(-1), self._model.embed_weight)
+    def _tokens(self, index: int) -> Tensor:
+        """(N,)"""
+        return self._inputs(index).tokens.reshape(-1)
 
     def _shape(self, index: int) -> tuple[int, int]:
         """(N, h)"""

@@ -1,35 +1,21 @@
 """The lines before a run's first step name every kind of parallelism that it uses, and no other."""
 
 from dataclasses import replace
-from types import SimpleNamespace
-
-import torch
 
 from pentad.configs import load, resolve
-from pentad.parallel.comm.mesh import Degrees
 from pentad.trainer.data.dataset import Dataset, Split
 from pentad.trainer.data.sampler import Sampler, make_pattern
 from pentad.trainer.metrics.introduction import introduction
 from pentad.trainer.metrics.peak import Peak
-from pentad.trainer.pipeline.programs import Pipeline
 from tests.jobs import DENSE
 
 
 def _lines(job: str, *given: str, apart: str = "") -> list[str]:
     cfg = resolve(load(job, list(given)))
-    p = cfg.parallel
     train = Split((), Sampler((4000,), (40,), make_pattern([1.0]), 0), cfg.train.seq_len, 257, False)
     held = replace(train, sampler=replace(train.sampler, evaluate=True))
     data = Dataset(train, held, None, 11_000_000, 731, "", ("stdlib",))
-    trainer = SimpleNamespace(
-        parameters=9_600_000,
-        device=torch.device("cpu"),
-        mesh=SimpleNamespace(degrees=Degrees(tp=p.tp, pp=p.pp, cp=p.cp, dp=p.dp, ep=p.ep, etp=p.etp), apart=apart),
-        program=SimpleNamespace(microbatches=2),
-        data=data,
-        parts=SimpleNamespace(pipeline=Pipeline.of(cfg)),
-    )
-    return introduction(cfg, trainer, Peak(0.0361, "measured"))  # type: ignore[arg-type]
+    return introduction(cfg, data, Peak(0.0361, "measured"), device="cpu", apart=apart)
 
 
 def test_every_kind_of_parallelism_is_named() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pentad.parallel.expert.search import ChunkSearch
+from pentad.trainer.overlap import ChunkSearch
 
 
 def _search(times: dict[int, list[float]], **settings) -> tuple[ChunkSearch, list[int]]:
