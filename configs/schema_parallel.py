@@ -103,3 +103,6 @@ class MemoryConfig:
     offload_activations: Literal["none", "all", "auto"] | float = "none"
     """What the backward pass needs is on the host until then: nothing of it, all, a share of each rank's (0.5), the
     longest-lived first, or (auto) what costs no time."""
+    group: int | None = None
+    """Layers of a part-stage: a rank's stage passes in parts, each forward and backward an operation of its own, and
+    what each keeps is offloaded apart; none: a stage is one part."""

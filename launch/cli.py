@@ -172,6 +172,9 @@ def _schedule_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", metavar="N", type=int, help="of a run: which step, from 1 (the last one recorded)")
     parser.add_argument("--chunks", metavar="V", type=int, help="stages per rank (what the schedule needs, else 2)")
     parser.add_argument("--group", metavar="G", type=int, help="interleaved, gis: microbatches per chunk in turn (P)")
+    parser.add_argument(
+        "--parts", metavar="N", type=int, default=1, help="part-stages that each stage is refined into (1)"
+    )
     parser.add_argument("--vocab", choices=("ends", "balanced"), default="ends", help="where embedding and head run")
     parser.add_argument(
         "--vocab-barriers", metavar="1|2", type=int, default=1, help="balanced: barriers of the head (1)"

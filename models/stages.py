@@ -6,12 +6,18 @@ import torch
 from torch import Tensor
 
 from .costs.parts import StageSplit
-from .sequences import Inputs
+from .sequences import Inputs, Sequences
 from .transformer import Transformer
 
 
 def run_stage(
-    model: Transformer, split: StageSplit, stage: int, x: Tensor | None, inputs: Inputs, dtype: torch.dtype
+    model: Transformer,
+    split: StageSplit,
+    stage: int,
+    x: Tensor | None,
+    inputs: Inputs,
+    dtype: torch.dtype,
+    seq: Sequences | None = None,
 ) -> Tensor:
     """The output of a stage (N, h); from a last stage that has the head, the loss (a scalar).
 
@@ -19,6 +25,7 @@ def run_stage(
         x: the output of the stage before (N, h); of the first stage the embedding's rows where the vocabulary is
             balanced, else none.
         dtype: of the hidden states.
+        seq: what layers know of the microbatch; none: it is computed.
     """
     last = len(split.layers) - 1
     if last == 0 and not split.balanced:
@@ -26,7 +33,7 @@ def run_stage(
     if stage == 0:
         x = model.embed_tokens(inputs) if x is None else model.begin(x, inputs)
     assert x is not None
-    seq = model.sequences(inputs, dtype)
+    seq = model.sequences(inputs, dtype) if seq is None else seq
     x = model.run_layers(x, seq, inputs.draws, split.layers[stage])
     if stage < last:
         return x

@@ -24,7 +24,8 @@ from torch import Tensor
 from ..configs.schema import Config
 from ..models.parallelize import close
 from ..models.routing.balance import collect_tallies, rebalance
-from ..models.stages import Inputs, run_stage
+from ..models.sequences import Inputs, Sequences
+from ..models.stages import run_stage
 from ..parallel.comm.collectives import Handle, all_reduce
 from ..parallel.comm.mesh import Mesh
 from ..parallel.pipeline.execute import Handler, execute
@@ -79,6 +80,7 @@ class _Step:
         watched: see `Stepper.run`.
         outcome: none before the commit.
         updated: the buckets that were updated since.
+        sequences: what layers know of a microbatch, of the last one that passed a stage: its part-stages share it.
     """
 
     inputs: list[Inputs]
@@ -87,6 +89,7 @@ class _Step:
     watched: Callable[[], Sequence[float]]
     outcome: _Outcome | None = None
     updated: set[int] = field(default_factory=set)
+    sequences: tuple[int, Sequences] | None = None
 
 
 class Stepper:
@@ -292,7 +295,13 @@ class Stepper:
 
     def _forward(self, stage: int, index: int, x: Tensor | None) -> Tensor:
         self.replicas.begin_microbatch()
-        return run_stage(self.model, self.parts.pipeline.split, stage, x, self.inputs(index), self.dtype)
+        split, inputs = self.parts.pipeline.split, self.inputs(index)
+        if len(split.layers) == 1:
+            return run_stage(self.model, split, stage, x, inputs, self.dtype)
+        kept = self._now.sequences
+        if kept is None or kept[0] != index:
+            kept = self._now.sequences = index, self.model.sequences(inputs, self.dtype)
+        return run_stage(self.model, split, stage, x, inputs, self.dtype, kept[1])
 
     # Update ---------------------------------------------------------------------------------------------------
 

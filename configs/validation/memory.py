@@ -18,4 +18,13 @@ def validate_memory(config: Config) -> list[Problem]:
             "set none, or parallel.data.sharding=zero1"
         )
         problems.append(Problem(key, message))
+    group = config.memory.group
+    if group is not None and group < 1:
+        problems.append(Problem("memory.group", f"must be at least 1 layer, got {group}"))
+    if group is not None and sharding == "fsdp":
+        message = (
+            f"{group}: fsdp gathers parameters around the whole model's forward pass, which part-stages do not have; "
+            "leave it out, or set parallel.data.sharding=zero1"
+        )
+        problems.append(Problem("memory.group", message))
     return problems

@@ -60,7 +60,7 @@ def _pipeline(cfg: Config) -> list[tuple[str, str]]:
     vocab = (
         f"balanced, {p.vocab_barriers} barrier{'s' * (p.vocab_barriers > 1)}" if pipeline.split.balanced else p.vocab
     )
-    counts = " ".join(str(len(layers)) for layers in pipeline.split.layers)
+    counts = " ".join(map(str, pipeline.counts))
     return [
         ("pipeline", f"{p.schedule}{chunks}"),
         ("layers of the stages", counts),

@@ -27,6 +27,7 @@ from ...parallel.pipeline.program import Program
 from ...parallel.pipeline.program_file import read_program
 from ...parallel.pipeline.readings import Bubble, Utilization, bubbles, critical_path, utilization
 from ...parallel.pipeline.recorded import actual, last_step
+from ...parallel.pipeline.refine import refine
 from ...parallel.pipeline.schedules import generate
 from ...parallel.pipeline.simulate import Timeline, simulate
 from ...parallel.pipeline.times import Times, by_rank
@@ -135,7 +136,11 @@ def make(args: argparse.Namespace) -> SimulatedProgram:
     problems = schedule_problems(args.name, **size, barriers=barriers, called=_OPTIONS)
     problems += [
         Problem(option, f"must be at least 1, got {value}")
-        for option, value in (("--microbatches", args.microbatches), ("--width", args.width))
+        for option, value in (
+            ("--microbatches", args.microbatches),
+            ("--parts", args.parts),
+            ("--width", args.width),
+        )
         if value is not None and value < 1
     ]
     if problems:
@@ -143,12 +148,14 @@ def make(args: argparse.Namespace) -> SimulatedProgram:
     size["microbatches"] = args.microbatches
     given = _given_times(args.times_file, args.time, args.ranks)
     program = plain = generate(args.name, **size)
-    times = replace(_times(given, plain), one_engine=args.one_copy_engine)
     if barriers is not None:
-        program = balanced(args.name, **size, barriers=barriers, times=times)
+        program = balanced(args.name, **size, barriers=barriers, times=_times(given, plain))
+    parts = (args.parts,) * program.stages
+    program, plain = refine(program, parts), refine(plain, parts)
+    times = replace(_times(given, plain), one_engine=args.one_copy_engine)
     program = lower(program, times=times)
     if SCHEDULES[args.name].offloads:
-        program = offload(program, first_chunks(program, SCHEDULES[args.name].offloads), times)
+        program = offload(program, first_chunks(program, SCHEDULES[args.name].offloads, parts), times)
     check_program(program)
     timeline = simulate(program, times)
     return SimulatedProgram(
@@ -165,12 +172,16 @@ def of_file(args: argparse.Namespace) -> SimulatedProgram:
     said = {"--ranks": args.ranks, "--microbatches": args.microbatches, "--chunks": args.chunks, "--group": args.group}
     given = [option for option, value in said.items() if value is not None]
     given += ["--vocab"] * (args.vocab != "ends")
-    if given:
-        raise UserError(*(Problem(option, f"is what {args.name} says itself; leave it out") for option in given))
+    problems = [Problem(option, f"is what {args.name} says itself; leave it out") for option in given]
+    if args.parts < 1:
+        problems.append(Problem("--parts", f"must be at least 1, got {args.parts}"))
+    if problems:
+        raise UserError(*problems)
     try:
         program = read_program(os.path.expanduser(args.name), whole=True)
     except UserError as error:
         raise UserError(*(Problem("NAME", problem.message) for problem in error.problems)) from None
+    program = refine(program, (args.parts,) * program.stages)
     given_times = _given_times(args.times_file, args.time, len(program.ranks))
     times = replace(_times(given_times, program), one_engine=args.one_copy_engine)
     if not is_lowered(program):

@@ -14,7 +14,7 @@ the last one that ends early enough for their backward pass.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -23,6 +23,7 @@ from .communication import is_training, number_slots
 from .kind import Kind
 from .needs import Kinds
 from .program import Op, Program
+from .refine import part_stages
 from .simulate import simulate
 from .times import Times
 
@@ -84,12 +85,22 @@ def worthwhile(program: Program, times: Times) -> list[list[Pass]]:
     return chosen
 
 
-def first_chunks(program: Program, share: float) -> list[Pass]:
-    """The activations of each rank's first chunks, which live longest: up to this share of its chunks, rounded up."""
+def first_chunks(program: Program, share: float, parts: Sequence[int] | None = None) -> list[Pass]:
+    """The activations of each rank's first chunks, which live longest: up to this share of its chunks, rounded up.
+
+    Args:
+        program: of a training step.
+        share: 0 to 1.
+        parts: part-stages of each chunk where the program is refined.
+    """
+    chunks = part_stages(parts or (1,) * program.stages)
+    mine = [[stages for stages in chunks if program.placement[stages[0]] == rank] for rank in range(len(program.ranks))]
+    most = ceil(share * max(map(len, mine)))
     return [
         (stage, index)
-        for rank in range(len(program.ranks))
-        for stage in program.stages_of(rank)[: ceil(share * program.chunks)]
+        for held in mine
+        for stages in held[:most]
+        for stage in stages
         for index in range(program.microbatches)
     ]
 

@@ -185,6 +185,8 @@ class Runtime:
         if x is not None and _shares_memory(y, x):
             y = y.clone()  # an empty stage: its input may be a slot, which the next receive overwrites
         if torch.is_grad_enabled():
+            if x is not None and self._offloads is not None:
+                self._offloads.let_go(op.stage, op.index, x)
             self._graphs[key] = _Graph(x, get_gradient_edge(y))
         if op.stage == self._last and self._vocab is None:
             self._losses.append(y.detach())

@@ -109,6 +109,12 @@ class Saved:
             yield
         self._known.clear()
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether every use of a tensor (…) is caught: the graph holds a view of a block instead of it."""
+        address = tensor.untyped_storage().data_ptr()
+        mine = (block.storage for block in self.blocks)
+        return tensor.numel() > SMALL and any(s is not None and s.data_ptr() == address for s in mine)
+
     def _pack(self, tensor: Tensor) -> Tensor | View:
         if tensor.numel() <= SMALL or tensor.device != self._device or tensor.layout is not torch.strided:
             return tensor
@@ -181,6 +187,13 @@ class Offloads:
         saved = self._saved[stage, index] = Saved(self._device, self._elsewhere)
         with saved.catching():
             yield
+
+    def let_go(self, stage: int, index: int, x: Tensor) -> None:
+        """The input (…) of a forward pass, a leaf, will only collect its gradient: where the graph has caught its
+        values it holds them no longer, or they would stay on the device with it."""
+        saved = self._saved.get((stage, index))
+        if saved is not None and saved.holds(x):
+            x.data = x.new_zeros(()).expand(x.shape)
 
     def clear(self) -> None:
         """Drops everything but the slabs, after a program that was left half-way.

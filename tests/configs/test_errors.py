@@ -142,6 +142,8 @@ WRONG += [
     ([*_PP, f"{_P}.layers=even"], f"{_P}.layers", ["auto or a list of integers", "even"]),
     ([*_PP, "parallel.data.sharding=fsdp"], "parallel.data.sharding", ["fsdp", "parallel.pp=2", "zero1"]),
     (["memory.recompute=some"], "memory.recompute", ["one of none, full", "some"]),
+    (["memory.group=0"], "memory.group", ["at least 1 layer", "0"]),
+    (["memory.group=2", "parallel.data.sharding=fsdp"], "memory.group", ["2: fsdp", "zero1"]),
 ]
 
 

@@ -31,6 +31,8 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
     keys["memory.recompute"] = draws.pick({"none": 2, "full": 1})
     if keys["parallel.data.sharding"] != "fsdp":
         keys["memory.offload_activations"] = draws.pick({"none": 2, "all": 1, 0.5: 0.5, "auto": 0.5})
+        if draws.maybe(0.4):
+            keys["memory.group"] = draws.choice([1, 1, 2, 3])
     keys["checkpoint.asynchronous"] = draws.maybe(0.5)
     keys["data.prefetch"] = draws.choice([0, 1, 2, 4])
     return world, keys

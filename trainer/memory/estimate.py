@@ -318,7 +318,7 @@ def _activations(cfg: Config, pipeline: Pipeline) -> list[int]:
         ),
         head=(float(head),),
     )
-    program = offloaded(cfg, compute_program(cfg, pipeline, microbatches), pipeline.times)
+    program = offloaded(cfg, compute_program(cfg, pipeline, microbatches), pipeline)
     return [int(peak) for peak in peak_bytes(program, sizes)]
 
 

@@ -51,9 +51,9 @@ def _layout(cfg: Config) -> str:
 
 
 def _pipeline(cfg: Config) -> str:
-    p, layers = cfg.parallel.pipeline, Pipeline.of(cfg).split.layers
-    stages = ", ".join(str(len(stage)) for stage in layers)
-    return f"pipeline: {p.schedule}, {len(layers)} stages of {stages} layers, vocabulary {p.vocab}"
+    p, counts = cfg.parallel.pipeline, Pipeline.of(cfg).counts
+    stages = ", ".join(map(str, counts))
+    return f"pipeline: {p.schedule}, {len(counts)} stages of {stages} layers, vocabulary {p.vocab}"
 
 
 def _experts(cfg: Config) -> str:

@@ -15,6 +15,7 @@ from ...parallel.pipeline.lower import forward_only, lower
 from ...parallel.pipeline.offload import first_chunks, offload, windows, worthwhile
 from ...parallel.pipeline.program import Program, update
 from ...parallel.pipeline.program_file import read_program
+from ...parallel.pipeline.refine import part_stages, refine
 from ...parallel.pipeline.times import Times
 from ...parallel.pipeline.vocabulary import balanced
 from .stage_layers import StageLayers
@@ -31,12 +32,16 @@ class Pipeline:
     """What is decided about the pipeline before anything is built.
 
     Args:
-        placement: the rank on the pipeline axis that holds each stage.
-        split: the layers of each stage.
-        times: estimated times of the passes, in forward passes of one rank's share.
+        stages: the rank on the pipeline axis that holds each stage of the schedule.
+        stage_times: estimated times of their passes, in forward passes of one rank's share.
+        parts: part-stages of each of them (`memory.group`); all that follows counts these as stages.
+        split: the layers of each part-stage.
+        times: of their passes.
     """
 
-    placement: tuple[int, ...]
+    stages: tuple[int, ...]
+    stage_times: Times
+    parts: tuple[int, ...]
     split: StageSplit
     times: Times
 
@@ -44,22 +49,38 @@ class Pipeline:
     def of(cfg: Config) -> Pipeline:
         """The pipeline that the config asks for: layers split by their cost, or as it says."""
         stages = StageLayers.of(cfg)
-        split = StageSplit.of(stages.counts, balanced=stages.balanced)
-        return Pipeline(stages.placement, split, _times(cfg, split, stages.placement, *stages.costs))
+
+        def times(split: StageSplit) -> Times:
+            return _times(cfg, split, max(stages.placement) + 1, *stages.costs)
+
+        whole = StageSplit.of(stages.counts, balanced=stages.balanced)
+        split = StageSplit.of([n for group in stages.groups for n in group], balanced=stages.balanced)
+        return Pipeline(stages.placement, times(whole), tuple(map(len, stages.groups)), split, times(split))
+
+    @property
+    def placement(self) -> tuple[int, ...]:
+        """The rank that holds each part-stage."""
+        return tuple(rank for rank, count in zip(self.stages, self.parts, strict=True) for _ in range(count))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Layers of each stage of the schedule."""
+        layers = self.split.layers
+        return tuple(sum(len(layers[part]) for part in mine) for mine in part_stages(self.parts))
 
     @property
     def ends(self) -> tuple[int, int]:
         """The ranks of the first and the last stage."""
-        return self.placement[0], self.placement[-1]
+        return self.stages[0], self.stages[-1]
 
     @property
     def channels(self) -> tuple[tuple[int, int], ...]:
         """The (source, destination) ranks between which tensors travel, in one order on all ranks."""
-        steps = {pair for pair in zip(self.placement, self.placement[1:], strict=False) if pair[0] != pair[1]}
+        steps = {pair for pair in zip(self.stages, self.stages[1:], strict=False) if pair[0] != pair[1]}
         return tuple(sorted(steps | {(b, a) for a, b in steps}))
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
-        """The stages that a rank of the pipeline axis holds."""
+        """The part-stages that a rank of the pipeline axis holds."""
         return tuple(stage for stage, where in enumerate(self.placement) if where == rank)
 
 
@@ -69,6 +90,10 @@ def compute_program(cfg: Config, pipeline: Pipeline, microbatches: int) -> Progr
     Raises:
         UserError: the file's program cannot run.
     """
+    return refine(_of_schedule(cfg, pipeline, microbatches), pipeline.parts)
+
+
+def _of_schedule(cfg: Config, pipeline: Pipeline, microbatches: int) -> Program:
     p, ranks = cfg.parallel.pipeline_in_use, cfg.parallel.pp
     if is_program(p.schedule):
         return read_program(p.schedule)
@@ -81,7 +106,7 @@ def compute_program(cfg: Config, pipeline: Pipeline, microbatches: int) -> Progr
         chunks=p.chunks,
         group=p.group,
         barriers=p.vocab_barriers,
-        times=pipeline.times,
+        times=pipeline.stage_times,
     )
 
 
@@ -96,29 +121,29 @@ def training_program(cfg: Config, pipeline: Pipeline, microbatches: int, buckets
     """
     program = compute_program(cfg, pipeline, microbatches)
     program = program if is_lowered(program) else lower(program, times=pipeline.times)
-    program = offloaded(cfg, program, pipeline.times)
+    program = offloaded(cfg, program, pipeline)
     tails = [ops + update(count) for ops, count in zip(program.ranks, buckets, strict=True)]
     program = replace(program, ranks=tuple(tails))
     check_program(program)
     return program
 
 
-def offloaded(cfg: Config, program: Program, times: Times) -> Program:
+def offloaded(cfg: Config, program: Program, pipeline: Pipeline) -> Program:
     """The program of a training step with those activations on the host that the job wants there: its schedule's, and
     what `memory.offload_activations` adds.
 
     Args:
         cfg: the job.
         program: complete but for the update.
-        times: of its passes.
+        pipeline: whose program it is.
     """
     wanted = cfg.memory.offload_activations
     row = SCHEDULES.get(cfg.parallel.pipeline_in_use.schedule or "")
-    always = first_chunks(program, row.offloads) if row is not None else []
+    always = first_chunks(program, row.offloads, pipeline.parts) if row is not None else []
     if wanted == "none" and not always:
         return program
-    copies = tuple(_COPY * forward for forward in times.forward)
-    times = replace(times, offload=copies, reload=copies)
+    copies = tuple(_COPY * forward for forward in pipeline.times.forward)
+    times = replace(pipeline.times, offload=copies, reload=copies)
     if wanted == "auto":
         chosen = worthwhile(program, times)
     else:
@@ -131,16 +156,14 @@ def offloaded(cfg: Config, program: Program, times: Times) -> Program:
 def evaluation_program(cfg: Config, pipeline: Pipeline, microbatches: int) -> Program:
     """Forward passes only, checked."""
     barriers = cfg.parallel.pipeline.vocab_barriers if pipeline.split.balanced else 0
-    program = lower(forward_only(pipeline.placement, microbatches, barriers), times=pipeline.times)
+    program = refine(forward_only(pipeline.stages, microbatches, barriers), pipeline.parts)
+    program = lower(program, times=pipeline.times)
     check_program(program)
     return program
 
 
-def _times(
-    cfg: Config, split: StageSplit, placement: Sequence[int], costs: Sequence[float], ahead: float, head: float
-) -> Times:
+def _times(cfg: Config, split: StageSplit, ranks: int, costs: Sequence[float], ahead: float, head: float) -> Times:
     """Of the passes through each stage; `costs` of the layers, prediction modules and head are in one unit."""
-    ranks = max(placement) + 1
     unit = sum(costs) / ranks
     forward, head = [sum(costs[layer] for layer in layers) / unit for layers in split.layers], head / unit
     forward[-1] += ahead / unit

@@ -12,17 +12,19 @@ from ...parallel.pipeline.partition import partition
 
 @dataclass(frozen=True)
 class StageLayers:
-    """The stages of a job.
+    """The stages of a job, as its schedule knows them.
 
     Args:
         placement: the rank on the pipeline axis that holds each stage.
         counts: layers of each stage.
+        groups: layers of each stage's part-stages (`memory.group`).
         balanced: the vocabulary is split over all of them.
         costs: FLOPs of each layer; of the prediction modules together; of the head.
     """
 
     placement: tuple[int, ...]
     counts: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
     balanced: bool
     costs: tuple[tuple[float, ...], float, float]
 
@@ -38,7 +40,16 @@ class StageLayers:
             counts = partition(layers, len(placement), last=0.0 if balanced else ahead + head, placement=placement)
         else:
             counts = tuple(p.layers)
-        return StageLayers(tuple(placement), tuple(counts), balanced, (tuple(layers), ahead, head))
+        groups = tuple(grouped(count, cfg.memory.group) for count in counts)
+        return StageLayers(tuple(placement), tuple(counts), groups, balanced, (tuple(layers), ahead, head))
+
+
+def grouped(layers: int, group: int | None) -> tuple[int, ...]:
+    """So many layers in groups, of `group` each but for the last; none: in one."""
+    if group is None or layers <= group:
+        return (layers,)
+    whole, rest = divmod(layers, group)
+    return (group,) * whole + (rest,) * (rest > 0)
 
 
 def empty_stages(cfg: Config) -> list[Problem]:
