@@ -229,6 +229,9 @@ class LogConfig:
     """TensorBoard event files in RUN/tensorboard."""
     profile: tuple[int, ...] = ()
     """Steps to trace with the torch profiler into RUN/profile."""
+    memory: bool = False
+    """Record the bytes on the device after every operation of a step, for `pentad schedule RUN`; on a CPU every tensor
+    is counted, which makes steps slower."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ the gathers of parameters are not: those are handed out anew when the next sessi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -36,6 +37,7 @@ from ..parallel.pipeline.runtime import Hidden, Runtime
 from ..parallel.vocab import Look
 from .data.dataset import Microbatch
 from .inputs import InputMaker
+from .metrics.live_bytes import LiveBytes
 from .optim.optimizer import Optimizer, sum_of_squares
 from .pipeline.host_copies import HostCopies
 from .pipeline.vocab_passes import BalancedVocabulary
@@ -130,6 +132,7 @@ class Stepper:
             Kinds.OPTIMIZE: self._optimize,
             Kinds.GATHER: lambda op: self.replicas.gather(op.index),
         }
+        self._live = LiveBytes(parts.device) if cfg.log.memory else None
         self._evaluation: tuple[Runtime, Program] | None = None
         self._step: _Step | None = None
         """The step or evaluation that is under way or was left half-way."""
@@ -195,7 +198,9 @@ class Stepper:
         self._begin(step, batches, 1.0 / max(valid, 1), lr, stop, watched)
         self.committed = False
         self.replicas.start_step(len(batches))
-        execute(self.ops, self._handlers, self.mesh.recorder)
+        with nullcontext() if self._live is None else self._live.watching():
+            count = None if self._live is None else self._live.count
+            execute(self.ops, self._handlers, self.mesh.recorder, count)
         outcome, self._step = self._now.outcome, None
         assert outcome is not None  # the program was checked: it has one NORM
         return outcome.result

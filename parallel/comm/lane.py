@@ -69,6 +69,19 @@ class Pending(Generic[T]):
             torch.cuda.current_stream().wait_event(self._event)
         return self._result[0]
 
+    def landed(self) -> None:
+        """Returns when the job's work has ended, on CUDA too: for a thread that goes on outside all streams.
+
+        Raises:
+            Aborted, TimeoutError: see `Abort.wait`.
+            Exception: the job's own, or `LaneFailed`.
+        """
+        self._abort.wait(self._done, self._what)
+        if self._error is not None:
+            raise self._error
+        if self._event is not None:
+            self._event.synchronize()
+
     def abandon(self) -> None:
         """Nobody asks for the result any more. Waits for nothing, so it does not fail after an abort either.
 
@@ -114,7 +127,9 @@ class Lane:
         recorder: Recorder | None = None,
     ) -> None:
         self.name, self.device = name, torch.device(device)
-        self._recorder = axis.recorder if axis is not None else recorder
+        # A writer of its own: what a job is recorded as is when it was submitted, not what the step does meanwhile.
+        own = recorder.fork() if recorder is not None else None
+        self._recorder = axis.recorder if axis is not None else own
         self._abort = (axis.abort if axis is not None else abort) or Abort()
         self._failed: Exception | None = None
         self._stream = torch.cuda.Stream(device, priority=-1) if self.device.type == "cuda" else None

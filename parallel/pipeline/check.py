@@ -247,13 +247,13 @@ def _slots(program: Program, training: bool) -> Iterator[str]:
     """What fills a slot takes the smallest one that is free, so it never overwrites one in use."""
     for rank, ops in enumerate(program.ranks):
         counter = SlotCounter(training)
-        ends = {receive: k for k, op in enumerate(ops) for receive in releases(op, training)}
+        ends = {receive: k for k, op in reversed([*enumerate(ops)]) for receive in releases(op, training)}
         for k, op in enumerate(ops):
             counter.step(op)
             where = f"rank {rank}: {op} (operation {k})"
             if not op.kind.slot_until[0]:
                 if op.slot >= 0:
-                    yield f"{where} has a slot, but only receives and copies to the host do"
+                    yield f"{where} has a slot, but only receives and copies to the host and the disk do"
                 continue
             holder = counter.holder(op)
             if op.slot < 0:

@@ -181,8 +181,8 @@ def releases(op: Op, training: bool) -> tuple[Key, ...]:
 
 @cache
 def _released_by(kind: Kind, training: bool) -> tuple[Kind, ...]:
-    done = (kind.token, *kind.fuses)
-    return tuple(each for each in KINDS.values() if each.slot_until[not training] in done)
+    done = {kind.token, *kind.fuses}
+    return tuple(each for each in KINDS.values() if done.intersection(each.slot_until[not training]))
 
 
 class SlotCounter:
@@ -191,30 +191,34 @@ class SlotCounter:
     def __init__(self, training: bool) -> None:
         self._training = training
         self._held: dict[Key, int] = {}
-        self._used: dict[tuple[int, Kind], dict[int, Key]] = {}
+        self._used: dict[tuple[int, str], dict[int, Key]] = {}
 
     def step(self, op: Op) -> None:
         """Frees what a compute operation releases."""
         for receive in releases(op, self._training):
             slot = self._held.pop(receive, None)
             if slot is not None:
-                used = self._used[receive[2], receive[0]]
+                used = self._used[_pool(receive[0], receive[2])]
                 if used.get(slot) == receive:
                     del used[slot]
 
     def smallest(self, op: Op) -> int:
         """The smallest slot that is free for a receive."""
-        used = self._used.get((op.stage, op.kind), {})
+        used = self._used.get(_pool(op.kind, op.stage), {})
         return next(slot for slot in range(len(used) + 1) if slot not in used)
 
     def holder(self, op: Op) -> Key | None:
         """The receive that has the slot that a receive names."""
-        return self._used.get((op.stage, op.kind), {}).get(op.slot)
+        return self._used.get(_pool(op.kind, op.stage), {}).get(op.slot)
 
     def take(self, op: Op) -> None:
         """Notes that a receive has the slot that it names."""
         self._held[key(op)] = op.slot
-        self._used.setdefault((op.stage, op.kind), {})[op.slot] = key(op)
+        self._used.setdefault(_pool(op.kind, op.stage), {})[op.slot] = key(op)
+
+
+def _pool(kind: Kind, stage: int) -> tuple[int, str]:
+    return stage, kind.pool or kind.token
 
 
 def number_slots(ops: Ops, training: bool) -> Ops:

@@ -320,7 +320,8 @@ class _Builder:
         if made is _FOREIGN:
             return _FOREIGN
         event = self._event(op.kind.token, op.stage) + op.index
-        engine = "" if self.times.one_engine else op.kind.engine
+        shared = self.times.one_engine and op.kind.engine in ("out", "in")
+        engine = "" if shared else op.kind.engine
         if engine in self.engines:
             self.before[event] = self.engines[engine]
         self.engines[engine] = event

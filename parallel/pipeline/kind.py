@@ -31,7 +31,7 @@ class Role(Enum):
     COLLECTIVE = "collective"
     """A lane of all ranks of the pipeline (times tp); the token only starts it."""
     COPY = "copy"
-    """An engine that copies between device and host; the token only starts it."""
+    """An engine that copies between device, host and disk; the token only starts it."""
     MEMORY = "memory"
     """Nothing but the list: it takes or gives back memory, and may wait for a copy."""
     UPDATE = "update"
@@ -91,6 +91,10 @@ class Hold:
     counts: bool = False
 
 
+Until = tuple[tuple[str, ...], tuple[str, ...]]
+"""Tokens, in training and in an evaluation."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Kind:
     """One kind of operation. Kinds are compared by identity.
@@ -109,9 +113,11 @@ class Kind:
         fuses: the kinds whose work it does in one, and which it is then listed instead of.
         toward: of a transfer, the stage at its other end, counted from the operation's.
         pair: of a transfer, the token at its other end.
-        slot_until: of a receive, the kinds after which its slot is free: in training, and in an evaluation.
+        slot_until: of what fills a slot, the kinds after the first of which it is free: in training, and in an
+            evaluation.
+        pool: kinds with the same word here fill slots of the same sort; none: it has a sort of its own.
         lane: of a collective.
-        engine: of a copy: "out" to the host, "in" to the device.
+        engine: of a copy: "out" to the host, "in" to the device, "store" to the disk, "get" from it.
         before: the token of what must follow in the rank's list, at the same stage and of the same microbatch.
         phase: of an update, its place in the order of phases.
         holds: the memory that it takes and gives back.
@@ -133,7 +139,8 @@ class Kind:
     fuses: tuple[str, ...] = ()
     toward: int = 0
     pair: str = ""
-    slot_until: tuple[str, str] = ("", "")
+    slot_until: Until = ((), ())
+    pool: str = ""
     lane: str = ""
     engine: str = ""
     before: str = ""

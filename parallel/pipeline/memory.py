@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import accumulate, groupby
 
 from .kind import Acts, Hold, Kind
 from .program import Ops, Program
 from .simulate import Timeline
 from .times import one_each
+
+_ELSEWHERE = ("host", "disk")
 
 Curve = tuple[tuple[float, float], ...]
 """(time, amount from then on), in the order of time."""
@@ -26,7 +28,8 @@ class ActivationBytes:
     Args:
         activation: of a stage, from F to the end of B (or BW).
         deferred: what is left of it from there to the end of W; as much as before where None.
-        offloaded: of a stage's activation, what is on the host between RELEASE and PREPARE; all of it where None.
+        offloaded: of a stage's activation, what is on the host between RELEASE and PREPARE, or on the disk between
+            DROP and FETCH; all of it where None.
         head: of a rank's part of the vocabulary (logits, softmax, hidden states), from S to the end of T.
         constant: of a rank, all the time (parameters, gradients, optimizer state, buffers).
     """
@@ -83,8 +86,24 @@ def peak_bytes(program: Program, sizes: ActivationBytes) -> tuple[float, ...]:
     return tuple(peaks)
 
 
-def peak_host_bytes(program: Program, sizes: ActivationBytes) -> tuple[float, ...]:
-    """The most bytes of each rank that are on the host at once.
+def bytes_after(program: Program, sizes: ActivationBytes) -> tuple[tuple[float, ...], ...]:
+    """What each rank holds after each of its operations.
+
+    Raises:
+        UserError: sizes for another number of stages or ranks.
+    """
+    constant = one_each("constant", sizes.constant, len(program.ranks), "ranks")
+    found = []
+    for rank, ops in enumerate(program.ranks):
+        changes = [0.0] * len(ops)
+        for position, _, change in _weighed(program, rank, ops, sizes):
+            changes[position] += change
+        found.append(tuple(accumulate(changes, initial=constant[rank]))[1:])
+    return tuple(found)
+
+
+def peak_host_bytes(program: Program, sizes: ActivationBytes, *, tier: str = "host") -> tuple[float, ...]:
+    """The most bytes of each rank that are on the host at once, or on the disk (`tier`).
 
     Raises:
         UserError: sizes for another number of stages or ranks.
@@ -92,11 +111,29 @@ def peak_host_bytes(program: Program, sizes: ActivationBytes) -> tuple[float, ..
     peaks = []
     for rank, ops in enumerate(program.ranks):
         held = peak = 0.0
-        for _, _, change in _weighed(program, rank, ops, sizes, host=True):
+        for _, _, change in _weighed(program, rank, ops, sizes, tier):
             held += change
             peak = max(peak, held)
         peaks.append(peak)
     return tuple(peaks)
+
+
+def slot_bytes(program: Program, sizes: ActivationBytes, pool: str) -> tuple[float, ...]:
+    """The bytes of each rank's slabs ("slab"), or of its slots on the disk ("STO"): what is allocated for them, once.
+
+    Raises:
+        UserError: sizes for another number of stages.
+    """
+    given = sizes.activation if sizes.offloaded is None else sizes.offloaded
+    each = one_each("offloaded", given, program.stages, "stages")
+    found = []
+    for ops in program.ranks:
+        most: dict[int, int] = {}
+        for op in ops:
+            if (op.kind.pool or op.kind.token) == pool:
+                most[op.stage] = max(most.get(op.stage, 0), op.slot + 1)
+        found.append(sum(count * each[stage] for stage, count in most.items()))
+    return tuple(found)
 
 
 def byte_curve(timeline: Timeline, sizes: ActivationBytes) -> tuple[Curve, ...]:
@@ -126,23 +163,23 @@ def _counted(ops: Ops) -> Iterator[tuple[int, int, int]]:
 
 
 def _weighed(
-    program: Program, rank: int, ops: Ops, sizes: ActivationBytes, *, host: bool = False
+    program: Program, rank: int, ops: Ops, sizes: ActivationBytes, where: str = ""
 ) -> Iterator[tuple[int, int, float]]:
-    """As `_counted`, in bytes of the device, or of the host."""
+    """As `_counted`, in bytes of the device, or of the host or the disk."""
     given = {
         "activation": sizes.activation,
         "deferred": sizes.activation if sizes.deferred is None else sizes.deferred,
         "offloaded": sizes.activation if sizes.offloaded is None else sizes.offloaded,
         "head": sizes.head,
     }
-    given["host"] = given["offloaded"]
+    given["host"] = given["disk"] = given["offloaded"]
     places = {"stages": program.stages, "ranks": len(program.ranks)}
     per = dict.fromkeys(given, "stages") | {"head": "ranks"}
     each = {name: one_each(name, values, places[per[name]], per[name]) for name, values in given.items()}
     for position, at_end, changes in _grouped(ops):
         op = ops[position]
         place = op.stage if op.kind.acts is Acts.STAGE else rank
-        here = [hold for hold in changes if (hold.what == "host") == host]
+        here = [hold for hold in changes if hold.what == where or (where == "" and hold.what not in _ELSEWHERE)]
         yield position, at_end, sum(hold.sign * each[hold.what][place] for hold in here)
 
 

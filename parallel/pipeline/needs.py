@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from .kind import Acts, Hold, Kind, Need, Place, Role
+from .kind import Acts, Hold, Kind, Need, Place, Role, Until
 
 
 def _activation(sign: int, *, what: str = "activation", at_end: bool = True, counts: bool = True) -> Hold:
@@ -33,7 +33,7 @@ def _send(token: str, toward: int, pair: str, awaited: str, *, trains: bool = Fa
     )
 
 
-def _receive(token: str, toward: int, pair: str, *, until: tuple[str, str], trains: bool = False) -> Kind:
+def _receive(token: str, toward: int, pair: str, *, until: Until, trains: bool = False) -> Kind:
     return Kind(
         token=token,
         acts=Acts.STAGE,
@@ -201,13 +201,53 @@ class Kinds:
         optional=True,
         engine="out",
         before="REL",
-        slot_until=("RES", ""),
+        slot_until=(("DRP", "RES"), ()),
+        pool="slab",
         holds=(Hold("host", +1, at_end=False),),
         hue="#5c6bc0",
     )
     """Start copying what the backward pass of a stage needs into a slab of the host."""
     RELEASE = _memory("REL", "OFF", before="PRE", holds=(Hold("offloaded", -1, at_end=True, counts=True),))
     """Wait for the copy to the host, then give its memory on the device back."""
+    STORE = Kind(
+        token="STO",
+        acts=Acts.STAGE,
+        role=Role.COPY,
+        words="to the disk",
+        needs=(Need("REL", Place.SAME),),
+        duration=("store",),
+        started=True,
+        trains=True,
+        optional=True,
+        engine="store",
+        before="DRP",
+        slot_until=(("GOT",), ()),
+        holds=(Hold("disk", +1, at_end=False),),
+        hue="#8d6e63",
+    )
+    """Start writing the slab to a slot of the disk: what the host's memory cannot hold."""
+    DROP = _memory("DRP", "STO", before="GET", holds=(Hold("host", -1, at_end=True),))
+    """The slab is free once it is written. Simulated as a wait for that; it is put off to who fills the slab next."""
+    FETCH = Kind(
+        token="GET",
+        acts=Acts.STAGE,
+        role=Role.COPY,
+        words="from the disk",
+        needs=(Need("DRP", Place.SAME),),
+        duration=("fetch",),
+        started=True,
+        trains=True,
+        optional=True,
+        engine="get",
+        before="GOT",
+        slot_until=(("RES",), ()),
+        pool="slab",
+        holds=(Hold("host", +1, at_end=False),),
+        hue="#c0a16b",
+    )
+    """Start reading it back into a slab; what is still on its way to the disk is taken from there, and not read."""
+    FETCHED = _memory("GOT", "GET", before="PRE", holds=(Hold("disk", -1, at_end=True),))
+    """Wait for that; the slot of the disk is free, and the host has the activation again."""
     PREPARE = _memory("PRE", before="RLD", after="REL", holds=(Hold("offloaded", +1, at_end=False, counts=True),))
     """Take memory on the device again."""
     RELOAD = Kind(
@@ -231,11 +271,11 @@ class Kinds:
     SEND_FORWARD = _send("SF", +1, "RF", "the activations that rank {rank} sends in {place}")
     """Start sending the output of a stage to the next one."""
     # Autograd and deferred weight gradients read a received tensor to the end of its backward pass.
-    RECV_FORWARD = _receive("RF", -1, "SF", until=("W", "F"))
+    RECV_FORWARD = _receive("RF", -1, "SF", until=(("W",), ("F",)))
     """Start receiving the input of a stage into a slot; the stage's forward waits for it."""
     SEND_BACKWARD = _send("SB", -1, "RB", "the gradient that rank {rank} sends in {place}", trains=True)
     """Start sending the gradient of a stage's input to the stage before it."""
-    RECV_BACKWARD = _receive("RB", +1, "SB", until=("W", ""), trains=True)
+    RECV_BACKWARD = _receive("RB", +1, "SB", until=(("W",), ()), trains=True)
     """Start receiving the gradient of a stage's output into a slot; the stage's backward waits for it."""
 
     HIDDEN = _collective("CX", "head")

@@ -9,6 +9,9 @@ program that is otherwise complete, all of them of the rank's own, so that no or
 OFF and RLD start copies, REL and RES wait for them, REL and PRE give memory back and take it again. A copy engine does
 one copy after the other, so copies to the host take the first time that is free after their forward pass, copies back
 the last one that ends early enough for their backward pass.
+
+What the host cannot hold goes on to a disk, in the same way: STO follows REL, DRP gives the slab back, GET takes one
+again, GOT waits for the disk and PRE follows.
 """
 
 from __future__ import annotations
@@ -105,13 +108,14 @@ def first_chunks(program: Program, share: float, parts: Sequence[int] | None = N
     ]
 
 
-def offload(program: Program, chosen: Collection[Pass], times: Times) -> Program:
+def offload(program: Program, chosen: Collection[Pass], times: Times, *, stored: Collection[Pass] = ()) -> Program:
     """The program with these activations on the host while they are not needed.
 
     Args:
         program: of a training step, complete; of one rank or lowered.
         chosen: what is offloaded.
         times: what the places in the lists are chosen for.
+        stored: those of them that go on to the disk.
 
     Raises:
         ProgramError: an activation is not of this program, or it has offloads already.
@@ -127,7 +131,7 @@ def offload(program: Program, chosen: Collection[Pass], times: Times) -> Program
     ranks = []
     for rank, ops in enumerate(program.ranks):
         mine = [known[op.stage, op.index] for op in ops if _is_backward(op.kind) and (op.stage, op.index) in wanted]
-        inserted = _Places(ops, spans[rank]).all(mine, times)
+        inserted = _Places(ops, spans[rank], times).all(mine, set(stored))
         out = tuple(each for k, op in enumerate(ops) for each in (*inserted[k].before, op, *inserted[k].after))
         ranks.append(number_slots(out, training=True))
     result = replace(program, ranks=tuple(ranks))
@@ -185,34 +189,76 @@ class _Places:
     Args:
         ops: the rank's list.
         spans: when they run without offload.
+        times: of the copies.
     """
 
-    def __init__(self, ops: tuple[Op, ...], spans: tuple[tuple[float, float], ...]) -> None:
-        self.ops, self.starts = ops, [start for start, _ in spans]
+    def __init__(self, ops: tuple[Op, ...], spans: tuple[tuple[float, float], ...], times: Times) -> None:
+        self.ops, self.starts, self.times = ops, [start for start, _ in spans], times
         self.at = {(op.stage, op.index, op.kind): k for k, op in enumerate(ops)}
 
-    def all(self, mine: list[Window], times: Times) -> list[_Inserted]:
+    def all(self, mine: list[Window], stored: set[Pass]) -> list[_Inserted]:
         """The operations to insert, by position.
 
         Args:
             mine: the windows of what is offloaded, in the order of their backward passes.
-            times: of the copies.
+            stored: what of it goes to the disk.
         """
         out = _Engine()
-        back = out if times.one_engine else _Engine()
-        gone = {w.pass_: out.earliest(w.start, _copies(w.pass_, times)[0]) for w in sorted(mine, key=lambda w: w.start)}
+        back = out if self.times.one_engine else _Engine()
+        gone = {
+            w.pass_: out.earliest(w.start, self._copies(w)[0]) + self._copies(w)[0]
+            for w in sorted(mine, key=lambda w: w.start)
+        }
         come: dict[Pass, float] = {}
         for window in reversed(mine):
-            come[window.pass_] = back.latest(window.end - window.margin, _copies(window.pass_, times)[1])
+            come[window.pass_] = back.latest(window.end - window.margin, self._copies(window)[1])
         inserted = [_Inserted([], []) for _ in self.ops]
         returns = []
         for window in mine:
-            released, backward = self._put_out(window, gone[window.pass_] + _copies(window.pass_, times)[0], inserted)
+            released, backward = self._put_out(window, gone[window.pass_], window.pass_ in stored, inserted)
             returns.append((window.pass_, released, self._running(come[window.pass_]), backward))
-        self._put_back(returns, inserted)
+        if stored:
+            since = self._put_on_disk([w for w in mine if w.pass_ in stored], gone, come, returns, inserted)
+            returns = [(each, since.get(each, released), wish, end) for each, released, wish, end in returns]
+        self._put_back(returns, stored, inserted)
         return inserted
 
-    def _put_out(self, window: Window, gone: float, inserted: list[_Inserted]) -> tuple[int, int]:
+    def _copies(self, window: Window) -> tuple[float, float]:
+        return _copies(window.pass_, self.times)
+
+    def _put_on_disk(
+        self,
+        mine: list[Window],
+        gone: dict[Pass, float],
+        come: dict[Pass, float],
+        returns: list[tuple[Pass, int, int, int]],
+        inserted: list[_Inserted],
+    ) -> dict[Pass, int]:
+        """DRP where the disk has it, GET so that the host has it again in time; the positions of GET."""
+        store, get = _Engine(), _Engine()
+        released = {each: (at, end) for each, at, _, end in returns}
+        written, wanted = {}, {}
+        for window in sorted(mine, key=lambda w: gone[w.pass_]):
+            length = self._latency(Kinds.STORE, window.pass_)
+            written[window.pass_] = store.earliest(gone[window.pass_], length) + length
+        for window in reversed(mine):
+            wanted[window.pass_] = get.latest(come[window.pass_], self._latency(Kinds.FETCH, window.pass_))
+        fetched = {}
+        for each in written:
+            at, end = released[each]
+            stage, index = each
+            dropped = min(max(bisect_left(self.starts, written[each]), at), end)
+            inserted[dropped].before.append(Op(Kinds.DROP, index, stage))
+            fetched[each] = min(max(self._running(wanted[each]), dropped), end)
+        for stage, index in sorted(fetched, key=lambda each: (fetched[each], wanted[each])):
+            inserted[fetched[stage, index]].before.append(Op(Kinds.FETCH, index, stage))
+        return fetched
+
+    def _latency(self, kind: Kind, pass_: Pass) -> float:
+        stage, index = pass_
+        return self.times.latency(Op(kind, index, stage), 0)
+
+    def _put_out(self, window: Window, gone: float, stored: bool, inserted: list[_Inserted]) -> tuple[int, int]:
         """OFF behind its forward pass, REL where the copy has ended; returns the positions of REL and of B."""
         stage, index = window.pass_
         forward = self.at[stage, index, Kinds.FORWARD]
@@ -221,10 +267,14 @@ class _Places:
         inserted[forward].after.append(Op(Kinds.OFFLOAD, index, stage))
         released = min(max(bisect_left(self.starts, gone), forward + 1), backward)
         inserted[released].before.append(Op(Kinds.RELEASE, index, stage))
+        if stored:
+            inserted[released].before.append(Op(Kinds.STORE, index, stage))
         return released, backward
 
-    def _put_back(self, returns: list[tuple[Pass, int, int, int]], inserted: list[_Inserted]) -> None:
-        """PRE and RLD between REL and RES, which stands before B; of each the positions of REL, the wish and B."""
+    def _put_back(
+        self, returns: list[tuple[Pass, int, int, int]], stored: set[Pass], inserted: list[_Inserted]
+    ) -> None:
+        """PRE and RLD between REL (or GET) and RES, which stands before B; of each their positions and the wish."""
         # An engine copies in the order of the list, so what is needed first should come first.
         order: list[tuple[int, int, Pass]] = []
         latest = len(self.ops)
@@ -232,6 +282,7 @@ class _Places:
             latest = min(latest, wanted, backward)
             order.append((max(latest, released), number, pass_))
         for at, _, (stage, index) in sorted(order):
+            inserted[at].before += [Op(Kinds.FETCHED, index, stage)] * ((stage, index) in stored)
             inserted[at].before += [Op(Kinds.PREPARE, index, stage), Op(Kinds.RELOAD, index, stage)]
         for (stage, index), _, _, backward in returns:
             inserted[backward].before.append(Op(Kinds.RESUME, index, stage))

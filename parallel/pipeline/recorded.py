@@ -10,6 +10,8 @@ import numpy as np
 from ...configs.errors import Problem, UserError
 from ..record.files import read_index, read_ring
 from ..record.reader import RecordError, RecordRing
+from .execute import MEMORY
+from .memory import Curve
 from .program import Ops, Program
 from .simulate import Timeline
 from .times import Times
@@ -46,6 +48,24 @@ def actual(
     origin = min((start for rank in spans for start, _ in rank), default=0)
     seconds = tuple(tuple(((s - origin) / 1e9, (e - origin) / 1e9) for s, e in rank) for rank in spans)
     return Timeline(program, seconds, times)
+
+
+def actual_bytes(
+    program: Program, record: Path | str | Sequence[RecordRing], step: int, *, replica: int = 0
+) -> tuple[Curve, ...]:
+    """The bytes on each rank's device after each operation of a step, beyond the least of them; on the clock of
+    `actual`. Empty where the run did not record them (`log.memory`). Arguments and errors as of `actual`."""
+    pipeline = _pipeline(_with_clocks(record), len(program.ranks), replica)
+    spans = [_spans(ring, ops, step, clock) for (ring, clock), ops in zip(pipeline, program.ranks, strict=True)]
+    origin = min((start for rank in spans for start, _ in rank), default=0)
+    curves = []
+    for ring, clock in pipeline:
+        entries = ring.entries[(ring.entries["step"] == step) & (ring.entries["op"] >= 0)]
+        counted = entries[(entries["kind"] == _code(ring, MEMORY)) & (entries["end"] > 0)]
+        least = int(counted["nbytes"].min()) if len(counted) else 0
+        points = zip(counted["end"].tolist(), counted["nbytes"].tolist(), strict=True)
+        curves.append(tuple(((end + clock - origin) / 1e9, float(nbytes - least)) for end, nbytes in points))
+    return tuple(curves)
 
 
 def last_step(program: Program, record: Path | str | Sequence[RecordRing], *, replica: int = 0) -> int:
@@ -124,6 +144,11 @@ def _spans(ring: RecordRing, ops: Ops, step: int, clock: int) -> list[tuple[int,
         if run["start"][position] <= wait["start"] and wait["end"] <= run["end"][position]:
             starts[position] = max(starts[position], wait["end"])
     return [(int(s) + clock, int(e) + clock) for s, e in zip(starts, run["end"], strict=True)]
+
+
+def _code(ring: RecordRing, name: str) -> int:
+    """The number of a kind in a ring; -1: it has none."""
+    return ring.names.index(name) if name in ring.names else -1
 
 
 def _runs(own: np.ndarray) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ Autograd's saved tensors are replaced by views into blocks; a block is one stora
 views of it. While the blocks of a (stage, microbatch) are on the host, its graph holds nothing on the device.
 
     NEW → SAVING (OFF) → RELEASED (REL) → PREPARED (PRE) → RETURNING (RLD) → HERE (RES)
+                          RELEASED → STORED (STO) → DROPPED (DRP) → FETCHING (GET) → RELEASED (GOT)
 
 The copies run on lanes: threads on a CPU, streams on CUDA. There, memory is given back and taken on the compute stream
 alone, after it has waited for the copy; so the allocator may reuse it at once, and nothing has to be recorded on a
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..comm.host_memory import HostMemory
 from ..comm.lane import Lane, Pending
+from ..comm.slab import DiskLanes, Slab, SlabFile
 from .kind import Kind
 from .needs import Kinds
 from .program import Op, Program
@@ -40,6 +41,9 @@ class State(Enum):
     NEW = auto()
     SAVING = auto()
     RELEASED = auto()
+    STORED = auto()
+    DROPPED = auto()
+    FETCHING = auto()
     PREPARED = auto()
     RETURNING = auto()
     HERE = auto()
@@ -101,6 +105,11 @@ class Saved:
         """Of all blocks in a slab."""
         self.state = State.NEW
         self.copy: Pending[None] | None = None
+        self.slab: Slab | None = None
+        """Where it is on the host, and where it was while that is being written to the disk."""
+        self.left: Pending[None] | None = None
+        """The last copy to where it is now."""
+        self.file: SlabFile | None = None
 
     @contextmanager
     def catching(self) -> Iterator[None]:
@@ -146,17 +155,27 @@ class Offloads:
         out, back: the lanes of copies to the host and to the device; one lane for both copies in turn.
         device: of the activations.
         elsewhere: as of `Saved`.
+        disk: for a program that stores some of them there.
     """
 
     def __init__(
-        self, program: Program, rank: int, *, out: Lane, back: Lane, device: torch.device, elsewhere: Iterable[int] = ()
+        self,
+        program: Program,
+        rank: int,
+        *,
+        out: Lane,
+        back: Lane,
+        device: torch.device,
+        elsewhere: Iterable[int] = (),
+        disk: DiskLanes | None = None,
     ) -> None:
         self._out, self._back, self._device, self._elsewhere = out, back, device, set(elsewhere)
-        self._away = {
-            (op.stage, op.index): (op.stage, op.slot) for op in program.ranks[rank] if op.kind is Kinds.OFFLOAD
-        }
+        self._away = {(op.stage, op.index) for op in program.ranks[rank] if op.kind is Kinds.OFFLOAD}
+        self._disk = disk
         self._saved: dict[tuple[int, int], Saved] = {}
-        self._slabs: dict[tuple[int, int], HostMemory] = {}
+        self._slabs: dict[tuple[int, int], Slab] = {}
+        """By stage and slot, like the files."""
+        self._files: dict[tuple[int, int], SlabFile] = {}
 
     @property
     def handlers(self) -> dict[Kind, Callable[[Op], None]]:
@@ -164,6 +183,10 @@ class Offloads:
         return {
             Kinds.OFFLOAD: self._offload,
             Kinds.RELEASE: self._release,
+            Kinds.STORE: self._store,
+            Kinds.DROP: self._drop,
+            Kinds.FETCH: self._fetch,
+            Kinds.FETCHED: self._fetched,
             Kinds.PREPARE: self._prepare,
             Kinds.RELOAD: self._reload,
             Kinds.RESUME: self._resume,
@@ -172,7 +195,12 @@ class Offloads:
     @property
     def host_bytes(self) -> int:
         """Of all slabs."""
-        return sum(slab.nbytes for slab in self._slabs.values())
+        return sum(slab.memory.nbytes for slab in self._slabs.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of all files."""
+        return sum(each.file.nbytes for each in self._files.values())
 
     def leave(self, tensor: Tensor) -> None:
         """Somebody else keeps this tensor (…) anyway: it stays where it is."""
@@ -203,14 +231,17 @@ class Offloads:
         for saved in self._saved.values():
             if saved.copy is not None:
                 saved.copy.abandon()
+                if saved.state is State.FETCHING and saved.slab is not None:
+                    saved.slab.busy = saved.copy
         self._saved.clear()
 
     def close(self) -> None:
         """Gives the slabs back."""
         self.clear()
         for slab in self._slabs.values():
-            slab.close()
+            slab.memory.close()
         self._slabs.clear()
+        self._files.clear()  # each is closed by its last copy, which may be under way after an abort
 
     def _enter(self, op: Op, before: State, after: State) -> Saved:
         saved = self._saved[op.stage, op.index]
@@ -221,10 +252,10 @@ class Offloads:
 
     def _offload(self, op: Op) -> None:
         saved = self._enter(op, State.NEW, State.SAVING)
-        slab = self._slab(op, saved.nbytes)
+        slab = saved.slab = self._take(op, saved.nbytes)
         # The lane keeps what it has to copy until it is done; the list lets go of it at the release.
-        pairs = [(slab[b.at : b.at + b.nbytes], b.bytes()) for b in saved.blocks]
-        saved.copy = self._out.submit(lambda: _copy(pairs))
+        pairs = [(slab.part(b.at, b.nbytes), b.bytes()) for b in saved.blocks]
+        saved.copy = saved.left = self._out.submit(lambda: _copy(pairs))
 
     def _release(self, op: Op) -> None:
         saved = self._enter(op, State.SAVING, State.RELEASED)
@@ -241,9 +272,10 @@ class Offloads:
 
     def _reload(self, op: Op) -> None:
         saved = self._enter(op, State.PREPARED, State.RETURNING)
-        slab = self._slab(op, saved.nbytes)
-        pairs = [(b.bytes(), slab[b.at : b.at + b.nbytes]) for b in saved.blocks]
-        saved.copy = self._back.submit(lambda: _copy(pairs))
+        slab = saved.slab
+        assert slab is not None
+        pairs = [(b.bytes(), slab.part(b.at, b.nbytes)) for b in saved.blocks]
+        saved.copy = slab.read = self._back.submit(lambda: _copy(pairs))
 
     def _resume(self, op: Op) -> None:
         saved = self._enter(op, State.RETURNING, State.HERE)
@@ -252,16 +284,81 @@ class Offloads:
         # From here on the graph alone holds the blocks, so that each goes as soon as its last user has run.
         del self._saved[op.stage, op.index]
 
-    def _slab(self, op: Op, nbytes: int) -> Tensor:
-        """(≥ nbytes,) on the host, made when it is first needed and used in every step; larger where experts have got
-        more rows than ever before."""
-        key = self._away[op.stage, op.index]
-        slab = self._slabs.get(key)
-        if slab is None or slab.nbytes < nbytes:
-            if slab is not None:
-                slab.close()
-            slab = self._slabs[key] = HostMemory(nbytes, pinned=self._device.type == "cuda")
-        return slab.tensor
+    def _take(self, op: Op, nbytes: int) -> Slab:
+        """A slab for an activation, made when it is first needed and used in every step."""
+        slab = self._slabs.get((op.stage, op.slot))
+        if slab is None:
+            slab = self._slabs[op.stage, op.slot] = Slab(nbytes, pinned=self._device.type == "cuda")
+        slab.take(nbytes)
+        return slab
+
+    # To the disk and back -----------------------------------------------------------------------------------
+
+    def _store(self, op: Op) -> None:
+        saved = self._enter(op, State.RELEASED, State.STORED)
+        slab, left, lanes = saved.slab, saved.left, self._lanes
+        assert slab is not None and left is not None
+        file = saved.file = self._file(op, saved.nbytes)
+        before, data = file.written, slab.view(saved.nbytes)
+
+        def write() -> None:
+            left.landed()
+            if before is not None:
+                before.landed()  # what was forwarded and so never waited for
+            file.file.write(data, lanes.stopped)
+
+        slab.busy = file.written = saved.left = lanes.store.submit(write)
+
+    def _drop(self, op: Op) -> None:
+        self._enter(op, State.STORED, State.DROPPED)
+
+    def _fetch(self, op: Op) -> None:
+        saved = self._enter(op, State.DROPPED, State.FETCHING)
+        slab, file, lanes = saved.slab, saved.file, self._lanes
+        assert slab is not None and file is not None and saved.left is not None
+        if not saved.left.done():
+            # Who fills a slab waits until it is written, so nobody has yet: the host's copy is still there.
+            self._forward(slab, (op.stage, op.slot))
+            return
+        saved.left.wait()  # a write that failed
+        slab = saved.slab = self._take(op, saved.nbytes)
+        read, data = slab.read, slab.view(saved.nbytes)
+
+        def fetch() -> None:
+            if read is not None:
+                read.landed()
+            file.file.read(data, lanes.stopped)
+
+        saved.copy = saved.left = lanes.get.submit(fetch)
+
+    def _forward(self, slab: Slab, to: tuple[int, int]) -> None:
+        """Gives a slab the place of another one, which gets its own."""
+        place = next(place for place, each in self._slabs.items() if each is slab)
+        other = self._slabs.pop(to, None)
+        if place != to:
+            del self._slabs[place]
+            if other is not None:
+                self._slabs[place] = other
+        self._slabs[to] = slab
+
+    def _fetched(self, op: Op) -> None:
+        saved = self._enter(op, State.FETCHING, State.RELEASED)
+        if saved.copy is not None:
+            saved.copy.wait()
+            saved.copy = None
+
+    @property
+    def _lanes(self) -> DiskLanes:
+        if self._disk is None:
+            raise RuntimeError("the program stores activations on a disk, and there is none")
+        return self._disk
+
+    def _file(self, op: Op, nbytes: int) -> SlabFile:
+        """The file of a slot of the disk, made when it is first needed."""
+        found = self._files.get((op.stage, op.slot))
+        if found is None or found.file.nbytes < nbytes:
+            found = self._files[op.stage, op.slot] = self._lanes.file(nbytes)
+        return found
 
 
 def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:

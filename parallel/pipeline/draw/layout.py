@@ -36,7 +36,8 @@ _PLOT = (700.0, 2000.0)
 _DIGIT = 0.62  # width of a digit in ems: the wider of the fonts that the renderers meet
 _TIPS = 5000  # boxes; each tip costs an SVG some 30 bytes
 _CAUSES = 260
-_COPY = 3.0  # pixels; height of a copy under its rank's lane, those to the device below those to the host
+_COPY = 3.0  # pixels; height of a copy under its rank's lane
+_ENGINES = ("out", "in", "store", "get")  # whose copies are drawn under each other
 _SHORT_BOX = 20  # pixels of a short pass, where the picture is not too wide then
 
 
@@ -106,7 +107,8 @@ def _frame(timelines: list[Timeline], drawn: list[list[OpBox]]) -> _Frame:
     lane = 24.0 if ranks <= 8 else 22.0 if ranks <= 16 else 16.0 if ranks <= 32 else 11.0
     lane = lane if lanes == 1 else max(lane * 0.75, 10.0)
     gap = (6.0 if ranks <= 16 else 3.0) if lanes == 1 else 9.0
-    gap += 2 * _COPY + 2 if copies(timelines[0]) else 0.0
+    strips = max((1 + _ENGINES.index(box.op.kind.engine) for box in copies(timelines[0])), default=0)
+    gap += (_COPY + 1) * max(2, strips) if strips else 0.0
     memory = 22.0 if ranks <= 8 else 15.0 if ranks <= 16 else 9.0
     return _Frame(width / end, width, end, lane, 1.5, gap, lanes, ranks, memory)
 
@@ -220,10 +222,10 @@ def _operations(frame: _Frame, timeline: Timeline, found: list[OpBox], lane: int
 
 
 def _copies(frame: _Frame, found: list[OpBox], *, tips: bool) -> list[Rect]:
-    """Strips under the ranks' lanes: to the host above, to the device below."""
+    """Strips under the ranks' lanes: to the host, to the device, to the disk, from the disk."""
     rects = []
     for box in found:
-        y = frame.y(box.rank, frame.lanes - 1) + frame.lane + 1 + (_COPY + 1) * (box.op.kind.engine == "in")
+        y = frame.y(box.rank, frame.lanes - 1) + frame.lane + 1 + (_COPY + 1) * _ENGINES.index(box.op.kind.engine)
         tip = f"{box.op}  {number(box.start)} – {number(box.end)}" if tips else ""
         x = frame.x(box.start)
         rects.append(Rect(x, y, frame.x(box.end) - x, _COPY, shade(box.op.kind), tip))

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pentad.configs.tables.schedules import SCHEDULES
+from pentad.parallel.pipeline.kind import Role
 from pentad.parallel.pipeline.lower import lower
-from pentad.parallel.pipeline.offload import offload, windows
+from pentad.parallel.pipeline.offload import first_chunks, offload, windows
 from pentad.parallel.pipeline.program import Op, Program
 from pentad.parallel.pipeline.schedules import generate
 from pentad.parallel.pipeline.times import Times
@@ -75,3 +76,62 @@ def _retarget(rng: random.Random, program: Program, lists: list[list[Op]], rank:
     size = {"index": program.microbatches, "stage": program.stages, "slot": 4}[target]
     value = rng.choice([v for v in range(size + 1) if v != getattr(op, target)])  # one more than there are, too
     lists[rank][at] = replace(op, **{target: value})
+
+
+OFFLOADED = {"po-h": (2, 2, 4), "po-f": (4, 2, 6), "1f1b": (4, 1, 6), "gis": (2, 2, 4), "v-half": (2, 2, 5)}
+"""Schedule: ranks, stages per rank and microbatches of the programs that `broken_offloads` starts from."""
+CHANGES = ("dropped", "doubled", "swapped", "moved", "retargeted", "elsewhere")
+
+
+def offloaded_program(name: str, rng: random.Random) -> Program:
+    """A lowered program of a schedule with some activations on the host, without the update at its end."""
+    ranks, chunks, microbatches = OFFLOADED[name]
+    copies = (rng.choice((0.05, 0.3, 1.0)),)
+    times = Times(offload=copies, reload=copies, one_engine=rng.random() < 0.5)
+    program = lower(generate(name, ranks=ranks, microbatches=microbatches, chunks=chunks), times=times)
+    always = first_chunks(program, SCHEDULES[name].offloads)
+    share = rng.choice((0.4, 0.8, 1.0))
+    drawn = [window.pass_ for mine in windows(program, times) for window in mine if rng.random() < share]
+    return offload(program, {*always, *drawn}, times)
+
+
+def broken_offloads(seed: int, count: int) -> Iterator[tuple[str, list[str], Program]]:
+    """`count` programs with one to three mistakes, most of them in operations of the offload.
+
+    Yields:
+        The schedule, what was done to its program (`CHANGES`), and the program.
+    """
+    rng = random.Random(seed)
+    names = list(OFFLOADED)
+    for n in range(count):
+        name = names[n % len(names)]
+        program = offloaded_program(name, rng)
+        changes = [rng.choice(CHANGES) for _ in range(rng.choices((1, 2, 3), (6, 3, 1))[0])]
+        lists = [list(ops) for ops in program.ranks]
+        for change in changes:
+            _change(rng, program, lists, change)
+        yield name, changes, replace(program, ranks=tuple(tuple(ops) for ops in lists))
+
+
+def _change(rng: random.Random, program: Program, lists: list[list[Op]], change: str) -> None:
+    ops = rng.choice(lists)
+    copies = [k for k, op in enumerate(ops) if op.kind.role in (Role.COPY, Role.MEMORY)]
+    at = rng.choice(copies) if copies and rng.random() < 0.8 else rng.randrange(len(ops))
+    other = (at + rng.choice((-1, 1))) % len(ops) if rng.random() < 0.5 else rng.randrange(len(ops))
+    match change:
+        case "dropped":
+            del ops[at]
+        case "doubled":
+            ops.insert(other, ops[at])
+        case "swapped":
+            ops[at], ops[other] = ops[other], ops[at]
+        case "moved":
+            ops.insert(other, ops.pop(at))
+        case "retargeted":
+            op = ops[at]
+            size = {"index": program.microbatches, "stage": program.stages, "slot": 4}
+            target = rng.choice(list(size))
+            ops[at] = replace(op, **{target: rng.choice([v for v in range(-1, size[target] + 1)])})
+        case "elsewhere":
+            to = rng.choice(lists)
+            to.insert(rng.randint(0, len(to)), ops.pop(at))

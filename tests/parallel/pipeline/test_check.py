@@ -149,7 +149,10 @@ def test_collectives_are_in_one_order() -> None:
         ),
         (("RF1@1#1", "RF1@1#2"), "rank 1: RF1@1#2 (operation 2) takes slot 2, but the smallest free one is 1"),
         (("RF1@1#1", "RF1@1"), "rank 1: RF1@1 (operation 2) has no slot"),
-        (("F1@1", "F1@1#0"), "rank 1: F1@1#0 (operation 5) has a slot, but only receives and copies to the host do"),
+        (
+            ("F1@1", "F1@1#0"),
+            "rank 1: F1@1#0 (operation 5) has a slot, but only receives and copies to the host and the disk do",
+        ),
     ],
 )
 def test_slots(edit: tuple[str, str], defect: str) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import time
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -184,7 +185,7 @@ def test_the_update_is_drawn_and_not_counted() -> None:
 
 def test_colours() -> None:
     hues = [kind.hue for kind in KINDS.values() if kind.hue]
-    assert len(set(hues)) == len(hues) == 10
+    assert len(set(hues)) == len(hues) == 12
     shades = [shade(Kinds.FORWARD, chunk, 8) for chunk in range(8)]
     assert len(set(shades)) == 8
     assert shade(Kinds.HEAD, 0, 8) == Kinds.HEAD.hue
@@ -205,6 +206,9 @@ def test_copies_are_drawn_while_they_run_under_the_lanes_of_their_ranks() -> Non
     first = [lane for lane in lanes if lane.y == min(each.y for each in lanes)]
     assert all(strip.y > first[0].y + first[0].h for strip in strips)
     assert "OFF to the host" in svg(simulate(done, times)) and "RLD to the device" in svg(simulate(done, times))
+    times = replace(times, store=(0.25,), fetch=(0.25,))
+    drawn = svg(simulate(offload(lower(program, times=times), [(0, 0), (0, 1)], times, stored=[(0, 1)]), times))
+    assert "STO to the disk" in drawn and "GET from the disk" in drawn
 
 
 def _contrast(a: str, b: str) -> float:

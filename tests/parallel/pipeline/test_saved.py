@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pentad.parallel.comm.lane import Lane, Pending
+from pentad.parallel.comm.lane import Lane
+from pentad.parallel.comm.slab import DiskLanes
 from pentad.parallel.comm.waiting import Aborted
 from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.pipeline.offload import offload, windows
@@ -22,6 +20,7 @@ from pentad.parallel.pipeline.program import Op, Program
 from pentad.parallel.pipeline.saved import Offloads, Saved, View
 from pentad.parallel.pipeline.schedules import generate
 from pentad.parallel.pipeline.times import Times
+from tests.slow_lane import SlowLane
 
 CPU = torch.device("cpu")
 TIMES = Times(offload=(0.1,), reload=(0.1,))
@@ -49,6 +48,7 @@ class Ran:
     grads: list[Tensor]
     outputs: list[Tensor]
     host_bytes: int
+    disk_bytes: int
 
 
 def _program(microbatches: int, share: float = 1.0) -> Program:
@@ -62,12 +62,21 @@ def _inputs(microbatches: int) -> list[Tensor]:
     return [torch.randn(64, 48, dtype=torch.float64, generator=draws) for _ in range(microbatches)]
 
 
-def _run(program: Program, out: Lane, back: Lane) -> Ran:
+def run_net(
+    program: Program,
+    out: Lane,
+    back: Lane,
+    disk: DiskLanes | None = None,
+    *,
+    steps: int = 1,
+    between: Callable[[Op], object] = lambda op: None,
+) -> Ran:
+    """Steps of a program of one rank; `between` is called after every operation."""
     torch.manual_seed(0)
     net, graphs, outputs = Net(), {}, []
     elsewhere = {p.untyped_storage().data_ptr() for p in net.parameters()}
     inputs = _inputs(program.microbatches)
-    offloads = Offloads(program, 0, out=out, back=back, device=CPU, elsewhere=elsewhere)
+    offloads = Offloads(program, 0, out=out, back=back, device=CPU, elsewhere=elsewhere, disk=disk)
 
     def forward(op: Op) -> None:
         x = inputs[op.index].clone().requires_grad_()
@@ -80,11 +89,15 @@ def _run(program: Program, out: Lane, back: Lane) -> Ran:
 
     handlers: dict[object, Callable[[Op], None]] = {Kinds.FORWARD: forward, Kinds.BACKWARD: backward}
     handlers |= offloads.handlers
-    for op in program.ranks[0]:
-        handlers[op.kind](op)
-    host = offloads.host_bytes
+    for _ in range(steps):
+        outputs.clear()
+        net.zero_grad()
+        for op in program.ranks[0]:
+            handlers[op.kind](op)
+            between(op)
+    held = offloads.host_bytes, offloads.disk_bytes
     offloads.close()
-    return Ran([p.grad.clone() for p in net.parameters() if p.grad is not None], outputs, host)
+    return Ran([p.grad.clone() for p in net.parameters() if p.grad is not None], outputs, *held)
 
 
 @contextmanager
@@ -97,29 +110,11 @@ def _lanes(make: Callable[[str], Lane] = lambda name: Lane(name, CPU)) -> Iterat
             lane.close()
 
 
-class SlowLane(Lane):
-    """Copies late by random times, in threads of their own: two copies may end in the wrong order."""
-
-    def __init__(self, name: str, seed: int) -> None:
-        super().__init__(name, CPU)
-        self._draws = random.Random(seed)
-
-    def submit(self, job):
-        pending, late = Pending(job, (0, 0, -1), self._abort, self.name, None), self._draws.random() * 0.01
-
-        def run() -> None:
-            time.sleep(late)
-            pending._run(None)
-
-        threading.Thread(target=run).start()
-        return pending
-
-
 def test_gradients_are_those_of_activations_that_stayed() -> None:
     with _lanes() as (out, back):
-        plain = _run(generate("gpipe", ranks=1, microbatches=4), out, back)
+        plain = run_net(generate("gpipe", ranks=1, microbatches=4), out, back)
         for share in (0.5, 1.0):
-            moved = _run(_program(4, share), out, back)
+            moved = run_net(_program(4, share), out, back)
             assert all(torch.equal(a, b) for a, b in zip(plain.grads, moved.grads, strict=True))
             assert all(torch.equal(a, b) for a, b in zip(plain.outputs, moved.outputs, strict=True))
             assert moved.host_bytes > 0
@@ -129,9 +124,9 @@ def test_gradients_are_those_of_activations_that_stayed() -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_slow_copies_that_end_in_any_order_change_nothing(seed: int) -> None:
     with _lanes() as (out, back):
-        plain = _run(generate("gpipe", ranks=1, microbatches=3), out, back)
-    with _lanes(lambda name: SlowLane(name, seed)) as (out, back):
-        moved = _run(_program(3), out, back)
+        plain = run_net(generate("gpipe", ranks=1, microbatches=3), out, back)
+    with _lanes(lambda name: SlowLane(name, seed=seed)) as (out, back):
+        moved = run_net(_program(3), out, back)
     assert all(torch.equal(a, b) for a, b in zip(plain.grads, moved.grads, strict=True))
 
 
@@ -205,7 +200,7 @@ def test_slabs_are_used_again_and_grow_where_more_is_saved_than_before() -> None
 def test_what_is_left_half_way_is_dropped_whatever_the_copies_do_and_the_next_step_is_right() -> None:
     """Also after an abort, when nobody may wait: a copy that is late neither blocks the end nor spoils a slab."""
     program = _program(2)
-    with _lanes(lambda name: SlowLane(name, 5)) as (out, back):
+    with _lanes(lambda name: SlowLane(name, seed=5)) as (out, back):
         out._abort.trigger("somebody is gone")
         offloads = Offloads(program, 0, out=out, back=back, device=CPU)
         with offloads.catching(0, 0):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from pentad.configs.schema import MoeConfig, RouterConfig
+from pentad.configs.schema import Config, MoeConfig, RouterConfig
+from pentad.trainer.pipeline import host_copies
 from tests.distributed import run_distributed
+from tests.slow_lane import SlowLane
 from tests.training import curve, job
 
 # More elements than `saved.SMALL` in what layers save.
@@ -26,6 +30,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "pipeline": {"schedule": "gis", "chunks": 2, "vocab": "balanced"},
     },
     "v-half": {"pp": 2, "cp": 2, "model": {"layers": 4}, "pipeline": {"schedule": "v-half", "chunks": 2}},
+    "po-h": {"pp": 2, "dp": 2, "model": {"layers": 4}, "pipeline": {"schedule": "po-h", "chunks": 2}},
     "experts": {"dp": 4, "ep": 4, "model": {"moe": EXPERTS}},
     "experts-in-a-pipeline": {
         "pp": 2,
@@ -35,6 +40,22 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "pipeline": {"schedule": "zb-h1"},
     },
 }
+
+
+def _late(rank: int, world: int, cfg: Config, seed: int) -> list[tuple[float, float, float]]:
+    """The curve with copies that are late and end in any order."""
+    with mock.patch.object(host_copies, "Lane", partial(SlowLane, seed=1000 * seed + rank)):
+        return curve(rank, world, cfg)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["po-h", "v-half", "experts-in-a-pipeline"])
+def test_copies_that_are_late_and_end_in_any_order_change_nothing(name: str) -> None:
+    cfg = job(**{**SIZE, **LAYOUTS[name], "offload": "all", "steps": 2})
+    ranks = cfg.parallel.ranks
+    plain = run_distributed(curve, ranks, cfg, group=False)
+    for seed in range(3):
+        assert run_distributed(_late, ranks, cfg, seed, group=False) == plain
 
 
 ALWAYS = {("alone", "none"), ("gis-balanced", "none"), ("po-h", "none"), ("experts-in-a-pipeline", "full")}

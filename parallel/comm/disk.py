@@ -1,0 +1,126 @@
+"""Files on a disk that take what the host's memory cannot hold: written and read past the page cache where that goes.
+
+A file has no name: it is unlinked as soon as it is open, so nothing of it is left after a run, however that ended.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+PIECE = 4 << 20
+"""Bytes that are written or read at once: between two pieces an abort is looked for."""
+_PROBE = 16 << 20
+"""Bytes that are written and read to measure a disk."""
+
+
+class CopyStopped(RuntimeError):
+    """What was being written or read is not wanted any more."""
+
+
+def _never() -> bool:
+    return False
+
+
+class DiskFile:
+    """Space on a disk; given back when nobody holds this object any more.
+
+    Args:
+        folder: on the disk.
+        nbytes: how many, whole pages where `direct`.
+        direct: past the page cache; then buffers and sizes are whole pages.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full.
+    """
+
+    def __init__(self, folder: Path, nbytes: int, *, direct: bool) -> None:
+        self.nbytes = nbytes
+        with tempfile.TemporaryFile(dir=folder, buffering=0, prefix="pentad-activations-") as file:
+            self._fd = os.dup(file.fileno())
+        self._close = weakref.finalize(self, os.close, self._fd)
+        if nbytes:
+            os.posix_fallocate(self._fd, 0, nbytes)
+        if direct:
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) | os.O_DIRECT)
+
+    def write(self, data: memoryview, stopped: Callable[[], bool] = _never) -> None:
+        """Writes bytes at the file's start; direct: whole pages in memory and in number.
+
+        Raises:
+            OSError: the disk does not take them.
+            CopyStopped: `stopped` said so.
+        """
+        self._pieces(data, stopped, lambda piece, at: os.pwrite(self._fd, piece, at))
+
+    def read(self, data: memoryview, stopped: Callable[[], bool] = _never) -> None:
+        """Fills `data` from the file's start; otherwise as `write`."""
+        self._pieces(data, stopped, lambda piece, at: os.preadv(self._fd, [piece], at))
+
+    def _pieces(self, data: memoryview, stopped: Callable[[], bool], move: Callable[[memoryview, int], int]) -> None:
+        at = 0
+        while at < len(data):
+            if stopped():
+                raise CopyStopped("the copy was given up")
+            moved = move(data[at : at + PIECE], at)
+            if not moved:
+                raise OSError(errno.EIO, "the file ends early")
+            at += moved
+
+    def close(self) -> None:
+        """Gives the space back; nothing may be under way."""
+        self._close()
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A folder, and how fast its disk is.
+
+    Args:
+        folder: where the files go.
+        direct: whether it can be written past the page cache.
+        write_rate, read_rate: bytes per second, measured.
+    """
+
+    folder: Path
+    direct: bool
+    write_rate: float
+    read_rate: float
+
+    @staticmethod
+    def probe(folder: Path, nbytes: int = _PROBE) -> Disk:
+        """Writes and reads a file.
+
+        Raises:
+            OSError: the folder cannot be written, or the disk is full.
+        """
+        try:
+            return _measured(folder, nbytes, direct=True)
+        except OSError as error:
+            # What a file system says that knows only the page cache: when the flag is set, or at the first write.
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+        return _measured(folder, nbytes, direct=False)
+
+    def file(self, nbytes: int) -> DiskFile:
+        """A new file; arguments and errors as of `DiskFile`."""
+        return DiskFile(self.folder, nbytes, direct=self.direct)
+
+
+def _measured(folder: Path, nbytes: int, *, direct: bool) -> Disk:
+    file, seconds = DiskFile(folder, nbytes, direct=direct), []
+    with mmap.mmap(-1, nbytes) as memory, memoryview(memory) as data:  # whole pages
+        for move in (file.write, file.read):
+            started = time.perf_counter()
+            move(data)
+            seconds.append(max(time.perf_counter() - started, 1e-9))
+    file.close()
+    return Disk(folder, direct, nbytes / seconds[0], nbytes / seconds[1])
