@@ -17,13 +17,14 @@ again, GOT waits for the disk and PRE follows.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
 from .check import ProgramError, check_program
 from .communication import is_training, number_slots
 from .kind import Kind
+from .memory import ActivationBytes, peak_bytes
 from .needs import Kinds
 from .program import Op, Program
 from .refine import part_stages
@@ -35,6 +36,12 @@ Pass = tuple[int, int]
 
 _COPIES = 3
 """An activation stays where its window is not longer than this many times both copies: they could not be hidden."""
+
+_AS_FAST = 1.005
+"""How much longer a step may be for offloads that are to cost nothing."""
+
+_FINE = 32
+"""Parts of a number of activations to which it is searched."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,56 @@ def worthwhile(program: Program, times: Times) -> list[list[Pass]]:
     return chosen
 
 
+def selective(program: Program, times: Times, sizes: ActivationBytes) -> list[Pass]:
+    """The activations whose offload lowers the highest peak of all ranks and costs no time.
+
+    Of those that are worthwhile the ones with the shortest windows are left out until the simulated step is at most
+    0.5 % longer than without offload. Of the rest each rank offloads the longest-lived, and no more of them than bring
+    its peak to the lowest that the rank with the highest can reach: further ones would be copied for nothing.
+
+    Args:
+        program: of a training step, complete; of one rank or lowered.
+        times: of its passes and of the copies.
+        sizes: of the activations.
+    """
+    within = simulate(program, times).makespan * _AS_FAST
+    long = {window.pass_: window.length for mine in windows(program, times) for window in mine}
+    chosen = worthwhile(program, times)
+    ranked = sorted((pass_ for mine in chosen for pass_ in mine), key=lambda pass_: (-long[pass_], pass_))
+
+    def is_as_fast(passes: Collection[Pass]) -> bool:
+        return simulate(_with_offloads(program, passes, times), times).makespan <= within
+
+    fast = frozenset(ranked[: _most(lambda count: is_as_fast(ranked[:count]), len(ranked))])
+    mine = [[pass_ for pass_ in row if pass_ in fast] for row in chosen]
+
+    def peaks(counts: Sequence[int]) -> tuple[float, ...]:
+        passes = [pass_ for row, count in zip(mine, counts, strict=True) for pass_ in row[:count]]
+        return peak_bytes(_with_offloads(program, passes, times), sizes)
+
+    enough = max(peaks([len(row) for row in mine])) * (1 + 1e-9)
+    # All ranks at once: where the operations of one stand does not depend on what another offloads.
+    low, high = [0] * len(mine), [len(row) for row in mine]
+    while low != high:
+        middle = [(a + b) // 2 for a, b in zip(low, high, strict=True)]
+        for rank, peak in enumerate(peaks(middle)):
+            if low[rank] < high[rank]:
+                low[rank], high[rank] = (low[rank], middle[rank]) if peak <= enough else (middle[rank] + 1, high[rank])
+    least = [pass_ for row, count in zip(mine, high, strict=True) for pass_ in row[:count]]
+    return least if is_as_fast(least) else list(fast)
+
+
+def _most(holds: Callable[[int], bool], count: int) -> int:
+    """The most of 0 to `count` for which it holds, to a thirty-second; it holds for 0."""
+    if holds(count):
+        return count
+    low, high = 0, _FINE
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle * count // _FINE) else (low, middle)
+    return low * count // _FINE
+
+
 def first_chunks(program: Program, share: float, parts: Sequence[int] | None = None) -> list[Pass]:
     """The activations of each rank's first chunks, which live longest: up to this share of its chunks, rounded up.
 
@@ -122,6 +179,12 @@ def offload(program: Program, chosen: Collection[Pass], times: Times, *, stored:
     """
     if any(op.kind is Kinds.OFFLOAD for ops in program.ranks for op in ops):
         raise ProgramError("the program has offloads already")
+    result = _with_offloads(program, chosen, times, stored)
+    check_program(result)
+    return result
+
+
+def _with_offloads(program: Program, chosen: Collection[Pass], times: Times, stored: Collection[Pass] = ()) -> Program:
     known = {window.pass_: window for mine in windows(program, times) for window in mine}
     unknown = sorted(set(chosen) - known.keys())
     if unknown:
@@ -134,9 +197,7 @@ def offload(program: Program, chosen: Collection[Pass], times: Times, *, stored:
         inserted = _Places(ops, spans[rank], times).all(mine, set(stored))
         out = tuple(each for k, op in enumerate(ops) for each in (*inserted[k].before, op, *inserted[k].after))
         ranks.append(number_slots(out, training=True))
-    result = replace(program, ranks=tuple(ranks))
-    check_program(result)
-    return result
+    return replace(program, ranks=tuple(ranks))
 
 
 def _is_backward(kind: Kind) -> bool:

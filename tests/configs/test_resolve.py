@@ -15,6 +15,7 @@ NOTHING = {
     "model.moe.capacity_factor": "nothing is dropped",
     "parallel.context.inner": "the method has no groups",
     "parallel.pipeline.group": "the schedule has no groups",
+    "memory.group": "a stage is one part",
     "data.tokenizer.path": "the byte tokenizer",
     "data.tokenizer.eod": "the first of the usual names that the tokenizer has",
     "data.eod": "documents end where the index says",

@@ -12,7 +12,8 @@ from ...parallel.pipeline import schedules
 from ...parallel.pipeline.check import check_program
 from ...parallel.pipeline.communication import is_lowered
 from ...parallel.pipeline.lower import forward_only, lower
-from ...parallel.pipeline.offload import first_chunks, offload, windows, worthwhile
+from ...parallel.pipeline.memory import ActivationBytes
+from ...parallel.pipeline.offload import first_chunks, offload, selective, windows
 from ...parallel.pipeline.program import Program, update
 from ...parallel.pipeline.program_file import read_program
 from ...parallel.pipeline.refine import part_stages, refine
@@ -145,12 +146,12 @@ def offloaded(cfg: Config, program: Program, pipeline: Pipeline) -> Program:
     copies = tuple(_COPY * forward for forward in pipeline.times.forward)
     times = replace(pipeline.times, offload=copies, reload=copies)
     if wanted == "auto":
-        chosen = worthwhile(program, times)
+        chosen = selective(program, times, ActivationBytes(activation=pipeline.times.forward))
     else:
         share = {"none": 0.0, "all": 1.0}[wanted] if isinstance(wanted, str) else wanted
         lived = [[window.pass_ for window in mine] for mine in windows(program, times)]
-        chosen = [mine[: round(share * len(mine))] for mine in lived]
-    return offload(program, {*always, *(each for mine in chosen for each in mine)}, times)
+        chosen = [each for mine in lived for each in mine[: round(share * len(mine))]]
+    return offload(program, {*always, *chosen}, times)
 
 
 def evaluation_program(cfg: Config, pipeline: Pipeline, microbatches: int) -> Program:

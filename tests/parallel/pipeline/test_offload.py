@@ -13,9 +13,10 @@ from pentad.parallel.pipeline.kind import Role
 from pentad.parallel.pipeline.lower import lower
 from pentad.parallel.pipeline.memory import ActivationBytes, peak_activations, peak_bytes, peak_host_bytes
 from pentad.parallel.pipeline.needs import Kinds
-from pentad.parallel.pipeline.offload import Pass, first_chunks, offload, windows, worthwhile
+from pentad.parallel.pipeline.offload import Pass, first_chunks, offload, selective, windows, worthwhile
 from pentad.parallel.pipeline.program import Op, Program, update
 from pentad.parallel.pipeline.readings import Edge, bubbles, critical_path, utilization
+from pentad.parallel.pipeline.refine import refine
 from pentad.parallel.pipeline.schedules import SCHEDULES, generate
 from pentad.parallel.pipeline.simulate import simulate
 from pentad.parallel.pipeline.times import Times
@@ -146,6 +147,51 @@ def test_what_is_worthwhile_costs_no_time_and_lowers_the_peak_by_more_than_its_s
         half = [each for mine in chosen for each in mine if each[0] < program.stages // 2]
         less = max(peak_activations(offload(program, half, times)))
         assert before - less > before * len(half) / len(_everything(program, times)), (before, less, len(half))
+
+
+@pytest.mark.parametrize("name", ["1f1b", "gis", "v-half", "zb-h1", "alone"])
+@pytest.mark.parametrize("copy", [0.05, 0.2, 0.5])
+def test_the_selection_lowers_the_highest_peak_at_no_cost_with_no_more_copies_than_that_takes(
+    name: str, copy: float
+) -> None:
+    if name == "alone":
+        plain = refine(generate("1f1b", ranks=1, microbatches=3), (8,))
+    else:
+        plain = generate(name, ranks=4, microbatches=12)
+    part, copies = (1 / plain.chunks,), (copy / plain.chunks,)
+    times = Times(forward=part, backward=part, weight=part, hop=0.01, offload=copies, reload=copies)
+    program = lower(plain, times=times)
+    sizes = ActivationBytes(activation=(8.0,))
+    chosen = selective(program, times, sizes)
+    done = offload(program, chosen, times)
+    assert simulate(done, times).makespan <= simulate(program, times).makespan * 1.005
+    before, after = peak_bytes(program, sizes), peak_bytes(done, sizes)
+    whole = [each for mine in worthwhile(program, times) for each in mine]
+    if simulate(offload(program, whole, times), times).makespan <= simulate(program, times).makespan * 1.005:
+        # As low as with all that is worthwhile, with fewer copies.
+        assert max(after) == max(peak_bytes(offload(program, whole, times), sizes))
+        assert len(chosen) < len(whole) or not whole
+    assert max(after) < max(before) or not chosen
+    for rank in range(len(program.ranks)):
+        last = [each for each in chosen if program.placement[each[0]] == rank][-1:]
+        if last:
+            # One less, and this rank's peak would be the highest.
+            less = peak_bytes(offload(program, [each for each in chosen if each not in last], times), sizes)
+            assert less[rank] > max(after)
+
+
+@pytest.mark.parametrize("one_engine", [False, True])
+def test_copies_that_would_cost_time_are_left_out(one_engine: bool) -> None:
+    """Windows are long enough for each copy, but the engine is too slow for all of them."""
+    plain = refine(generate("1f1b", ranks=1, microbatches=3), (16,))
+    times = Times(offload=(3.0,), reload=(3.0,), one_engine=one_engine)
+    sizes = ActivationBytes(activation=(1.0,))
+    slow = offload(plain, [each for mine in worthwhile(plain, times) for each in mine], times)
+    before = simulate(plain, times).makespan
+    assert simulate(slow, times).makespan > before * 1.1
+    done = offload(plain, selective(plain, times, sizes), times)
+    assert simulate(done, times).makespan <= before * 1.005
+    assert peak_bytes(done, sizes)[0] <= 12 < peak_bytes(plain, sizes)[0]
 
 
 def test_bytes_are_on_the_host_or_on_the_device() -> None:
