@@ -39,6 +39,9 @@ def main(
     Returns:
         The exit code: 0, 2 for a user's mistake, 1 for any other error, 128 + n for signal n before the first step.
     """
+    # Before torch is imported: what its threads write about the end of a peer, a stack of C++ addresses, would bury the
+    # line of ours that names the rank and the reason.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         modules, argv = take_imports(sys.argv[1:] if argv is None else argv)
     except UserError as error:

@@ -126,7 +126,7 @@ def _name(case: Case) -> str:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, id=_name(c), marks=[] if i % 10 == 0 else pytest.mark.slow) for i, c in enumerate(CASES)],
+    [pytest.param(c, id=_name(c), marks=[] if i % 14 == 0 else pytest.mark.slow) for i, c in enumerate(CASES)],
 )
 def test_layout(case):
     check(alone_model={"moe": _alone(settings(case)["model"]["moe"])}, **settings(case))

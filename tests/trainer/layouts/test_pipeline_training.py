@@ -77,7 +77,7 @@ def _name(case: Case) -> str:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, id=_name(c), marks=[] if i % 5 == 0 else pytest.mark.slow) for i, c in enumerate(CASES)],
+    [pytest.param(c, id=_name(c), marks=[] if i % 8 == 0 else pytest.mark.slow) for i, c in enumerate(CASES)],
 )
 def test_schedule(case):
     check(masked=case["documents"], **settings(case))
