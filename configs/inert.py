@@ -97,6 +97,11 @@ JOB: tuple[Inert[Config], ...] = (
     ),
     Inert(("parallel.context",), ("parallel.cp",), lambda c: c.parallel.cp == 1),
     Inert(("parallel.data.bucket_mib",), ("parallel.data.sharding",), lambda c: c.parallel.data.sharding == "fsdp"),
+    Inert(
+        ("memory.optimizer_stride", "memory.optimizer_subgroup_mib"),
+        ("memory.offload_optimizer",),
+        lambda c: c.memory.offload_optimizer == "none",
+    ),
     Inert(("data.tokenizer.eod",), ("data.tokenizer.path",), lambda c: c.data.tokenizer.path is None),
     Inert(("data.cache",), ("data.name",), lambda c: isinstance(c.data, TokenizedData)),
     Inert(("eval.steps",), ("eval.every",), lambda c: c.eval.every == 0),

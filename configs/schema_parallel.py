@@ -106,3 +106,10 @@ class MemoryConfig:
     group: int | None = None
     """Layers of a part-stage: a rank's stage passes in parts, each forward and backward an operation of its own, and
     what each keeps is offloaded apart; none: a stage is one part."""
+    offload_optimizer: Literal["none", "host"] = "none"
+    """host: masters and moments lie on the host and are updated in subgroups, most of them there."""
+    optimizer_stride: Literal["auto"] | int = "auto"
+    """offload_optimizer: every so many subgroups one is updated on the device; 0: all on the host; 1: all on the
+    device; auto: what is measured to be fastest, and with train.deterministic 1."""
+    optimizer_subgroup_mib: float = 64.0
+    """offload_optimizer: MiB of masters and moments that are updated at once."""

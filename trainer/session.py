@@ -32,7 +32,8 @@ from ..parallel.replicas.protocol import OtherSlices
 from .checkpoint.state import units_by_key
 from .data.dataset import Dataset
 from .metrics.peak import Peak
-from .optim.optimizer import Optimizer, make_optimizer
+from .optim.places import StatePlace, make_place
+from .optim.states import Optimizer, make_optimizer
 from .overlap import ChunkSearch, OverlapTuner
 from .pipeline.programs import training_program
 from .setup import KeptModel, Parts, buckets_per_rank, degrees_of, make_model, mesh_of
@@ -64,6 +65,8 @@ class SessionState:
 
     model: KeptModel
     moments: dict[str, dict[str, Tensor]]
+    place: StatePlace | None
+    """Where masters and moments lie, if not on the device."""
     updates: Tensor
     search: ChunkSearch | None
     data: Dataset | None
@@ -80,6 +83,7 @@ class Session:
         data: opened, where the job reads some.
         peak: of one device, where somebody wants it.
         before: of the session before.
+        place: of masters and moments.
         closing: closes what is open.
     """
 
@@ -94,13 +98,14 @@ class Session:
         data: Dataset | None,
         peak: Peak | None,
         before: SessionState | None,
+        place: _HeldPlace,
         closing: ExitStack,
     ) -> None:
         self.cfg, self.ranks, self.mesh, self.parts, self.stepper = cfg, ranks, mesh, parts, stepper
         self.optimizer, self.program, self.device = stepper.optimizer, stepper.program, parts.device
         self.data, self.peak = data, peak
         self.overlap = OverlapTuner(cfg, parts, mesh, before.search if before is not None else None)
-        self._closing = closing
+        self._place, self._closing = place, closing
 
     @staticmethod
     def open(
@@ -140,21 +145,25 @@ class Session:
         if outer is not None:
             outer.push(closing)
         try:
+            place = _HeldPlace(make_place(cfg, here.device) if state is None else state.place)
+            closing.callback(place.close)
             mesh = _meet(cfg, slots, epoch, here, closing)
             if met is not None:
                 met(mesh)
             opened = state.data if state is not None else None
             if opened is None and data is not None:
                 opened = data()
-            parts = _model(cfg, mesh, here.device, state)
+            parts = _model(cfg, mesh, here.device, state, place.held)
             measured = state.peak if state is not None else None
             if measured is None and peak is not None:
                 measured = peak(mesh)
-            made = _stepper(cfg, parts, mesh, state, stepper, trains=trains)
+            made = _stepper(cfg, parts, mesh, state, place.held, stepper, trains=trains)
             closing.push(_Leaving(mesh, parts, made))
             if state is not None:
                 parts.replicas.sync_params()
-            return Session(cfg, slots, mesh, parts, made, data=opened, peak=measured, before=state, closing=closing)
+            return Session(
+                cfg, slots, mesh, parts, made, data=opened, peak=measured, before=state, place=place, closing=closing
+            )
         except BaseException:
             if outer is None:
                 closing.close()
@@ -173,6 +182,7 @@ class Session:
         state = SessionState(
             KeptModel.of(self.parts),
             self.optimizer.states,
+            self._place.hand_on(),
             self.stepper.updates,
             self.overlap.search,
             self.data,
@@ -190,6 +200,24 @@ class Session:
         for part in ("mesh", "parts", "stepper", "optimizer", "overlap"):
             vars(self).pop(part, None)
         gc.collect()  # torch's groups hang in cycles
+
+
+class _HeldPlace:
+    """The place of masters and moments, which is given back with a session that does not hand it on."""
+
+    def __init__(self, held: StatePlace | None) -> None:
+        self.held = held
+
+    def hand_on(self) -> StatePlace | None:
+        """The place, for the next session."""
+        held, self.held = self.held, None
+        return held
+
+    def close(self) -> None:
+        """Gives it back, if it is still here."""
+        if self.held is not None:
+            self.held.close()
+            self.held = None
 
 
 class _Leaving:
@@ -231,11 +259,13 @@ def _meet(cfg: Config, slots: tuple[int, ...], epoch: int, here: Here, closing: 
     return mesh
 
 
-def _model(cfg: Config, mesh: Mesh, device: torch.device, state: SessionState | None) -> Parts:
+def _model(
+    cfg: Config, mesh: Mesh, device: torch.device, state: SessionState | None, place: StatePlace | None
+) -> Parts:
     """This rank's part of the model, if the ranks' states, or that there are none, fit together."""
     parts, wrong = None, ""
     try:
-        parts = make_model(cfg, mesh, device, state.model if state is not None else None)
+        parts = make_model(cfg, mesh, device, state.model if state is not None else None, place)
     except OtherSlices as error:
         wrong = str(error)
     mine = torch.tensor([state is not None, bool(wrong)], dtype=torch.float64, device=device)
@@ -255,9 +285,17 @@ def _model(cfg: Config, mesh: Mesh, device: torch.device, state: SessionState | 
 
 
 def _stepper(
-    cfg: Config, parts: Parts, mesh: Mesh, state: SessionState | None, make: MakeStepper, *, trains: bool
+    cfg: Config,
+    parts: Parts,
+    mesh: Mesh,
+    state: SessionState | None,
+    place: StatePlace | None,
+    make: MakeStepper,
+    *,
+    trains: bool,
 ) -> Stepper:
-    optimizer = make_optimizer(cfg.optim, parts.device)
+    fixed = cfg.train.deterministic
+    optimizer = make_optimizer(cfg.optim, parts.device, place, cfg.memory, fixed=fixed, recorder=mesh.recorder)
     if state is not None:
         optimizer.states = state.moments
     for unit in units_by_key(parts.replicas).values() if trains else ():

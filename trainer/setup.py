@@ -23,6 +23,7 @@ from ..parallel.replicas.flat import FlatReplicas
 from ..parallel.replicas.fsdp import FsdpReplicas
 from ..parallel.replicas.protocol import OtherSlices, Replicas, ShardSlice, adopt, expect_uses
 from ..parallel.sharding_rules import Sharding
+from .optim.places import StatePlace
 from .pipeline.programs import Pipeline
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -181,7 +182,9 @@ class KeptModel:
             buffer.copy_(adopt(self.buffers, name, buffer.shape, buffer.dtype, buffer.device))
 
 
-def make_model(cfg: Config, mesh: Mesh, device: torch.device, kept: KeptModel | None = None) -> Parts:
+def make_model(
+    cfg: Config, mesh: Mesh, device: torch.device, kept: KeptModel | None = None, place: StatePlace | None = None
+) -> Parts:
     """Builds, cuts and initialises the model, then applies data parallelism.
 
     Args:
@@ -189,6 +192,7 @@ def make_model(cfg: Config, mesh: Mesh, device: torch.device, kept: KeptModel | 
         mesh: of this rank.
         device: where its part is.
         kept: of a former mesh; then nothing is drawn.
+        place: of masters; none: the device.
 
     Raises:
         OtherSlices: this rank's part is of other slices than `kept`.
@@ -224,6 +228,7 @@ def make_model(cfg: Config, mesh: Mesh, device: torch.device, kept: KeptModel | 
             sharded=cfg.parallel.data.sharding == "zero1",
             bucket_mib=cfg.parallel.data.bucket_mib,
             kept=memory,
+            masters=None if place is None else place.allocate,
         )
         _expect_uses(model, mesh)
     if cfg.model.moe.experts and cfg.model.moe.overlap_chunks != "auto":

@@ -38,7 +38,8 @@ from ..parallel.vocab import Look
 from .data.dataset import Microbatch
 from .inputs import InputMaker
 from .metrics.live_bytes import LiveBytes
-from .optim.optimizer import Optimizer, sum_of_squares
+from .optim.optimizer import UpdateScalars, sum_of_squares
+from .optim.states import Optimizer
 from .pipeline.host_copies import HostCopies
 from .pipeline.vocab_passes import BalancedVocabulary
 from .setup import DTYPES, Parts
@@ -201,6 +202,7 @@ class Stepper:
         with nullcontext() if self._live is None else self._live.watching():
             count = None if self._live is None else self._live.count
             execute(self.ops, self._handlers, self.mesh.recorder, count)
+        self.optimizer.settle()
         outcome, self._step = self._now.outcome, None
         assert outcome is not None  # the program was checked: it has one NORM
         return outcome.result
@@ -231,6 +233,7 @@ class Stepper:
         for op in self.ops:
             if op.kind == Kinds.OPTIMIZE and op.index not in left.updated:
                 self._update(op.index, left, left.outcome)
+        self.optimizer.settle()
         self.replicas.clear()
         return replace(left.outcome.result, worst=Handle(self._own(left)))
 
@@ -271,6 +274,7 @@ class Stepper:
             self._vocabulary.close()
         if self._copies is not None:
             self._copies.close()
+        self.optimizer.close()
 
     def _begin(
         self,
@@ -358,9 +362,6 @@ class Stepper:
         self._update(op.index, now, now.outcome)
 
     def _update(self, bucket: int, step: _Step, outcome: _Outcome) -> None:
-        units, skip = self.replicas.units(bucket), outcome.result.skipped
-        self.optimizer.step(units, lr=step.lr, factor=outcome.factor, skip=skip, count=self.updates)
-        for unit in units:
-            if unit.rounded is not None:
-                unit.rounded.copy_(unit.value)
+        now = UpdateScalars(step.lr, outcome.factor, outcome.result.skipped, self.updates)
+        self.optimizer.step(self.replicas.units(bucket), now)
         step.updated.add(bucket)

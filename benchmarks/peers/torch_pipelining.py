@@ -20,7 +20,7 @@ from pentad.parallel.comm.mesh import Mesh
 from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.pipeline.program import Op, Program
 from pentad.parallel.pipeline.runtime import Runtime
-from pentad.trainer.optim.optimizer import Optimizer
+from pentad.trainer.optim.states import Optimizer
 from pentad.trainer.setup import DTYPES, Parts
 from pentad.trainer.step import Stepper
 

@@ -27,4 +27,15 @@ def validate_memory(config: Config) -> list[Problem]:
             "leave it out, or set parallel.data.sharding=zero1"
         )
         problems.append(Problem("memory.group", message))
+    return [*problems, *_optimizer(config)]
+
+
+def _optimizer(config: Config) -> list[Problem]:
+    memory, problems = config.memory, []
+    if memory.optimizer_stride != "auto" and memory.optimizer_stride < 0:
+        message = f"{memory.optimizer_stride} is no number of subgroups; set auto, 0 (all on the host) or more"
+        problems.append(Problem("memory.optimizer_stride", message))
+    if memory.optimizer_subgroup_mib <= 0:
+        message = f"{memory.optimizer_subgroup_mib:g} MiB hold no subgroup; set more than 0, as 64"
+        problems.append(Problem("memory.optimizer_subgroup_mib", message))
     return problems

@@ -42,7 +42,7 @@ class HostMemory:
             # Not a tensor of torch's: on a CPU it would be counted among those that are on the device.
             memory = np.empty(whole + PAGE * (whole > 0), np.uint8)
         except MemoryError as error:
-            raise MemoryError(f"the host has no {nbytes} bytes for activations") from error
+            raise MemoryError(f"the host has no {nbytes} bytes left") from error
         start = -memory.ctypes.data % PAGE
         self.pages: Tensor = torch.from_numpy(memory[start : start + whole])
         """(≥ nbytes,) whole pages."""

@@ -24,6 +24,7 @@ class FlatReplicas:
         sharded: zero1 if true, ddp if not.
         bucket_mib: MiB of parameters per bucket.
         kept: what `keep` gave, of replicas with the same slices, whose memory these take over; none: new memory.
+        masters: makes the memory of masters (elements, type), on the host; none: beside the parameters.
 
     Raises:
         OtherSlices: `kept` is of other ones.
@@ -38,7 +39,9 @@ class FlatReplicas:
         sharded: bool,
         bucket_mib: float,
         kept: Mapping[str, Tensor] | None = None,
+        masters: Callable[[int, torch.dtype], Tensor] | None = None,
     ) -> None:
+        self._allocate = masters
         params = [(name, param, where[name]) for name, param in model.named_parameters()]
         dtype = params[0][1].dtype if params else torch.float32  # a rank of empty stages has none
         self._precise = precise(dtype)
@@ -59,9 +62,12 @@ class FlatReplicas:
 
     def _master(self, index: int, bucket: Bucket, kept: Mapping[str, Tensor] | None) -> Tensor:
         """A bucket's owned parameters in full precision."""
-        if kept is None:
+        if kept is not None:
+            device = bucket.flat.device if self._allocate is None else torch.device("cpu")
+            return adopt(kept, _master_key(index), bucket.owned.shape, self._precise, device)
+        if self._allocate is None:
             return bucket.owned.to(self._precise)
-        return adopt(kept, _master_key(index), bucket.owned.shape, self._precise, bucket.flat.device)
+        return self._allocate(bucket.owned.numel(), self._precise).copy_(bucket.owned)
 
     def _wait_before_use(self, model: nn.Module) -> None:
         """Each layer waits for the gathers of its own parameters, and only those."""

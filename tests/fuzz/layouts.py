@@ -33,9 +33,19 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
         keys["memory.offload_activations"] = draws.pick({"none": 2, "all": 1, 0.5: 0.5, "auto": 0.5})
         if draws.maybe(0.4):
             keys["memory.group"] = draws.choice([1, 1, 2, 3])
+    keys |= _optimizer(draws)
     keys["checkpoint.asynchronous"] = draws.maybe(0.5)
     keys["data.prefetch"] = draws.choice([0, 1, 2, 4])
     return world, keys
+
+
+def _optimizer(draws: Draws) -> Keys:
+    place = draws.pick({"none": 3, "host": 1})
+    keys: Keys = {"memory.offload_optimizer": place}
+    if place != "none":
+        keys["memory.optimizer_stride"] = draws.choice(["auto", 0, 1, 2, 3])
+        keys["memory.optimizer_subgroup_mib"] = draws.choice([0.001, 0.1, 64])
+    return keys
 
 
 def _experts(draws: Draws, degrees: Mapping[str, int], experts: int, ffn: int) -> Keys:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...parallel.global_tensor import GlobalTensor
 from ...parallel.replicas.protocol import OptimizerShard, Replicas
-from ..optim.optimizer import Optimizer
+from ..optim.states import Optimizer
 from ..setup import Parts
 
 

@@ -227,13 +227,16 @@ def _on_rank(cfg: Config, rank: int, part: Part, local: LocalParameters, activat
         case "ddp":
             parameters, gradients, gathered, sharded = local.total * bits, kept, 0, kept
             masters = kept if bits < precise else 0
+    states = sharded * _states_per_parameter(cfg)
+    if cfg.memory.offload_optimizer != "none":
+        masters = states = 0  # on the host
     return Memory(
         rank=rank,
         local=local,
         parameters=parameters,
         gradients=gradients,
         masters=masters,
-        states=sharded * _states_per_parameter(cfg),
+        states=states,
         gathered=gathered,
         activations=activations,
         working=_working(cfg, part, bits, precise),

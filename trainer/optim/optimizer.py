@@ -1,11 +1,13 @@
-"""Optimizers over flat units.
+"""What optimizers compute, element by element of flat pieces of the parameters.
 
 The gradient's factor (clipping) and the decision to skip a step stay on the device: both are tensors that the fused
-kernels read, so that no step waits for the host.
+kernels read, so that no step waits for the host. Where moments lie and in which form is not known here (`states.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,35 +15,64 @@ from torch import Tensor
 
 from ...configs.errors import UserError
 from ...configs.schema import AdamWConfig, OptimConfig, SgdConfig
-from ...parallel.replicas.protocol import OptimizerShard
 from .adamw_kernels import AdamKernel, AdamUpdate, adamw_kernel, without_bad
 
 
-class Optimizer(Protocol):
-    """Updates units; keeps its states by unit key."""
+@dataclass(frozen=True)
+class UpdateScalars:
+    """What the updates of one step share.
 
-    states: dict[str, dict[str, Tensor]]
-    """Unit key → state name → tensor of the unit's shape."""
+    Args:
+        lr: learning rate.
+        factor: multiplier of the gradients (a scalar on the device).
+        skip: 0. or 1. (a scalar on the device).
+        count: number of updates so far, this one included if it is not skipped (a scalar on the device).
+    """
 
-    def prepare(self, unit: OptimizerShard) -> None:
-        """Makes the unit's states, zero, where there are none yet."""
+    lr: float
+    factor: Tensor
+    skip: Tensor
+    count: Tensor
+
+    def on_host(self) -> UpdateScalars:
+        """The same on the CPU, for which it waits."""
+        if not self.factor.is_cuda:
+            return self
+        held = torch.stack([each.double() for each in (self.factor, self.skip, self.count)]).cpu()
+        kept = (self.factor, self.skip, self.count)
+        return UpdateScalars(self.lr, *(each.to(old.dtype) for each, old in zip(held, kept, strict=True)))
+
+
+@dataclass(frozen=True)
+class UpdatePiece:
+    """A run of elements to update, all (n,) on one device.
+
+    Args:
+        value: what is updated.
+        grad: its reduced gradient; the update may overwrite it.
+        states: by name, in the precision of `value`.
+        decay: whether weight decay applies.
+    """
+
+    value: Tensor
+    grad: Tensor
+    states: Mapping[str, Tensor]
+    decay: bool
+
+
+class Rule(Protocol):
+    """How an optimizer updates."""
+
+    names: tuple[str, ...]
+    """Of its states, each of the shape of what is updated."""
+
+    def update(self, pieces: Sequence[UpdatePiece], now: UpdateScalars) -> None:
+        """value ← update(value, grad · factor), states likewise; nothing where `skip` is 1."""
         ...
 
-    def step(self, units: list[OptimizerShard], *, lr: float, factor: Tensor, skip: Tensor, count: Tensor) -> None:
-        """value ← update(value, grad · factor), or nothing where `skip` is 1.
 
-        Args:
-            units: what to update.
-            lr: learning rate.
-            factor: multiplier of the gradients (a scalar on the device).
-            skip: 0. or 1. (a scalar on the device).
-            count: number of updates so far, this one included if it is not skipped (a scalar on the device).
-        """
-        ...
-
-
-def make_optimizer(cfg: OptimConfig, device: torch.device) -> Optimizer:
-    """The optimizer that the config names.
+def make_rule(cfg: OptimConfig, device: torch.device) -> Rule:
+    """The rule that the config names, for tensors on a device.
 
     Raises:
         UserError: optim.impl asks for something that is not installed.
@@ -60,51 +91,44 @@ class Sgd:
 
     def __init__(self, cfg: SgdConfig) -> None:
         self._cfg = cfg
-        self.states: dict[str, dict[str, Tensor]] = {}
+        self.names: tuple[str, ...] = ("momentum",) if cfg.momentum else ()
 
-    def prepare(self, unit: OptimizerShard) -> None:
-        if self._cfg.momentum:
-            self.states.setdefault(unit.key, {"momentum": torch.zeros_like(unit.value)})
-
-    def step(self, units: list[OptimizerShard], *, lr: float, factor: Tensor, skip: Tensor, count: Tensor) -> None:
-        keep = (1 - skip).to(factor.dtype)
-        for unit in units:
-            update = without_bad(unit.grad, skip) * factor
+    def update(self, pieces: Sequence[UpdatePiece], now: UpdateScalars) -> None:
+        keep = (1 - now.skip).to(now.factor.dtype)
+        for piece in pieces:
+            update = without_bad(piece.grad, now.skip) * now.factor
             if self._cfg.momentum:
-                state = self.states[unit.key]["momentum"]
+                state = piece.states["momentum"]
                 # A skipped step leaves the momentum alone.
                 state.mul_(1 - keep * (1 - self._cfg.momentum)).add_(update)
                 update = state
-            if unit.decay and self._cfg.weight_decay:
-                unit.value.mul_(1 - keep * (lr * self._cfg.weight_decay))
-            unit.value.addcmul_(update, keep.expand_as(update), value=-lr)
+            if piece.decay and self._cfg.weight_decay:
+                piece.value.mul_(1 - keep * (now.lr * self._cfg.weight_decay))
+            piece.value.addcmul_(update, keep.expand_as(update), value=-now.lr)
 
 
 class AdamW:
-    """AdamW with bias correction; moments in the precision of the unit's value."""
+    """AdamW with bias correction."""
+
+    names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 
     def __init__(self, cfg: AdamWConfig, kernel: AdamKernel) -> None:
         self._cfg, self._kernel = cfg, kernel
-        self.states: dict[str, dict[str, Tensor]] = {}
 
-    def prepare(self, unit: OptimizerShard) -> None:
-        if unit.key not in self.states:
-            self.states[unit.key] = {name: torch.zeros_like(unit.value) for name in ("exp_avg", "exp_avg_sq")}
-
-    def step(self, units: list[OptimizerShard], *, lr: float, factor: Tensor, skip: Tensor, count: Tensor) -> None:
+    def update(self, pieces: Sequence[UpdatePiece], now: UpdateScalars) -> None:
         for decay in (True, False):
-            group = [u for u in units if u.decay == decay]
+            group = [piece for piece in pieces if piece.decay == decay]
             if group:
                 update = AdamUpdate(
-                    [u.value for u in group],
-                    [u.grad for u in group],
-                    [self.states[u.key]["exp_avg"] for u in group],
-                    [self.states[u.key]["exp_avg_sq"] for u in group],
-                    count,
-                    lr,
+                    [piece.value for piece in group],
+                    [piece.grad for piece in group],
+                    [piece.states["exp_avg"] for piece in group],
+                    [piece.states["exp_avg_sq"] for piece in group],
+                    now.count,
+                    now.lr,
                     self._cfg.weight_decay if decay else 0.0,
-                    factor,
-                    skip,
+                    now.factor,
+                    now.skip,
                 )
                 self._kernel(update)
 
@@ -116,6 +140,7 @@ def sum_of_squares(gradient: Tensor) -> Tensor:
     """Sum of squares of all elements, a scalar of the gradient's own precision.
 
     By rows: torch on CPU adds one long vector up in a few running sums, and in fp32 loses 7e-4 of ten million squares.
+    It is also what finds an infinite or NaN gradient: no mask as long as the gradient is made for that.
     """
     flat = gradient.reshape(-1)
     whole = flat.numel() // _ROW * _ROW

@@ -12,15 +12,16 @@ from pentad.configs.errors import UserError
 from pentad.configs.schema import AdamWConfig, ConstantSchedule, CosineSchedule, LinearSchedule, SgdConfig, WsdSchedule
 from pentad.parallel.replicas.protocol import OptimizerShard
 from pentad.trainer.optim.learning_rate import learning_rate
-from pentad.trainer.optim.optimizer import make_optimizer, sum_of_squares
+from pentad.trainer.optim.optimizer import UpdateScalars, sum_of_squares
+from pentad.trainer.optim.states import make_optimizer
 from tests.training import Run, job
 
 CPU = torch.device("cpu")
 
 
-def _units(dtype: torch.dtype) -> list[OptimizerShard]:
+def _units(dtype: torch.dtype, elements: tuple[int, int] = (50, 7)) -> list[OptimizerShard]:
     draws = torch.Generator().manual_seed(0)
-    sizes = {"matrix": 50, "vector": 7}
+    sizes = dict(zip(("matrix", "vector"), elements, strict=True))
     return [
         OptimizerShard(
             key, torch.randn(n, generator=draws, dtype=dtype), torch.zeros(n, dtype=dtype), None, key == "matrix", True
@@ -41,7 +42,7 @@ def _train(cfg, dtype: torch.dtype, *, skip_at: int = -1, factor: float = 0.5, s
         if step == skip_at:
             units[0].grad[3] = math.nan
         count = count + (1 - skip)
-        optimizer.step(units, lr=0.01, factor=torch.tensor(factor, dtype=dtype), skip=skip, count=count)
+        optimizer.step(units, UpdateScalars(0.01, torch.tensor(factor, dtype=dtype), skip, count))
     return [unit.value for unit in units]
 
 

@@ -11,7 +11,7 @@ from pentad.configs.schema import Config
 from pentad.parallel.comm.mesh import Mesh
 from pentad.parallel.pipeline.check import check_program
 from pentad.parallel.pipeline.program import Program, update
-from pentad.trainer.optim.optimizer import Optimizer
+from pentad.trainer.optim.states import Optimizer
 from pentad.trainer.setup import Parts, buckets_per_rank
 from pentad.trainer.step import Stepper
 from tests.distributed import run_distributed
