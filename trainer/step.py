@@ -133,7 +133,8 @@ class Stepper:
             Kinds.OPTIMIZE: self._optimize,
             Kinds.GATHER: lambda op: self.replicas.gather(op.index),
         }
-        self._live = LiveBytes(parts.device) if cfg.log.memory else None
+        self.live = LiveBytes(parts.device) if cfg.log.memory else None
+        """Counts what each operation leaves on the device, where the record is to have it."""
         self._evaluation: tuple[Runtime, Program] | None = None
         self._step: _Step | None = None
         """The step or evaluation that is under way or was left half-way."""
@@ -199,8 +200,8 @@ class Stepper:
         self._begin(step, batches, 1.0 / max(valid, 1), lr, stop, watched)
         self.committed = False
         self.replicas.start_step(len(batches))
-        with nullcontext() if self._live is None else self._live.watching():
-            count = None if self._live is None else self._live.count
+        with nullcontext() if self.live is None else self.live.watching():
+            count = None if self.live is None else self.live.count
             execute(self.ops, self._handlers, self.mesh.recorder, count)
         self.optimizer.settle()
         outcome, self._step = self._now.outcome, None

@@ -79,7 +79,7 @@ def _watched(rank: int, world: int, cfg: Config) -> Watched:
     try:
         run.step(0)
         stepper, offloaded = run.stepper, dict[int, int]()
-        runtime, live = stepper._runtime, stepper._live
+        runtime, live = stepper._runtime, stepper.live
         assert live is not None
 
         def moving() -> Iterable[Tensor]:
@@ -87,7 +87,7 @@ def _watched(rank: int, world: int, cfg: Config) -> Watched:
             yield from runtime._grads.values()
             yield from (x for queue in runtime._sends.values() for _, x in queue)
 
-        counting = stepper._live = _Counting(live, moving)  # type: ignore[assignment]
+        counting = stepper.live = _Counting(live, moving)  # type: ignore[assignment]
         if stepper._copies is not None:
             offloads, start = stepper._copies.offloads, stepper._handlers[Kinds.OFFLOAD]
 
