@@ -7,7 +7,8 @@ from rich.table import Table
 
 from ...configs import Config
 from ...models.costs.flops import CONVENTION, flops_per_token, flops_per_token_full_attention, parameter_count
-from ...trainer.memory.estimate import GIB, Memory, estimate, expert_replicas
+from ...trainer.memory.estimate import GIB, Memory, estimate
+from ...trainer.memory.fixed import expert_replicas
 from ...trainer.pipeline.programs import Pipeline
 from ..supervise.launcher import world_size
 from .tables import engineering, table
@@ -70,13 +71,13 @@ def _pipeline(cfg: Config) -> list[tuple[str, str]]:
 
 def _model(cfg: Config, memory: Memory) -> Table:
     counts = parameter_count(cfg.model)
-    local = memory.local
+    local = memory.held
     seq_len = cfg.train.seq_len
     rows = table("model")
     rows.add_row("parameters", f"{counts.total:,} ({counts.active:,} active per token)")
     where = f"pipeline rank {memory.rank}" if cfg.parallel.pp > 1 else "a rank"
     experts = f" ({local.experts:,} in experts)" if local.experts else ""
-    rows.add_row(f"parameters of {where}", f"{local.total:,}{experts}, before data parallel sharding")
+    rows.add_row(f"parameters of {where}", f"{local.local:,}{experts}, before data parallel sharding")
     unmasked = flops_per_token(cfg.model, seq_len)
     rows.add_row("FLOPs per token", f"{engineering(unmasked)}, unmasked attention (mfu)")
     full = flops_per_token_full_attention(cfg.model, seq_len)
@@ -92,18 +93,18 @@ def _memory(cfg: Config, memory: Memory) -> Table:
     sharded = cfg.parallel.data.sharding
     over = _sharded_over(cfg) if sharded != "ddp" else ""
     parameters = f"{precise} masters{over}" if sharded == "fsdp" else cfg.train.dtype
-    parts = [
-        ("parameters", memory.parameters, parameters),
-        ("gradients", memory.gradients, precise + (over if sharded == "fsdp" and _is_sharded(memory) else "")),
-        ("masters", memory.masters, precise + over),
-        ("optimizer states", memory.states, f"{cfg.optim.name}, {precise}{over}"),
-        ("gathered layers", memory.gathered, cfg.train.dtype),
-        ("activations", memory.activations, _in_flight(cfg)),
-        ("working memory", memory.working, "head, or one layer's backward"),
-    ]
-    for part, size, how in parts:
+    hows = {
+        "parameters": parameters,
+        "gradients": precise + (over if sharded == "fsdp" and _is_sharded(memory) else ""),
+        "masters": precise + over,
+        "optimizer states": f"{cfg.optim.name}, {precise}{over}",
+        "gathered layers": cfg.train.dtype,
+        "activations": _in_flight(cfg),
+        "working memory": f"during {memory.most.during}",
+    }
+    for part, size in memory.parts.items():
         if size:
-            rows.add_row(part, f"{size / GIB:.3f}", how)
+            rows.add_row(part, f"{size / GIB:.3f}", hows.get(part, ""))
     rows.add_section()
     available = cfg.hardware.memory_gib
     rows.add_row("total", f"{memory.total / GIB:.3f}", "" if available is None else f"of {available:g} GiB")
@@ -125,4 +126,4 @@ def _in_flight(cfg: Config) -> str:
 
 
 def _is_sharded(memory: Memory) -> bool:
-    return memory.gradients == memory.parameters
+    return memory.held.gradients == memory.held.parameters

@@ -176,15 +176,16 @@ def _weighed(
     places = {"stages": program.stages, "ranks": len(program.ranks)}
     per = dict.fromkeys(given, "stages") | {"head": "ranks"}
     each = {name: one_each(name, values, places[per[name]], per[name]) for name, values in given.items()}
-    for position, at_end, changes in _grouped(ops):
+    for position, at_end, changes in holds_of(ops):
         op = ops[position]
         place = op.stage if op.kind.acts is Acts.STAGE else rank
         here = [hold for hold in changes if hold.what == where or (where == "" and hold.what not in _ELSEWHERE)]
         yield position, at_end, sum(hold.sign * each[hold.what][place] for hold in here)
 
 
-def _grouped(ops: Ops) -> Iterator[tuple[int, int, list[Hold]]]:
-    """What changes at the start or the end of an operation, all at once."""
+def holds_of(ops: Ops) -> Iterator[tuple[int, int, list[Hold]]]:
+    """What changes at the start or the end of an operation of a rank, all at once: (its position, 0 at its start or 1
+    at its end, what comes and goes)."""
     for (position, at_end), holds in groupby(_held(ops), lambda each: (each[0], each[1].at_end)):
         yield position, int(at_end), [hold for _, hold in holds]
 

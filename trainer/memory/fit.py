@@ -1,21 +1,27 @@
-"""Whether a job fits into the memory of its devices, and which changes would make it fit.
+"""Whether a job fits into the memory of its devices, and which changes would make it fit, the cheapest first.
 
-Parameters, gradients and optimizer states are known to the byte, what backward keeps within a tenth. So a job whose
+Parameters, gradients and optimizer states are known to the byte, the rest within a twentieth. So a job whose
 certain part exceeds `hardware.memory_gib` is refused, by `pentad check` and by a run alike; one that exceeds it only
 within the uncertainty is warned of and starts.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from ...configs import Config, Problem, resolve, validate
 from ...configs.fields import value_of, with_value
 from .estimate import GIB, Memory, estimate
+from .step_time import step_time
 
-CERTAIN = 0.9
+CERTAIN = 0.95
 """Share of the estimated activations and working memory that is needed for certain."""
+_WANTED = 3
+_TRIED = 40
+"""Jobs that are looked at, at most, before the search goes straight down."""
 _ROUNDS = 16
 _WIDEST_TP = 8
 """Devices of one node; tensor parallelism beyond it is no advice."""
@@ -31,6 +37,27 @@ class Change:
 
     def __str__(self) -> str:
         return f"{self.key}={self.value}"
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Changes that together make a job fit, or as small as could be found.
+
+    Args:
+        changes: by key.
+        cfg: the job with them.
+        total: bytes that it needs then.
+        slower: how much more time of all devices a token takes, as a share; negative: less.
+    """
+
+    changes: tuple[Change, ...]
+    cfg: Config
+    total: int
+    slower: float
+
+    def __str__(self) -> str:
+        together, ranks = " ".join(map(str, self.changes)), self.cfg.parallel.ranks
+        return f"{together} ({ranks} ranks): {self.total / GIB:.3g} GiB, device time {self.slower:+.0%}"
 
 
 def memory_findings(cfg: Config) -> tuple[list[Problem], list[Problem]]:
@@ -56,35 +83,75 @@ def _certain(memory: Memory) -> float:
 def _advice(cfg: Config) -> str:
     """The changes to make, each tried: the job stays valid, and its estimate falls."""
     available = cfg.hardware.memory_gib or 0.0
-    changes, changed = fitting_changes(cfg, available * GIB)
-    if not changes:
+    found = remedies(cfg, available * GIB)
+    if not found:
         return "nothing that could be changed lowers it; take devices with more memory or a smaller model"
-    needed, p = estimate(changed).total / GIB, changed.parallel
-    ranks = p.ranks
-    latest = {change.key: change for change in changes}
-    together = f"{' '.join(map(str, latest.values()))} ({ranks} ranks): {needed:.3g} GiB"
-    return f"set {together}" if needed <= available else f"not even {together}, is enough"
+    if found[0].total > available * GIB:
+        return f"not even {found[0]}, is enough"
+    return "set " + "; or ".join(map(str, found))
 
 
-def fitting_changes(cfg: Config, available: float) -> tuple[list[Change], Config]:
-    """Changes after which the job needs at most `available` bytes per rank, or as little as could be found.
+def remedies(cfg: Config, available: float, wanted: int = _WANTED) -> list[Remedy]:
+    """The cheapest changes after each of which the job needs at most `available` bytes a rank, the cheapest first.
 
-    Step by step the cheapest change that is enough, else the one that lowers the need most.
+    Jobs are looked at in the order of the device time that a token takes in them, each one change away from one that
+    was looked at before, until enough of them fit. Where that leads too far, one way straight down is taken: the change
+    that is enough, else the one that lowers the need most; its end is returned even if it does not fit.
     """
-    changes: list[Change] = []
+    now = step_time(cfg).device_seconds_per_token
+    found: list[Remedy] = []
+    order, seen = count(), {frozenset[str]()}
+    queue = [(0.0, next(order), Remedy((), cfg, estimate(cfg).total, 0.0))]
+    tried = 0
+    while queue and tried < _TRIED and len(found) < wanted:
+        _, _, parent = heapq.heappop(queue)
+        if parent.changes and parent.total <= available:
+            found.append(parent)
+            continue
+        for change, candidate in _candidates(parent.cfg):
+            changes = _together(parent.changes, change)
+            key = frozenset(map(str, changes))
+            if key in seen:
+                continue
+            seen.add(key)
+            tried += 1
+            total = estimate(candidate).total
+            if total < parent.total:
+                slower = step_time(candidate).device_seconds_per_token / now - 1
+                heapq.heappush(queue, (slower, next(order), Remedy(changes, candidate, total, slower)))
+    return _shortest(found) if found else _straight_down(cfg, available, now)
+
+
+def _together(changes: tuple[Change, ...], change: Change) -> tuple[Change, ...]:
+    return (*(each for each in changes if each.key != change.key), change)
+
+
+def _shortest(found: list[Remedy]) -> list[Remedy]:
+    """Without those that change more than another one that costs no more."""
+    kept: list[Remedy] = []
+    for each in found:
+        if not any(set(other.changes) < set(each.changes) for other in kept):
+            kept.append(each)
+    return kept
+
+
+def _straight_down(cfg: Config, available: float, now: float) -> list[Remedy]:
+    changes: tuple[Change, ...] = ()
     needed = estimate(cfg).total
     for _ in range(_ROUNDS):
         tried = [(change, candidate, estimate(candidate).total) for change, candidate in _candidates(cfg)]
-        lower = [t for t in tried if t[2] < needed]
+        lower = [each for each in tried if each[2] < needed]
         if needed <= available or not lower:
             break
         change, cfg, needed = next((t for t in lower if t[2] <= available), min(lower, key=lambda t: t[2]))
-        changes.append(change)
-    return changes, cfg
+        changes = _together(changes, change)
+    if not changes:
+        return []
+    return [Remedy(changes, cfg, needed, step_time(cfg).device_seconds_per_token / now - 1)]
 
 
 def _candidates(cfg: Config) -> Iterator[tuple[Change, Config]]:
-    """Single changes that leave the job valid, the cheapest in speed first."""
+    """Single changes that leave the job valid."""
     p, train = cfg.parallel, cfg.train
     changes: list[Change] = []
     if train.micro_batch > 1:
@@ -93,6 +160,8 @@ def _candidates(cfg: Config) -> Iterator[tuple[Change, Config]]:
         changes.append(Change("parallel.data.sharding", "zero1"))
     if cfg.memory.recompute == "none":
         changes.append(Change("memory.recompute", "full"))
+    if cfg.memory.offload_activations == "none" and p.pp > 1:
+        changes.append(Change("memory.offload_activations", "all"))
     if p.data.sharding == "zero1":
         changes.append(Change("parallel.data.sharding", "fsdp"))
     degrees = ["ep"] * (cfg.model.moe.experts > 0) + ["tp"] * (p.tp < _WIDEST_TP) + ["pp", "dp", "cp"]

@@ -1,4 +1,4 @@
-"""The estimate of `pentad check` against real models: parameters exactly, activations by what autograd really keeps."""
+"""The memory model against real models: parameters and buckets to the byte, activations as the program holds them."""
 
 from __future__ import annotations
 
@@ -8,25 +8,15 @@ import pytest
 import torch
 
 from pentad.configs import Config, load
+from pentad.models.costs.activations import kept_bytes, layer_rows
 from pentad.models.costs.flops import layer_flops
 from pentad.models.costs.parameters import parameter_count
 from pentad.models.costs.parts import Part
-from pentad.models.mla import LatentAttention
-from pentad.models.mtp import ahead
-from pentad.models.sequences import Inputs
+from pentad.models.costs.tensors import Cut, ParameterTensor, parameter_tensors
 from pentad.models.transformer import Transformer
-from pentad.parallel.comm.mesh import Axis
-from pentad.parallel.context.gather import GatherLatent
-from pentad.parallel.kernels.device import PlainMaths
 from pentad.parallel.pipeline.memory import peak_activations
-from pentad.trainer.memory.estimate import (
-    GIB,
-    activation_elements,
-    estimate,
-    layer_elements,
-    local_parameters,
-    per_rank,
-)
+from pentad.trainer.memory.estimate import GIB, estimate, per_rank
+from pentad.trainer.memory.stages import bench_of, ways_of
 from pentad.trainer.pipeline.programs import Pipeline, compute_program
 from tests.jobs import DENSE
 
@@ -35,173 +25,120 @@ _LAYOUT = ["parallel.tp=1", "parallel.dp=2", "train.micro_batch=2", "train.globa
 
 
 def _job(*overrides: str) -> Config:
-    return load(DENSE, [*_SMALL, *_LAYOUT, *overrides])
+    return load(DENSE, [*_SMALL, *_LAYOUT, "train.device=cpu", *overrides])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gpt2"])
-def test_parameters_of_one_rank_are_the_models(family: str) -> None:
-    cfg = _job(f"model.family={family}", "model.kv_heads=4")
+def _elements(tensors: list[ParameterTensor]) -> int:
+    return sum(tensor.elements for tensor in tensors)
+
+
+def _made(cfg: Config, part: Part | None = None) -> list[tuple[str, int]]:
     with torch.device("meta"):
-        model = Transformer(cfg.model)
-    assert local_parameters(cfg.model, 1).total == sum(p.numel() for p in model.parameters())
+        model = Transformer(cfg.model, part)
+    return [(name, p.numel()) for name, p in model.named_parameters()]
 
 
-_HYBRID = ["model.attention_every=2", "model.linear.key_dim=12", "model.linear.value_dim=20"]
-
-
-def test_parameters_of_a_hybrid_stack_are_the_models() -> None:
-    cfg = _job("model.kv_heads=2", *_HYBRID, "model.norm=layer")
-    with torch.device("meta"):
-        model = Transformer(cfg.model)
-    found = sum(p.numel() for p in model.parameters())
-    assert local_parameters(cfg.model, 1).total == parameter_count(cfg.model).total == found
-
-
-_MOE = ["model.moe.experts=8", "model.moe.ffn=48"]
 _LATENT = ["model.mla.kv_rank=24", "model.mla.nope_dim=16", "model.mla.rope_dim=8", "model.mla.value_dim=12"]
-MIXTURES = {
-    "mixtral": ["model.kv_heads=2"],
-    "qwen2_moe": ["model.moe.shared=96", "model.moe.top_k=4"],
-    "qwen3_moe": ["model.kv_heads=1", "model.head_dim=32"],
-    "olmoe": ["model.moe.router.null_experts=4", "model.moe.top_k=3"],
-    "deepseek_v2": [*_LATENT, "model.moe.shared=96", "model.moe.dense_layers=1"],
-    "deepseek_v3": [*_LATENT, "model.mla.q_rank=40", "model.moe.shared=48", "model.moe.every=2", "model.qkv_bias=true"],
-    "gpt_oss": ["model.kv_heads=2", "model.window=32"],
-    "gpt2": ["model.moe.bias=true", "model.moe.shared=64", "model.moe.shared_gate=true"],
+_MOE = ["model.moe.experts=8", "model.moe.ffn=48"]
+MODELS = {
+    "llama": ["model.kv_heads=4"],
+    "qwen2": ["model.kv_heads=4"],
+    "qwen3": ["model.kv_heads=4"],
+    "gpt2": ["model.kv_heads=4"],
+    "hybrid": ["model.kv_heads=2", "model.attention_every=2", "model.linear.key_dim=12", "model.norm=layer"],
+    "mixtral": ["model.kv_heads=2", *_MOE],
+    "qwen2_moe": ["model.moe.shared=96", "model.moe.top_k=4", *_MOE],
+    "qwen3_moe": ["model.kv_heads=1", "model.head_dim=32", *_MOE],
+    "olmoe": ["model.moe.router.null_experts=4", "model.moe.top_k=3", *_MOE],
+    "deepseek_v2": [*_LATENT, *_MOE, "model.moe.shared=96", "model.moe.dense_layers=1"],
+    "deepseek_v3": [*_LATENT, *_MOE, "model.mla.q_rank=40", "model.moe.shared=48", "model.qkv_bias=true"],
+    "gpt_oss": ["model.kv_heads=2", "model.window=32", *_MOE],
+    "gated": ["model.kv_heads=4", *_MOE, "model.moe.bias=true", "model.moe.shared=64", "model.moe.shared_gate=true"],
+    "ahead": [*_LATENT, *_MOE, "model.mla.q_rank=40", "model.mtp=2"],
 }
 
 
-def _mixture(family: str, *overrides: str) -> Config:
-    return _job(f"model.family={family}", "model.kv_heads=null", *_MOE, *MIXTURES[family], *overrides)
+def _model(name: str, *overrides: str) -> Config:
+    family = {"hybrid": "llama", "gated": "gpt2", "ahead": "deepseek_v3"}.get(name, name)
+    heads = [] if any("kv_heads" in each for each in MODELS[name]) else ["model.kv_heads=null"]
+    return _job(f"model.family={family}", *heads, *MODELS[name], *overrides)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
-def test_parameters_of_a_mixture_are_the_models(family: str) -> None:
-    cfg = _mixture(family)
-    with torch.device("meta"):
-        parameters = dict(Transformer(cfg.model).named_parameters())
-    local = local_parameters(cfg.model, 1)
-    assert local.total == sum(p.numel() for p in parameters.values()) == parameter_count(cfg.model).total
-    assert local.experts == sum(p.numel() for name, p in parameters.items() if ".moe.experts." in name) > 0
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_the_models(name: str) -> None:
+    cfg = _model(name)
+    found = parameter_tensors(cfg.model, Cut())
+    assert [(tensor.name, tensor.elements) for tensor in found] == _made(cfg)
+    assert _elements(found) == parameter_count(cfg.model).total
+    assert all(tensor.expert == (".moe.experts." in tensor.name) for tensor in found)
+    last = Part((2,), begins=False, embeds=False)
+    assert [(tensor.name, tensor.elements) for tensor in parameter_tensors(cfg.model, Cut(), last)] == _made(cfg, last)
 
 
 def test_expert_ranks_share_the_experts() -> None:
-    whole, cut = (local_parameters(_mixture("mixtral").model, 2, ep=ep, etp=etp) for ep, etp in ((1, 1), (4, 2)))
+    def of(name: str, **cut: int) -> tuple[int, int]:
+        tensors = parameter_tensors(_model(name).model, Cut(**cut))
+        return _elements([t for t in tensors if t.expert]), _elements([t for t in tensors if not t.expert])
+
     network, layers = 3 * 64 * 48, 3
-    assert (whole.experts, cut.experts) == (layers * 8 * network, layers * 2 * network // 2)
-    assert whole.total - whole.experts == cut.total - cut.experts
-    biased = local_parameters(_mixture("gpt_oss").model, 1, ep=4, etp=2)
-    assert biased.experts == layers * 2 * (network // 2 + 2 * 48 // 2 + 64)  # the second matrix's bias is not cut
+    (whole, rest), (mine, others) = of("mixtral", tp=2), of("mixtral", tp=2, ep=4, etp=2)
+    assert (whole, mine, rest) == (layers * 8 * network, layers * 2 * network // 2, others)
+    # The second matrix's bias is not cut.
+    assert of("gpt_oss", ep=4, etp=2)[0] == layers * 2 * (network // 2 + 2 * 48 // 2 + 64)
 
 
 def test_each_family_of_parameters_is_sharded_over_its_own_replicas() -> None:
     layout = ["parallel.tp=2", "parallel.dp=4", "train.dtype=bf16", "parallel.ep=2", "parallel.etp=2"]
-    cfg = _mixture("mixtral", *layout)
-    local = local_parameters(cfg.model, 2, ep=2, etp=2)
-    memory = estimate(cfg)
-    dense = local.total - local.experts
-    assert memory.local == local and (memory.parameters, memory.gradients) == (2 * local.total, 4 * local.total)
-    assert memory.masters == 4 * dense // 4 + 4 * local.experts // 2  # of 8 ranks, 2 have the same experts
-    assert memory.states == 2 * memory.masters
-    alone = estimate(_mixture("mixtral", *layout[:3], "parallel.ep=8"))
-    assert alone.states == 8 * (dense // 4 + local_parameters(cfg.model, 2, ep=8).experts)
+    held = estimate(_model("mixtral", *layout)).held
+    dense = held.local - held.experts
+    assert (held.parameters, held.gradients) == (pytest.approx(2 * held.local, rel=0.01), 2 * held.parameters)
+    # Of 8 ranks, 2 have the same experts.
+    assert held.masters == pytest.approx(4 * dense // 4 + 4 * held.experts // 2, rel=0.02)
+    assert held.states == 2 * held.masters
+    alone = estimate(_model("mixtral", *layout[:3], "parallel.ep=8")).held
+    assert alone.states == pytest.approx(8 * (dense // 4 + alone.experts), rel=0.02)
 
 
 def test_tensor_parallel_ranks_share_matrices_and_copy_norms_and_scarce_key_heads() -> None:
     cfg = _job("model.kv_heads=2", "model.tied=true", "model.family=llama")
     h, kv, ffn, vocab = 64, 2 * 16, 160, 512
-    four = local_parameters(cfg.model, 4)
+
+    def layer(tp: int) -> int:
+        return _elements([t for t in parameter_tensors(cfg.model, Cut(tp=tp)) if t.layer == 1])
+
     # Four ranks and two key heads of width 16: every rank holds one.
-    assert four.layer == 2 * h * h // 4 + 2 * h * 16 + 3 * h * ffn // 4 + 2 * h
-    assert four.rest == vocab * h // 4 + h
-    assert local_parameters(cfg.model, 1).layer == 2 * h * h + 2 * h * kv + 3 * h * ffn + 2 * h
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [("model.family=llama",), ("model.family=qwen3",), ("model.family=gpt2", "model.kv_heads=4"), tuple(_HYBRID)],
-)
-def test_activations_are_what_autograd_keeps(overrides: tuple[str, ...]) -> None:
-    cfg = _job("model.kv_heads=2", *overrides)
-    assert activation_elements(cfg) == pytest.approx(_measured(cfg), rel=0.1)
-
-
-def test_prediction_modules_count() -> None:
-    cfg = _mixture("deepseek_v3", "model.mtp=2", "model.moe.router.null_experts=0")
-    with torch.device("meta"):
-        model = Transformer(cfg.model)
-    assert local_parameters(cfg.model, 1).total == sum(p.numel() for p in model.parameters())
-    assert activation_elements(cfg) == pytest.approx(_measured(cfg), rel=0.1)
-    last = Part((2,), begins=False, embeds=False)
-    with torch.device("meta"):
-        stage = Transformer(cfg.model, last)
-    assert local_parameters(cfg.model, 1, last).total == sum(p.numel() for p in stage.parameters())
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"])
-def test_activations_of_a_mixture_are_what_autograd_keeps(family: str) -> None:
-    cfg = _mixture(family, "model.moe.router.null_experts=0")
-    assert activation_elements(cfg) == pytest.approx(_measured(cfg), rel=0.1)
-
-
-@pytest.mark.parametrize("method", ["allgather", "ulysses"])
-def test_activations_of_latent_attention_over_context_ranks(method: str) -> None:
-    """Gathered latents are expanded again in backward, so keys and values are not kept."""
-    layout = ["parallel.cp=2", f"parallel.context.method={method}", "parallel.dp=1"]
-    cfg = _mixture("deepseek_v3", "model.moe.router.null_experts=0", "model.layers=2", "model.moe.every=1", *layout)
-    assert activation_elements(cfg) == pytest.approx(_measured(cfg), rel=0.05)
-
-
-def _measured(cfg: Config) -> float:
-    """Elements of floating point that autograd keeps of a forward pass, parameters left out."""
-    torch.manual_seed(0)
-    model = Transformer(cfg.model)
-    if cfg.parallel.context.method == "allgather":
-        for module in model.modules():
-            if isinstance(module, LatentAttention):
-                module.latent_core = GatherLatent(Axis.single("cp"), PlainMaths())
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and tensor.is_floating_point():
-            kept[storage.data_ptr()] = storage  # held, so that no address comes twice
-        return tensor
-
-    tokens = torch.randint(0, 512, (cfg.train.micro_batch, cfg.train.seq_len // cfg.parallel.cp))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(Inputs(tokens, ahead(tokens, cfg.model.mtp) if cfg.model.mtp else tokens))
-    # What the loss keeps (the head's gradients) is not an activation of the formula's layers.
-    return sum(storage.nbytes() for storage in kept.values()) / 4
+    assert layer(4) == 2 * h * h // 4 + 2 * h * 16 + 3 * h * ffn // 4 + 2 * h
+    assert layer(1) == 2 * h * h + 2 * h * kv + 3 * h * ffn + 2 * h
+    assert _elements(parameter_tensors(cfg.model, Cut(tp=4))) == 3 * layer(4) + vocab * h // 4 + h
 
 
 def test_what_each_sharding_divides() -> None:
-    ddp = estimate(_job("parallel.data.sharding=ddp", "train.dtype=bf16"))
-    zero1 = estimate(_job("parallel.data.sharding=zero1", "train.dtype=bf16"))
-    fsdp = estimate(_job("parallel.data.sharding=fsdp", "train.dtype=bf16", "train.global_batch=4"))
-    n = local_parameters(_job().model, 1).total
-    assert (ddp.parameters, ddp.gradients, ddp.masters, ddp.states) == (2 * n, 4 * n, 4 * n, 8 * n)
+    ddp = estimate(_job("parallel.data.sharding=ddp", "train.dtype=bf16")).held
+    zero1 = estimate(_job("parallel.data.sharding=zero1", "train.dtype=bf16")).held
+    fsdp = estimate(_job("parallel.data.sharding=fsdp", "train.dtype=bf16", "train.global_batch=4")).held
+    n = ddp.parameters // 2
+    assert n == pytest.approx(parameter_count(_job().model).total, rel=0.001)
+    assert (ddp.gradients, ddp.masters, ddp.states) == (4 * n, 4 * n, 8 * n)
     assert (zero1.parameters, zero1.gradients, zero1.masters, zero1.states) == (2 * n, 4 * n, 2 * n, 4 * n)
+    n = fsdp.local
     assert (fsdp.parameters, fsdp.gradients, fsdp.masters, fsdp.states) == (2 * n, 2 * n, 0, 4 * n)
-    assert estimate(_job("parallel.data.sharding=fsdp")).gradients == 4 * n  # two microbatches accumulate
-    assert estimate(_job("train.dtype=fp64")).masters == 0
+    assert estimate(_job("parallel.data.sharding=fsdp")).held.gradients == 4 * n  # two microbatches accumulate
+    assert estimate(_job("train.dtype=fp64")).held.masters == 0
 
 
 def test_optimizer_states() -> None:
-    n = local_parameters(_job().model, 1).total
     ddp = "parallel.data.sharding=ddp"
-    assert estimate(_job(ddp, "optim.name=sgd")).states == 0
-    assert estimate(_job(ddp, "optim.name=sgd", "optim.momentum=0.9")).states == 4 * n
+    n = estimate(_job(ddp)).held.gradients
+    assert estimate(_job(ddp, "optim.name=sgd")).held.states == 0
+    assert estimate(_job(ddp, "optim.name=sgd", "optim.momentum=0.9")).held.states == n
 
 
 def test_a_large_model_has_the_size_that_everybody_knows() -> None:
     cfg = load(None, ["model.preset=llama3_8b", "data.name=stdlib", "train.seq_len=8192", "parallel.data.sharding=ddp"])
     memory = estimate(cfg)
+    held = memory.held
     # 16 bytes a parameter of weights and states in mixed precision, 2 more for fp32 instead of bf16 gradients.
-    weights = memory.parameters + memory.gradients + memory.masters + memory.states
+    weights = held.parameters + held.gradients + held.masters + held.states
     assert weights / GIB == pytest.approx(8.03e9 * 18 / GIB, rel=0.001)
     half = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, tp=2))
     assert estimate(half).total / memory.total == pytest.approx(0.5, abs=0.05)
@@ -216,35 +153,39 @@ def _pipeline(*overrides: str, layers: int = 8) -> Config:
 @pytest.mark.parametrize("vocab", ["ends", "balanced"])
 def test_pipeline_ranks_hold_the_model_between_them(tied: str, vocab: str) -> None:
     cfg = _pipeline("model.family=llama", f"model.tied={tied}", f"vocab={vocab}")
-    whole = local_parameters(cfg.model, 1)
-    ranks = [memory.local for memory in per_rank(cfg)]
     table = cfg.model.hidden * 512
     copies = table if tied == "true" and vocab == "ends" else 0  # the tied table stands on both ends
-    assert sum(rank.total for rank in ranks) == whole.total + copies
-    if vocab == "balanced":
-        tables = table * (1 if tied == "true" else 2) // 4
-        assert [rank.rest for rank in ranks] == [tables, tables, tables, tables + 64]
-    else:
-        assert [rank.rest for rank in ranks] == [table, 0, 0, table + 64]
+    assert sum(rank.held.local for rank in per_rank(cfg)) == parameter_count(cfg.model).total + copies
+
+
+def _layer(cfg: Config, layer: int = 0) -> int:
+    return kept_bytes(layer_rows(cfg.model, layer, bench_of(cfg, ways_of(cfg)).work))
 
 
 def test_activations_in_flight_are_the_programs() -> None:
     cfg = _pipeline("layers=[2, 2, 2, 2]")
-    layer = 2 * layer_elements(cfg) * 4
-    head = 3 * cfg.train.micro_batch * cfg.train.seq_len * cfg.model.hidden * 4
-    assert [memory.activations for memory in per_rank(cfg)] == [4 * layer, 3 * layer, 2 * layer, layer + head]
-    assert estimate(cfg).rank == 0 and estimate(cfg).activations == 4 * layer
+    layer, stream = 2 * _layer(cfg), cfg.train.micro_batch * cfg.train.seq_len * cfg.model.hidden * 4
+    angles = 128 * cfg.model.head_dim * 4
+    ranks = per_rank(cfg)
+    assert [memory.in_flight for memory in ranks] == [4, 3, 2, 1]
+    # What is received lies in a slot.
+    kept = [layer + angles, *[layer + angles - stream] * 3]
+    first, second = ranks[:2]
+    assert (first.activations, second.activations) == (4 * kept[0], 3 * kept[1])
     gpipe = per_rank(_pipeline("layers=[2, 2, 2, 2]", "schedule=gpipe"))
-    assert gpipe[0].activations == 24 * layer  # 96 sequences over 2 replicas, 2 per microbatch
+    assert gpipe[0].in_flight == 24  # 96 sequences over 2 replicas, 2 per microbatch
+    assert gpipe[0].activations == 24 * kept[0]
     uneven = per_rank(_pipeline("layers=[0, 1, 3, 4]"))
-    assert [memory.activations for memory in uneven][:3] == [0, 3 * layer // 2, 3 * layer]
+    assert uneven[2].activations == 2 * (3 * layer // 2 + angles - stream)
 
 
 def test_recompute_keeps_the_inputs_of_the_layers() -> None:
-    kept, full = _pipeline("layers=[2, 2, 2, 2]"), _pipeline("layers=[2, 2, 2, 2]", "memory.recompute=full")
-    stream = kept.train.micro_batch * kept.train.seq_len * kept.model.hidden * 4
-    assert per_rank(full)[0].activations == 4 * 2 * stream
-    assert per_rank(full)[0].working == per_rank(kept)[0].working + layer_elements(kept) * 4
+    full = _pipeline("layers=[2, 2, 2, 2]", "memory.recompute=full")
+    stream = full.train.micro_batch * full.train.seq_len * full.model.hidden * 4
+    memory = per_rank(full)[0]
+    assert memory.activations == 4 * (2 * stream + 128 * full.model.head_dim * 4)
+    # One layer's forward pass, all of it at the end, beside its gradient.
+    assert _layer(full) < memory.working < 2 * _layer(full)
 
 
 @pytest.mark.parametrize(
@@ -264,13 +205,15 @@ def test_more_microbatches_hold_no_more(schedule: str) -> None:
 def test_stages_hold_what_their_layers_make() -> None:
     mixture = [*_MOE, "model.moe.top_k=4", "model.moe.dense_layers=2", "model.ffn=96"]
     cfg = _pipeline("model.family=mixtral", *mixture, "layers=[2, 2, 2, 2]")
-    dense, routed = layer_elements(cfg, 0), layer_elements(cfg, 2)
-    rows, h, f = 4 * cfg.train.micro_batch * cfg.train.seq_len, 64, 48
-    router = 2 * 2 * 128 * 8
-    assert routed - dense == rows * (2 * h + 3 * f) + router - 3 * 96 * rows // 4
-    assert [memory.activations for memory in per_rank(cfg)][:3] == [8 * dense * 4, 6 * routed * 4, 4 * routed * 4]
+    dense, routed, angles = _layer(cfg, 0), _layer(cfg, 2), 128 * cfg.model.head_dim * 4
+    stream = 2 * 128 * 64 * 4
+    assert dense != routed
+    ranks = per_rank(cfg)
+    assert ranks[0].activations == 4 * (2 * dense + angles)
+    assert ranks[1].activations == 3 * (2 * routed + angles - stream)
     before = _pipeline("model.family=mixtral", *mixture, "layers=[2, 2, 2, 2]", "model.moe.weigh=before")
-    assert routed - layer_elements(before, 2) == rows * h
+    rows = 4 * cfg.train.micro_batch * cfg.train.seq_len
+    assert routed - _layer(before, 2) == rows * 64 * 4 - rows * 4  # results, and their weights instead
 
 
 def test_layers_are_split_by_their_own_cost() -> None:

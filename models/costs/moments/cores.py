@@ -1,0 +1,169 @@
+"""Attention's own tensors while it works, beside its operands: of one device's kernel, and of the methods of context
+parallelism (docs/context.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .tape import Tape
+from .ways import Bench
+
+
+@dataclass(frozen=True)
+class AttentionBytes:
+    """Bytes of one rank's share.
+
+    Args:
+        q, kv, out: queries, keys with values, results, in the type of the layer.
+        lse: log-sum-exps.
+    """
+
+    q: float
+    k: float
+    v: float
+    out: float
+    lse: float
+
+    @property
+    def kv(self) -> float:
+        return self.k + self.v
+
+    def times(self, factor: float) -> AttentionBytes:
+        return AttentionBytes(self.q * factor, self.k * factor, self.v * factor, self.out * factor, self.lse * factor)
+
+
+def operand_bytes(b: Bench) -> AttentionBytes:
+    """Of the operands that attention saves."""
+    w, work, latent = b.w, b.work, b.model.mla.kv_rank > 0
+    key, value = (w.q, w.value) if latent else (w.kv, w.kv)
+    lse = work.tokens * w.heads * work.precise
+    return AttentionBytes(b.tokens(w.q), b.tokens(key), b.tokens(value), b.tokens(w.value), lse)
+
+
+def score_bytes(b: Bench, heads: float, queries: int, keys: int) -> float:
+    """Bytes of the scores that are a tensor at a time."""
+    if not b.ways.blocks or (b.ways.long and queries >= b.ways.long and not b.model.mla.kv_rank):
+        return 0.0
+    return b.work.sequences * heads * min(b.ways.blocks, queries) * keys * b.work.precise
+
+
+def kernel_forward(b: Bench, x: AttentionBytes, block: float) -> float:
+    """Beside operands and results of one call: values, and keys in fp32, head by head, and a block's scores."""
+    if not block:
+        return 0.0
+    keys = b.wide(x.k) if b.half else 0.0
+    return keys + x.v + block * (1.5 if b.half else 1.0)
+
+
+def kernel_backward(b: Bench, x: AttentionBytes, block: float) -> float:
+    """Beside operands and results, which are fp32: as forward, scores with their gradients, and a product of these."""
+    if not block:
+        # Kernels give gradients in the type of the operands, which are added to the results.
+        return x.q + x.kv
+    keys = b.wide(x.k) if b.half else 0.0
+    working = 2 * block * (1.25 if b.half else 1.0) + max(x.k, x.v)
+    sums = b.wide(x.out) * (3 if b.half else 1)
+    return 2 * x.lse + max(keys + x.v + working, sums)
+
+
+def core_forward(t: Tape, b: Bench) -> None:
+    """Attention's output and log-sum-exp from "queries", "keys" and "values"; of methods that exchange heads these
+    become others."""
+    x, work = operand_bytes(b), b.work
+    length = work.tokens // work.sequences
+    if work.exchanged > 1:
+        _exchange(t, b, x)
+        length *= work.exchanged
+    outer = b.ranks // work.exchanged
+    block = score_bytes(b, b.w.heads / work.exchanged, length, length)
+    if outer > 1:
+        t.bump(_method_forward(b, x, outer) + kernel_forward(b, _of_block(b, x), block))
+        t.make("log-sum-exp", x.lse)
+        t.make("attention output", x.out)
+    else:
+        t.make("attention output", x.out)
+        t.make("log-sum-exp", x.lse)
+        t.bump(kernel_forward(b, x, block))
+    if work.exchanged > 1:
+        t.make("attention output of all heads", x.out)
+        t.bump(x.out / 8)
+
+
+def _exchange(t: Tape, b: Bench, x: AttentionBytes) -> None:
+    """Own heads of more tokens, in pieces of up to a sixteenth; the callers still hold the operands."""
+    for name, nbytes in (("queries", x.q), ("keys", x.k), ("values", x.v)):
+        t.live[f"own {name}"] = t.live.pop(name)
+        t.make(name, nbytes)
+        t.bump(nbytes / 8)
+
+
+def core_backward(t: Tape, b: Bench) -> None:
+    """From "d attention output" to "d queries", "d keys", "d values", in the layer's type."""
+    x, work = operand_bytes(b), b.work
+    length = work.tokens // work.sequences
+    if work.exchanged > 1:
+        length *= work.exchanged
+        t.make("d attention output of own heads", x.out)
+        t.free("d attention output", "attention output of all heads")
+    outer = b.ranks // work.exchanged
+    block = score_bytes(b, b.w.heads / work.exchanged, length, length)
+    beside = kernel_backward(b, x if outer == 1 else _of_block(b, x), block)
+    if outer > 1:
+        t.bump(_method_backward(b, x, outer) + beside)
+    for name, nbytes in (("d queries", x.q), ("d keys", x.k), ("d values", x.v)):
+        t.make(name, b.wide(nbytes))
+    if outer == 1:
+        t.bump(beside)
+    if b.half:
+        t.bump(x.q + x.kv)
+    for name, nbytes in (("d queries", x.q), ("d keys", x.k), ("d values", x.v)):
+        t.make(name, nbytes)
+    t.free("queries", "keys", "values", "keys and values", "attention output", "log-sum-exp")
+    t.free("d attention output", "d attention output of own heads")
+    if work.exchanged > 1:
+        t.bump(max(x.q, x.k, x.v))
+
+
+def _of_block(b: Bench, x: AttentionBytes) -> AttentionBytes:
+    """What a kernel is called with: another rank's keys, for all queries."""
+    return x
+
+
+def _method_forward(b: Bench, x: AttentionBytes, ranks: int) -> float:
+    """Made at a time, results included."""
+    results = x.out + b.wide(x.out) + 2 * x.lse
+    match b.method:
+        case "allgather" if b.work.latents:
+            return ranks * _latents(b) + _expanded(b) + results
+        case "allgather":
+            return ranks * x.kv + results
+        case "tokenring":
+            return (5.4 if ranks == 2 else 7.7) * (x.q + x.lse)
+        case _:
+            return 2 * x.kv + results
+
+
+def _method_backward(b: Bench, x: AttentionBytes, ranks: int) -> float:
+    """As forward; gradients are in fp32 at least."""
+    q, kv = b.wide(x.q), b.wide(x.kv)
+    match b.method:
+        case "allgather" if b.work.latents:
+            return 2 * ranks * _latents(b) + 2 * _expanded(b) + 2 * q + kv
+        case "allgather":
+            return 2 * ranks * x.kv + kv + 2 * q
+        case "tokenring":
+            return 7 * q + 1.7 * kv if ranks == 2 else 12 * q + 2 * kv
+        case _:
+            return 2 * x.kv + 4 * kv + 2 * q
+
+
+def _latents(b: Bench) -> float:
+    """Of one rank's tokens, latents and turned keys."""
+    mla = b.model.mla
+    return b.work.stream * mla.kv_rank * b.work.width + b.tokens(mla.rope_dim)
+
+
+def _expanded(b: Bench) -> float:
+    """Keys, and what keys and values are cut from, of one rank's tokens."""
+    mla = b.model.mla
+    return b.tokens(b.w.q) + b.tokens(b.w.heads * (mla.nope_dim + mla.value_dim))

@@ -1,0 +1,176 @@
+"""A whole layer: what is kept of it, and the most that is alive while its passes go on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..activations import INPUT, Choice, Kept, kept_bytes, kept_rows, layer_rows
+from . import attention
+from .experts import experts_backward, experts_forward
+from .feed_forward import ffn_backward, ffn_forward
+from .projections import norm_backward, norm_forward
+from .tape import Tape
+from .ways import Bench
+
+GRAD = "d stream"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerBytes:
+    """Of one layer and one microbatch, on one rank.
+
+    Args:
+        kept: from the forward to the backward pass, its input included.
+        forward: the most that is alive in the forward pass, its input included.
+        backward: the most that is alive in the backward pass, what is kept and the gradients of its output and input
+            included.
+        deferred: what weight gradients that are left for later hold; in `left` what they make meanwhile.
+        moments: what was worked on when the most was alive, forward and backward.
+    """
+
+    kept: float
+    forward: float
+    backward: float
+    deferred: float
+    moments: tuple[str, str]
+
+
+@lru_cache(maxsize=4096)
+def layer_bytes(b: Bench, layer: int, choice: Choice = "none", *, split: bool = False) -> LayerBytes:
+    """What a layer of a resolved model holds.
+
+    Args:
+        b: model, microbatch and device.
+        layer: its index.
+        choice: what is made again in backward; hashable.
+        split: its weight gradients are left for later.
+    """
+    rows = layer_rows(b.model, layer, b.work)
+    kept = kept_rows(rows, choice)
+    forward = Tape({INPUT: b.stream})
+    layer_forward(forward, b, layer)
+    if choice == "full":
+        # Only what the layer works on at the moment is alive: its halves come one after the other.
+        forward = _forgetful(b, layer)
+    given = {row.name: float(row.nbytes) for row in kept} | {GRAD: b.stream}
+    backward = Tape(given)
+    backward.doing = "making again"
+    if choice != "none":
+        _again(backward, b, layer, rows, choice)
+    layer_backward(backward, b, layer, split=split)
+    deferred = sum(nbytes for name, nbytes in backward.live.items() if name != "d input") if split else 0.0
+    return LayerBytes(
+        kept=kept_bytes(rows, choice),
+        forward=forward.peak,
+        backward=backward.peak,
+        deferred=deferred,
+        moments=(forward.moment, backward.moment),
+    )
+
+
+def layer_forward(t: Tape, b: Bench, layer: int) -> None:
+    """Makes everything that the layer keeps, and its output."""
+    attention_half(t, b, layer)
+    ffn_half(t, b, layer)
+
+
+def attention_half(t: Tape, b: Bench, layer: int) -> None:
+    """Up to the residual stream in the middle."""
+    t.doing = f"layer {layer}, attention"
+    norm_forward(t, b, "attention norm", b.stream)
+    match _kind(b, layer):
+        case "linear":
+            attention.linear_forward(t, b, "attention result")
+        case "latent":
+            attention.latent_forward(t, b, "attention result")
+        case _:
+            attention.softmax_forward(t, b, "attention result")
+    _dropout(t, b, "attention result", "attention dropout")
+    t.make("middle", b.stream)
+
+
+def ffn_half(t: Tape, b: Bench, layer: int) -> None:
+    """From the residual stream in the middle to the layer's output."""
+    t.doing = f"layer {layer}, feed-forward"
+    norm_forward(t, b, "ffn norm", b.stream)
+    t.free("attention result")
+    if layer in b.model.routed_layers:
+        experts_forward(t, b, "ffn result")
+    else:
+        ffn_forward(t, b, "ffn", b.w.ffn, "ffn result")
+    _dropout(t, b, "ffn result", "ffn dropout")
+    t.make("output", b.stream)
+    t.free("ffn result")
+
+
+def _dropout(t: Tape, b: Bench, result: str, mask: str) -> None:
+    """Draws are fp32 numbers, made on the host."""
+    if b.model.dropout:
+        elements = b.stream / b.work.width
+        t.make(mask, elements)
+        t.bump(8 * elements)
+        t.make(f"{result} dropped", b.stream)
+        t.bump(b.stream)
+        t.free(result)
+        t.live[result] = t.live.pop(f"{result} dropped")
+
+
+def _forgetful(b: Bench, layer: int) -> Tape:
+    """A forward pass that keeps the layer's input only."""
+    t = Tape({INPUT: b.stream})
+    attention_half(t, b, layer)
+    t.keep_only((INPUT, "middle", "attention result"))
+    ffn_half(t, b, layer)
+    return t
+
+
+def _again(t: Tape, b: Bench, layer: int, rows: list[Kept], choice: Choice) -> None:
+    """Makes what is missing; of a whole layer, up to the last tensor that is needed."""
+    if choice == "full":
+        again = Tape({INPUT: b.stream, GRAD: b.stream})
+        layer_forward(again, b, layer)
+        t.peak, t.moment = max((t.peak, t.moment), (again.peak - b.stream, f"layer {layer}, again"))
+    for row in rows:
+        if row.name not in t.live:
+            t.make(row.name, row.nbytes)
+
+
+def layer_backward(t: Tape, b: Bench, layer: int, *, split: bool = False) -> None:
+    """From the gradient of the layer's output to that of its input, in one tensor."""
+    t.doing = f"layer {layer}, feed-forward backward"
+    _dropout_backward(t, b, "ffn dropout")
+    if layer in b.model.routed_layers:
+        experts_backward(t, b, "d ffn norm", later=split)
+    else:
+        ffn_backward(t, b, "ffn", b.w.ffn, "d ffn norm", later=split)
+    if not split:
+        t.free("ffn norm")
+    norm_backward(t, b, "d ffn norm", "d middle", b.stream)
+    t.free("middle", "ffn norm numbers", "d middle", "d dropped")
+    t.doing = f"layer {layer}, attention backward"
+    _dropout_backward(t, b, "attention dropout")
+    match _kind(b, layer):
+        case "linear":
+            attention.linear_backward(t, b, "d attention norm", later=split)
+        case "latent":
+            attention.latent_backward(t, b, "d attention norm", later=split)
+        case _:
+            attention.softmax_backward(t, b, "d attention norm", later=split)
+    if not split:
+        t.free("attention norm")
+    norm_backward(t, b, "d attention norm", "d input", b.stream)
+    t.free(INPUT, "attention norm numbers", "d dropped")
+
+
+def _dropout_backward(t: Tape, b: Bench, mask: str) -> None:
+    if b.model.dropout:
+        t.make("d dropped", b.stream)
+        t.bump(b.stream)
+        t.free(mask)
+
+
+def _kind(b: Bench, layer: int) -> str:
+    if layer in b.model.linear_layers:
+        return "linear"
+    return "latent" if b.model.mla.kv_rank else "softmax"

@@ -1,0 +1,45 @@
+"""Bytes that are alive while something works, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class Tape:
+    """Follows what is made and freed, and remembers the most that was alive at a time.
+
+    Args:
+        given: bytes by name of what is there at the begin.
+    """
+
+    def __init__(self, given: dict[str, float] | None = None) -> None:
+        self.live: dict[str, float] = dict(given or {})
+        self.now = self.peak = float(sum(self.live.values()))
+        self.moment = ""
+        """What was worked on when the most was alive."""
+        self.doing = ""
+
+    def make(self, name: str, nbytes: float) -> None:
+        """A tensor comes to be; one of this name that is there is made again and freed after that."""
+        self.now += nbytes
+        self._look(self.now)
+        self.now -= self.live.pop(name, 0.0)
+        self.live[name] = nbytes
+
+    def bump(self, nbytes: float) -> None:
+        """So much more is alive for a moment."""
+        self._look(self.now + nbytes)
+
+    def free(self, *names: str) -> None:
+        """Tensors go; those that are not there are gone already."""
+        for name in names:
+            self.now -= self.live.pop(name, 0.0)
+
+    def keep_only(self, names: Iterable[str]) -> None:
+        """All others go."""
+        wanted = set(names)
+        self.free(*[name for name in self.live if name not in wanted])
+
+    def _look(self, nbytes: float) -> None:
+        if nbytes > self.peak:
+            self.peak, self.moment = nbytes, self.doing

@@ -1,0 +1,83 @@
+"""How long a step will take, roughly, to rank changes of a job by what they cost. No torch.
+
+    compute          the simulated program, in seconds: FLOPs over the peak, lowered where a layer's products are small
+    tp               the stream's tokens gathered and scattered, four times a layer and pass, over the links of a node
+    replicas         gradients reduced and parameters gathered once a step; with fsdp for every layer and pass
+
+The constants are of an H100 and its links, and only differences between similar jobs are to be trusted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...configs import Config
+from ...models.costs.flops import layer_flops
+from ...parallel.pipeline.simulate import simulate
+from ..pipeline.programs import Pipeline, compute_program, offloaded
+from .fixed import WIDTHS, held
+
+_FLOPS = {"bf16": 989.5e12, "fp32": 66.9e12, "fp64": 66.9e12}
+_LINK = 370e9
+"""Bytes a second of a collective between the GPUs of a node."""
+_NETWORK = 40e9
+"""The same between nodes."""
+_NODE = 8
+_REACHED, _SMALL = 0.73, 189e9
+"""Share of the peak that large layers reach, and FLOPs of a layer on a rank with which half of that is left (fitted to
+published runs: research in the planner's tables)."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, and of all devices together for a token."""
+
+    seconds: float
+    device_seconds_per_token: float
+
+
+def step_time(cfg: Config) -> StepTime:
+    """Of a resolved job."""
+    p, t = cfg.parallel, cfg.train
+    pipeline = Pipeline.of(cfg)
+    microbatches = max(1, t.global_batch // (t.micro_batch * p.dp))
+    shown = min(microbatches, 4 * p.pp)
+    program = compute_program(cfg, pipeline, shown)
+    program = offloaded(cfg, program, pipeline)
+    spans = simulate(program, pipeline.times).makespan
+    # What is left out are whole microbatches of the busiest rank.
+    unit = 1.0 + 2.0 * (1 + (cfg.memory.recompute == "full") / 2)
+    spans += (microbatches - shown) * unit
+    seconds = spans * _unit_s(cfg) + microbatches * _tensor_s(cfg) + _replica_s(cfg, pipeline, microbatches)
+    return StepTime(seconds, seconds * p.ranks / (t.global_batch * t.seq_len))
+
+
+def _unit_s(cfg: Config) -> float:
+    """Of a forward pass of one microbatch through a rank's share of the layers."""
+    p, t = cfg.parallel, cfg.train
+    costs = layer_flops(cfg.model, t.seq_len)[: cfg.model.layers]
+    peak = cfg.hardware.peak_tflops * 1e12 if cfg.hardware.peak_tflops else _FLOPS[t.dtype]
+    layer = sum(costs) / len(costs) * t.micro_batch / (p.tp * p.cp)
+    return sum(costs) * t.micro_batch / (p.tp * p.cp * p.pp) / peak / (_REACHED * layer / (layer + _SMALL))
+
+
+def _tensor_s(cfg: Config) -> float:
+    p, t = cfg.parallel, cfg.train
+    if p.tp == 1:
+        return 0.0
+    stream = t.micro_batch * t.seq_len / p.cp * cfg.model.hidden * WIDTHS[t.dtype]
+    again = 1.5 if cfg.memory.recompute == "full" else 1.0
+    link = _LINK if p.tp <= _NODE else _NETWORK
+    return 8 * again * stream * (p.tp - 1) / p.tp * cfg.model.layers / p.pp / link
+
+
+def _replica_s(cfg: Config, pipeline: Pipeline, microbatches: int) -> float:
+    p, width = cfg.parallel, WIDTHS[cfg.train.dtype]
+    replicas = p.dp * p.cp
+    if replicas == 1:
+        return 0.0
+    local, share = max(held(cfg, pipeline, rank).local for rank in range(p.pp)), (replicas - 1) / replicas
+    link = _LINK if p.tp * replicas <= _NODE else _NETWORK
+    if p.data.sharding == "fsdp":
+        return microbatches * 3 * local * width * share / link
+    return local * share * (max(4, width) + width) / link
