@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..comm.lane import Lane, Pending
-from ..comm.slab import DiskLanes, Slab, SlabFile
+from ..comm.slab import DiskLanes, HostPlace, SharedSlab, Slab, SlabFile, Stay
 from .kind import Kind
 from .needs import Kinds
-from .program import Op, Program
+from .program import Op, Ops, Program
 
 SMALL = 1024
 """Tensors of at most so many elements stay: a copy of their own would cost more than they take."""
@@ -64,6 +64,13 @@ class Block:
         """(nbytes,) of the storage, on the device."""
         assert self.storage is not None
         return torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage)
+
+    def beside(self, slab: Slab | HostPlace) -> Iterator[tuple[Tensor, Tensor]]:
+        """(n,) pieces of it on the device, each with its bytes on the host."""
+        here, at = self.bytes(), 0
+        for there in slab.pieces(self.at, self.nbytes):
+            yield here[at : at + len(there)], there
+            at += len(there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +112,7 @@ class Saved:
         """Of all blocks in a slab."""
         self.state = State.NEW
         self.copy: Pending[None] | None = None
-        self.slab: Slab | None = None
+        self.slab: Slab | HostPlace | None = None
         """Where it is on the host, and where it was while that is being written to the disk."""
         self.left: Pending[None] | None = None
         """The last copy to where it is now."""
@@ -173,8 +180,10 @@ class Offloads:
         self._away = {(op.stage, op.index) for op in program.ranks[rank] if op.kind is Kinds.OFFLOAD}
         self._disk = disk
         self._saved: dict[tuple[int, int], Saved] = {}
+        self._shared = SharedSlab(_stays(program.ranks[rank]), pinned=device.type == "cuda")
+        self._last = next((op for op in reversed(program.ranks[rank]) if op.kind is Kinds.RESUME), None)
         self._slabs: dict[tuple[int, int], Slab] = {}
-        """By stage and slot, like the files."""
+        """Of a program that stores some on the disk, by stage and slot, like the files."""
         self._files: dict[tuple[int, int], SlabFile] = {}
 
     @property
@@ -195,7 +204,7 @@ class Offloads:
     @property
     def host_bytes(self) -> int:
         """Of all slabs."""
-        return sum(slab.memory.nbytes for slab in self._slabs.values())
+        return self._shared.nbytes + sum(slab.memory.nbytes for slab in self._slabs.values())
 
     @property
     def disk_bytes(self) -> int:
@@ -231,13 +240,14 @@ class Offloads:
         for saved in self._saved.values():
             if saved.copy is not None:
                 saved.copy.abandon()
-                if saved.state is State.FETCHING and saved.slab is not None:
+                if saved.state is State.FETCHING and isinstance(saved.slab, Slab):
                     saved.slab.busy = saved.copy
         self._saved.clear()
 
     def close(self) -> None:
         """Gives the slabs back."""
         self.clear()
+        self._shared.close()
         for slab in self._slabs.values():
             slab.memory.close()
         self._slabs.clear()
@@ -252,9 +262,11 @@ class Offloads:
 
     def _offload(self, op: Op) -> None:
         saved = self._enter(op, State.NEW, State.SAVING)
-        slab = saved.slab = self._take(op, saved.nbytes)
+        key = op.stage, op.index
+        stays = self._shared.holds(key)
+        slab = saved.slab = self._shared.take(key, saved.nbytes) if stays else self._take(op, saved.nbytes)
         # The lane keeps what it has to copy until it is done; the list lets go of it at the release.
-        pairs = [(slab.part(b.at, b.nbytes), b.bytes()) for b in saved.blocks]
+        pairs = [(there, here) for b in saved.blocks for here, there in b.beside(slab)]
         saved.copy = saved.left = self._out.submit(lambda: _copy(pairs))
 
     def _release(self, op: Op) -> None:
@@ -274,7 +286,7 @@ class Offloads:
         saved = self._enter(op, State.PREPARED, State.RETURNING)
         slab = saved.slab
         assert slab is not None
-        pairs = [(b.bytes(), slab.part(b.at, b.nbytes)) for b in saved.blocks]
+        pairs = [pair for b in saved.blocks for pair in b.beside(slab)]
         saved.copy = slab.read = self._back.submit(lambda: _copy(pairs))
 
     def _resume(self, op: Op) -> None:
@@ -283,6 +295,8 @@ class Offloads:
         saved.copy.wait()
         # From here on the graph alone holds the blocks, so that each goes as soon as its last user has run.
         del self._saved[op.stage, op.index]
+        if op == self._last:
+            self._shared.settle()
 
     def _take(self, op: Op, nbytes: int) -> Slab:
         """A slab for an activation, made when it is first needed and used in every step."""
@@ -297,7 +311,7 @@ class Offloads:
     def _store(self, op: Op) -> None:
         saved = self._enter(op, State.RELEASED, State.STORED)
         slab, left, lanes = saved.slab, saved.left, self._lanes
-        assert slab is not None and left is not None
+        assert isinstance(slab, Slab) and left is not None
         file = saved.file = self._file(op, saved.nbytes)
         before, data = file.written, slab.view(saved.nbytes)
 
@@ -315,7 +329,7 @@ class Offloads:
     def _fetch(self, op: Op) -> None:
         saved = self._enter(op, State.DROPPED, State.FETCHING)
         slab, file, lanes = saved.slab, saved.file, self._lanes
-        assert slab is not None and file is not None and saved.left is not None
+        assert isinstance(slab, Slab) and file is not None and saved.left is not None
         if not saved.left.done():
             # Who fills a slab waits until it is written, so nobody has yet: the host's copy is still there.
             self._forward(slab, (op.stage, op.slot))
@@ -359,6 +373,16 @@ class Offloads:
         if found is None or found.file.nbytes < nbytes:
             found = self._files[op.stage, op.slot] = self._lanes.file(nbytes)
         return found
+
+
+def _stays(ops: Ops) -> dict[tuple[int, int], Stay]:
+    """When what a rank offloads is on the host, by stage and microbatch; nothing where some of it goes on to the disk:
+    how long that stays depends on the disk, so the slots of the program stand for memory of their own."""
+    if any(op.kind is Kinds.STORE for op in ops):
+        return {}
+    ends = {(op.stage, op.index): at for at, op in enumerate(ops) if op.kind is Kinds.RESUME}
+    out = [(at, op) for at, op in enumerate(ops) if op.kind is Kinds.OFFLOAD]
+    return {(op.stage, op.index): Stay(at, ends[op.stage, op.index], op.slot) for at, op in out}
 
 
 def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:

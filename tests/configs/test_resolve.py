@@ -24,6 +24,7 @@ NOTHING = {
     "hardware.preset": "written out",
     "hardware.peak_tflops": "by the device's name, or measured",
     "hardware.memory_gib": "not known",
+    "hardware.host_gib_s": "measured",
 }
 """What None means for each key that may be so."""
 

@@ -192,7 +192,9 @@ def test_slabs_are_used_again_and_grow_where_more_is_saved_than_before() -> None
                 elif op.kind is not Kinds.BACKWARD:
                     offloads.handlers[op.kind](op)
             sizes.append(offloads.host_bytes)
-        assert sizes[0] == sizes[1] == 2 * 12032 and sizes[2] == sizes[3] == 2 * 36032
+        assert sizes[0] == sizes[1] and sizes[2] == sizes[3]
+        # Planned in pages, of which the smallest activation has a hundred.
+        assert 2 * 12032 <= sizes[0] <= 2 * 12032 * 1.01 and 2 * 36032 <= sizes[2] <= 2 * 36032 * 1.01
         offloads.close()
         assert offloads.host_bytes == 0
 
