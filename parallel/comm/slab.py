@@ -65,7 +65,7 @@ class Stay:
 
 
 @dataclass
-class HostPlace:
+class SlabPlace:
     """The bytes of an activation in a slab that it shares, as `Slab` for one that it has for itself.
 
     Args:
@@ -117,7 +117,7 @@ class SharedSlab:
         """Whether it is for the activation of a stage and microbatch."""
         return key in self._stays
 
-    def take(self, key: tuple[int, int], nbytes: int) -> HostPlace:
+    def take(self, key: tuple[int, int], nbytes: int) -> SlabPlace:
         """For an activation, by its stage and microbatch.
 
         Raises:
@@ -126,14 +126,14 @@ class SharedSlab:
         self._sizes[key] = max(nbytes, self._sizes.get(key, 0))
         runs = self._places.get(key)
         if self._whole is not None and runs is not None and nbytes <= sum(count for _, count in runs):
-            return HostPlace(tuple(self._whole.tensor[at : at + count] for at, count in runs))
+            return SlabPlace(tuple(self._whole.tensor[at : at + count] for at, count in runs))
         apart = key[0], self._stays[key].slot
         memory = self._apart.get(apart)
         if memory is None or memory.nbytes < nbytes:
             if memory is not None:
                 memory.close()
             memory = self._apart[apart] = HostMemory(nbytes, pinned=self._pinned)
-        return HostPlace((memory.tensor[:nbytes],))
+        return SlabPlace((memory.tensor[:nbytes],))
 
     def settle(self) -> None:
         """Plans the places after a step in which something had none; nothing may be on the host, nor on its way.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..comm.lane import Lane, Pending
-from ..comm.slab import DiskLanes, HostPlace, SharedSlab, Slab, SlabFile, Stay
+from ..comm.slab import DiskLanes, SharedSlab, Slab, SlabFile, SlabPlace, Stay
 from .kind import Kind
 from .needs import Kinds
 from .program import Op, Ops, Program
@@ -65,7 +65,7 @@ class Block:
         assert self.storage is not None
         return torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage)
 
-    def beside(self, slab: Slab | HostPlace) -> Iterator[tuple[Tensor, Tensor]]:
+    def beside(self, slab: Slab | SlabPlace) -> Iterator[tuple[Tensor, Tensor]]:
         """(n,) pieces of it on the device, each with its bytes on the host."""
         here, at = self.bytes(), 0
         for there in slab.pieces(self.at, self.nbytes):
@@ -112,7 +112,7 @@ class Saved:
         """Of all blocks in a slab."""
         self.state = State.NEW
         self.copy: Pending[None] | None = None
-        self.slab: Slab | HostPlace | None = None
+        self.slab: Slab | SlabPlace | None = None
         """Where it is on the host, and where it was while that is being written to the disk."""
         self.left: Pending[None] | None = None
         """The last copy to where it is now."""
