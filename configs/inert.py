@@ -96,6 +96,12 @@ JOB: tuple[Inert[Config], ...] = (
         lambda c: c.parallel.pipeline.vocab == "ends",
     ),
     Inert(("parallel.context",), ("parallel.cp",), lambda c: c.parallel.cp == 1),
+    Inert(("memory.recompute_parts",), ("memory.recompute",), lambda c: c.memory.recompute != "selective"),
+    Inert(
+        ("memory.recompute_every", "memory.recompute_layers"),
+        ("memory.recompute",),
+        lambda c: c.memory.recompute not in ("full", "selective"),
+    ),
     Inert(("parallel.data.bucket_mib",), ("parallel.data.sharding",), lambda c: c.parallel.data.sharding == "fsdp"),
     Inert(
         ("memory.optimizer_stride", "memory.optimizer_subgroup_mib"),

@@ -98,8 +98,14 @@ class ParallelConfig:
 class MemoryConfig:
     """What is kept in memory between the forward and the backward pass."""
 
-    recompute: Literal["none", "full"] = "none"
-    """full: a layer keeps its input only and is run again in the backward pass."""
+    recompute: Literal["none", "full", "selective"] = "none"
+    """full: a layer keeps its input only and is run again in the backward pass; selective: parts of it are."""
+    recompute_parts: tuple[str, ...] = ("norm", "activation")
+    """selective: any of norm, activation, attention, latent, ffn, moe (docs/memory.md)."""
+    recompute_every: int = 1
+    """full, selective: of every so many layers, the first one."""
+    recompute_layers: int | None = None
+    """full, selective: so many of these layers of each stage at most, its first ones; null: all."""
     offload_activations: Literal["none", "all", "auto"] | float = "none"
     """What the backward pass needs is on the host until then: nothing of it, all, a share of each rank's (0.5), the
     longest-lived first, or (auto) what costs no time."""

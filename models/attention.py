@@ -6,6 +6,8 @@ heads that its weights have, whatever part of the model's heads that is.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from ..parallel.kernels.attention import attention
 from ..parallel.kernels.device import local_attention
 from ..parallel.kernels.interfaces import AttentionCall, Core
 from ..parallel.kernels.mask import Mask
+from ..parallel.recompute import run_part
 from .functional import rotate
 from .linear import Linear, project
 from .norms import RmsNorm
@@ -47,6 +50,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, seq: Sequences) -> Tensor:
         """x (N, h) → (N, h)."""
+        q, k, v = run_part("attention", partial(self.heads, seq), x)
+        y = self.core(q, k, v, AttentionCall(seq.layout, self.window, self.scale, self.sinks))
+        return self.out(y.reshape(seq.batch * seq.length, -1))
+
+    def heads(self, seq: Sequences, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, T, H, d), k and v (B, T, K, d) from x (N, h)."""
         q, k, v = project(x, self.q, self.k, self.v)
         if self.norm_heads_together:
             q, k = self._norm(q, k)
@@ -55,8 +64,7 @@ class Attention(nn.Module):
             q, k = self._norm(q, k)
         if seq.cos is not None and seq.sin is not None:
             q, k = (rotate(y, seq.cos, seq.sin, self.interleaved) for y in (q, k))
-        y = self.core(q, k, v, AttentionCall(seq.layout, self.window, self.scale, self.sinks))
-        return self.out(y.reshape(seq.batch * seq.length, -1))
+        return q, k, v
 
     def _norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return q if self.q_norm is None else self.q_norm(q), k if self.k_norm is None else self.k_norm(k)

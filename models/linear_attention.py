@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 
 from ..configs.schema import ModelConfig
 from ..parallel.kernels.precision import precise
+from ..parallel.recompute import run_part
 from .functional import swiglu
 from .linear import Linear, project
 from .norms import RmsNorm
@@ -349,15 +351,19 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor, seq: Sequences) -> Tensor:
         """x (N, h) → (N, h)."""
+        q, k, v, g, gate = run_part("attention", partial(self.heads, seq), x)
+        documents, joined = (
+            None if y is None else y.to(x.device) for y in (seq.layout.mine.documents, seq.layout.joined)
+        )
+        y = gated_linear_attention(q, k, v, g, documents, joined, chunk=self.chunk, neighbours=self.neighbours)
+        y = run_part("norm", self.head_norm, y)
+        return self.out(run_part("activation", swiglu, gate, y.reshape(seq.batch * seq.length, -1)))
+
+    def heads(self, seq: Sequences, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q, k (B, T, H, d), v (B, T, H, e), log-decays (B, T, H, d) and gates (N, H e) from x (N, h)."""
         low = self.decay_up(self.decay_down(x))
         q, k, v, gate = project(x, self.q, self.k, self.v, self.gate)
         d, e = self.widths
         g = F.logsigmoid(low.to(precise(x.dtype))) / GATE_DIVISOR
         q, k, g = (y.view(seq.batch, seq.length, -1, d) for y in (q, k, g))
-        v = v.view(seq.batch, seq.length, -1, e)
-        documents, joined = (
-            None if y is None else y.to(x.device) for y in (seq.layout.mine.documents, seq.layout.joined)
-        )
-        y = gated_linear_attention(q, k, v, g, documents, joined, chunk=self.chunk, neighbours=self.neighbours)
-        y = self.head_norm(y)
-        return self.out(swiglu(gate, y.reshape(seq.batch * seq.length, -1)))
+        return q, k, v.view(seq.batch, seq.length, -1, e), g, gate

@@ -14,12 +14,14 @@ places may be fewer than N, and the heads fewer than the model's: the projection
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..configs.schema import ModelConfig
 from ..parallel.kernels.interfaces import AttentionCall, Core, LatentCore
+from ..parallel.recompute import run_part
 from .attention import attend
 from .functional import rotate
 from .linear import Linear, project
@@ -63,24 +65,33 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, seq: Sequences) -> Tensor:
         """x (N, h) → (N, h)."""
-        if self.q is not None:
-            q, low = self.q(x), self.kv_down(x)
+        q, k, v = run_part("attention", partial(self.heads, seq), x)
+        call = AttentionCall(seq.layout, self.window, self.scale)
+        if self.latent_core is not None:
+            y = self.latent_core(q, k, v, self.kv_up, self.keys_values, call)
         else:
-            q, low = project(x, self.q_down, self.kv_down)
-            q = self.q_up(self.q_norm(q))
+            y = self.core(q, k, v, call)
+        return self.out(y.reshape(seq.batch * seq.length, -1))
+
+    def heads(self, seq: Sequences, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From x (N, h) what the core reads: q (B, T, H, n + p), k and v, or what a `latent_core` makes these of."""
+        q, low = (self.q(x), self.kv_down(x)) if self.q is not None else project(x, self.q_down, self.kv_down)
+        return run_part("latent", partial(self.expanded, seq), q, low)
+
+    def expanded(self, seq: Sequences, q: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same from the narrow vectors: queries (N, q_rank), or whole ones; latents and rotary keys (N, r + p)."""
+        if self.q is None:
+            q = self.q_up(run_part("norm", self.q_norm, q))
         latent, turning = low.split((self.mla.kv_rank, self.mla.rope_dim), dim=-1)
-        latent, turning = self.kv_norm(latent), self.gather_tokens(turning)
+        latent, turning = run_part("norm", self.kv_norm, latent), self.gather_tokens(turning)
         shape = (seq.batch, seq.length, -1)
         q = q.view(*shape, self.mla.nope_dim + self.mla.rope_dim)
         turning = turning.view(*shape, self.mla.rope_dim)
         if seq.cos is not None and seq.sin is not None:
             q, turning = (rotate(y, seq.cos, seq.sin, self.interleaved) for y in (q, turning))
-        call = AttentionCall(seq.layout, self.window, self.scale)
         if self.latent_core is not None:
-            y = self.latent_core(q, latent, turning.squeeze(2), self.kv_up, self.keys_values, call)
-        else:
-            y = self.core(q, *self.keys_values(self.kv_up(latent), turning.squeeze(2)), call)
-        return self.out(y.reshape(seq.batch * seq.length, -1))
+            return q, latent, turning.squeeze(2)
+        return q, *self.keys_values(self.kv_up(latent), turning.squeeze(2))
 
     def keys_values(self, expanded: Tensor, turning: Tensor) -> tuple[Tensor, Tensor]:
         """k (B, T, H, n + p) and v (B, T, H, e) from the expanded latents (B · T, H (n + e)) and the turned keys

@@ -9,15 +9,14 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..configs.schema import ModelConfig
 from ..parallel.expert.dispatch import Dispatcher
 from ..parallel.expert.make import local_dispatcher
 from ..parallel.grouped_projection import Groups, Local, RecomputedInput
+from ..parallel.recompute import run_part
 from .dropout import Draws
-from .feed_forward import FeedForward
-from .functional import swiglu, swiglu_clipped
+from .feed_forward import FeedForward, activation_of
 from .linear import GroupedLinear, Linear, project_grouped
 from .routing.router import Router
 from .sequences import Sequences
@@ -37,18 +36,19 @@ class Experts(nn.Module):
         for linear in (self.gate, self.up, self.down):
             if linear is not None:
                 linear.apply_weights = Local(moe.compute)
-        if gated:
-            self.activation = swiglu_clipped if cfg.activation == "swiglu_clipped" else swiglu
-        else:
-            self.activation = partial(F.gelu, approximate="tanh" if cfg.activation == "gelu_tanh" else "none")
+        self.activation = activation_of(cfg)
 
-    def forward(self, rows: Tensor | RecomputedInput, groups: Groups, weights: Tensor | None = None) -> Tensor:
+    def forward(self, rows: Tensor, groups: Groups, weights: Tensor | None = None) -> Tensor:
         """rows (R, h), expert by expert → (R, h), multiplied by weights (R,) where these are given.
 
         Of (R, f) tensors only the outputs of gate and up are kept: the activation, weighted or not, is made again.
         """
-        before = project_grouped(rows, groups, *(() if self.gate is None else (self.gate,)), self.up)
+        before = run_part("moe", partial(self.wide, groups), rows)
         return self.down(RecomputedInput(self.activation, before, weights), groups)
+
+    def wide(self, groups: Groups, rows: Tensor) -> tuple[Tensor, ...]:
+        """What the activation reads of rows (R, h), each (R, f): gate and up, or up alone."""
+        return project_grouped(rows, groups, *(() if self.gate is None else (self.gate,)), self.up)
 
 
 class Moe(nn.Module):

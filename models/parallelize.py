@@ -25,12 +25,13 @@ from ..parallel.sharding_rules import Axes, ColumnWise, Plan, RowWise, Rule, Sha
 from ..parallel.tensor import ColumnProjection, RowProjection
 from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard
 from .attention import Attention
+from .costs.activations import Choice
 from .costs.parts import Part
 from .linear import Linear
 from .linear_attention import LinearAttention
 from .mla import LatentAttention
 from .moe import Moe
-from .recompute import run_layer_again
+from .recompute import RunLayers
 from .sharding import plan_of
 from .transformer import Transformer
 from .weights.initialise import initial
@@ -79,7 +80,7 @@ def build_model(
     dtype: torch.dtype,
     part: Part | None = None,
     balanced: bool = False,
-    recompute: bool = False,
+    remade: Mapping[int, Choice] | None = None,
     context: ContextConfig | None = None,
     memory: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[Transformer, dict[str, Sharding]]:
@@ -90,15 +91,15 @@ def build_model(
     Args:
         part: what this rank's stages hold; none: everything.
         balanced: embedding and head are cut over the tensor and pipeline ranks, which the pipeline's program runs.
-        recompute: each layer keeps its input only, and runs again in backward.
+        remade: what layers make again in backward, by index; none: nothing.
         context: how attention spans the context ranks; none: they are one.
         memory: of parameters that exist already, by name; none is made for these.
     """
     with torch.device("meta"):
         model = Transformer(cfg, part)
     where = shardings(model, mesh, balanced=balanced)
-    if recompute:
-        model.run_layer = run_layer_again
+    if remade:
+        model.run_layer = RunLayers(remade)
     for name, sharding in where.items():
         owner, leaf = _owner(model, name)
         local = (memory or {}).get(name)

@@ -1,27 +1,43 @@
-"""Recompute: a layer keeps its input only, and its forward runs again when its backward needs the rest."""
+"""Recompute: what of each layer is not kept for its backward pass, and so runs again in it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
+import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from ..parallel.recompute import remaking, run_again
+from .costs.activations import Choice
 from .dropout import Draws
 from .sequences import Sequences
 from .transformer import Layer
 
 
-def run_layer_again(layer: Layer, x: Tensor, seq: Sequences, draws: Draws | None) -> Tensor:
-    """x (N, h) → (N, h), a `transformer.RunLayer`.
+@dataclass(frozen=True)
+class RunLayers:
+    """A `transformer.RunLayer` of a model whose layers are made again as a whole or in parts.
 
-    The graph is that of the first run; the second one only fills in the tensors that it needs. No random state is
-    saved: every draw of a layer is keyed (`dropout.Draws`), so the second run makes the same ones. What a router
-    decides is kept (`Sequences.kept`), for it could turn on the last bit of a score, and neither counted nor
-    agreed on twice.
+    Args:
+        remade: of each layer, by index; a layer that it lacks keeps everything.
     """
-    if layer.moe is not None:
-        seq = replace(seq, kept={})
-    y = checkpoint(layer, x, seq, draws, use_reentrant=False, preserve_rng_state=False)
-    assert isinstance(y, Tensor)
-    return y
+
+    remade: Mapping[int, Choice]
+
+    def __call__(self, layer: Layer, x: Tensor, seq: Sequences, draws: Draws | None) -> Tensor:
+        """x (N, h) → (N, h)."""
+        choice = self.remade.get(layer.index, "none")
+        if choice == "none" or not torch.is_grad_enabled():
+            return layer(x, seq, draws)
+        if choice == "full":
+            # What a router decides is kept: it could turn on the last bit of a score, and is counted once.
+            seq = replace(seq, kept={}) if layer.moe is not None else seq
+            return run_again(partial(_run, layer, seq, draws), x)
+        with remaking(frozenset(choice)):
+            return layer(x, seq, draws)
+
+
+def _run(layer: Layer, seq: Sequences, draws: Draws | None, x: Tensor) -> Tensor:
+    return layer(x, seq, draws)

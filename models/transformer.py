@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..configs.schema import ModelConfig
 from ..parallel.kernels.mask import TokenLayout
+from ..parallel.recompute import run_part
 from ..parallel.vocab import Look, look_up, whole_vocabulary
 from .attention import Attention
 from .costs.parts import Part
@@ -51,9 +52,9 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, seq: Sequences, draws: Draws | None = None) -> Tensor:
         """x (N, h) → (N, h)."""
-        y = self.attention(self.attention_norm(x), seq)
+        y = self.attention(run_part("norm", self.attention_norm, x), seq)
         x = x + (draws.drop(y, 2 * self.index) if draws else y)
-        y = self.ffn_norm(x)
+        y = run_part("norm", self.ffn_norm, x)
         if self.moe is not None:
             y = self.moe(y, seq, draws)
         elif self.ffn is not None:

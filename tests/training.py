@@ -90,7 +90,9 @@ def job(
             data=DataParallelConfig(sharding=sharding, bucket_mib=bucket_mib),  # type: ignore[arg-type]
             pipeline=PipelineConfig(**{"schedule": "1f1b", "chunks": 1, **(pipeline or {})}),
         ),
-        memory=MemoryConfig(recompute=recompute, offload_activations=offload, group=group, **(memory or {})),  # type: ignore[arg-type]
+        memory=MemoryConfig(
+            **{"recompute": recompute, "offload_activations": offload, "group": group, **(memory or {})}
+        ),
         train=TrainConfig(**{**settings, **train}),
         optim=AdamWConfig(lr=3e-3, schedule=schedule) if optim == "adamw" else SgdConfig(lr=0.1, schedule=schedule),
         data=StdlibData(),

@@ -211,7 +211,7 @@ def make_model(
         dtype=held,
         part=pipeline.split.part(stages),
         balanced=pipeline.split.balanced,
-        recompute=cfg.memory.recompute == "full",
+        remade=pipeline.remade,
         context=cfg.parallel.context,
         memory=kept.params if kept is not None else {},
     )

@@ -63,6 +63,9 @@ _KEYS: dict[str, str] = {
     "log.tensorboard": "tensorboard_dir enable_tensorboard",
     "memory.recompute": "activation_checkpointing gradient_checkpointing activation_checkpoint recompute_granularity "
     "recompute_activations ac",
+    "memory.recompute_parts": "recompute_modules",
+    "memory.recompute_layers": "recompute_num_layers",
+    "memory.recompute_every": "selective_ac_option",
     "memory.offload_activations": "activation_offload activation_offloading fine_grained_activation_offloading "
     "cpu_offloading enable_activation_offloading",
     "name": "run_name exp_name experiment_name job_name",

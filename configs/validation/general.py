@@ -58,6 +58,8 @@ _POSITIVE = [
     "parallel.dp",
     "parallel.pipeline.chunks",
     "parallel.pipeline.group",
+    "memory.recompute_every",
+    "memory.recompute_layers",
     "train.steps",
     "train.global_batch",
     "train.micro_batch",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from ..errors import Problem
+from ..errors import Problem, nearest
+from ..reading.hints import meant
 from ..schema import Config
+from ..tables.layer_parts import FOREIGN_PARTS, LAYER_PARTS
 
 
 def validate_memory(config: Config) -> list[Problem]:
     """Every problem of the section, in the order of its keys."""
     wanted, sharding = config.memory.offload_activations, config.parallel.data.sharding
-    key, problems = "memory.offload_activations", []
+    key, problems = "memory.offload_activations", _parts(config) if config.memory.recompute == "selective" else []
     if isinstance(wanted, float) and not 0 < wanted <= 1:
         problems.append(Problem(key, f"{wanted:g} is no share of the activations; set none, all, auto or 0 to 1"))
     if wanted != "none" and sharding == "fsdp":
@@ -39,3 +41,29 @@ def _optimizer(config: Config) -> list[Problem]:
         message = f"{memory.optimizer_subgroup_mib:g} MiB hold no subgroup; set more than 0, as 64"
         problems.append(Problem("memory.optimizer_subgroup_mib", message))
     return problems
+
+
+def _parts(config: Config) -> list[Problem]:
+    """What is wrong with the parts that are to be made again."""
+    key, parts = "memory.recompute_parts", config.memory.recompute_parts
+    if not parts:
+        return [Problem(key, f"is empty; set some of {', '.join(LAYER_PARTS)}, or memory.recompute=none")]
+    problems = [Problem(key, _unknown(part)) for part in parts if part not in LAYER_PARTS]
+    m = config.model
+    if "latent" in parts and not m.mla.kv_rank:
+        message = "latent, but the model has no latent attention (model.mla.kv_rank=0); leave it out"
+        problems.append(Problem(key, message, ("model.mla.kv_rank",)))
+    if "moe" in parts and not m.moe.experts:
+        message = "moe, but the model has no experts (model.moe.experts=0); leave it out"
+        problems.append(Problem(key, message, ("model.moe.experts",)))
+    return problems
+
+
+def _unknown(part: str) -> str:
+    if part in ("head", "core_attn", "attention_core"):
+        kept = {"head": "the head keeps no logits, only the gradient that it makes in its forward pass"}.get(
+            part, "attention's core keeps its output and log-sum-exp, and makes its scores again in any case"
+        )
+        return f"{part}: {kept}; leave it out"
+    near = FOREIGN_PARTS.get(part) or nearest(part, LAYER_PARTS)
+    return f"{part} is no part of a layer that can be made again; one of {', '.join(LAYER_PARTS)}{meant(near)}"

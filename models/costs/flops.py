@@ -132,11 +132,6 @@ def flops_per_step(model: ModelConfig, tokens: int, pairs: float) -> float:
     return step_flops(model, tokens, pairs).total
 
 
-def flops_again(model: ModelConfig, tokens: int, pairs: float) -> float:
-    """FLOPs of a step's second forward pass of all layers (memory.recompute=full); arguments as for `step_flops`."""
-    return step_flops(model, tokens, pairs).layers / 3
-
-
 def layer_flops(model: ModelConfig, seq_len: int) -> tuple[float, ...]:
     """FLOPs of a forward pass of one sequence: of each layer, each prediction module, last of all uses of the head."""
     s, active, routed, linear = sizes(model), active_experts(model), set(model.routed_layers), set(model.linear_layers)

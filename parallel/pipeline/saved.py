@@ -20,10 +20,10 @@ from enum import Enum, auto
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from ..comm.lane import Lane, Pending
 from ..comm.slab import DiskLanes, SharedSlab, Slab, SlabFile, SlabPlace, Stay
+from ..saved_tensors import Strided, keeping, without_history
 from .kind import Kind
 from .needs import Kinds
 from .program import Op, Ops, Program
@@ -78,13 +78,10 @@ class View:
     """A saved tensor: what autograd holds instead of it."""
 
     block: Block
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
+    how: Strided
 
     def tensor(self) -> Tensor:
-        """The tensor, `shape` (n, …), in the block's present memory.
+        """The tensor (…) in the block's present memory.
 
         Raises:
             RuntimeError: the block is on the host: the program has no RES before this backward pass.
@@ -92,12 +89,11 @@ class View:
         storage = self.block.storage
         if storage is None:
             raise RuntimeError("a saved activation is read while it is on the host")
-        empty = torch.empty(0, dtype=self.dtype, device=storage.device)
-        return empty.set_(storage, self.offset, self.shape, self.stride)
+        return self.how.on(storage)
 
 
 class Saved:
-    """What one forward pass has saved.
+    """What one forward pass has saved; a `saved_tensors.Keeper`.
 
     Args:
         device: of the tensors that are caught; others stay where they are.
@@ -121,7 +117,7 @@ class Saved:
     @contextmanager
     def catching(self) -> Iterator[None]:
         """A forward pass inside this block saves here."""
-        with saved_tensors_hooks(self._pack, self._unpack):
+        with keeping(self):
             yield
         self._known.clear()
 
@@ -131,25 +127,26 @@ class Saved:
         mine = (block.storage for block in self.blocks)
         return tensor.numel() > SMALL and any(s is not None and s.data_ptr() == address for s in mine)
 
-    def _pack(self, tensor: Tensor) -> Tensor | View:
+    def pack(self, tensor: Tensor) -> Tensor | View:
+        """A view into a block, or the tensor (…) where it stays."""
         if tensor.numel() <= SMALL or tensor.device != self._device or tensor.layout is not torch.strided:
-            return tensor
+            return without_history(tensor)
         if isinstance(tensor, nn.Parameter):
             return tensor
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
         if address in self._elsewhere:
-            return tensor
+            return without_history(tensor)
         # By address: the block keeps the storage alive, so no other one can have it while this forward pass runs.
         block = self._known.get(address)
         if block is None:
             block = self._known[address] = Block(storage, self.nbytes)
             self.blocks.append(block)
             self.nbytes += -(-block.nbytes // _ALIGN) * _ALIGN
-        return View(block, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        return View(block, Strided.of(tensor))
 
-    @staticmethod
-    def _unpack(held: Tensor | View) -> Tensor:
+    def unpack(self, held: Tensor | View) -> Tensor:
+        """The tensor (…) again."""
         return held.tensor() if isinstance(held, View) else held
 
 

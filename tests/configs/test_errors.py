@@ -118,6 +118,7 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
 
 _PP = ["parallel.pp=2", "parallel.dp=1"]
 _P = "parallel.pipeline"
+_PARTS = ["memory.recompute=selective"]
 WRONG += [
     (["parallel.pp=0", "parallel.dp=2"], "parallel.pp", ["at least 1", "0"]),
     ([*_PP, f"{_P}.schedule=2f2b"], f"{_P}.schedule", ["one of gpipe, 1f1b", "dualpipev", "2f2b"]),
@@ -141,7 +142,13 @@ WRONG += [
     ([*_PP, f"{_P}.layers=[-1, 5]"], f"{_P}.layers", ["at least 0", "-1"]),
     ([*_PP, f"{_P}.layers=even"], f"{_P}.layers", ["auto or a list of integers", "even"]),
     ([*_PP, "parallel.data.sharding=fsdp"], "parallel.data.sharding", ["fsdp", "parallel.pp=2", "zero1"]),
-    (["memory.recompute=some"], "memory.recompute", ["one of none, full", "some"]),
+    (["memory.recompute=some"], "memory.recompute", ["one of none, full, selective", "some"]),
+    ([*_PARTS, "memory.recompute_parts=[]"], "memory.recompute_parts", ["empty", "norm, activation", "none"]),
+    ([*_PARTS, "memory.recompute_parts=[mlp]"], "memory.recompute_parts", ["mlp is no part", "did you mean ffn"]),
+    ([*_PARTS, "memory.recompute_parts=[head]"], "memory.recompute_parts", ["head keeps no logits", "leave it out"]),
+    ([*_PARTS, "memory.recompute_parts=[moe]"], "memory.recompute_parts", ["moe", "model.moe.experts=0"]),
+    ([*_PARTS, "memory.recompute_parts=[latent]"], "memory.recompute_parts", ["latent", "model.mla.kv_rank=0"]),
+    (["memory.recompute=full", "memory.recompute_every=0"], "memory.recompute_every", ["at least 1", "0"]),
     (["memory.group=0"], "memory.group", ["at least 1 layer", "0"]),
     (["memory.group=2", "parallel.data.sharding=fsdp"], "memory.group", ["2: fsdp", "zero1"]),
 ]

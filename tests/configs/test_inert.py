@@ -156,6 +156,8 @@ CASES: list[tuple[list[str], str, list[str], Observe | None]] = [
     ([], f"{CTX}.method=allgather", ["parallel.cp=2"], context),
     (["parallel.data.sharding=fsdp"], "parallel.data.bucket_mib=0.01", ["parallel.data.sharding=zero1"], None),
     ([], "memory.optimizer_stride=2", ["memory.offload_optimizer=host"], None),
+    (["memory.recompute=full"], "memory.recompute_parts=[ffn]", ["memory.recompute=selective"], None),
+    ([], "memory.recompute_every=2", ["memory.recompute=full"], None),
     ([], "data.tokenizer.eod=end", ["data.tokenizer.path=tokenizer.json"], None),
     (["data.name=bin", "data.paths=[tokens]"], "data.cache=elsewhere", ["data.name=text"], None),
     ([], "eval.steps=9", ["eval.every=1"], None),

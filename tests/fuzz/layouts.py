@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pentad.configs.tables.context_methods import CONTEXT_METHODS
+from pentad.configs.tables.layer_parts import LAYER_PARTS
 from pentad.configs.tables.schedules import SCHEDULES
 from tests.fuzz.draws import Draws, Keys, common_divisors
 
@@ -28,7 +29,7 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
     keys["parallel.data.bucket_mib"] = draws.pick({0.0001: 1, 0.001: 1, 0.01: 1, 0.1: 0.5, 32: 1})
     if draws.maybe(0.3):
         del keys["parallel.dp"]  # derived
-    keys["memory.recompute"] = draws.pick({"none": 2, "full": 1})
+    keys |= _recompute(draws, model)
     if keys["parallel.data.sharding"] != "fsdp":
         keys["memory.offload_activations"] = draws.pick({"none": 2, "all": 1, 0.5: 0.5, "auto": 0.5})
         if draws.maybe(0.4):
@@ -46,6 +47,17 @@ def _optimizer(draws: Draws) -> Keys:
         keys["memory.optimizer_stride"] = draws.choice(["auto", 0, 1, 2, 3])
         keys["memory.optimizer_subgroup_mib"] = draws.choice([0.001, 0.1, 64])
     return keys
+
+
+def _recompute(draws: Draws, model: Mapping[str, object]) -> Keys:
+    keys: Keys = {"recompute": draws.pick({"none": 2, "full": 1, "selective": 1.5})}
+    if keys["recompute"] == "selective":
+        missing = {"latent": "model.mla.kv_rank" not in model, "moe": not model.get("model.moe.experts")}
+        parts = [part for part in LAYER_PARTS if not missing.get(part) and draws.maybe(0.6)]
+        keys["recompute_parts"] = parts or ["norm"]
+    if keys["recompute"] != "none" and draws.maybe(0.3):
+        keys |= {"recompute_every": draws.choice([1, 2, 3]), "recompute_layers": draws.choice([None, 1, 2])}
+    return {f"memory.{key}": value for key, value in keys.items()}
 
 
 def _experts(draws: Draws, degrees: Mapping[str, int], experts: int, ffn: int) -> Keys:

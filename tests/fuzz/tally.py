@@ -82,6 +82,7 @@ def _layout(layout: Layout) -> dict[str, list[str]]:
         "sharding": [p.data.sharding],
         "bucket": [f"{p.data.bucket_mib:g}"],
         "recompute": [layout.config.memory.recompute],
+        "parts": list(layout.config.memory.recompute_parts) if layout.config.memory.recompute == "selective" else [],
         "offload": [str(layout.config.memory.offload_activations)],
     }
     if p.pp > 1:

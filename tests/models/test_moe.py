@@ -13,7 +13,7 @@ from pentad.configs.schema import ModelConfig
 from pentad.configs.schema_model import MoeConfig, RouterConfig
 from pentad.models.moe import Experts, Moe
 from pentad.models.sequences import Sequences
-from pentad.parallel.grouped_projection import Groups, RecomputedInput
+from pentad.parallel.grouped_projection import Groups
 from pentad.parallel.kernels.mask import TokenIndex, TokenLayout
 
 BATCH, LENGTH, HIDDEN, INNER, EXPERTS = 2, 20, 32, 48, 8
@@ -218,17 +218,3 @@ def test_experts_keep_the_rows_and_what_the_activation_reads(weighted: bool) -> 
     shapes = sorted(tuple(t.shape) for t in kept.values())
     wide, narrow = (sum(counts), INNER), (sum(counts), HIDDEN)
     assert shapes == ([(sum(counts),)] if weighted else []) + [narrow, wide, wide]
-
-
-def test_rows_may_be_gathered_again_in_backward() -> None:
-    counts = (9, 0, 11, 0, 0, 0, 0, 4)
-    index = torch.randint(0, 10, (sum(counts),), generator=torch.Generator().manual_seed(0))
-    grads = []
-    for again in (False, True):
-        experts = Experts(CONFIG).double()
-        _fill(experts)
-        x = torch.randn(10, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        rows = RecomputedInput(lambda x: x.index_select(0, index), (x,)) if again else x[index]
-        experts(rows, Groups(counts)).pow(2).sum().backward()
-        grads.append([x.grad, *(param.grad for param in experts.parameters())])
-    torch.testing.assert_close(grads[1], grads[0], rtol=1e-12, atol=1e-12)

@@ -35,7 +35,7 @@ MATHS = (
     *sorted((MODELS / "routing").glob("*.py")),
 )
 
-SEAMS = {"expert", "gradients", "grouped_projection", "kernels", "labels", "projection", "vocab"}
+SEAMS = {"expert", "gradients", "grouped_projection", "kernels", "labels", "projection", "recompute", "vocab"}
 """The files and folders of parallel/ that hold what a model calls; each has a default for one device."""
 
 WORDS = re.compile(

@@ -20,13 +20,11 @@ Not counted: fragmentation, and scratch that kernels keep for themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 from ...configs import Config
 from ...configs.tables.schedules import SCHEDULES
-from ...models.costs.activations import Choice
 from ...models.costs.moments.ways import Bench, Ways
 from ...parallel.pipeline.communication import is_lowered, slots
 from ...parallel.pipeline.kind import Kind, Role
@@ -184,7 +182,7 @@ class _Job:
             def bench(layer: int) -> Bench:
                 return self.bench.with_rows(*(known.get(layer) or (None, None)))
 
-            return stage_bytes(self.bench, places[stage], choice_of(self.cfg), bench)
+            return stage_bytes(self.bench, places[stage], self.pipeline.choice, bench)
 
         def stage(index: int, microbatch: int) -> StageBytes:
             return of(index, tuple(self.routed.get((layer, microbatch)) for layer in experts[index]))
@@ -225,11 +223,6 @@ def _routed_layers(cfg: Config, layers: tuple[int, ...], last: bool) -> tuple[in
     ahead = tuple(range(cfg.model.layers, cfg.model.layers + cfg.model.mtp)) if last else ()
     wanted = set(cfg.model.routed_layers)
     return tuple(layer for layer in (*layers, *ahead) if layer in wanted)
-
-
-def choice_of(cfg: Config) -> Callable[[int], Choice]:
-    """What each layer makes again."""
-    return lambda layer: cfg.memory.recompute
 
 
 def _reduced(ways: Ways, bucket: FlatBucket, width: int) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...configs.schema import Config
 from ...configs.tables.schedules import SCHEDULES, is_program
+from ...models.costs.activations import Choice
+from ...models.costs.flops import mean_pairs
 from ...models.costs.parts import StageSplit
+from ...models.costs.recompute import flops_again, remade_layers
 from ...parallel.pipeline import schedules
 from ...parallel.pipeline.check import check_program
 from ...parallel.pipeline.communication import is_lowered
@@ -38,6 +41,7 @@ class Pipeline:
         parts: part-stages of each of them (`memory.group`); all that follows counts these as stages.
         split: the layers of each part-stage.
         times: of their passes.
+        remade: what each layer makes again in its backward pass.
     """
 
     stages: tuple[int, ...]
@@ -45,18 +49,22 @@ class Pipeline:
     parts: tuple[int, ...]
     split: StageSplit
     times: Times
+    remade: Mapping[int, Choice]
 
     @staticmethod
     def of(cfg: Config) -> Pipeline:
         """The pipeline that the config asks for: layers split by their cost, or as it says."""
         stages = StageLayers.of(cfg)
 
-        def times(split: StageSplit) -> Times:
-            return _times(cfg, split, max(stages.placement) + 1, *stages.costs)
-
+        ahead = tuple(range(cfg.model.layers, cfg.model.layers + cfg.model.mtp))
         whole = StageSplit.of(stages.counts, balanced=stages.balanced)
         split = StageSplit.of([n for group in stages.groups for n in group], balanced=stages.balanced)
-        return Pipeline(stages.placement, times(whole), tuple(map(len, stages.groups)), split, times(split))
+        remade = remade_layers(cfg.memory, (*whole.layers[:-1], (*whole.layers[-1], *ahead)))
+
+        def times(split: StageSplit) -> Times:
+            return _times(cfg, split, max(stages.placement) + 1, remade, *stages.costs)
+
+        return Pipeline(stages.placement, times(whole), tuple(map(len, stages.groups)), split, times(split), remade)
 
     @property
     def placement(self) -> tuple[int, ...]:
@@ -68,6 +76,10 @@ class Pipeline:
         """Layers of each stage of the schedule."""
         layers = self.split.layers
         return tuple(sum(len(layers[part]) for part in mine) for mine in part_stages(self.parts))
+
+    def choice(self, layer: int) -> Choice:
+        """What a layer makes again."""
+        return self.remade.get(layer, "none")
 
     @property
     def ends(self) -> tuple[int, int]:
@@ -163,13 +175,28 @@ def evaluation_program(cfg: Config, pipeline: Pipeline, microbatches: int) -> Pr
     return program
 
 
-def _times(cfg: Config, split: StageSplit, ranks: int, costs: Sequence[float], ahead: float, head: float) -> Times:
+def _times(
+    cfg: Config,
+    split: StageSplit,
+    ranks: int,
+    remade: Mapping[int, Choice],
+    costs: Sequence[float],
+    ahead: float,
+    head: float,
+) -> Times:
     """Of the passes through each stage; `costs` of the layers, prediction modules and head are in one unit."""
     unit = sum(costs) / ranks
     forward, head = [sum(costs[layer] for layer in layers) / unit for layers in split.layers], head / unit
     forward[-1] += ahead / unit
-    again = 1.0 if cfg.memory.recompute == "full" else 0.0
-    grad = [(1.0 + again) * f for f in forward]
+    again = {
+        layer: flops_again(cfg.model, cfg.train.seq_len, mean_pairs(cfg.model, [cfg.train.seq_len]), {layer: choice})
+        for layer, choice in remade.items()
+    }
+    grad = [
+        f + sum(again.get(layer, 0.0) for layer in layers) / unit
+        for f, layers in zip(forward, split.layers, strict=True)
+    ]
+    grad[-1] += sum(flops for layer, flops in again.items() if layer >= cfg.model.layers) / unit
     weight = list(forward)
     if split.balanced:
         # Three GEMMs over the vocabulary: two of them in S with one barrier, in T with two.

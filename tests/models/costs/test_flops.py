@@ -10,7 +10,6 @@ import pytest
 
 from pentad.configs import ModelConfig, UserError, load, preset_names
 from pentad.models.costs.flops import (
-    flops_again,
     flops_per_step,
     flops_per_token,
     flops_per_token_full_attention,
@@ -23,6 +22,7 @@ from pentad.models.costs.flops import (
     step_flops,
     unmasked_pairs,
 )
+from pentad.models.costs.recompute import flops_again
 from tests.jobs import DENSE
 
 # Parameters of the released checkpoints, in units of 1e9 (model cards and safetensors metadata).
@@ -153,7 +153,9 @@ def test_kinds_of_a_mixture() -> None:
     assert parts.experts == 6 * 4096 * 59 * 8 * expert and parts.shared == 6 * 4096 * 59 * expert
     assert parts.mtp == 6 * 4096 * 2 * 7168**2 and parts.head == 6 * 4096 * 2 * 7168 * 129280
     assert parts.total == sum(dataclasses.asdict(parts).values())
-    assert flops_again(model("deepseek_v3"), 4096, 0.0) == step_flops(model("deepseek_v3"), 4096, 0.0).layers / 3
+    everything = dict.fromkeys(range(61), "full")
+    found = flops_again(model("deepseek_v3"), 4096, 0.0, everything)
+    assert found == step_flops(model("deepseek_v3"), 4096, 0.0).layers / 3
 
 
 def _with_moe(config: ModelConfig, **changes: object) -> ModelConfig:

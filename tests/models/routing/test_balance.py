@@ -15,7 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from pentad.configs.schema import ModelConfig, MoeConfig, RouterConfig
 from pentad.models.costs.parts import Part
 from pentad.models.dropout import Draws
-from pentad.models.recompute import run_layer_again
+from pentad.models.recompute import RunLayers
 from pentad.models.routing.balance import FIELDS, collect_tallies, columns, rebalance
 from pentad.models.routing.router import Router
 from pentad.models.sequences import Inputs
@@ -24,6 +24,7 @@ from pentad.models.weights.initialise import initialise
 from tests.training import TINY
 
 BATCH, LENGTH, EXPERTS, TOP_K = 2, 16, 8, 2
+run_layer_again = RunLayers(dict.fromkeys(range(8), "full"))
 TOKENS = BATCH * LENGTH
 GO, SKIP = torch.zeros(()), torch.ones(())
 

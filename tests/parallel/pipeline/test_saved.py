@@ -135,8 +135,8 @@ def test_a_storage_is_kept_once_and_parameters_and_small_tensors_stay() -> None:
     net, x = Net(), _inputs(1)[0].requires_grad_()
     saved = Saved(CPU, {p.untyped_storage().data_ptr() for p in net.parameters()})
     packed: list[Tensor | View] = []
-    pack = saved._pack
-    saved._pack = lambda tensor: packed.append(pack(tensor)) or packed[-1]
+    pack = saved.pack
+    saved.pack = lambda tensor: packed.append(pack(tensor)) or packed[-1]
     with saved.catching():
         net(x).sum()
     views = [each for each in packed if isinstance(each, View)]
@@ -216,3 +216,15 @@ def test_what_is_left_half_way_is_dropped_whatever_the_copies_do_and_the_next_st
         assert len(offloads._saved) == 1
         offloads.close()
         assert offloads.host_bytes == 0
+
+
+@pytest.mark.parametrize("size", [10, 3000], ids=["stays", "moves"])
+def test_a_node_that_never_runs_holds_nothing_for_ever(size: int) -> None:
+    """The weights of choices that nobody takes: their softmax keeps its own result."""
+    saved = Saved(CPU, set())
+    x = torch.ones(size, requires_grad=True)
+    with saved.catching():
+        y = torch.softmax(x * 2, 0)
+    gone = weakref.ref(y.untyped_storage())
+    del y, saved
+    assert gone() is None

@@ -18,7 +18,8 @@ import torch
 
 from pentad.configs.errors import UserError
 from pentad.configs.schema import LogConfig, MemoryConfig, MoeConfig
-from pentad.models.costs.flops import flops_again, step_flops
+from pentad.models.costs.flops import step_flops
+from pentad.models.costs.recompute import flops_again
 from pentad.trainer.metrics.evaluation import HELD_OUT_LOSS, sample_metric
 from pentad.trainer.metrics.metric import Metric
 from pentad.trainer.metrics.readings import registry
@@ -55,7 +56,7 @@ def test_utilization_is_the_models_flops_over_what_the_devices_could_do(recomput
     found = read(facts(cfg, devices=4, peak_tflops=50.0)).row
     most = 2.0 * 4 * 50e12
     flops, whole = (step_flops(cfg.model, 800, pairs).total for pairs in (6000.0, 8 * 16**2))
-    again = flops_again(cfg.model, 800, 6000.0)
+    again = flops_again(cfg.model, 800, 6000.0, dict.fromkeys(range(cfg.model.layers), "full"))
     assert found["mfu"] == pytest.approx(flops / most, rel=1e-12)
     assert found["mfu_full"] == pytest.approx(whole / most, rel=1e-12)
     assert found["hfu"] == pytest.approx((flops + (again if recompute == "full" else 0)) / most, rel=1e-12)

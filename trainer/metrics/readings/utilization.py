@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
-from ....models.costs.flops import flops_again, flops_per_step
+from ....models.costs.activations import Choice
+from ....models.costs.flops import flops_per_step
+from ....models.costs.recompute import flops_again
+from ...pipeline.programs import Pipeline
 from ..formats import fixed
 from ..metric import Column, Metric
 from .protocol import Reading, RunFacts, StepDone
@@ -44,11 +48,15 @@ class UtilizationReading(Reading):
         Metric("peak_tflops", "of one device", unit="TFLOP/s"),
     )
 
+    @cached_property
+    def _remade(self) -> Mapping[int, Choice]:
+        return Pipeline.of(self.run.cfg).remade
+
     def step(self, done: StepDone) -> Mapping[str, Any]:
         cfg, share = self.run.cfg, per_peak(self.run, done.seconds)
         square = cfg.train.global_batch * cfg.train.seq_len**2
         model_flops = flops_per_step(cfg.model, done.tokens, done.pairs)
-        again = flops_again(cfg.model, done.tokens, done.pairs) if cfg.memory.recompute == "full" else 0.0
+        again = flops_again(cfg.model, done.tokens, done.pairs, self._remade)
         found = {
             "tflops_per_device": model_flops * (1.0 / (done.seconds * self.run.devices)) / 1e12,
             "peak_tflops": self.run.peak_tflops,

@@ -1,0 +1,221 @@
+"""What is made again in backward rather than kept.
+
+A part of a forward pass is a function of tensors. Neither what autograd saves in it nor what it returns is kept: in the
+graph stands a `Missing` instead. At the first of them that backward asks for, the function runs once more, and fills in
+all that are still wanted:
+
+    forward     x ── part ──▶ y ── reader ──▶          x is kept; the nodes of part and reader hold a Missing each
+    backward    the reader asks ──▶ part(x) ──▶ y for the reader, and for the part's own nodes what they had saved
+
+The graph is that of the first run, with its parameters and their slots; the second run only fills it in. A node drops
+its Missing as soon as it has run, so what was made again is freed at once, and nothing is made twice. What a part is
+made from may be the Missing of an earlier part, or be on the host (`saved_tensors.Keeper`): it is asked for in turn.
+
+No random state is saved: all draws of a model are keyed. A second run that would end with work that nobody needs is
+left after the last tensor that somebody does.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .saved_tensors import Keeper, Strided, innermost, keeping
+
+T = TypeVar("T")
+
+
+class Missing:
+    """A saved tensor that is made again when it is asked for."""
+
+    __slots__ = ("__weakref__", "_rerun", "_tensor")
+
+    def __init__(self, rerun: Rerun) -> None:
+        self._rerun: Rerun | None = rerun
+        self._tensor: Tensor | None = None
+
+    def fill(self, tensor: Tensor) -> None:
+        """It is there from now on."""
+        self._tensor, self._rerun = tensor, None
+
+    def tensor(self) -> Tensor:
+        """It, of any shape (…)."""
+        if self._rerun is not None:
+            self._rerun.run()
+        assert self._tensor is not None
+        return self._tensor
+
+
+class Rerun:
+    """A part that has run once and may run a second time; the `Keeper` of its first run.
+
+    Args:
+        function: of tensors to a tensor or several; what else it reads must outlive the backward pass.
+        inputs: its tensors.
+        around: the keeper of these.
+    """
+
+    def __init__(self, function: Callable[..., Any], inputs: Sequence[Tensor], around: Keeper) -> None:
+        self._function, self._around = function, around
+        self._inputs = [(around.pack(x.detach()), x.requires_grad) for x in inputs]
+        self._inside: list[weakref.ref[Missing]] = []
+        self._returned: list[tuple[weakref.ref[Missing], int, Strided]] = []
+
+    def first(self, inputs: Sequence[Tensor]) -> Any:
+        """What the function returns of its inputs, with a graph."""
+        with keeping(self):
+            return self._function(*inputs)
+
+    def pack(self, tensor: Tensor) -> Missing | Tensor:
+        """Nothing is kept but parameters, which are there anyway."""
+        if isinstance(tensor, nn.Parameter):
+            return tensor
+        missing = Missing(self)
+        self._inside.append(weakref.ref(missing))
+        return missing
+
+    def unpack(self, held: Missing | Tensor) -> Tensor:
+        return held.tensor() if isinstance(held, Missing) else held
+
+    def returned(self, index: int, tensor: Tensor) -> Missing:
+        """In place of a tensor (…) that lies in the storage of what the function returned as its `index`-th."""
+        missing = Missing(self)
+        self._returned.append((weakref.ref(missing), index, Strided.of(tensor)))
+        return missing
+
+    def run(self) -> None:
+        """The second run: fills in what is still wanted."""
+        inputs = [self._around.unpack(held).detach().requires_grad_(needed) for held, needed in self._inputs]
+        self._inputs.clear()
+        wanted = [(missing, index, how) for each, index, how in self._returned if (missing := each()) is not None]
+        second = _SecondRun(self._inside, to_the_end=bool(wanted))
+        with torch.enable_grad(), keeping(second):
+            try:
+                outputs = as_tuple(self._function(*inputs))
+            except _EnoughError:
+                return
+        second.check()
+        for missing, index, how in wanted:
+            missing.fill(how.on(outputs[index].untyped_storage()))
+
+
+class _EnoughError(Exception):
+    """Nobody needs what would come now."""
+
+
+class _SecondRun:
+    """The keeper of a second run: hands out what is saved to those who asked for it in the first one.
+
+    Args:
+        missing: in the order of the first run.
+        to_the_end: what the function returns is wanted too.
+    """
+
+    def __init__(self, missing: Sequence[weakref.ref[Missing]], *, to_the_end: bool) -> None:
+        self._missing, self._at = missing, 0
+        last = max((i for i, each in enumerate(missing) if each() is not None), default=-1)
+        self._enough = None if to_the_end else last + 1
+
+    def pack(self, tensor: Tensor) -> Tensor | None:
+        if isinstance(tensor, nn.Parameter):
+            return tensor
+        if self._at == len(self._missing):
+            raise self._differs()
+        missing, self._at = self._missing[self._at](), self._at + 1
+        if missing is not None:
+            missing.fill(tensor.detach())
+        if self._at == self._enough:
+            raise _EnoughError
+        return None
+
+    def unpack(self, held: Any) -> Tensor:
+        raise RuntimeError("the graph of a second run is not there to be used")
+
+    def check(self) -> None:
+        """After a run to the end."""
+        if self._at != len(self._missing):
+            raise self._differs()
+
+    def _differs(self) -> RuntimeError:
+        return RuntimeError(f"a second run saves other tensors than the {len(self._missing)} of the first one")
+
+
+class PartKeeper:
+    """The keeper of what is around parts that are made again: it knows what these return.
+
+    Args:
+        parts: their names.
+        around: keeper of the rest.
+    """
+
+    def __init__(self, parts: frozenset[str], around: Keeper) -> None:
+        self.parts = parts
+        self._around = around
+        self._origins: dict[int, tuple[StorageWeakRef, Rerun, int]] = {}
+
+    def run(self, function: Callable[..., T], inputs: Sequence[Tensor]) -> T:
+        """Runs a part that is made again."""
+        rerun = Rerun(function, inputs, self)
+        outputs = rerun.first(inputs)
+        given = {x.untyped_storage().data_ptr() for x in inputs}
+        for index, y in enumerate(as_tuple(outputs)):
+            storage = y.untyped_storage()
+            # An input that is handed on is kept anyway; tensors without elements share an address.
+            if storage.nbytes() and storage.data_ptr() not in given:
+                self._origins[storage.data_ptr()] = (StorageWeakRef(storage), rerun, index)
+        return outputs
+
+    def pack(self, tensor: Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        origin = self._origins.get(storage.data_ptr())
+        # By address, which another storage may have as soon as the part's own is gone.
+        if origin is None or origin[0].expired():
+            return self._around.pack(tensor)
+        _, rerun, index = origin
+        return rerun.returned(index, tensor)
+
+    def unpack(self, held: Any) -> Tensor:
+        return held.tensor() if isinstance(held, Missing) else self._around.unpack(held)
+
+    def close(self) -> None:
+        """No part's output is saved any more."""
+        self._origins.clear()
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    """Outputs of a function that returns one tensor (…) or several."""
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def run_part(part: str, function: Callable[..., T], *inputs: Tensor) -> T:
+    """function(*inputs), a part of a layer by this name, which is made again in backward where that is wanted
+    (`remaking`), or is inside of something that is.
+
+    What the function returns must not be changed in place by anyone.
+    """
+    keeper = innermost()
+    if isinstance(keeper, PartKeeper) and part in keeper.parts:
+        return keeper.run(function, inputs)
+    return function(*inputs)
+
+
+@contextmanager
+def remaking(parts: frozenset[str]) -> Iterator[None]:
+    """Parts by these names inside this block are made again; so what reads their outputs must be inside too."""
+    keeper = PartKeeper(parts, innermost())
+    try:
+        with keeping(keeper):
+            yield
+    finally:
+        keeper.close()
+
+
+def run_again(function: Callable[..., T], *inputs: Tensor) -> T:
+    """function(*inputs), all of which is made again in backward but what it returns."""
+    return Rerun(function, inputs, innermost()).first(inputs)
