@@ -31,11 +31,13 @@ from ..parallel.record.ring import Recorder
 from ..parallel.replicas.protocol import OtherSlices
 from .checkpoint.state import units_by_key
 from .data.dataset import Dataset
+from .memory.copies import copies_of
 from .metrics.peak import Peak
 from .optim.places import StatePlace, make_place
 from .optim.states import Optimizer, make_optimizer
 from .overlap import ChunkSearch, OverlapTuner
-from .pipeline.programs import training_program
+from .pipeline.programs import offloads, training_program
+from .pipeline.rates import agreed_rates
 from .setup import KeptModel, Parts, buckets_per_rank, degrees_of, make_model, mesh_of
 from .step import Stepper
 
@@ -157,7 +159,7 @@ class Session:
             measured = state.peak if state is not None else None
             if measured is None and peak is not None:
                 measured = peak(mesh)
-            made = _stepper(cfg, parts, mesh, state, place.held, stepper, trains=trains)
+            made = _stepper(cfg, parts, mesh, state, place.held, stepper, trains=trains, peak=measured)
             closing.push(_Leaving(mesh, parts, made))
             if state is not None:
                 parts.replicas.sync_params()
@@ -293,6 +295,7 @@ def _stepper(
     make: MakeStepper,
     *,
     trains: bool,
+    peak: Peak | None,
 ) -> Stepper:
     fixed = cfg.train.deterministic
     optimizer = make_optimizer(cfg.optim, parts.device, place, cfg.memory, fixed=fixed, recorder=mesh.recorder)
@@ -301,7 +304,10 @@ def _stepper(
     for unit in units_by_key(parts.replicas).values() if trains else ():
         optimizer.prepare(unit)
     microbatches = cfg.train.global_batch // (cfg.train.micro_batch * mesh.axis("dp").size)
-    program = training_program(cfg, parts.pipeline, microbatches, buckets_per_rank(parts.replicas, mesh))
+    copies = None
+    if offloads(cfg):
+        copies = copies_of(cfg, parts.pipeline, agreed_rates(cfg, mesh, parts.device, peak))
+    program = training_program(cfg, parts.pipeline, microbatches, buckets_per_rank(parts.replicas, mesh), copies)
     made = make(cfg, parts, optimizer, mesh, program)
     if state is not None:
         made.updates = state.updates

@@ -110,6 +110,7 @@ _ABOVE_ZERO = [
     "faults.timeout_s",
     "hardware.peak_tflops",
     "hardware.memory_gib",
+    "hardware.host_gib_s",
 ]
 _FRACTIONS = [
     "model.dropout",

@@ -7,9 +7,10 @@ from rich.table import Table
 
 from ...configs import Config
 from ...models.costs.flops import CONVENTION, flops_per_token, flops_per_token_full_attention, parameter_count
+from ...models.costs.times import Rates
 from ...trainer.memory.estimate import GIB, Memory, estimate
 from ...trainer.memory.fixed import expert_replicas
-from ...trainer.pipeline.programs import Pipeline
+from ...trainer.pipeline.programs import Pipeline, offloads
 from ..supervise.launcher import world_size
 from .tables import engineering, table
 
@@ -37,11 +38,20 @@ def _layout(cfg: Config) -> Table:
     rows.add_row("data parallelism", p.data.sharding)
     for row in _pipeline(cfg) if p.pp > 1 else ():
         rows.add_row(*row)
+    for row in _copies(cfg) if offloads(cfg) else ():
+        rows.add_row(*row)
     rows.add_row("precision", t.dtype)
     batch = f"{dp} dp × {microbatches} microbatches × {t.micro_batch} sequences"
     rows.add_row("global batch", f"{t.global_batch} sequences = {batch}")
     rows.add_row("tokens", f"{tokens:,} a step, {tokens * t.steps:,} in {t.steps:,} steps")
     return rows
+
+
+def _copies(cfg: Config) -> list[tuple[str, str]]:
+    """What offloads are planned with."""
+    rates = Rates.of(cfg.hardware, cfg.train.dtype)
+    speeds = f"{rates.host_bytes / GIB:.4g} GiB/s each way beside {rates.flops / 1e12:.4g} TFLOP/s"
+    return [("copies to the host", f"{speeds} ({rates.source})")]
 
 
 def _experts(cfg: Config) -> list[tuple[str, str]]:

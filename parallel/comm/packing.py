@@ -67,7 +67,8 @@ def pack(buffers: Sequence[Buffer], *, align: int = 64) -> Packing:
     page = -(-page // align) * align
     pages = [-(-b.nbytes // page) for b in buffers]
     free = _Free(live_bytes([Buffer(b.start, b.end, count) for b, count in zip(buffers, pages, strict=True)]))
-    total, found = free.pages, [()] * len(buffers)
+    total = free.pages
+    found: list[Runs] = [()] * len(buffers)
     for _, change, k in _changes(pages, buffers):
         if change > 0:
             found[k] = free.take(change)

@@ -23,7 +23,7 @@ def test_models_load(name: str) -> None:
 @pytest.mark.parametrize("name", preset_names("hardware"))
 def test_hardware_loads(name: str) -> None:
     hardware = load("demo", [f"hardware.preset={name}", "train.dtype=bf16"]).hardware
-    assert hardware.peak_tflops and hardware.memory_gib
+    assert hardware.peak_tflops and hardware.memory_gib and hardware.host_gib_s
 
 
 @pytest.mark.parametrize("name", preset_names("jobs"))

@@ -31,6 +31,7 @@ from ...parallel.pipeline.kind import Kind, Role
 from ...parallel.pipeline.lower import lower
 from ...parallel.pipeline.program import OUTSTANDING_SENDS, Program
 from ..pipeline.programs import Pipeline, compute_program, offloaded
+from .copies import copies_of
 from .fixed import FlatBucket, Held, held, input_bytes
 from .stages import Conventions, Routed, StageBytes, StagePlace, VocabularyBytes, bench_of, stage_bytes, ways_of
 from .walk import Course, Moment, Walk
@@ -125,7 +126,7 @@ def per_rank(
     program = compute_program(cfg, pipeline, microbatches if whole else _enough(cfg, microbatches))
     if conventions is None:
         program = program if is_lowered(program) else lower(program, times=pipeline.times)
-    program = offloaded(cfg, program, pipeline)
+    program = offloaded(cfg, program, pipeline, copies_of(cfg, pipeline))
     b = bench_of(cfg, ways_of(cfg))
     job = _Job(cfg, pipeline, program, slots(program), b, routed or {}, conventions)
     found = []

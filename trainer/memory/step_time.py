@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from ...configs import Config
 from ...models.costs.flops import layer_flops
+from ...models.costs.times import Rates
 from ...parallel.pipeline.simulate import simulate
 from ..pipeline.programs import Pipeline, compute_program, offloaded
+from .copies import copies_of
 from .fixed import WIDTHS, held
 
-_FLOPS = {"bf16": 989.5e12, "fp32": 66.9e12, "fp64": 66.9e12}
 _LINK = 370e9
 """Bytes a second of a collective between the GPUs of a node."""
 _NETWORK = 40e9
@@ -43,8 +44,9 @@ def step_time(cfg: Config) -> StepTime:
     microbatches = max(1, t.global_batch // (t.micro_batch * p.dp))
     shown = min(microbatches, 4 * p.pp)
     program = compute_program(cfg, pipeline, shown)
-    program = offloaded(cfg, program, pipeline)
-    spans = simulate(program, pipeline.times).makespan
+    copies = copies_of(cfg, pipeline)
+    program = offloaded(cfg, program, pipeline, copies)
+    spans = simulate(program, copies.beside(pipeline)).makespan
     # What is left out are whole microbatches of the busiest rank.
     unit = 1.0 + 2.0 * (1 + (cfg.memory.recompute == "full") / 2)
     spans += (microbatches - shown) * unit
@@ -56,7 +58,7 @@ def _unit_s(cfg: Config) -> float:
     """Of a forward pass of one microbatch through a rank's share of the layers."""
     p, t = cfg.parallel, cfg.train
     costs = layer_flops(cfg.model, t.seq_len)[: cfg.model.layers]
-    peak = cfg.hardware.peak_tflops * 1e12 if cfg.hardware.peak_tflops else _FLOPS[t.dtype]
+    peak = Rates.of(cfg.hardware, t.dtype).flops
     layer = sum(costs) / len(costs) * t.micro_batch / (p.tp * p.cp)
     return sum(costs) * t.micro_batch / (p.tp * p.cp * p.pp) / peak / (_REACHED * layer / (layer + _SMALL))
 

@@ -11,6 +11,7 @@ from ...models.costs.activations import Choice
 from ...models.costs.flops import mean_pairs
 from ...models.costs.parts import StageSplit
 from ...models.costs.recompute import flops_again, remade_layers
+from ...models.costs.times import Rates
 from ...parallel.pipeline import schedules
 from ...parallel.pipeline.check import check_program
 from ...parallel.pipeline.communication import is_lowered
@@ -27,9 +28,6 @@ from .stage_layers import StageLayers
 _LATENCY = 0.02
 """Guess of a hop's and a collective's latency, in forward passes of one rank's share, for orders that are searched."""
 
-_COPY = 0.25
-"""Guess of a copy of what a stage keeps to or from the host, in forward passes of that stage."""
-
 
 @dataclass(frozen=True)
 class Pipeline:
@@ -42,6 +40,7 @@ class Pipeline:
         split: the layers of each part-stage.
         times: of their passes.
         remade: what each layer makes again in its backward pass.
+        unit: FLOPs of a device in the unit of these times: a forward pass of one microbatch through a rank's share.
     """
 
     stages: tuple[int, ...]
@@ -50,11 +49,13 @@ class Pipeline:
     split: StageSplit
     times: Times
     remade: Mapping[int, Choice]
+    unit: float
 
     @staticmethod
     def of(cfg: Config) -> Pipeline:
         """The pipeline that the config asks for: layers split by their cost, or as it says."""
-        stages = StageLayers.of(cfg)
+        stages, p = StageLayers.of(cfg), cfg.parallel
+        unit = sum(stages.costs[0]) / (max(stages.placement) + 1)
 
         ahead = tuple(range(cfg.model.layers, cfg.model.layers + cfg.model.mtp))
         whole = StageSplit.of(stages.counts, balanced=stages.balanced)
@@ -62,9 +63,17 @@ class Pipeline:
         remade = remade_layers(cfg.memory, (*whole.layers[:-1], (*whole.layers[-1], *ahead)))
 
         def times(split: StageSplit) -> Times:
-            return _times(cfg, split, max(stages.placement) + 1, remade, *stages.costs)
+            return _times(cfg, split, unit, remade, *stages.costs)
 
-        return Pipeline(stages.placement, times(whole), tuple(map(len, stages.groups)), split, times(split), remade)
+        return Pipeline(
+            stages=stages.placement,
+            stage_times=times(whole),
+            parts=tuple(map(len, stages.groups)),
+            split=split,
+            times=times(split),
+            remade=remade,
+            unit=unit * cfg.train.micro_batch / (p.tp * p.cp),
+        )
 
     @property
     def placement(self) -> tuple[int, ...]:
@@ -97,6 +106,25 @@ class Pipeline:
         return tuple(stage for stage, where in enumerate(self.placement) if where == rank)
 
 
+@dataclass(frozen=True)
+class Copies:
+    """What is known of copies to the host and back before a step runs.
+
+    Args:
+        kept: bytes that each part-stage keeps of a microbatch on a device.
+        rates: of a device.
+    """
+
+    kept: tuple[float, ...]
+    rates: Rates
+
+    def beside(self, pipeline: Pipeline) -> Times:
+        """The times of the pipeline's passes with those of copies, in the same unit."""
+        unit_s = pipeline.unit / self.rates.flops
+        each = tuple(nbytes / self.rates.host_bytes / unit_s for nbytes in self.kept)
+        return replace(pipeline.times, offload=each, reload=each)
+
+
 def compute_program(cfg: Config, pipeline: Pipeline, microbatches: int) -> Program:
     """In which order every rank of the pipeline axis computes in a step; a program from a file may communicate too.
 
@@ -123,7 +151,9 @@ def _of_schedule(cfg: Config, pipeline: Pipeline, microbatches: int) -> Program:
     )
 
 
-def training_program(cfg: Config, pipeline: Pipeline, microbatches: int, buckets: Sequence[int]) -> Program:
+def training_program(
+    cfg: Config, pipeline: Pipeline, microbatches: int, buckets: Sequence[int], copies: Copies | None = None
+) -> Program:
     """What every rank of the pipeline axis does in a step, checked.
 
     Args:
@@ -131,17 +161,24 @@ def training_program(cfg: Config, pipeline: Pipeline, microbatches: int, buckets
         pipeline: its pipeline.
         microbatches: per step.
         buckets: how many buckets of parameters each rank updates.
+        copies: for a job that `offloads`.
     """
     program = compute_program(cfg, pipeline, microbatches)
     program = program if is_lowered(program) else lower(program, times=pipeline.times)
-    program = offloaded(cfg, program, pipeline)
+    program = offloaded(cfg, program, pipeline, copies)
     tails = [ops + update(count) for ops, count in zip(program.ranks, buckets, strict=True)]
     program = replace(program, ranks=tuple(tails))
     check_program(program)
     return program
 
 
-def offloaded(cfg: Config, program: Program, pipeline: Pipeline) -> Program:
+def offloads(cfg: Config) -> bool:
+    """Whether activations of the job go to the host: its schedule's, or what `memory.offload_activations` says."""
+    row = SCHEDULES.get(cfg.parallel.pipeline_in_use.schedule or "")
+    return cfg.memory.offload_activations != "none" or (row is not None and row.offloads > 0)
+
+
+def offloaded(cfg: Config, program: Program, pipeline: Pipeline, copies: Copies | None) -> Program:
     """The program of a training step with those activations on the host that the job wants there: its schedule's, and
     what `memory.offload_activations` adds.
 
@@ -149,16 +186,21 @@ def offloaded(cfg: Config, program: Program, pipeline: Pipeline) -> Program:
         cfg: the job.
         program: complete but for the update.
         pipeline: whose program it is.
+        copies: of a job that `offloads`.
+
+    Raises:
+        ValueError: it does, and nothing is known of its copies.
     """
+    if not offloads(cfg):
+        return program
+    if copies is None:
+        raise ValueError("a job that offloads activations needs what its copies take")
     wanted = cfg.memory.offload_activations
     row = SCHEDULES.get(cfg.parallel.pipeline_in_use.schedule or "")
     always = first_chunks(program, row.offloads, pipeline.parts) if row is not None else []
-    if wanted == "none" and not always:
-        return program
-    copies = tuple(_COPY * forward for forward in pipeline.times.forward)
-    times = replace(pipeline.times, offload=copies, reload=copies)
+    times = copies.beside(pipeline)
     if wanted == "auto":
-        chosen = selective(program, times, ActivationBytes(activation=pipeline.times.forward))
+        chosen = selective(program, times, ActivationBytes(activation=copies.kept))
     else:
         share = {"none": 0.0, "all": 1.0}[wanted] if isinstance(wanted, str) else wanted
         lived = [[window.pass_ for window in mine] for mine in windows(program, times)]
@@ -178,14 +220,13 @@ def evaluation_program(cfg: Config, pipeline: Pipeline, microbatches: int) -> Pr
 def _times(
     cfg: Config,
     split: StageSplit,
-    ranks: int,
+    unit: float,
     remade: Mapping[int, Choice],
     costs: Sequence[float],
     ahead: float,
     head: float,
 ) -> Times:
-    """Of the passes through each stage; `costs` of the layers, prediction modules and head are in one unit."""
-    unit = sum(costs) / ranks
+    """Of the passes through each stage, in `unit`, as are `costs`: of the layers, prediction modules and head."""
     forward, head = [sum(costs[layer] for layer in layers) / unit for layers in split.layers], head / unit
     forward[-1] += ahead / unit
     again = {
@@ -200,7 +241,7 @@ def _times(
     weight = list(forward)
     if split.balanced:
         # Three GEMMs over the vocabulary: two of them in S with one barrier, in T with two.
-        gemm = head / ranks
+        gemm = head / cfg.parallel.pp
         two_first = cfg.parallel.pipeline.vocab_barriers == 1
         return Times(
             forward=tuple(forward),

@@ -11,6 +11,7 @@ from pentad.configs.schema import MoeConfig
 from pentad.parallel.comm import slab
 from pentad.parallel.comm.host_memory import HostMemory
 from pentad.parallel.comm.packing import Buffer, live_bytes, pack
+from pentad.trainer.memory.copies import copies_of
 from tests.distributed import run_distributed
 from tests.training import Run, job
 
@@ -38,6 +39,8 @@ class Trace:
     buffers: list[Buffer]
     nbytes: int
     made: list[int]
+    kept: dict[int, tuple[int, float]]
+    """What each stage's copies carry, and what was planned."""
 
 
 def _trace(rank: int, world: int, cfg: Any) -> Trace:
@@ -60,7 +63,9 @@ def _trace(rank: int, world: int, cfg: Any) -> Trace:
         shared = copies.offloads._shared
         stays = shared._stays
         buffers = [Buffer(stays[key].start, stays[key].end, nbytes) for key, nbytes in shared._sizes.items()]
-        return Trace(buffers, shared.nbytes, made)
+        planned = copies_of(cfg, run.parts.pipeline).kept
+        kept = {stage: (nbytes, planned[stage]) for (stage, _), nbytes in shared._sizes.items()}
+        return Trace(buffers, shared.nbytes, made, kept)
     finally:
         slab.HostMemory = plain  # type: ignore[misc]
         run.close()
@@ -77,6 +82,8 @@ def test_the_hosts_memory_is_planned_once_and_close_to_what_is_there_at_once(nam
         assert live > 0 and pack(trace.buffers).nbytes <= 1.05 * live
         if "moe" not in layout["model"]:
             assert not trace.made and live <= trace.nbytes <= 1.05 * live
+            # Inputs that were received stay in the buffer of the receive.
+            assert all(0.8 * planned < nbytes < 1.02 * planned for nbytes, planned in trace.kept.values())
         else:
             # Experts' rows differ: an eighth more is planned, and what is larger still is planned anew.
             assert trace.nbytes <= 1.3 * live

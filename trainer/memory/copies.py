@@ -1,0 +1,38 @@
+"""What copies of a job's activations to the host carry and take, before anything runs. No torch."""
+
+from __future__ import annotations
+
+from ...configs import Config
+from ...models.costs.activations import angle_rows, begin_rows, end_rows, kept_bytes, layer_rows, prediction_rows
+from ...models.costs.times import Rates
+from ..pipeline.programs import Copies, Pipeline
+from .stages import bench_of, ways_of
+
+
+def copies_of(cfg: Config, pipeline: Pipeline, rates: Rates | None = None) -> Copies:
+    """What the copies of each part-stage carry.
+
+    Args:
+        cfg: the job, resolved.
+        pipeline: its pipeline.
+        rates: of a device; none: what the job says of it, or an assumption (`Rates.of`).
+    """
+    stages = range(len(pipeline.split.layers))
+    kept = tuple(float(_kept(cfg, pipeline, stage)) for stage in stages)
+    return Copies(kept, rates or Rates.of(cfg.hardware, cfg.train.dtype))
+
+
+def _kept(cfg: Config, pipeline: Pipeline, stage: int) -> int:
+    """Bytes that a part-stage keeps of a microbatch, at an even load of the experts."""
+    model, split = cfg.model, pipeline.split
+    b = bench_of(cfg, ways_of(cfg))
+    first, last, layers = stage == 0, stage == len(split.layers) - 1, list(split.layers[stage])
+    layers += range(model.layers, model.layers + model.mtp) if last else []
+    kept = sum(kept_bytes(layer_rows(model, layer, b.work), pipeline.choice(layer)) for layer in layers)
+    kept += kept_bytes(angle_rows(model, b.work, each=b.ranks > 1)) if layers else 0
+    if first and not split.balanced:
+        kept += kept_bytes(begin_rows(model, b.work))
+    if last:
+        kept += kept_bytes(end_rows(model, b.work, head=not split.balanced))
+        kept += model.mtp * kept_bytes(prediction_rows(model, b.work))
+    return kept
