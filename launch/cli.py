@@ -87,7 +87,9 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     train = job("train", "Run a job, on this machine or as a rank of torchrun, srun or mpirun.")
     train.add_argument("--fresh", action="store_true", help="move an earlier run in its folder aside, to NAME.1 …")
     train.set_defaults(run=_train)
-    job("check", "Validate a job and print its layout, parameters, FLOPs and memory.").set_defaults(run=_check)
+    check = job("check", "Validate a job and print its layout, parameters, FLOPs and memory.")
+    check.add_argument("--svg", metavar="FILE", help="write the memory of the ranks as a picture")
+    check.set_defaults(run=_check)
     show = job("show", "Print the resolved config, or what its keys mean.", optional=True)
     show.add_argument("--keys", metavar="SECTION", nargs="?", const="", help="document every key of a section, or all")
     show.set_defaults(run=_show)
@@ -207,9 +209,11 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
     from .verbs.check import check
 
-    check(args.config, args.overrides)
+    check(args.config, args.overrides, None if args.svg is None else Path(args.svg))
     return 0
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pentad.configs.schema import Config
 from pentad.models.moe import Moe
+from pentad.parallel.pipeline.program import Program
 from pentad.trainer.memory.estimate import Memory, per_rank
 from tests.distributed import run_distributed
 from tests.peak_bytes import PeakBytes
@@ -26,6 +27,7 @@ class Measured:
         peak: most bytes of live tensors in a step.
         host: bytes that stood for the host's.
         routed: (layer, microbatch) → rows of the rank's experts, and rows that its tokens sent.
+        program: of the step.
         made: where the storages of the peak were made, in bytes.
     """
 
@@ -33,6 +35,7 @@ class Measured:
     peak: int
     host: int
     routed: dict[tuple[int, int], tuple[int, int]]
+    program: Program
     made: Counter[str]
 
 
@@ -66,7 +69,7 @@ def measure(rank: int, world: int, cfg: Config, named: bool = False) -> Measured
     try:
         run.step(0)
         copies = run.stepper._copies
-        slabs = [slab.tensor for slab in copies.offloads._slabs.values()] if copies is not None else []
+        slabs = _host_tensors(copies.offloads) if copies is not None else []
         routed: dict[tuple[int, int], tuple[int, int]] = {}
         for module in run.parts.model.modules():
             if isinstance(module, Moe):
@@ -80,9 +83,13 @@ def measure(rank: int, world: int, cfg: Config, named: bool = False) -> Measured
         with live:
             run.stepper.run(1, batches, valid, cfg.optim.lr)
         host = copies.offloads.host_bytes if copies is not None else 0
-        return Measured(run.mesh.axis("pp").rank, live.peak, host, routed, live.at_peak)
+        return Measured(run.mesh.axis("pp").rank, live.peak, host, routed, run.stepper.program, live.at_peak)
     finally:
         run.close()
+
+
+def _host_tensors(offloads: Any) -> list[Tensor]:
+    return [memory.tensor for memory in (*(s.memory for s in offloads._slabs.values()), *offloads._shared._all())]
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Compared:
     @property
     def error(self) -> float:
         """Relative; positive where the model says too much."""
-        return self.predicted.total / self.measured.peak - 1
+        return self.predicted.tensors / self.measured.peak - 1
 
 
 def compare(cfg: Config, *, named: bool = False) -> list[Compared]:
@@ -104,5 +111,5 @@ def compare(cfg: Config, *, named: bool = False) -> list[Compared]:
     found = []
     for place in range(cfg.parallel.pp):
         most = max((each for each in ranks if each.place == place), key=lambda each: each.peak)
-        found.append(Compared(most, per_rank(cfg, most.routed, whole=True)[place]))
+        found.append(Compared(most, per_rank(cfg, most.routed, program=most.program)[place]))
     return found

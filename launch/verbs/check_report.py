@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 
-from ...configs import Config
+from ...configs import Config, Problem, UserError
 from ...models.costs.flops import CONVENTION, flops_per_token, flops_per_token_full_attention, parameter_count
 from ...models.costs.times import Rates
-from ...trainer.memory.estimate import GIB, Memory, estimate
+from ...trainer.memory.estimate import GIB, Memory, per_rank
 from ...trainer.memory.fixed import expert_replicas
 from ...trainer.pipeline.programs import Pipeline, offloads
 from ..supervise.launcher import world_size
+from .memory_table import bars, choice_table, rank_table
 from .tables import engineering, table
 
 
-def print_job(cfg: Config) -> None:
-    """Prints layout, parameters, FLOPs per token and memory per rank."""
-    memory = estimate(cfg)
+def print_job(cfg: Config, picture: Path | None = None) -> None:
+    """Prints layout, parameters, FLOPs per token and memory per rank.
+
+    Args:
+        cfg: resolved and valid.
+        picture: where the ranks' memory is drawn, as SVG.
+
+    Raises:
+        UserError: the picture cannot be written.
+    """
+    ranks = per_rank(cfg)
+    most = max(ranks, key=lambda memory: memory.total)
     console = Console(highlight=False)
-    for each in (_layout(cfg), _model(cfg, memory), _memory(cfg, memory)):
+    for each in (_layout(cfg), _model(cfg, most), rank_table(cfg, ranks), choice_table(cfg)):
         console.print(each)
+    console.print(f"precision and sharding: {_precision(cfg)}", style="dim", soft_wrap=True)
     console.print(f"FLOPs: {CONVENTION}", style="dim", soft_wrap=True)
+    if picture is not None:
+        try:
+            picture.write_text(bars(cfg, ranks), encoding="utf-8")
+        except OSError as error:
+            raise UserError(Problem("--svg", f"{picture} cannot be written: {error.strerror}")) from error
 
 
 def _layout(cfg: Config) -> Table:
@@ -96,44 +114,21 @@ def _model(cfg: Config, memory: Memory) -> Table:
     return rows
 
 
-def _memory(cfg: Config, memory: Memory) -> Table:
-    where = f"pipeline rank {memory.rank}, which needs most" if cfg.parallel.pp > 1 else "a rank"
-    rows = table(f"memory of {where} (estimate)", "part", "GiB", "how")
+def _precision(cfg: Config) -> str:
+    """In which type parameters, gradients, masters and states are, and over how many ranks each."""
     precise = "fp64" if cfg.train.dtype == "fp64" else "fp32"
     sharded = cfg.parallel.data.sharding
     over = _sharded_over(cfg) if sharded != "ddp" else ""
-    parameters = f"{precise} masters{over}" if sharded == "fsdp" else cfg.train.dtype
-    hows = {
-        "parameters": parameters,
-        "gradients": precise + (over if sharded == "fsdp" and _is_sharded(memory) else ""),
-        "masters": precise + over,
-        "optimizer states": f"{cfg.optim.name}, {precise}{over}",
-        "gathered layers": cfg.train.dtype,
-        "activations": _in_flight(cfg),
-        "working memory": f"during {memory.most.during}",
-    }
-    for part, size in memory.parts.items():
-        if size:
-            rows.add_row(part, f"{size / GIB:.3f}", hows.get(part, ""))
-    rows.add_section()
-    available = cfg.hardware.memory_gib
-    rows.add_row("total", f"{memory.total / GIB:.3f}", "" if available is None else f"of {available:g} GiB")
-    return rows
+    if sharded == "fsdp":
+        return f"{precise} masters{over}, gathered in {cfg.train.dtype}; {cfg.optim.name} in {precise}{over}"
+    masters = f"masters in {precise}{over}, " if cfg.train.dtype == "bf16" else ""
+    gradients = f"parameters in {cfg.train.dtype}, gradients in {precise}"
+    return f"{gradients}, {masters}{cfg.optim.name} in {precise}{over}"
 
 
 def _sharded_over(cfg: Config) -> str:
     share = cfg.parallel.dp * cfg.parallel.cp
     replicas = expert_replicas(cfg) if cfg.model.moe.experts else share
     if replicas != share:
-        return f", sharded over {share}, experts over {replicas}"
-    return f", sharded over {share}" if share > 1 else ""
-
-
-def _in_flight(cfg: Config) -> str:
-    tokens = f"{cfg.train.micro_batch} × {cfg.train.seq_len} tokens"
-    kept = ", inputs of the layers only" if cfg.memory.recompute == "full" else ""
-    return f"{tokens} per microbatch in flight{kept}" if cfg.parallel.pp > 1 else tokens + kept
-
-
-def _is_sharded(memory: Memory) -> bool:
-    return memory.held.gradients == memory.held.parameters
+        return f" sharded over {share} ranks (experts {replicas})"
+    return f" sharded over {share} ranks" if share > 1 else ""

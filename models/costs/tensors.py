@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ...configs import ModelConfig
 from .parameters import matrices_of
 from .parts import Part
 from .widths import Widths
+
+Group = tuple[Literal["begin", "attention", "out", "ffn", "down", "end"], int]
+"""What comes before the layers and after them; of a layer, the last matrix of each half, whose gradient is made first,
+and the others. With the layer's index."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class ParameterTensor:
         matrix: weight decay applies.
         expert: its replicas are those of the experts.
         partial: the ranks whose gradients are parts of a sum, as of `sharding_rules.Partial`.
-        layer: whose gradients are final last: that layer's; -1: the embedding's, and None: the head's.
+        group: with which others its gradient becomes final.
     """
 
     name: str
@@ -30,7 +34,7 @@ class ParameterTensor:
     matrix: bool = True
     expert: bool = False
     partial: Literal["", "tp", "tp_replica", "ends", "etp"] = ""
-    layer: int | None = None
+    group: Group = ("end", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +63,19 @@ def parameter_tensors(model: ModelConfig, cut: Cut, part: Part | None = None) ->
     found: list[ParameterTensor] = []
     # A table that both ends of a pipeline use stands on both, unless they are on one rank.
     if part.embeds or ahead or (part.predicts and model.tied):
-        found.append(ParameterTensor("embed.weight", tables, partial="ends" if cut.ends else "", layer=-1))
+        # What only the head uses is final with the head.
+        use: Group = ("begin", 0) if part.embeds else ("end", 0)
+        found.append(ParameterTensor("embed.weight", tables, partial="ends" if cut.ends else "", group=use))
     if model.position == "learned" and part.begins:
         found.append(
-            ParameterTensor("positions.weight", model.max_positions * model.hidden, partial=_whole(cut), layer=-1)
+            ParameterTensor(
+                "positions.weight", model.max_positions * model.hidden, partial=_whole(cut), group=("begin", 0)
+            )
         )
     for layer in part.layers:
         found += _layer(model, cut, layer, f"layers.{layer}")
     if part.ends:
-        found += _norm(model, cut, "norm", model.hidden, None)
+        found += _norm(model, cut, "norm", model.hidden, ("end", 0))
     for index, layer in enumerate(ahead):
         found += _prediction(model, cut, layer, f"mtp.{index}")
     if part.predicts and not model.tied:
@@ -79,25 +87,26 @@ def _whole(cut: Cut) -> Literal["", "tp"]:
     return "tp" if cut.tp > 1 else ""
 
 
-def _norm(model: ModelConfig, cut: Cut, name: str, size: int, layer: int | None) -> list[ParameterTensor]:
+def _norm(model: ModelConfig, cut: Cut, name: str, size: int, group: Group) -> list[ParameterTensor]:
     names = ("weight", "bias") if model.norm == "layer" else ("weight",)
-    return [ParameterTensor(f"{name}.{each}", size, False, partial=_whole(cut), layer=layer) for each in names]
+    return [ParameterTensor(f"{name}.{each}", size, False, partial=_whole(cut), group=group) for each in names]
 
 
 def _prediction(model: ModelConfig, cut: Cut, layer: int, name: str) -> list[ParameterTensor]:
     h = model.hidden
+    last: Group = ("attention", layer)
     return [
-        *_norm(model, cut, f"{name}.hidden_norm", h, layer),
-        *_norm(model, cut, f"{name}.embed_norm", h, layer),
-        ParameterTensor(f"{name}.project.weight", 2 * h * h, partial=_whole(cut), layer=layer),
+        *_norm(model, cut, f"{name}.hidden_norm", h, last),
+        *_norm(model, cut, f"{name}.embed_norm", h, last),
+        ParameterTensor(f"{name}.project.weight", 2 * h * h, partial=_whole(cut), group=last),
         *_layer(model, cut, layer, f"{name}.layer"),
-        *_norm(model, cut, f"{name}.norm", h, layer),
+        *_norm(model, cut, f"{name}.norm", h, ("end", 0)),
     ]
 
 
 def _layer(model: ModelConfig, cut: Cut, layer: int, name: str) -> list[ParameterTensor]:
     w = Widths.of(model, cut.tp, cut.etp)
-    found = _norm(model, cut, f"{name}.attention_norm", model.hidden, layer)
+    found = _norm(model, cut, f"{name}.attention_norm", model.hidden, ("attention", layer))
     attention = f"{name}.attention"
     if layer in model.linear_layers:
         found += _linear_attention(model, cut, w, attention)
@@ -105,13 +114,20 @@ def _layer(model: ModelConfig, cut: Cut, layer: int, name: str) -> list[Paramete
         found += _latent_attention(model, cut, w, attention)
     else:
         found += _attention(model, cut, w, attention)
-    found += _norm(model, cut, f"{name}.ffn_norm", model.hidden, layer)
+    found += _norm(model, cut, f"{name}.ffn_norm", model.hidden, ("ffn", layer))
     found += (
         _moe(model, cut, w, f"{name}.moe")
         if layer in model.routed_layers
         else _network(model, cut, f"{name}.ffn", w.ffn)
     )
-    return [ParameterTensor(p.name, p.elements, p.matrix, p.expert, p.partial, layer) for p in found]
+    return [replace(tensor, group=(_half(tensor.name), layer)) for tensor in found]
+
+
+def _half(name: str) -> Literal["attention", "out", "ffn", "down"]:
+    """The group of a layer's parameter."""
+    if ".attention" in name:
+        return "out" if ".attention.out." in name else "attention"
+    return "down" if ".down." in name else "ffn"
 
 
 _Partial = Literal["", "tp", "tp_replica", "ends", "etp"]

@@ -290,8 +290,10 @@ class Offloads:
         saved = self._enter(op, State.RETURNING, State.HERE)
         assert saved.copy is not None
         saved.copy.wait()
-        # From here on the graph alone holds the blocks, so that each goes as soon as its last user has run.
+        # From here on the graph alone holds the blocks, so that each goes as soon as its last user has run. Without the
+        # list: torch keeps the hooks of a forward pass, and with them all this, until its last node has run.
         del self._saved[op.stage, op.index]
+        saved.blocks.clear()
         if op == self._last:
             self._shared.settle()
 

@@ -96,6 +96,8 @@ class Bucket:
         self._missing = 0
         self._reducing: Handle | None = None
         self._gathering: Handle | None = None
+        self.before_reduction: Callable[[Bucket], None] = lambda bucket: None
+        """Replaceable from outside: called when the reduction is about to start."""
 
     def _adopt(self, member: Member) -> Slot:
         view = self.flat[member.start : member.stop].view_as(member.param)
@@ -124,6 +126,7 @@ class Bucket:
         for slot in self._slots:
             if slot.fresh:  # no token reached the parameter in this step
                 slot.buffer.zero_()
+        self.before_reduction(self)
         if self.partial_axis.size == 1:
             self._reducing = self._reduce_over_data()
             return

@@ -55,10 +55,23 @@ class FlatReplicas:
             kept=kept,
         )
         self.buckets = len(self._buckets)
+        self._summing: Bucket | None = None
+        for bucket in self._buckets:
+            bucket.before_reduction = self._take_turn
         self._masters: list[Tensor | None] = [None for _ in self._buckets]
         if dtype != self._precise:
             self._masters = [self._master(i, b, kept) for i, b in enumerate(self._buckets)]
         self._wait_before_use(model)
+
+    def _take_turn(self, bucket: Bucket) -> None:
+        """Between the processes of a host a sum reads every rank's part into memory as large as the bucket, so there is
+        one at a time: the one before has to be done. Its ranks have started it, or will without this one's help: they
+        run the same program. That is not so for sums over the ends of a pipeline, so partial sums take no turns."""
+        if bucket.data.local is None or bucket.data.size == 1 or bucket.partial_axis.size > 1:
+            return
+        before, self._summing = self._summing, bucket
+        if before is not None:
+            before.reduce()
 
     def _master(self, index: int, bucket: Bucket, kept: Mapping[str, Tensor] | None) -> Tensor:
         """A bucket's owned parameters in full precision."""
@@ -84,6 +97,7 @@ class FlatReplicas:
 
     def start_step(self, microbatches: int) -> None:
         """Before the first forward of a step in which every parameter gets gradients of so many microbatches."""
+        self._summing = None
         for bucket in self._buckets:
             bucket.start_step(microbatches)
 

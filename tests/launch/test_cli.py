@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from pentad.configs import load
 from pentad.launch.cli import main
 from pentad.launch.verbs.check import check
+from pentad.trainer.memory.estimate import per_rank
 from tests.jobs import DENSE
 
 
@@ -109,16 +112,37 @@ def test_check_prints_the_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = _run(capsys, "check", DENSE, *pipeline, "train.global_batch=32")
     assert (code, err) == (0, [])
     assert "tp 2 × cp 1 × dp 2 × pp 2 = 8" in out
-    for text in ("gis, 2 chunks per rank", "1 1 1 1", "balanced, 1 barrier", "pipeline rank 0, which needs most"):
+    for text in ("gis, 2 chunks per rank", "1 1 1 1", "balanced, 1 barrier", "rank 0", "rank 1"):
         assert text in out, text
+    assert "microbatches in flight" in out and "selective: ffn" in out
 
 
 def test_check_compares_with_the_memory_of_the_device(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = _run(capsys, "check", "demo", "name=unused", "hardware.memory_gib=0.01")
     assert code == 2
-    assert "of 0.01 GiB" in out  # the tables show where the memory goes
+    assert "available" in out and "working memory" in out  # the tables show where the memory goes
     assert len(err) == 1 and err[0].startswith("error: hardware.memory_gib: 0.01, but about 0.04")
     assert _run(capsys, "check", "demo", "name=unused", "hardware.memory_gib=100")[::2] == (0, [])
+
+
+def test_check_draws_the_memory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A bar for each rank, as long as its table says."""
+    file = tmp_path / "memory.svg"
+    job = [DENSE, "parallel.pp=2", "train.global_batch=32", "hardware.memory_gib=2", "train.device=cpu"]
+    assert _run(capsys, "check", *job, "--svg", str(file))[::2] == (0, [])
+    cfg = load(DENSE, job[1:])
+    picture = ElementTree.fromstring(file.read_text())
+    bars: dict[str, float] = defaultdict(float)
+    for rect in picture.iter("{http://www.w3.org/2000/svg}rect"):
+        tip = rect.find("{http://www.w3.org/2000/svg}title")
+        if tip is not None:
+            bars[rect.attrib["y"]] += float(rect.attrib["width"])
+    totals = [memory.total for memory in per_rank(cfg)]
+    first, second = bars.values()
+    assert first / second == pytest.approx(totals[0] / totals[1], rel=0.01)
+    assert "2 GiB" in file.read_text()
+    code, _, err = _run(capsys, "check", *job, "--svg", str(tmp_path / "none" / "memory.svg"))
+    assert code == 2 and "--svg" in err[0] and "No such file" in err[0]
 
 
 def test_train_refuses_what_check_refuses_for_its_memory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

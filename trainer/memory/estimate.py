@@ -20,8 +20,9 @@ Not counted: fragmentation, and scratch that kernels keep for themselves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from typing import Any
 
 from ...configs import Config
 from ...configs.tables.schedules import SCHEDULES
@@ -29,10 +30,10 @@ from ...models.costs.moments.ways import Bench, Ways
 from ...parallel.pipeline.communication import is_lowered, slots
 from ...parallel.pipeline.kind import Kind, Role
 from ...parallel.pipeline.lower import lower
-from ...parallel.pipeline.program import OUTSTANDING_SENDS, Program
+from ...parallel.pipeline.program import Program
 from ..pipeline.programs import Pipeline, compute_program, offloaded
 from .copies import copies_of
-from .fixed import FlatBucket, Held, held, input_bytes
+from .fixed import WIDTHS, FlatBucket, Held, held, input_bytes
 from .stages import Conventions, Routed, StageBytes, StagePlace, VocabularyBytes, bench_of, stage_bytes, ways_of
 from .walk import Course, Moment, Walk
 
@@ -51,6 +52,7 @@ class Memory:
         most: when the most is alive beside these.
         host, disk: the most that activations take there.
         in_flight: the most activations at once, of one microbatch at one stage each.
+        context: of the device itself, before there is any tensor.
     """
 
     rank: int
@@ -61,6 +63,7 @@ class Memory:
     host: int
     disk: int
     in_flight: int
+    context: int
 
     @property
     def activations(self) -> int:
@@ -92,12 +95,23 @@ class Memory:
             "activations": self.activations,
             "working memory": self.working,
             "communication": self.communication,
+            "device context": self.context,
         }
+
+    @property
+    def elsewhere(self) -> dict[str, int]:
+        """Bytes of activations, masters and states that are not on the device."""
+        return {"host": self.host + self.held.host, "disk": self.disk}
 
     @property
     def fixed(self) -> int:
         """What is there all the time."""
         return self.total - self.activations - self.working - self.communication
+
+    @property
+    def tensors(self) -> int:
+        """What all tensors take."""
+        return self.total - self.context
 
     @property
     def total(self) -> int:
@@ -111,24 +125,30 @@ def estimate(cfg: Config) -> Memory:
 
 
 def per_rank(
-    cfg: Config, routed: Routed | None = None, *, whole: bool = False, conventions: Conventions | None = None
+    cfg: Config,
+    routed: Routed | None = None,
+    *,
+    program: Program | None = None,
+    conventions: Conventions | None = None,
 ) -> list[Memory]:
     """Memory of each rank of the pipeline axis.
 
     Args:
         cfg: the job, resolved.
         routed: the rows of one rank's experts; none: of an even load.
-        whole: every microbatch of the step is followed, not only as many as it takes to be in the steady state.
+        program: of a whole step, as a run has it; none: as many microbatches as it takes to be in the steady state.
         conventions: of another code, whose figures are wanted; none: of this one.
     """
     pipeline = Pipeline.of(cfg)
     microbatches = max(1, cfg.train.global_batch // (cfg.train.micro_batch * cfg.parallel.dp))
-    program = compute_program(cfg, pipeline, microbatches if whole else _enough(cfg, microbatches))
-    if conventions is None:
-        program = program if is_lowered(program) else lower(program, times=pipeline.times)
-    program = offloaded(cfg, program, pipeline, copies_of(cfg, pipeline))
+    if program is None:
+        wanted = _Wanted.of(cfg, pipeline, enough(cfg, microbatches), conventions is None)
+        plain, buffers = _program(wanted)
+        program = offloaded(cfg, plain, pipeline, copies_of(cfg, pipeline))
+    else:
+        buffers = slots(program)
     b = bench_of(cfg, ways_of(cfg))
-    job = _Job(cfg, pipeline, program, slots(program), b, routed or {}, conventions)
+    job = _Job(cfg, pipeline, program, buffers, b, routed or {}, conventions)
     found = []
     for rank in range(cfg.parallel.pp):
         mine = held(cfg, pipeline, rank, conventions.parameter if conventions else None)
@@ -143,17 +163,61 @@ def per_rank(
                 host=int(course.host),
                 disk=int(course.disk),
                 in_flight=course.in_flight,
+                context=0 if conventions else b.ways.context,
             )
         )
     return found
 
 
-def _enough(cfg: Config, microbatches: int) -> int:
+@dataclass(frozen=True)
+class _Wanted:
+    """What a program follows from; many jobs that are compared have the same.
+
+    Args:
+        keys: of the section, ranks, stages and times.
+        microbatches: of the step.
+        lowered: with its communication.
+        cfg, pipeline: that these are of.
+    """
+
+    keys: tuple[Any, ...]
+    microbatches: int
+    lowered: bool
+    cfg: Config = field(compare=False)
+    pipeline: Pipeline = field(compare=False)
+
+    @staticmethod
+    def of(cfg: Config, pipeline: Pipeline, microbatches: int, lowered: bool) -> _Wanted:
+        p = pipeline
+        keys = (
+            cfg.parallel.pipeline_in_use,
+            cfg.parallel.pp,
+            p.stages,
+            p.parts,
+            p.split,
+            repr((p.times, p.stage_times)),
+        )
+        return _Wanted(keys, microbatches, lowered, cfg, pipeline)
+
+
+@lru_cache(maxsize=32)
+def _program(wanted: _Wanted) -> tuple[Program, dict[tuple[int, int, Kind], int]]:
+    """The program, without offloads, and how many buffers its receives need."""
+    program = compute_program(wanted.cfg, wanted.pipeline, wanted.microbatches)
+    if wanted.lowered and not is_lowered(program):
+        program = lower(program, times=wanted.pipeline.times)
+    return program, slots(program)
+
+
+def enough(cfg: Config, microbatches: int) -> int:
     """Microbatches after which every rank is in its steady state."""
     schedule = SCHEDULES.get(cfg.parallel.pipeline_in_use.schedule or "")
     if schedule is None or not schedule.steady:
         return microbatches
-    return min(microbatches, 4 * cfg.parallel.pp + 2 * (cfg.parallel.pipeline.group or 0))
+    pp = cfg.parallel.pp
+    group = cfg.parallel.pipeline.group or pp
+    whole_groups = -(-(pp + max(pp, group) + 2) // group) * group
+    return min(microbatches, whole_groups)
 
 
 @dataclass(frozen=True)
@@ -189,15 +253,15 @@ class _Job:
             return of(index, tuple(self.routed.get((layer, microbatch)) for layer in experts[index]))
 
         def reduced(bucket: FlatBucket) -> float:
-            return _reduced(self.bench.ways, bucket, self.bench.work.precise)
+            return _reduced(self.cfg, self.bench.ways, bucket)
 
-        return Walk(self.program.ranks[rank], stage, mine.buckets, reduced, self._vocabulary()).course()
+        ops, vocabulary = self.program.ranks[rank], self._vocabulary()
+        return Walk(ops, stage, mine.buckets, reduced, vocabulary, float(mine.update)).course()
 
     def buffers(self, rank: int) -> int:
-        """Tensors that stages send: slots of receives, and outputs and gradients until they have left."""
+        """Tensors that stages send: slots of receives, and each way an output or gradient that has not left yet."""
         received = sum(count for (where, _, _), count in self.slots.items() if where == rank)
-        sending = {(op.kind, op.stage) for op in self.program.ranks[rank] if op.kind.role is Role.SEND}
-        return received + OUTSTANDING_SENDS * len(sending)
+        return received + len({op.kind for op in self.program.ranks[rank] if op.kind.role is Role.SEND})
 
     def _place(self, rank: int, stage: int) -> StagePlace:
         split = self.pipeline.split
@@ -226,10 +290,10 @@ def _routed_layers(cfg: Config, layers: tuple[int, ...], last: bool) -> tuple[in
     return tuple(layer for layer in (*layers, *ahead) if layer in wanted)
 
 
-def _reduced(ways: Ways, bucket: FlatBucket, width: int) -> float:
+def _reduced(cfg: Config, ways: Ways, bucket: FlatBucket) -> float:
     """A sum over replicas reads every rank's part of the bucket into a tensor as large as that."""
     sums = bucket.replicas > 1 or bucket.partial
-    return bucket.elements * width if ways.collects and sums else 0.0
+    return bucket.elements * float(max(4, WIDTHS[cfg.train.dtype])) if ways.collects and sums else 0.0
 
 
 def vocabulary_bytes(cfg: Config, b: Bench) -> VocabularyBytes:

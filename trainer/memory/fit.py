@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 from ...configs import Config, Problem, resolve, validate
@@ -119,7 +119,9 @@ def remedies(cfg: Config, available: float, wanted: int = _WANTED) -> list[Remed
             if total < parent.total:
                 slower = step_time(candidate).device_seconds_per_token / now - 1
                 heapq.heappush(queue, (slower, next(order), Remedy(changes, candidate, total, slower)))
-    return _shortest(found) if found else _straight_down(cfg, available, now)
+    # What was seen and not come to.
+    found += [each for _, _, each in sorted(queue) if each.changes and each.total <= available]
+    return _shortest(found)[:wanted] or _straight_down(cfg, available, now)[:wanted]
 
 
 def _together(changes: tuple[Change, ...], change: Change) -> tuple[Change, ...]:
@@ -136,18 +138,25 @@ def _shortest(found: list[Remedy]) -> list[Remedy]:
 
 
 def _straight_down(cfg: Config, available: float, now: float) -> list[Remedy]:
-    changes: tuple[Change, ...] = ()
-    needed = estimate(cfg).total
+    """Always the change that lowers the need most, until some are enough."""
+    best = Remedy((), cfg, estimate(cfg).total, 0.0)
     for _ in range(_ROUNDS):
-        tried = [(change, candidate, estimate(candidate).total) for change, candidate in _candidates(cfg)]
-        lower = [each for each in tried if each[2] < needed]
-        if needed <= available or not lower:
+        tried = [
+            Remedy(_together(best.changes, change), candidate, estimate(candidate).total, 0.0)
+            for change, candidate in _candidates(best.cfg)
+        ]
+        enough = [each for each in tried if each.total <= available]
+        if enough:
+            return sorted((_timed(each, now) for each in enough), key=lambda each: each.slower)
+        lowest = min(tried, key=lambda each: each.total, default=best)
+        if lowest.total >= best.total:
             break
-        change, cfg, needed = next((t for t in lower if t[2] <= available), min(lower, key=lambda t: t[2]))
-        changes = _together(changes, change)
-    if not changes:
-        return []
-    return [Remedy(changes, cfg, needed, step_time(cfg).device_seconds_per_token / now - 1)]
+        best = lowest
+    return [_timed(best, now)] if best.changes else []
+
+
+def _timed(remedy: Remedy, now: float) -> Remedy:
+    return replace(remedy, slower=step_time(remedy.cfg).device_seconds_per_token / now - 1)
 
 
 def _candidates(cfg: Config) -> Iterator[tuple[Change, Config]]:
@@ -158,10 +167,12 @@ def _candidates(cfg: Config) -> Iterator[tuple[Change, Config]]:
         changes.append(Change("train.micro_batch", train.micro_batch // 2))
     if p.data.sharding == "ddp":
         changes.append(Change("parallel.data.sharding", "zero1"))
-    if cfg.memory.recompute == "none":
-        changes.append(Change("memory.recompute", "full"))
+    choices = {"none": ("selective", "full"), "selective": ("full",)}.get(cfg.memory.recompute, ())
+    changes += [Change("memory.recompute", choice) for choice in choices]
     if cfg.memory.offload_activations == "none" and p.pp > 1:
         changes.append(Change("memory.offload_activations", "all"))
+    if cfg.memory.offload_optimizer == "none":
+        changes.append(Change("memory.offload_optimizer", "host"))
     if p.data.sharding == "zero1":
         changes.append(Change("parallel.data.sharding", "fsdp"))
     degrees = ["ep"] * (cfg.model.moe.experts > 0) + ["tp"] * (p.tp < _WIDEST_TP) + ["pp", "dp", "cp"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ...configs import Config
 from ...configs.schema import AdamWConfig, SgdConfig
 from ...models.costs.parts import Part
-from ...models.costs.tensors import Cut, ParameterTensor, parameter_tensors
+from ...models.costs.tensors import Cut, Group, ParameterTensor, parameter_tensors
 from ..pipeline.programs import Pipeline
 
 WIDTHS = {"bf16": 2, "fp32": 4, "fp64": 8}
@@ -24,14 +24,14 @@ class FlatBucket:
     Args:
         elements: with what fills it up.
         share: of it that this rank updates.
-        layers: whose gradients it has; -1 the embedding's, None the head's and the last norm's.
+        groups: whose gradients it has.
         replicas: ranks that have the same parameters.
         partial: the gradients are summed over other ranks besides.
     """
 
     elements: int
     share: int
-    layers: frozenset[int | None]
+    groups: frozenset[Group]
     replicas: int
     partial: bool
 
@@ -76,8 +76,8 @@ def _bucket(cfg: Config, members: Sequence[ParameterTensor]) -> FlatBucket:
     unit = replicas * _ALIGN
     elements = -(-sum(member.elements for member in members) // unit) * unit
     sharded = p.data.sharding == "zero1" and replicas > 1
-    layers = frozenset(member.layer for member in members)
-    return FlatBucket(elements, elements // replicas if sharded else elements, layers, replicas, bool(first.partial))
+    groups = frozenset(member.group for member in members)
+    return FlatBucket(elements, elements // replicas if sharded else elements, groups, replicas, bool(first.partial))
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,9 @@ def _sharded(cfg: Config, tensors: Sequence[ParameterTensor], local: int, expert
     t, share = cfg.train, cfg.parallel.dp * cfg.parallel.cp
     width, precise = WIDTHS[t.dtype], max(4, WIDTHS[t.dtype])
     kept = local * precise
-    layers = {tensor.layer for tensor in tensors if tensor.layer is not None and tensor.layer >= 0}
-    sizes = [sum(tensor.elements for tensor in tensors if tensor.layer == layer) for layer in layers]
+    inside = [tensor for tensor in tensors if tensor.group[0] not in ("begin", "end")]
+    layers = {tensor.group[1] for tensor in inside}
+    sizes = [sum(tensor.elements for tensor in inside if tensor.group[1] == layer) for layer in layers]
     accumulates = t.global_batch > t.micro_batch * cfg.parallel.dp
     return Held(
         parameters=kept // share,

@@ -12,6 +12,7 @@ from ...models.costs.moments.layer import LayerBytes, layer_bytes
 from ...models.costs.moments.projections import norm_backward
 from ...models.costs.moments.tape import Tape
 from ...models.costs.moments.ways import CPU, CUDA, Bench, Ways
+from ...models.costs.tensors import Group
 from ...models.costs.widths import LocalWork
 from ..devices import visible_gpus
 from .fixed import WIDTHS
@@ -24,10 +25,10 @@ Routed = Mapping[tuple[int, int], tuple[int, int]]
 
 
 def ways_of(cfg: Config) -> Ways:
-    """How the job's devices compute. train.device=auto: GPUs where some are described or there."""
+    """How the job's devices compute. train.device=auto: GPUs where one is described or there."""
     if cfg.train.device == "cpu":
         return CPU
-    described = cfg.hardware.preset is not None or cfg.hardware.memory_gib is not None
+    described = cfg.hardware.preset is not None
     return CUDA if cfg.train.device == "cuda" or described or visible_gpus() else CPU
 
 
@@ -78,7 +79,7 @@ class Conventions:
             kept=kept,
             forward=kept + head,
             backward=kept + head,
-            ends=((None, kept + head),),
+            ends=(((), kept + head),),
             deferred=kept,
             weight=0.0,
             sent=2.0 * hidden,
@@ -118,8 +119,8 @@ class StageBytes:
         kept: from the forward to the backward pass.
         forward: the most that the forward pass adds to what was alive before it.
         backward: the most that is alive of it in the backward pass, what is kept included.
-        ends: of each layer in backward, from the last one on: its index, and the most that is alive of the stage until
-            its gradients are final, of which the later ones have been reduced.
+        ends: of each half of a layer in backward, from the last one on: the gradients that are final before it, and
+            the most that is alive of the stage meanwhile; at the end those that are final after all of them.
         deferred: what is left after a split backward pass.
         weight: the most that the deferred part adds to it.
         sent: of an output or a gradient that goes to another stage.
@@ -128,7 +129,7 @@ class StageBytes:
     kept: float
     forward: float
     backward: float
-    ends: tuple[tuple[int | None, float], ...]
+    ends: tuple[tuple[tuple[Group, ...], float], ...]
     deferred: float
     weight: float
     sent: float
@@ -204,26 +205,41 @@ def stage_bytes(
 
 def _backward(
     b: Bench, place: StagePlace, each: Sequence[LayerBytes], kept: float, base: float, given: float
-) -> list[tuple[int | None, float]]:
-    """(layer, the most that is alive of the stage while its backward pass goes on), from the last one on."""
-    found: list[tuple[int | None, float]] = []
+) -> list[tuple[tuple[Group, ...], float]]:
+    """(gradients that are final, the most that is alive of the stage after that), from the last half of a layer on."""
+    found: list[tuple[tuple[Group, ...], float]] = []
+    final: list[Group] = []
+
+    def look(most: float) -> None:
+        found.append((tuple(final), most))
+        final.clear()
+
     alive = kept
     if place.last:
         t = Tape({"all": kept})
         norm_backward(t, b, "", "d stream", b.stream)
-        found.append((None, t.peak + (b.stream if b.work.tp > 1 else 0.0)))
+        look(t.peak + (b.stream if b.work.tp > 1 else 0.0))
+        final.append(("end", 0))
         alive = base
     returned = b.stream if place.returned else 0.0
     layers = [*place.layers, *range(b.model.layers, b.model.layers + len(each) - len(place.layers))]
     left = 0.0
     for position in reversed(range(len(each))):
-        layer = each[position]
+        layer, index = each[position], layers[position]
+        slots = (given if position == 0 else 0.0) + (returned if position == len(each) - 1 else 0.0)
         alive -= layer.kept - (given if position == 0 else 0.0)
-        most = alive + layer.backward - (given if position == 0 else 0.0) + left
-        found.append((layers[position], most - (returned if position == len(each) - 1 and not place.last else 0.0)))
+        ffn, attention = (alive + most + left - slots for most in layer.backward)
+        final.append(("down", index))
+        look(ffn)
+        final.append(("ffn", index))
+        final.append(("out", index))
+        look(attention)
+        final.append(("attention", index))
         left += layer.deferred
     if place.first and not place.balanced:
-        found.append((-1, alive + left + _embedding_backward(b)))
+        look(alive + left + _embedding_backward(b))
+        final.append(("begin", 0))
+    look(alive + left)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ...models.costs.tensors import Group
 from ...parallel.pipeline.kind import Hold
 from ...parallel.pipeline.memory import holds_of
 from ...parallel.pipeline.needs import Kinds
@@ -59,6 +60,7 @@ class Walk:
         buckets: of the rank's gradients.
         reduced: bytes that a bucket's reduction reads its ranks' parts into.
         vocabulary: of the rank.
+        update: what the update of a bucket makes.
     """
 
     def __init__(
@@ -68,17 +70,18 @@ class Walk:
         buckets: Sequence[FlatBucket],
         reduced: Callable[[FlatBucket], float],
         vocabulary: VocabularyBytes,
+        update: float,
     ) -> None:
         self._ops, self._stage, self._buckets, self._reduced = ops, stage, buckets, reduced
-        self._vocabulary = vocabulary
+        self._vocabulary, self._update = vocabulary, update
         # The last pass of a kind through a stage makes its gradients final.
         self._last = {(op.kind, op.stage): op.index for op in ops}
-        self._pending = {id(bucket): set(bucket.layers) for bucket in buckets}
+        self._pending = {id(bucket): set(bucket.groups) for bucket in buckets}
         self._held: dict[str, float] = {"": 0.0, "host": 0.0, "disk": 0.0}
         self._peaks = dict.fromkeys(self._held, 0.0)
-        self._communication = 0.0
+        self._summing = self._partial = 0.0
         self._in_flight = self._most_in_flight = 0
-        self._most = Moment()
+        self._most, self._total = Moment(), 0.0
 
     def course(self) -> Course:
         """What the step needs."""
@@ -87,8 +90,9 @@ class Walk:
             self._change(op, changes.get((position, 0), ()))
             self._work(op)
             self._change(op, changes.get((position, 1), ()))
-        # Every bucket's reduction is under way when the last gradient is final.
         self._look(Op(Kinds.REDUCE, 0), 0.0)
+        self._summing = self._partial = 0.0
+        self._look(Op(Kinds.OPTIMIZE, 0), self._update)
         return Course(self._most, self._peaks["host"], self._peaks["disk"], self._most_in_flight)
 
     def _change(self, op: Op, holds: Sequence[Hold]) -> None:
@@ -96,11 +100,10 @@ class Walk:
         for hold in holds:
             where = hold.what if hold.what in self._held else ""
             self._held[where] += hold.sign * self._size(op, hold.what)
-            if hold.what in ("activation", "deferred") and hold.counts:
+            self._peaks[where] = max(self._peaks[where], self._held[where])
+            if hold.counts and hold.what in ("activation", "deferred"):
                 self._in_flight += hold.sign
                 self._most_in_flight = max(self._most_in_flight, self._in_flight)
-        for where, nbytes in self._held.items():
-            self._peaks[where] = max(self._peaks[where], nbytes)
 
     def _size(self, op: Op, what: str) -> float:
         if what == "head":
@@ -109,9 +112,10 @@ class Walk:
         return mine.deferred if what == "deferred" else mine.kept
 
     def _look(self, op: Op, working: float) -> None:
-        found = Moment(self._held[""], working, self._communication, str(op))
-        if found.total > self._most.total:
-            self._most = found
+        communication = self._summing + self._partial
+        total = self._held[""] + working + communication
+        if total > self._total:
+            self._total, self._most = total, Moment(self._held[""], working, communication, str(op))
 
     def _work(self, op: Op) -> None:
         """What an operation makes beside what is held at its start."""
@@ -124,36 +128,40 @@ class Walk:
             case Kinds.WEIGHT_GRAD:
                 mine = self._stage(op.stage, op.index)
                 self._look(op, mine.weight)
-                self._finish(op, [layer for layer, _ in mine.ends])
+                self._finish(op, [group for groups, _ in mine.ends for group in groups])
             case Kinds.HEAD:
                 self._look(op, self._vocabulary.score)
             case Kinds.HEAD_GRAD:
                 self._look(op, self._vocabulary.gradient)
-                self._finish(op, [None])
+                self._finish(op, [("end", 0)])
             case Kinds.EMBED | Kinds.EMBED_GRAD:
                 self._look(op, self._vocabulary.embedding)
                 self._held[""] += self._vocabulary.embedded * (1 if op.kind == Kinds.EMBED else -1)
-                self._finish(op, [-1] if op.kind == Kinds.EMBED_GRAD else [])
+                self._finish(op, [("begin", 0)] if op.kind == Kinds.EMBED_GRAD else [])
             case _:
                 self._look(op, 0.0)
 
     def _backward(self, op: Op) -> None:
-        """Layer by layer; with the last microbatch of a stage their gradients become final and are reduced."""
+        """Half a layer after the other; with the last microbatch of a stage gradients become final and are reduced."""
         mine = self._stage(op.stage, op.index)
-        for layer, most in mine.ends:
+        for groups, most in mine.ends:
+            self._finish(op, groups if op.kind == Kinds.BACKWARD else ())
             self._look(op, most - mine.kept)
-            self._finish(op, [layer] if op.kind == Kinds.BACKWARD else [])
 
-    def _finish(self, op: Op, layers: Sequence[int | None]) -> None:
-        """The gradients of these layers are final if this is the last pass of its kind."""
-        if self._last[op.kind, op.stage] == op.index:
-            for layer in layers:
-                self._final(layer)
+    def _finish(self, op: Op, groups: Sequence[Group]) -> None:
+        """These gradients are final if this is the last pass of its kind."""
+        if self._last[op.kind, op.stage] == op.index and groups:
+            for group in groups:
+                self._final(group)
 
-    def _final(self, layer: int | None) -> None:
+    def _final(self, group: Group) -> None:
         for bucket in self._buckets:
             waiting = self._pending[id(bucket)]
             if waiting:
-                waiting.discard(layer)
+                waiting.discard(group)
                 if not waiting:
-                    self._communication += self._reduced(bucket)
+                    # One after the other; partial sums, which are small, all at once.
+                    if bucket.partial:
+                        self._partial += self._reduced(bucket)
+                    else:
+                        self._summing = self._reduced(bucket)

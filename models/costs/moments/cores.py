@@ -47,21 +47,23 @@ def score_bytes(b: Bench, heads: float, queries: int, keys: int) -> float:
     return b.work.sequences * heads * min(b.ways.blocks, queries) * keys * b.work.precise
 
 
-def kernel_forward(b: Bench, x: AttentionBytes, block: float) -> float:
-    """Beside operands and results of one call: values, and keys in fp32, head by head, and a block's scores."""
+def kernel_forward(b: Bench, x: AttentionBytes, block: float, *, turned: bool = True) -> float:
+    """Beside operands and results of one call: values head by head, and keys that are not (`turned`) or in fp32; a
+    block's scores, and those of the block before, which go when they are replaced."""
     if not block:
         return 0.0
-    keys = b.wide(x.k) if b.half else 0.0
-    return keys + x.v + block * (1.5 if b.half else 1.0)
+    keys = b.wide(x.k) if b.half else 0.0 if turned else x.k
+    return keys + x.v + block * 2
 
 
-def kernel_backward(b: Bench, x: AttentionBytes, block: float) -> float:
-    """Beside operands and results, which are fp32: as forward, scores with their gradients, and a product of these."""
+def kernel_backward(b: Bench, x: AttentionBytes, block: float, *, turned: bool = True) -> float:
+    """Beside operands and results, which are fp32: as forward; probabilities and the gradients of two blocks' scores,
+    or a product with them that is to be added."""
     if not block:
         # Kernels give gradients in the type of the operands, which are added to the results.
         return x.q + x.kv
-    keys = b.wide(x.k) if b.half else 0.0
-    working = 2 * block * (1.25 if b.half else 1.0) + max(x.k, x.v)
+    keys = (b.wide(x.k) if b.half else 0.0) + (0.0 if turned else x.k)
+    working = max(4 * block, 2.5 * block + max(x.k, x.v)) if b.half else max(3 * block, 2 * block + max(x.k, x.v))
     sums = b.wide(x.out) * (3 if b.half else 1)
     return 2 * x.lse + max(keys + x.v + working, sums)
 
@@ -77,13 +79,13 @@ def core_forward(t: Tape, b: Bench) -> None:
     outer = b.ranks // work.exchanged
     block = score_bytes(b, b.w.heads / work.exchanged, length, length)
     if outer > 1:
-        t.bump(_method_forward(b, x, outer) + kernel_forward(b, _of_block(b, x), block))
+        t.bump(_method_forward(b, x, outer) + kernel_forward(b, x, block, turned=_at_home(b, outer)))
         t.make("log-sum-exp", x.lse)
         t.make("attention output", x.out)
     else:
         t.make("attention output", x.out)
         t.make("log-sum-exp", x.lse)
-        t.bump(kernel_forward(b, x, block))
+        t.bump(kernel_forward(b, x, block, turned=work.exchanged == 1))
     if work.exchanged > 1:
         t.make("attention output of all heads", x.out)
         t.bump(x.out / 8)
@@ -107,7 +109,8 @@ def core_backward(t: Tape, b: Bench) -> None:
         t.free("d attention output", "attention output of all heads")
     outer = b.ranks // work.exchanged
     block = score_bytes(b, b.w.heads / work.exchanged, length, length)
-    beside = kernel_backward(b, x if outer == 1 else _of_block(b, x), block)
+    turned = (outer == 1 or _at_home(b, outer)) and work.exchanged == 1
+    beside = kernel_backward(b, x, block, turned=turned)
     if outer > 1:
         t.bump(_method_backward(b, x, outer) + beside)
     for name, nbytes in (("d queries", x.q), ("d keys", x.k), ("d values", x.v)):
@@ -124,9 +127,9 @@ def core_backward(t: Tape, b: Bench) -> None:
         t.bump(max(x.q, x.k, x.v))
 
 
-def _of_block(b: Bench, x: AttentionBytes) -> AttentionBytes:
-    """What a kernel is called with: another rank's keys, for all queries."""
-    return x
+def _at_home(b: Bench, ranks: int) -> bool:
+    """Whether the keys at work are the rank's own when most is alive: these lie head by head, those sent do not."""
+    return b.method == "tokenring" or (ranks == 2 and b.method in ("ring", "usp"))
 
 
 def _method_forward(b: Bench, x: AttentionBytes, ranks: int) -> float:
@@ -138,9 +141,11 @@ def _method_forward(b: Bench, x: AttentionBytes, ranks: int) -> float:
         case "allgather":
             return ranks * x.kv + results
         case "tokenring":
-            return (5.4 if ranks == 2 else 7.7) * (x.q + x.lse)
+            # Less than it holds at its own peak, which is when results are joined and no kernel works.
+            return (4.2 if ranks == 2 else 7.2) * (x.q + x.lse)
         case _:
-            return 2 * x.kv + results
+            # With two ranks nothing arrives any more while the other one's keys are worked on; half of them travel on.
+            return (1.5 if ranks == 2 else 2) * x.kv + results
 
 
 def _method_backward(b: Bench, x: AttentionBytes, ranks: int) -> float:
@@ -152,9 +157,9 @@ def _method_backward(b: Bench, x: AttentionBytes, ranks: int) -> float:
         case "allgather":
             return 2 * ranks * x.kv + kv + 2 * q
         case "tokenring":
-            return 7 * q + 1.7 * kv if ranks == 2 else 12 * q + 2 * kv
+            return 5 * q + 1.4 * kv if ranks == 2 else 9 * q + 2 * kv
         case _:
-            return 2 * x.kv + 4 * kv + 2 * q
+            return 1.5 * x.kv + 2 * kv + 2 * q if ranks == 2 else 2 * x.kv + 4 * kv + 2 * q
 
 
 def _latents(b: Bench) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,17 +24,15 @@ class LayerBytes:
     Args:
         kept: from the forward to the backward pass, its input included.
         forward: the most that is alive in the forward pass, its input included.
-        backward: the most that is alive in the backward pass, what is kept and the gradients of its output and input
-            included.
+        backward: the most that is alive in the backward pass through its feed-forward half, and through its attention,
+            what is kept and the gradients of its output and input included.
         deferred: what weight gradients that are left for later hold; in `left` what they make meanwhile.
-        moments: what was worked on when the most was alive, forward and backward.
     """
 
     kept: float
     forward: float
-    backward: float
+    backward: tuple[float, float]
     deferred: float
-    moments: tuple[str, str]
 
 
 @lru_cache(maxsize=4096)
@@ -47,37 +46,32 @@ def layer_bytes(b: Bench, layer: int, choice: Choice = "none", *, split: bool = 
         split: its weight gradients are left for later.
     """
     rows = layer_rows(b.model, layer, b.work)
-    kept = kept_rows(rows, choice)
+    kept = [row.name for row in kept_rows(rows, choice)]
+    middle = [row.name for row in rows].index("middle")
     forward = Tape({INPUT: b.stream})
-    layer_forward(forward, b, layer)
+    attention_half(forward, b, layer)
+    # What is made again goes with the half of the layer that works on it.
+    forward.keep_only((*kept, "middle", "attention result"))
+    ffn_half(forward, b, layer)
+    backward = Tape({row.name: float(row.nbytes) for row in rows if row.name in kept} | {GRAD: b.stream})
     if choice == "full":
-        # Only what the layer works on at the moment is alive: its halves come one after the other.
-        forward = _forgetful(b, layer)
-    given = {row.name: float(row.nbytes) for row in kept} | {GRAD: b.stream}
-    backward = Tape(given)
-    backward.doing = "making again"
-    if choice != "none":
-        _again(backward, b, layer, rows, choice)
-    layer_backward(backward, b, layer, split=split)
+        backward.peak = max(backward.peak, _again(b, layer))
+    _make(backward, rows if choice == "full" else rows[middle:])
+    ffn_half_backward(backward, b, layer, split=split)
+    first, backward.peak = backward.peak, 0.0
+    _make(backward, [] if choice == "full" else rows[:middle])
+    attention_half_backward(backward, b, layer, split=split)
     deferred = sum(nbytes for name, nbytes in backward.live.items() if name != "d input") if split else 0.0
     return LayerBytes(
         kept=kept_bytes(rows, choice),
         forward=forward.peak,
-        backward=backward.peak,
+        backward=(first, backward.peak),
         deferred=deferred,
-        moments=(forward.moment, backward.moment),
     )
-
-
-def layer_forward(t: Tape, b: Bench, layer: int) -> None:
-    """Makes everything that the layer keeps, and its output."""
-    attention_half(t, b, layer)
-    ffn_half(t, b, layer)
 
 
 def attention_half(t: Tape, b: Bench, layer: int) -> None:
     """Up to the residual stream in the middle."""
-    t.doing = f"layer {layer}, attention"
     norm_forward(t, b, "attention norm", b.stream)
     match _kind(b, layer):
         case "linear":
@@ -90,9 +84,8 @@ def attention_half(t: Tape, b: Bench, layer: int) -> None:
     t.make("middle", b.stream)
 
 
-def ffn_half(t: Tape, b: Bench, layer: int) -> None:
-    """From the residual stream in the middle to the layer's output."""
-    t.doing = f"layer {layer}, feed-forward"
+def ffn_half(t: Tape, b: Bench, layer: int, *, output: bool = True) -> None:
+    """From the residual stream in the middle to the layer's output, or to what is added for it."""
     norm_forward(t, b, "ffn norm", b.stream)
     t.free("attention result")
     if layer in b.model.routed_layers:
@@ -100,8 +93,9 @@ def ffn_half(t: Tape, b: Bench, layer: int) -> None:
     else:
         ffn_forward(t, b, "ffn", b.w.ffn, "ffn result")
     _dropout(t, b, "ffn result", "ffn dropout")
-    t.make("output", b.stream)
-    t.free("ffn result")
+    if output:
+        t.make("output", b.stream)
+        t.free("ffn result")
 
 
 def _dropout(t: Tape, b: Bench, result: str, mask: str) -> None:
@@ -116,29 +110,23 @@ def _dropout(t: Tape, b: Bench, result: str, mask: str) -> None:
         t.live[result] = t.live.pop(f"{result} dropped")
 
 
-def _forgetful(b: Bench, layer: int) -> Tape:
-    """A forward pass that keeps the layer's input only."""
-    t = Tape({INPUT: b.stream})
+def _again(b: Bench, layer: int) -> float:
+    """The most that is alive while a whole layer runs again, up to the last tensor that is needed."""
+    t = Tape({INPUT: b.stream, GRAD: b.stream})
     attention_half(t, b, layer)
-    t.keep_only((INPUT, "middle", "attention result"))
-    ffn_half(t, b, layer)
-    return t
+    ffn_half(t, b, layer, output=False)
+    return t.peak
 
 
-def _again(t: Tape, b: Bench, layer: int, rows: list[Kept], choice: Choice) -> None:
-    """Makes what is missing; of a whole layer, up to the last tensor that is needed."""
-    if choice == "full":
-        again = Tape({INPUT: b.stream, GRAD: b.stream})
-        layer_forward(again, b, layer)
-        t.peak, t.moment = max((t.peak, t.moment), (again.peak - b.stream, f"layer {layer}, again"))
+def _make(t: Tape, rows: Sequence[Kept]) -> None:
+    """Makes those that are not there."""
     for row in rows:
         if row.name not in t.live:
             t.make(row.name, row.nbytes)
 
 
-def layer_backward(t: Tape, b: Bench, layer: int, *, split: bool = False) -> None:
-    """From the gradient of the layer's output to that of its input, in one tensor."""
-    t.doing = f"layer {layer}, feed-forward backward"
+def ffn_half_backward(t: Tape, b: Bench, layer: int, *, split: bool = False) -> None:
+    """From the gradient of the layer's output to that of the residual stream in its middle, in one tensor."""
     _dropout_backward(t, b, "ffn dropout")
     if layer in b.model.routed_layers:
         experts_backward(t, b, "d ffn norm", later=split)
@@ -148,7 +136,10 @@ def layer_backward(t: Tape, b: Bench, layer: int, *, split: bool = False) -> Non
         t.free("ffn norm")
     norm_backward(t, b, "d ffn norm", "d middle", b.stream)
     t.free("middle", "ffn norm numbers", "d middle", "d dropped")
-    t.doing = f"layer {layer}, attention backward"
+
+
+def attention_half_backward(t: Tape, b: Bench, layer: int, *, split: bool = False) -> None:
+    """From there to the gradient of the layer's input."""
     _dropout_backward(t, b, "attention dropout")
     match _kind(b, layer):
         case "linear":

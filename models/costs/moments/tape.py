@@ -15,9 +15,6 @@ class Tape:
     def __init__(self, given: dict[str, float] | None = None) -> None:
         self.live: dict[str, float] = dict(given or {})
         self.now = self.peak = float(sum(self.live.values()))
-        self.moment = ""
-        """What was worked on when the most was alive."""
-        self.doing = ""
 
     def make(self, name: str, nbytes: float) -> None:
         """A tensor comes to be; one of this name that is there is made again and freed after that."""
@@ -41,5 +38,4 @@ class Tape:
         self.free(*[name for name in self.live if name not in wanted])
 
     def _look(self, nbytes: float) -> None:
-        if nbytes > self.peak:
-            self.peak, self.moment = nbytes, self.doing
+        self.peak = max(self.peak, nbytes)

@@ -18,6 +18,7 @@ class Ways:
         at_once: elements of half precision that are held in fp32 at a time (`models.functional`).
         blocks: attention's scores are tensors, of so many queries at a time; 0: they stay inside a kernel.
         long: queries from which on attention is one kernel all the same.
+        context: bytes that the device's own context takes, with the workspace of its matrix products.
     """
 
     rounds: bool
@@ -25,10 +26,14 @@ class Ways:
     at_once: int
     blocks: int
     long: int = 0
+    context: int = 0
 
+
+CONTEXT = 600 << 20
+"""Of CUDA 13 on an H200, and cuBLAS's workspace."""
 
 CPU = Ways(rounds=True, collects=True, at_once=1 << 17, blocks=64, long=1024)
-CUDA = Ways(rounds=False, collects=False, at_once=1 << 25, blocks=0)
+CUDA = Ways(rounds=False, collects=False, at_once=1 << 25, blocks=0, context=CONTEXT)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -228,3 +228,39 @@ def test_a_node_that_never_runs_holds_nothing_for_ever(size: int) -> None:
     gone = weakref.ref(y.untyped_storage())
     del y, saved
     assert gone() is None
+
+
+def test_what_has_come_back_goes_as_soon_as_it_was_used() -> None:
+    """While a chain runs backward, every link's saved input is gone when the link before it is reached."""
+    links, size = 6, 4096
+    (ops,) = _program(1).ranks
+    alive: list[int] = []
+    stored: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def count(_: Tensor) -> None:
+        alive.append(sum(each() is not None for each in stored))
+
+    with _lanes() as (out, back):
+        offloads = Offloads(_program(1), 0, out=out, back=back, device=CPU)
+        graph = torch.zeros(())
+        for op in ops:
+            match op.kind:
+                case Kinds.FORWARD:
+                    x = torch.rand(size, dtype=torch.float64, requires_grad=True)
+                    with offloads.catching(op.stage, op.index):
+                        for _ in range(links):
+                            x.register_hook(count)
+                            x = x.sin()
+                    graph = x.sum()
+                    del x
+                case Kinds.BACKWARD:
+                    graph.backward()
+                case _:
+                    held = offloads._saved.get((op.stage, op.index))
+                    if op.kind is Kinds.RESUME and held is not None:
+                        stored = [weakref.ref(b.storage) for b in held.blocks if b.storage is not None]
+                    del held
+                    offloads.handlers[op.kind](op)
+        offloads.close()
+    assert alive == sorted(alive, reverse=True)
+    assert alive[0] >= links - 2 and alive[-1] <= 1, alive

@@ -67,7 +67,8 @@ def _draw(draws: random.Random) -> Config:
         **degrees,
         **_ranks(draws, degrees, bool(model.get("moe")), layers),
         context={"method": draws.choice(["ring", "ulysses", "allgather", "tokenring", "usp"])},
-        recompute=draws.choice(["none", "none", "full"]),
+        **_again(draws, kind, bool(model.get("moe"))),
+        group=draws.choice([None, None, 1, 2]),
         sharding=draws.choice(["ddp", "zero1"]),
         bucket_mib=draws.choice([0.5, 2.0, 32.0]),
         optim=draws.choice(["adamw", "adamw", "sgd"]),
@@ -76,6 +77,14 @@ def _draw(draws: random.Random) -> Config:
         micro_batch=draws.choice([1, 2]),
         global_batch=8,
     )
+
+
+def _again(draws: random.Random, kind: str, experts: bool) -> dict[str, Any]:
+    """What is made again."""
+    choice = draws.choice(["none", "none", "full", "selective"])
+    parts = ["norm", "activation", "attention", "ffn", *["latent"] * (kind == "mla"), *["moe"] * experts]
+    chosen = tuple(draws.sample(parts, draws.randint(1, 3)))
+    return {"recompute": choice, "memory": {"recompute_parts": chosen} if choice == "selective" else {}}
 
 
 def _degrees(world: int) -> Sequence[dict[str, int]]:

@@ -20,6 +20,7 @@ from pentad.configs.errors import UserError
 from pentad.configs.schema import LogConfig, MemoryConfig, MoeConfig
 from pentad.models.costs.flops import step_flops
 from pentad.models.costs.recompute import flops_again
+from pentad.trainer.memory.estimate import per_rank
 from pentad.trainer.metrics.evaluation import HELD_OUT_LOSS, sample_metric
 from pentad.trainer.metrics.metric import Metric
 from pentad.trainer.metrics.readings import registry
@@ -48,6 +49,7 @@ def test_speeds_and_shares() -> None:
     assert (found["tokens"], found["skipped"], found["done_pct"]) == (1800, 1, 70.0)
     assert (found["tokens_per_s"], found["tokens_per_s_per_device"]) == (400, 100)
     assert (found["data_s"], found["data_pct"], found["memory_gib"]) == (0.1, pytest.approx(5.0), 1.5)
+    assert found["memory_model_gib"] == max(memory.tensors for memory in per_rank(job())) / 2**30
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

@@ -26,7 +26,7 @@ from tests.trainer.metrics.reports import report
 KEYS = {
     *("step", "loss", "grad_norm", "lr", "tokens", "step_time_s", "tokens_per_s", "tokens_per_s_per_device", "mfu"),
     *("mfu_full", "hfu", "tflops_per_device", "peak_tflops", "memory_gib", "data_s", "waterfall", "straggler", "moe"),
-    "skipped",
+    *("skipped", "memory_model_gib"),
 }
 
 

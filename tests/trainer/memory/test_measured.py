@@ -1,0 +1,24 @@
+"""The memory model against the peak of live tensors that random jobs really have, on every rank."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.measured_memory import compare
+from tests.trainer.memory.layouts import draw_job
+
+WITHIN = 0.05
+LEAST = 64 << 20
+SEEDS = range(30)
+SAMPLE = (9, 16, 23)
+"""Of `make test`: replicas; a pipeline of experts with everything made again; parts made again, and offload."""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=[] if s in SAMPLE else pytest.mark.slow) for s in SEEDS])
+def test_peak_is_what_the_model_says(seed: int) -> None:
+    cfg = draw_job(seed)
+    ranks = compare(cfg)
+    assert max(each.measured.peak for each in ranks) >= LEAST
+    for each in ranks:
+        assert abs(each.error) < WITHIN, f"place {each.measured.place}: {each.measured.peak}, {each.predicted}, {cfg}"
