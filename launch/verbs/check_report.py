@@ -56,6 +56,8 @@ def _layout(cfg: Config) -> Table:
     rows.add_row("data parallelism", p.data.sharding)
     for row in _pipeline(cfg) if p.pp > 1 else ():
         rows.add_row(*row)
+    if cfg.memory.group is not None:
+        rows.add_row("part-stages", f"{len(Pipeline.of(cfg).split.layers)} of at most {cfg.memory.group} layers")
     for row in _copies(cfg) if offloads(cfg) else ():
         rows.add_row(*row)
     rows.add_row("precision", t.dtype)

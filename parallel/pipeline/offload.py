@@ -17,7 +17,7 @@ again, GOT waits for the disk and PRE follows.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -28,7 +28,7 @@ from .memory import ActivationBytes, peak_bytes
 from .needs import Kinds
 from .program import Op, Program
 from .refine import part_stages
-from .simulate import simulate
+from .simulate import Timeline, simulate
 from .times import Times
 
 Pass = tuple[int, int]
@@ -71,10 +71,14 @@ def windows(program: Program, times: Times) -> list[list[Window]]:
     Raises:
         ValueError: the program has no backward passes.
     """
-    if not is_training(program):
+    return _windows(simulate(program, times))
+
+
+def _windows(timeline: Timeline) -> list[list[Window]]:
+    if not is_training(timeline.program):
         raise ValueError("an evaluation keeps nothing that could be offloaded")
     found: list[list[Window]] = []
-    for ops, spans in zip(program.ranks, simulate(program, times).spans, strict=True):
+    for ops, spans in zip(timeline.program.ranks, timeline.spans, strict=True):
         ends = {(op.stage, op.index): end for op, (_, end) in zip(ops, spans, strict=True) if op.kind is Kinds.FORWARD}
         mine = [
             Window((op.stage, op.index), ends[op.stage, op.index], start, end - start)
@@ -88,14 +92,13 @@ def windows(program: Program, times: Times) -> list[list[Window]]:
 
 def worthwhile(program: Program, times: Times) -> list[list[Pass]]:
     """The activations of each rank whose copies fit into their windows with room to spare, longest-lived first."""
-    chosen = []
-    for mine in windows(program, times):
-        copies = {window.pass_: _copies(window.pass_, times) for window in mine}
-        chosen.append([w.pass_ for w in mine if w.length - w.margin > _COPIES * sum(copies[w.pass_])])
-    return chosen
+    return [
+        [w.pass_ for w in mine if w.length - w.margin > _COPIES * sum(_copies(w.pass_, times))]
+        for mine in windows(program, times)
+    ]
 
 
-def selective(program: Program, times: Times, sizes: ActivationBytes) -> list[Pass]:
+def selective(program: Program, times: Times, sizes: ActivationBytes, always: Collection[Pass] = ()) -> list[Pass]:
     """The activations whose offload lowers the highest peak of all ranks and costs no time.
 
     Of those that are worthwhile the ones with the shortest windows are left out until the simulated step is at most
@@ -106,21 +109,27 @@ def selective(program: Program, times: Times, sizes: ActivationBytes) -> list[Pa
         program: of a training step, complete; of one rank or lowered.
         times: of its passes and of the copies.
         sizes: of the activations.
+        always: what is offloaded anyway, and counts for the step and the peaks that are compared with.
     """
-    within = simulate(program, times).makespan * _AS_FAST
-    long = {window.pass_: window.length for mine in windows(program, times) for window in mine}
-    chosen = worthwhile(program, times)
+    plain, taken = simulate(program, times), set(always)
+    long = {window.pass_: window.length for mine in _windows(plain) for window in mine}
+    chosen = [[pass_ for pass_ in mine if pass_ not in taken] for mine in worthwhile(program, times)]
     ranked = sorted((pass_ for mine in chosen for pass_ in mine), key=lambda pass_: (-long[pass_], pass_))
 
+    def offloaded(passes: Iterable[Pass]) -> Program:
+        return _with_offloads(plain, {*taken, *passes})
+
+    within = simulate(offloaded(()), times).makespan * _AS_FAST
+
     def is_as_fast(passes: Collection[Pass]) -> bool:
-        return simulate(_with_offloads(program, passes, times), times).makespan <= within
+        return simulate(offloaded(passes), times).makespan <= within
 
     fast = frozenset(ranked[: _most(lambda count: is_as_fast(ranked[:count]), len(ranked))])
     mine = [[pass_ for pass_ in row if pass_ in fast] for row in chosen]
 
     def peaks(counts: Sequence[int]) -> tuple[float, ...]:
-        passes = [pass_ for row, count in zip(mine, counts, strict=True) for pass_ in row[:count]]
-        return peak_bytes(_with_offloads(program, passes, times), sizes)
+        passes = (pass_ for row, count in zip(mine, counts, strict=True) for pass_ in row[:count])
+        return peak_bytes(offloaded(passes), sizes)
 
     enough = max(peaks([len(row) for row in mine])) * (1 + 1e-9)
     # All ranks at once: where the operations of one stand does not depend on what another offloads.
@@ -179,22 +188,22 @@ def offload(program: Program, chosen: Collection[Pass], times: Times, *, stored:
     """
     if any(op.kind is Kinds.OFFLOAD for ops in program.ranks for op in ops):
         raise ProgramError("the program has offloads already")
-    result = _with_offloads(program, chosen, times, stored)
+    result = _with_offloads(simulate(program, times), chosen, stored)
     check_program(result)
     return result
 
 
-def _with_offloads(program: Program, chosen: Collection[Pass], times: Times, stored: Collection[Pass] = ()) -> Program:
-    known = {window.pass_: window for mine in windows(program, times) for window in mine}
+def _with_offloads(plain: Timeline, chosen: Collection[Pass], stored: Collection[Pass] = ()) -> Program:
+    program = plain.program
+    known = {window.pass_: window for mine in _windows(plain) for window in mine}
     unknown = sorted(set(chosen) - known.keys())
     if unknown:
         stage, index = unknown[0]
         raise ProgramError(f"there is no activation of microbatch {index} at stage {stage} to offload")
-    spans, wanted = simulate(program, times).spans, set(chosen)
-    ranks = []
+    wanted, ranks = set(chosen), []
     for rank, ops in enumerate(program.ranks):
         mine = [known[op.stage, op.index] for op in ops if _is_backward(op.kind) and (op.stage, op.index) in wanted]
-        inserted = _Places(ops, spans[rank], times).all(mine, set(stored))
+        inserted = _Places(ops, plain.spans[rank], plain.times).all(mine, set(stored))
         out = tuple(each for k, op in enumerate(ops) for each in (*inserted[k].before, op, *inserted[k].after))
         ranks.append(number_slots(out, training=True))
     return replace(program, ranks=tuple(ranks))

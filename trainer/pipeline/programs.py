@@ -200,7 +200,7 @@ def offloaded(cfg: Config, program: Program, pipeline: Pipeline, copies: Copies 
     always = first_chunks(program, row.offloads, pipeline.parts) if row is not None else []
     times = copies.beside(pipeline)
     if wanted == "auto":
-        chosen = selective(program, times, ActivationBytes(activation=copies.kept))
+        chosen = selective(program, times, ActivationBytes(activation=copies.kept), always)
     else:
         share = {"none": 0.0, "all": 1.0}[wanted] if isinstance(wanted, str) else wanted
         lived = [[window.pass_ for window in mine] for mine in windows(program, times)]

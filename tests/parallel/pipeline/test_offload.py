@@ -194,6 +194,17 @@ def test_copies_that_would_cost_time_are_left_out(one_engine: bool) -> None:
     assert peak_bytes(done, sizes)[0] <= 12 < peak_bytes(plain, sizes)[0]
 
 
+def test_the_selection_goes_on_from_what_a_schedule_offloads_anyway() -> None:
+    times = Times(forward=(0.25,), backward=(0.25,), weight=(0.25,), hop=0.01, offload=(0.05,), reload=(0.05,))
+    program, sizes = lower(_uniform(4, 4, 12), times=times), ActivationBytes(activation=(1.0,))
+    always = first_chunks(program, 0.5)
+    chosen = selective(program, times, sizes, always)
+    assert chosen and not set(chosen) & set(always)
+    po_h, more = offload(program, always, times), offload(program, [*always, *chosen], times)
+    assert max(peak_bytes(more, sizes)) < max(peak_bytes(po_h, sizes))
+    assert simulate(more, times).makespan <= simulate(po_h, times).makespan * 1.005
+
+
 def test_bytes_are_on_the_host_or_on_the_device() -> None:
     times = Times(offload=(0.1,), reload=(0.1,))
     program = lower(generate("1f1b", ranks=2, microbatches=4), times=times)

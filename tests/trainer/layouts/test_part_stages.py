@@ -18,7 +18,7 @@ EXPERTS = MoeConfig(experts=8, top_k=2, ffn=32, router=RouterConfig(selection_bi
 LAYOUTS: dict[str, dict[str, Any]] = {
     "alone": {"model": {"layers": 4}},
     "alone-tied-ahead-dropout": {"model": {"layers": 3, "tied": True, "mtp": 1, "dropout": 0.1}},
-    "learned-positions": {"model": {"layers": 3, "position": "learned"}, "recompute": "full"},
+    "learned-positions": {"model": {"layers": 3, "position": "learned", "max_positions": 64}, "recompute": "full"},
     "replicas": {"dp": 2, "sharding": "zero1", "model": {"layers": 3}},
     "tp": {"tp": 2, "model": {"layers": 3}, "recompute": "full"},
     "cp": {"cp": 2, "model": {"layers": 3}},

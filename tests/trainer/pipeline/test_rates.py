@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pentad.configs.schema import Config, HardwareConfig
+from pentad.launch.cli import main
 from pentad.models.costs.times import Rates
 from pentad.trainer.memory.copies import copies_of
 from pentad.trainer.metrics.peak import Peak
@@ -56,6 +57,24 @@ def test_what_is_not_known_is_assumed_and_said() -> None:
     said = Rates.of(HardwareConfig(peak_tflops=312.0), "bf16")
     assert said.flops == 312e12 and "hardware.host_gib_s assumed" in said.source
     assert "hardware.peak_tflops and hardware.host_gib_s assumed" in Rates.of(HardwareConfig(), "fp64").source
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["hardware.preset=h200"], "59.6 GiB/s each way beside 989.5 TFLOP/s (hardware)"),
+        (["hardware.peak_tflops=100"], "(hardware.host_gib_s assumed, an H100's)"),
+    ],
+)
+def test_check_says_what_it_plans_with(
+    overrides: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    small = ["model.preset=llama3_8b", "train.seq_len=4096", "train.dtype=bf16", "parallel.pp=4"]
+    assert main(["check", "demo", *small, "memory.offload_activations=all", *overrides]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert main(["check", "demo", *small, *overrides]) == 0
+    assert "copies to the host" not in capsys.readouterr().out
 
 
 def test_copies_take_bytes_over_the_rate_in_forward_passes() -> None:
