@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from .fields import all_keys, short, value_of
 from .resolve import resolve_model
-from .schema import Config, ModelConfig, MoeConfig
+from .schema import CODED_STATES, AdamWConfig, Config, ModelConfig, MoeConfig
 from .schema_data import TokenizedData
 
 _Section = TypeVar("_Section")
@@ -104,9 +104,19 @@ JOB: tuple[Inert[Config], ...] = (
     ),
     Inert(("parallel.data.bucket_mib",), ("parallel.data.sharding",), lambda c: c.parallel.data.sharding == "fsdp"),
     Inert(
-        ("memory.optimizer_stride", "memory.optimizer_subgroup_mib"),
+        ("memory.optimizer_stride",),
+        ("memory.offload_optimizer",),
+        lambda c: c.memory.offload_optimizer in ("none", "disk"),
+    ),
+    Inert(
+        ("memory.optimizer_subgroup_mib",),
         ("memory.offload_optimizer",),
         lambda c: c.memory.offload_optimizer == "none",
+    ),
+    Inert(
+        ("optim.states_above",),
+        ("optim.states",),
+        lambda c: isinstance(c.optim, AdamWConfig) and c.optim.states not in CODED_STATES,
     ),
     Inert(("data.tokenizer.eod",), ("data.tokenizer.path",), lambda c: c.data.tokenizer.path is None),
     Inert(("data.cache",), ("data.name",), lambda c: isinstance(c.data, TokenizedData)),
@@ -119,6 +129,7 @@ JOB: tuple[Inert[Config], ...] = (
 _FREE = {
     "preset",
     "family",
+    "norm_impl",
     "init_std",
     "dropout",
     "mtp_loss",

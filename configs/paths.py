@@ -22,6 +22,7 @@ PATHS = (
     "data.weights",
     "data.tokenizer.path",
     "data.cache",
+    "memory.offload_disk",
     "checkpoint.dir",
     "checkpoint.resume",
     "checkpoint.init",

@@ -164,6 +164,10 @@ class AdamWConfig(OptimConfig):
     """Added to the root of the second moment."""
     impl: Literal["auto", "fused", "foreach", "apex"] = "auto"
     """auto: apex's kernel, checked at the start, where it is installed and there is a GPU; else torch's fused one."""
+    states: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
+    """How moments are kept: fp32 (fp64 where parameters are), bf16, or in codes of 8 or 4 bits with scales."""
+    states_above: int = 4096
+    """optim.states=int8, int4: elements of a matrix above which its moments are coded; vectors never are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +179,8 @@ class SgdConfig(OptimConfig):
     """Momentum; 0 keeps no state."""
 
 
+CODED_STATES = ("int8", "int4")
+"""The values of optim.states that are codes with scales."""
 OPTIMIZERS: dict[str, type] = {kind.name: kind for kind in (AdamWConfig, SgdConfig)}
 """By the name that optim.name selects."""
 

@@ -177,6 +177,8 @@ class ModelConfig:
     all. Derived: the vocabulary of checkpoint.init, where it is smaller."""
     norm: Literal["rms", "layer"] = "rms"
     """Normalisation of the residual stream."""
+    norm_impl: Literal["auto", "torch", "apex"] = "auto"
+    """auto: apex's kernels, checked at the start, where they are installed and there is a GPU; else ours."""
     norm_eps: float = 1e-5
     """Added to the mean square (rms) or the variance (layer)."""
     position: Literal["rope", "learned"] = "rope"

@@ -112,10 +112,14 @@ class MemoryConfig:
     group: int | None = None
     """Layers of a part-stage: a rank's stage passes in parts, each forward and backward an operation of its own, and
     what each keeps is offloaded apart; none: a stage is one part."""
-    offload_optimizer: Literal["none", "host"] = "none"
-    """host: masters and moments lie on the host and are updated in subgroups, most of them there."""
+    offload_optimizer: Literal["none", "host", "disk", "auto"] = "none"
+    """host: masters and moments lie on the host and are updated in subgroups, most of them there; disk: they lie in
+    memory.offload_disk, and the host has a few subgroups at a time; auto: host, where the job does not fit into
+    hardware.memory_gib without."""
     optimizer_stride: Literal["auto"] | int = "auto"
     """offload_optimizer: every so many subgroups one is updated on the device; 0: all on the host; 1: all on the
     device; auto: what is measured to be fastest, and with train.deterministic 1."""
+    offload_disk: str | None = None
+    """Folder on a disk of the node, for what goes there: files of each rank, gone when the run ends."""
     optimizer_subgroup_mib: float = 64.0
     """offload_optimizer: MiB of masters and moments that are updated at once."""

@@ -24,6 +24,7 @@ from pentad.configs.schema import (
     LogConfig,
     MemoryConfig,
     ModelConfig,
+    OptimConfig,
     ParallelConfig,
     PipelineConfig,
     SgdConfig,
@@ -71,12 +72,13 @@ def job(
     memory: dict[str, Any] | None = None,
     sharding: str = "ddp",
     bucket_mib: float = 0.02,
-    optim: str = "adamw",
+    optim: str | OptimConfig = "adamw",
     **train: Any,
 ) -> Config:
     """A resolved config; `train` overrides keys of that section, `model` may hold a MoeConfig."""
     settings: dict[str, Any] = {"steps": 10, "global_batch": 8, "micro_batch": 2, "seq_len": 16, "dtype": "fp64"}
     schedule = ConstantSchedule()
+    optims = {"adamw": AdamWConfig(lr=3e-3, schedule=schedule), "sgd": SgdConfig(lr=0.1, schedule=schedule)}
     config = Config(
         model=replace(TINY, **(model or {})),
         parallel=ParallelConfig(
@@ -94,7 +96,7 @@ def job(
             **{"recompute": recompute, "offload_activations": offload, "group": group, **(memory or {})}
         ),
         train=TrainConfig(**{**settings, **train}),
-        optim=AdamWConfig(lr=3e-3, schedule=schedule) if optim == "adamw" else SgdConfig(lr=0.1, schedule=schedule),
+        optim=optims[optim] if isinstance(optim, str) else optim,
         data=StdlibData(),
         eval=EvalConfig(),
         checkpoint=CheckpointConfig(),

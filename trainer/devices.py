@@ -25,6 +25,11 @@ def has_apex() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("apex", "amp_C"))
 
 
+def has_apex_norms() -> bool:
+    """Whether NVIDIA apex is there, with the compiled part that norms need."""
+    return all(importlib.util.find_spec(name) is not None for name in ("apex", "fused_layer_norm_cuda"))
+
+
 def missing_devices(cfg: Config) -> list[Problem]:
     """What the job asks for and this machine, or what is installed on it, does not have.
 
@@ -32,7 +37,8 @@ def missing_devices(cfg: Config) -> list[Problem]:
     """
     wants_apex = getattr(cfg.optim, "impl", "auto") == "apex"
     wants_deepep = cfg.model.moe.experts > 0 and cfg.model.moe.dispatcher == "deepep" and cfg.parallel.ep > 1
-    if cfg.train.device == "cpu" or not (cfg.train.device == "cuda" or wants_apex or wants_deepep):
+    wants_norms = cfg.model.norm_impl == "apex"
+    if cfg.train.device == "cpu" or not (cfg.train.device == "cuda" or wants_apex or wants_norms or wants_deepep):
         return []
     problems = []
     gpus = visible_gpus()
@@ -41,6 +47,9 @@ def missing_devices(cfg: Config) -> list[Problem]:
     if wants_apex and not (gpus and has_apex()):
         what = "NVIDIA apex built with its CUDA extensions" if gpus else "a GPU, and none is visible here"
         problems.append(Problem("optim.impl", f"apex needs {what}; set optim.impl=fused"))
+    if wants_norms and not (gpus and has_apex_norms()):
+        what = "NVIDIA apex built with its CUDA extensions" if gpus else "a GPU, and none is visible here"
+        problems.append(Problem("model.norm_impl", f"apex needs {what}; set model.norm_impl=torch"))
     if wants_deepep and not (gpus and importlib.util.find_spec("deep_ep") is not None):
         what = "the package deep_ep" if gpus else "CUDA devices, and none is visible here"
         problems.append(Problem("model.moe.dispatcher", f"deepep needs {what}; set all_to_all"))

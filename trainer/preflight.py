@@ -39,7 +39,7 @@ def preflight(cfg: Config, *, memory: bool = True) -> None:
     Raises:
         UserError: every problem found.
     """
-    problems = [*missing_packages(cfg.log), *missing_devices(cfg), *_folders(cfg), *data_problems(cfg)]
+    problems = [*missing_packages(cfg.log), *missing_devices(cfg), *_folders(cfg), *_disk(cfg), *data_problems(cfg)]
     problems += [*checkpoint_problems(cfg), *_program_problems(cfg)]
     if not problems:  # it reads what these have found to be good
         problems += _tokenizer_problems(cfg)
@@ -100,6 +100,25 @@ def _folders(cfg: Config) -> list[Problem]:
     if cfg.checkpoint.dir is not None and run not in Path(cfg.checkpoint.dir).parents:
         folders["checkpoint.dir"] = Path(cfg.checkpoint.dir)
     return [problem for key, folder in folders.items() if (problem := _unwritable(key, folder)) is not None]
+
+
+def _disk(cfg: Config) -> list[Problem]:
+    """What is wrong with the folder for masters and moments."""
+    if cfg.memory.offload_optimizer != "disk" or cfg.memory.offload_disk is None:
+        return []
+    folder, key = Path(cfg.memory.offload_disk), "memory.offload_disk"
+    if not folder.is_dir():
+        return [Problem(key, f"there is no folder {folder}; make it, or set another one on a disk of the node")]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return [Problem(key, f"{folder} is read-only for this user; set another folder")]
+    from .memory.estimate import per_rank
+
+    found = os.statvfs(folder)
+    free, needed = found.f_bavail * found.f_frsize, max(memory.held.disk for memory in per_rank(cfg))
+    if needed > free:
+        gib = f"{needed / 2**30:.3g} GiB of masters and moments, and {free / 2**30:.3g} GiB are free"
+        return [Problem(key, f"{folder} is to take a rank's {gib}; set another folder, or more ranks")]
+    return []
 
 
 def _unwritable(key: str, folder: Path) -> Problem | None:

@@ -29,7 +29,6 @@ from ..parallel.comm.mesh import Mesh
 from ..parallel.pipeline.program import Program
 from ..parallel.record.ring import Recorder
 from ..parallel.replicas.protocol import OtherSlices
-from .checkpoint.state import units_by_key
 from .data.dataset import Dataset
 from .memory.copies import copies_of
 from .metrics.peak import Peak
@@ -147,7 +146,7 @@ class Session:
         if outer is not None:
             outer.push(closing)
         try:
-            place = _HeldPlace(make_place(cfg, here.device) if state is None else state.place)
+            place = _HeldPlace(make_place(cfg, here.device, first=here.rank == 0) if state is None else state.place)
             closing.callback(place.close)
             mesh = _meet(cfg, slots, epoch, here, closing)
             if met is not None:
@@ -298,11 +297,15 @@ def _stepper(
     peak: Peak | None,
 ) -> Stepper:
     fixed = cfg.train.deterministic
-    optimizer = make_optimizer(cfg.optim, parts.device, place, cfg.memory, fixed=fixed, recorder=mesh.recorder)
+    optimizer = make_optimizer(cfg.optim, parts.device, place, cfg.memory, mesh=mesh, fixed=fixed)
     if state is not None:
         optimizer.states = state.moments
-    for unit in units_by_key(parts.replicas).values() if trains else ():
-        optimizer.prepare(unit)
+    replicas = parts.replicas
+    for bucket in range(replicas.buckets) if trains else ():
+        for unit in replicas.units(bucket):
+            optimizer.prepare(unit, replicas.shared(bucket))
+    if state is not None:
+        optimizer.agree()
     microbatches = cfg.train.global_batch // (cfg.train.micro_batch * mesh.axis("dp").size)
     copies = None
     if offloads(cfg):

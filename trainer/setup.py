@@ -10,19 +10,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..configs.errors import UserError
+from ..configs.errors import Problem, UserError
 from ..configs.schema import Config
 from ..models.mla import LatentAttention
+from ..models.norms import LayerNorm, RmsNorm
 from ..models.parallelize import build_model, initial_values, set_overlap_chunks
 from ..models.transformer import Transformer
 from ..parallel.comm.collectives import all_gather
 from ..parallel.comm.mesh import Degrees, Mesh
 from ..parallel.gradients import WeightGradients, slot_of
+from ..parallel.kernels.fused_norms import apex_norms
 from ..parallel.record import ring
 from ..parallel.replicas.flat import FlatReplicas
 from ..parallel.replicas.fsdp import FsdpReplicas
 from ..parallel.replicas.protocol import OtherSlices, Replicas, ShardSlice, adopt, expect_uses
 from ..parallel.sharding_rules import Sharding
+from .devices import has_apex_norms
 from .optim.places import StatePlace
 from .pipeline.programs import Pipeline
 
@@ -231,6 +234,7 @@ def make_model(
             masters=None if place is None else place.allocate,
         )
         _expect_uses(model, mesh)
+    _use_norms(cfg, model, device)
     if cfg.model.moe.experts and cfg.model.moe.overlap_chunks != "auto":
         set_overlap_chunks(model, cfg.model.moe.overlap_chunks)
     parts = Parts(model, where, replicas, device, pipeline, _stores(model, pipeline, stages), held)
@@ -239,6 +243,25 @@ def make_model(
     else:
         replicas.load(initial_values(model, where, cfg.train.seed))
     return parts
+
+
+def _use_norms(cfg: Config, model: Transformer, device: torch.device) -> None:
+    """Gives the model's norms the kernels that `model.norm_impl` names.
+
+    Raises:
+        UserError: they do not compute what they should.
+    """
+    wanted = cfg.model.norm_impl
+    if wanted == "torch" or (wanted == "auto" and not (device.type == "cuda" and has_apex_norms())):
+        return
+    if not has_apex_norms():
+        raise UserError(Problem("model.norm_impl", "apex is not installed with its CUDA extensions; set torch"))
+    kernels = apex_norms(device, DTYPES[cfg.train.dtype])
+    for module in model.modules():
+        if isinstance(module, RmsNorm):
+            module.kernel = kernels.rms
+        elif isinstance(module, LayerNorm):
+            module.kernel = kernels.layer
 
 
 def _expect_uses(model: Transformer, mesh: Mesh) -> None:

@@ -38,7 +38,8 @@ from ..parallel.vocab import Look
 from .data.dataset import Microbatch
 from .inputs import InputMaker
 from .metrics.live_bytes import LiveBytes
-from .optim.optimizer import UpdateScalars, sum_of_squares
+from .optim.adamw_kernels import square_sum
+from .optim.optimizer import UpdateScalars
 from .optim.states import Optimizer
 from .pipeline.host_copies import HostCopies
 from .pipeline.vocab_passes import BalancedVocabulary
@@ -120,6 +121,7 @@ class Stepper:
         self.updates = torch.zeros((), dtype=torch.float32, device=self.device)
         """Updates applied so far; skipped steps do not count."""
         self._zero = torch.zeros((), dtype=precise, device=self.device)
+        self._square_sum = square_sum(cfg.optim, self.device)
         self._maker = InputMaker(cfg, mesh, parts.device)
         self._vocabulary: BalancedVocabulary | None = None
         if parts.pipeline.split.balanced:
@@ -233,7 +235,7 @@ class Stepper:
             return None
         for op in self.ops:
             if op.kind == Kinds.OPTIMIZE and op.index not in left.updated:
-                self._update(op.index, left, left.outcome)
+                self._update(op.index, left, left.outcome, alone=self.spent)
         self.optimizer.settle()
         self.replicas.clear()
         return replace(left.outcome.result, worst=Handle(self._own(left)))
@@ -323,7 +325,7 @@ class Stepper:
         for bucket in range(self.replicas.buckets):
             for unit in self.replicas.units(bucket):
                 if unit.counted:
-                    square = square + sum_of_squares(unit.grad)
+                    square = square + self._square_sum(unit.grad)
         mine = torch.stack((square, self._counted(self._runtime), now.stop)).double()
         routed = collect_tallies(self.model, self.device)  # of all layers, those of other stages zero
         if routed is not None:
@@ -362,7 +364,7 @@ class Stepper:
         assert now.outcome is not None
         self._update(op.index, now, now.outcome)
 
-    def _update(self, bucket: int, step: _Step, outcome: _Outcome) -> None:
+    def _update(self, bucket: int, step: _Step, outcome: _Outcome, *, alone: bool = False) -> None:
         now = UpdateScalars(step.lr, outcome.factor, outcome.result.skipped, self.updates)
-        self.optimizer.step(self.replicas.units(bucket), now)
+        self.optimizer.step(self.replicas.units(bucket), now, alone=alone)
         step.updated.add(bucket)

@@ -102,7 +102,9 @@ class Trainer:
         problems = run_problems(state, self.cfg, path, self.data.fingerprint)
         if problems:
             raise UserError(*problems)
-        self.checkpointer.load(path, all_tensors(self.parts, self.optimizer))
+        tensors = all_tensors(self.parts, self.optimizer)
+        self.checkpointer.load(path, tensors)
+        self.optimizer.loaded(tensors)
         self.parts.replicas.sync_params()
         was = RunProgress.of(state, path)
         self.step, self.tokens, self.skipped = was.step, was.tokens, was.skipped

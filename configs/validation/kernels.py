@@ -18,7 +18,7 @@ _GROUPED_BYTES = 16
 
 def validate_kernels(config: Config) -> list[Problem]:
     """Every problem of the resolved sections that follows from the values alone."""
-    problems = _apex(config)
+    problems = [*_apex(config), *_norms(config)]
     moe, p = config.model.moe, config.parallel
     # Sizes that are not whole are other checks' problems.
     if moe.experts < 1 or min(p.ep, p.etp, p.tp, p.cp) < 1 or moe.experts % p.ep or moe.ffn < 1:
@@ -115,3 +115,10 @@ def _apex(config: Config) -> list[Problem]:
         message = "apex computes in fp32, and train.dtype=fp64; set optim.impl=fused"
         return [Problem("optim.impl", message, ("train.dtype",))]
     return []
+
+
+def _norms(config: Config) -> list[Problem]:
+    if config.model.norm_impl != "apex" or config.train.device != "cpu":
+        return []
+    message = "apex has kernels for GPUs only, and train.device=cpu; set model.norm_impl=torch"
+    return [Problem("model.norm_impl", message, ("train.device",))]

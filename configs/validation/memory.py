@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import Problem, nearest
 from ..reading.hints import meant
-from ..schema import Config
+from ..schema import CODED_STATES, AdamWConfig, Config
 from ..tables.layer_parts import FOREIGN_PARTS, LAYER_PARTS
 
 
@@ -37,9 +37,31 @@ def _optimizer(config: Config) -> list[Problem]:
     if memory.optimizer_stride != "auto" and memory.optimizer_stride < 0:
         message = f"{memory.optimizer_stride} is no number of subgroups; set auto, 0 (all on the host) or more"
         problems.append(Problem("memory.optimizer_stride", message))
+    if memory.offload_optimizer == "disk" and memory.offload_disk is None:
+        message = "memory.offload_optimizer=disk needs a folder on a disk of the node; set memory.offload_disk"
+        problems.append(Problem("memory.offload_disk", message, ("memory.offload_optimizer",)))
     if memory.optimizer_subgroup_mib <= 0:
         message = f"{memory.optimizer_subgroup_mib:g} MiB hold no subgroup; set more than 0, as 64"
         problems.append(Problem("memory.optimizer_subgroup_mib", message))
+    return [*problems, *_states(config)]
+
+
+def _states(config: Config) -> list[Problem]:
+    optim, problems = config.optim, []
+    if not isinstance(optim, AdamWConfig):
+        return problems
+    if optim.states_above < 0:
+        problems.append(Problem("optim.states_above", f"{optim.states_above} is no number of elements; set 0 or more"))
+    if optim.states not in CODED_STATES:
+        return problems
+    if config.parallel.data.sharding == "fsdp":
+        message = (
+            f"{optim.states} needs rows and columns of whole parameters, which fsdp does not tell of; set bf16, or "
+        )
+        problems.append(Problem("optim.states", message + "parallel.data.sharding=zero1"))
+    if config.memory.offload_optimizer in ("host", "disk"):
+        message = f"{optim.states} moments stay on the device; set memory.offload_optimizer=none, or optim.states=bf16"
+        problems.append(Problem("optim.states", message))
     return problems
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...configs import Config, Problem, UserError
+from ...configs.schema import AdamWConfig
 from ...models.costs.flops import CONVENTION, flops_per_token, flops_per_token_full_attention, parameter_count
 from ...models.costs.times import Rates
 from ...trainer.memory.estimate import GIB, Memory, per_rank
@@ -121,11 +122,18 @@ def _precision(cfg: Config) -> str:
     precise = "fp64" if cfg.train.dtype == "fp64" else "fp32"
     sharded = cfg.parallel.data.sharding
     over = _sharded_over(cfg) if sharded != "ddp" else ""
+    states = f"{cfg.optim.name} in {_kept(cfg, precise)}{over}"
     if sharded == "fsdp":
-        return f"{precise} masters{over}, gathered in {cfg.train.dtype}; {cfg.optim.name} in {precise}{over}"
+        return f"{precise} masters{over}, gathered in {cfg.train.dtype}; {states}"
     masters = f"masters in {precise}{over}, " if cfg.train.dtype == "bf16" else ""
     gradients = f"parameters in {cfg.train.dtype}, gradients in {precise}"
-    return f"{gradients}, {masters}{cfg.optim.name} in {precise}{over}"
+    return f"{gradients}, {masters}{states}"
+
+
+def _kept(cfg: Config, precise: str) -> str:
+    """How moments are kept."""
+    states = cfg.optim.states if isinstance(cfg.optim, AdamWConfig) else "fp32"
+    return precise if states == "fp32" else states
 
 
 def _sharded_over(cfg: Config) -> str:

@@ -16,6 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 PIECE = 4 << 20
 """Bytes that are written or read at once: between two pieces an abort is looked for."""
 _PROBE = 16 << 20
@@ -52,18 +55,25 @@ class DiskFile:
         if direct:
             fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) | os.O_DIRECT)
 
-    def write(self, data: memoryview, stopped: Callable[[], bool] = _never) -> None:
-        """Writes bytes at the file's start; direct: whole pages in memory and in number.
+    def write(self, data: memoryview, stopped: Callable[[], bool] = _never, *, start: int = 0) -> None:
+        """Writes bytes at the file's start, or from byte `start` on; direct: whole pages in memory, number and place.
 
         Raises:
             OSError: the disk does not take them.
             CopyStopped: `stopped` said so.
         """
-        self._pieces(data, stopped, lambda piece, at: os.pwrite(self._fd, piece, at))
+        self._pieces(data, stopped, lambda piece, at: os.pwrite(self._fd, piece, start + at))
 
-    def read(self, data: memoryview, stopped: Callable[[], bool] = _never) -> None:
-        """Fills `data` from the file's start; otherwise as `write`."""
-        self._pieces(data, stopped, lambda piece, at: os.preadv(self._fd, [piece], at))
+    def read(self, data: memoryview, stopped: Callable[[], bool] = _never, *, start: int = 0) -> None:
+        """Fills `data` from the file's start, or from byte `start` on; otherwise as `write`."""
+        self._pieces(data, stopped, lambda piece, at: os.preadv(self._fd, [piece], start + at))
+
+    def view(self, nbytes: int) -> Tensor:
+        """The first bytes (nbytes,) as memory, for what reads and writes them now and then: the system fetches pages as
+        they are touched, and may drop them again."""
+        if not nbytes:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(mmap.mmap(self._fd, nbytes), dtype=torch.uint8)
 
     def _pieces(self, data: memoryview, stopped: Callable[[], bool], move: Callable[[memoryview, int], int]) -> None:
         at = 0

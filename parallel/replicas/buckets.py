@@ -23,7 +23,7 @@ from ..comm.collectives import Handle, all_gather, all_reduce, reduce_scatter
 from ..comm.mesh import Axis
 from ..gradients import Slot, give_slot, route
 from ..sharding_rules import Partial, ReplicaFamily, Sharding
-from .protocol import adopt
+from .protocol import SharedBucket, SharedMember, adopt
 
 _ALIGN = 16
 """Elements; every rank's share is a multiple, so that vectorised kernels start aligned."""
@@ -183,6 +183,12 @@ class Bucket:
         if self._gathering is not None:
             self._gathering.wait()
             self._gathering = None
+
+    def shared(self, key: str) -> SharedBucket:
+        """How the data axis shares it; `key` names this rank's part."""
+        axis = self.data if self.sharded else Axis.single("")
+        members = tuple(SharedMember(m.name, m.sharding, m.start, m.param.numel()) for m in self.members)
+        return SharedBucket(key, axis, self.stop - self.start, members)
 
     def owned_pieces(self) -> Iterator[tuple[Member, int, int, int]]:
         """(member, first and last element of the parameter, their place in the share) for what this rank owns."""

@@ -11,7 +11,7 @@ from ..comm.mesh import Mesh
 from ..kernels.precision import precise
 from ..sharding_rules import Sharding
 from .buckets import Bucket, bucket_key, make_buckets
-from .protocol import OptimizerShard, ShardSlice, adopt, partial_axes
+from .protocol import OptimizerShard, ShardSlice, SharedBucket, adopt, partial_axes
 
 
 class FlatReplicas:
@@ -113,6 +113,10 @@ class FlatReplicas:
         b, master = self._buckets[bucket], self._masters[bucket]
         value, rounded = (b.owned, None) if master is None else (master, b.owned)
         return [OptimizerShard(bucket_key(bucket), value, b.owned_grad, rounded, b.kind.decay, b.counted)]
+
+    def shared(self, bucket: int) -> SharedBucket:
+        """How the ranks share a bucket."""
+        return self._buckets[bucket].shared(bucket_key(bucket))
 
     def gather(self, bucket: int) -> None:
         self._buckets[bucket].gather()

@@ -142,6 +142,9 @@ class FsdpReplicas:
             if param.to_local().numel()
         ]
 
+    def shared(self, bucket: int) -> None:
+        """None: FSDP2 cuts each parameter by itself."""
+
     def gather(self, bucket: int) -> None:
         """Nothing to do: FSDP2 gathers before use."""
 

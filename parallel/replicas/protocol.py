@@ -51,6 +51,47 @@ class ShardSlice:
     at: int
 
 
+@dataclass(frozen=True)
+class SharedMember:
+    """A parameter in a bucket: elements [start, start + count), in row-major order of the rank's slice."""
+
+    name: str
+    sharding: Sharding
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class SharedBucket:
+    """Parameters of which each rank of an axis updates an equal share, one after another.
+
+    Args:
+        key: of the unit that is this rank's share.
+        axis: of the ranks; of size 1 where each updates everything.
+        share: elements.
+        members: in their order.
+    """
+
+    key: str
+    axis: Axis
+    share: int
+    members: tuple[SharedMember, ...]
+
+    def own(self, member: SharedMember) -> ShardSlice | None:
+        """What this rank updates of a member."""
+        first = self.axis.rank * self.share
+        low, high = max(member.start, first), min(member.start + member.count, first + self.share)
+        if low >= high:
+            return None
+        start, stop = low - member.start, high - member.start
+        return ShardSlice(member.name, member.sharding, start, stop, self.key, low - first)
+
+    def borders(self, member: SharedMember) -> list[int]:
+        """The elements of a member before which another rank's share begins."""
+        first = member.start // self.share + 1
+        return [border - member.start for border in range(first * self.share, member.start + member.count, self.share)]
+
+
 class OtherSlices(ValueError):
     """What was kept of a model are not the slices that are wanted now."""
 
@@ -79,6 +120,7 @@ class Replicas(Protocol):
     def begin_microbatch(self) -> None: ...
     def reduce(self, bucket: int) -> None: ...
     def units(self, bucket: int) -> list[OptimizerShard]: ...
+    def shared(self, bucket: int) -> SharedBucket | None: ...
     def gather(self, bucket: int) -> None: ...
     def pieces(self) -> Iterator[ShardSlice]: ...
     def load(self, values: Iterable[tuple[str, Tensor]]) -> None: ...

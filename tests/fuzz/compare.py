@@ -137,7 +137,7 @@ def _worst(mine: list[float | None], expected: list[float | None]) -> float:
 def _distance(mine: torch.Tensor, expected: torch.Tensor) -> float:
     if mine.shape != expected.shape or mine.dtype != expected.dtype:
         return math.inf
-    far = torch.linalg.vector_norm((mine - expected).double()).item()
+    far = torch.linalg.vector_norm(mine.double() - expected.double()).item()
     size = torch.linalg.vector_norm(expected.double()).item()
     return 0.0 if far == 0 else far / max(size, 1e-30)
 

@@ -41,10 +41,11 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
 
 
 def _optimizer(draws: Draws) -> Keys:
-    place = draws.pick({"none": 3, "host": 1})
+    place = draws.pick({"none": 3, "host": 1, "disk": 0.5, "auto": 0.2})
     keys: Keys = {"memory.offload_optimizer": place}
     if place != "none":
         keys["memory.optimizer_stride"] = draws.choice(["auto", 0, 1, 2, 3])
+        keys |= {"memory.offload_disk": "/tmp"} if place == "disk" else {}
         keys["memory.optimizer_subgroup_mib"] = draws.choice([0.001, 0.1, 64])
     return keys
 

@@ -90,6 +90,12 @@ EXPERTS = ("model.family=mixtral", "model.moe.experts=4", "parallel.ep=2", "trai
         (["train.device=cuda"], "train.device", ["no GPU is visible", "set train.device=auto or cpu"]),
         (["optim.impl=apex"], "optim.impl", ["a GPU", "none is visible", "set optim.impl=fused"]),
         (["optim.impl=apex", "train.device=cpu"], "optim.impl", ["train.device=cpu", "set optim.impl=fused"]),
+        (["model.norm_impl=apex"], "model.norm_impl", ["a GPU", "none is visible", "set model.norm_impl=torch"]),
+        (
+            ["model.norm_impl=apex", "train.device=cpu"],
+            "model.norm_impl",
+            ["train.device=cpu", "model.norm_impl=torch"],
+        ),
         (["optim.impl=apex", "train.dtype=fp64"], "optim.impl", ["fp32", "fp64", "set optim.impl=fused"]),
         ([*EXPERTS, "model.moe.dispatcher=deepep"], "model.moe.dispatcher", ["CUDA devices", "all_to_all"]),
         (

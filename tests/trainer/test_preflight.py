@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,3 +61,12 @@ def test_a_rank_of_another_launcher_looks_too(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "file").write_text("")
     assert run_rank([DENSE, "parallel.tp=1", "parallel.dp=1", f"runs_dir={tmp_path}/file"]) == 2
     assert capsys.readouterr().err.startswith("error: runs_dir: ")
+
+
+def test_the_disk_for_masters_and_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ("memory.offload_optimizer=disk", f"runs_dir={tmp_path}/runs")
+    assert _problems(*wanted, f"memory.offload_disk={tmp_path}") == {}
+    assert "there is no folder" in _problems(*wanted, f"memory.offload_disk={tmp_path}/absent")["memory.offload_disk"]
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=0, f_frsize=4096))
+    message = _problems(*wanted, "train.dtype=bf16", f"memory.offload_disk={tmp_path}")["memory.offload_disk"]
+    assert "GiB of masters and moments, and 0 GiB are free" in message

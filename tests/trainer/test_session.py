@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pentad.configs.errors import UserError
-from pentad.configs.schema import Config, MoeConfig, RouterConfig
+from pentad.configs.schema import AdamWConfig, Config, ConstantSchedule, MoeConfig, RouterConfig
 from pentad.parallel.comm.waiting import Aborted
 from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.pipeline.program import Op
@@ -29,6 +29,8 @@ from tests.training import job, make_here, microbatches, world_of
 ROUTED: dict[str, Any] = {
     "moe": MoeConfig(experts=4, top_k=2, ffn=24, router=RouterConfig(selection_bias=True, aux_loss=0.01))
 }
+CODED = AdamWConfig(lr=3e-3, schedule=ConstantSchedule(), states="int4", states_above=500)
+ON_HOST = {"offload_optimizer": "host", "optimizer_subgroup_mib": 0.01, "optimizer_stride": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank, accumulation": {"global_batch": 6},
     "tp 2, dp 2, zero1, bf16": {"tp": 2, "dp": 2, "sharding": "zero1", "dtype": "bf16"},
@@ -36,6 +38,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp 2, split backward": {"pp": 2, "pipeline": {"schedule": "zb-h1"}},
     "pp 2, balanced vocabulary": {"pp": 2, "pipeline": {"schedule": "gis", "vocab": "balanced"}},
     "pp 2, activations on the host": {"pp": 2, "pipeline": {"schedule": "gis"}, "offload": "all", "seq_len": 64},
+    "tp 2, dp 2, coded moments": {"tp": 2, "dp": 2, "sharding": "zero1", "dtype": "bf16", "optim": CODED},
+    "dp 2, states on the host": {"dp": 2, "sharding": "zero1", "dtype": "bf16", "memory": ON_HOST},
     "dp 2, fsdp": {"dp": 2, "sharding": "fsdp", "global_batch": 4},
 }
 
@@ -343,7 +347,7 @@ def _reset(session: Session) -> StepResult | None:
         pytest.param(
             name,
             marks=pytest.mark.slow
-            if name in ("dp 2, fsdp", "pp 2, split backward", "pp 2, balanced vocabulary")
+            if name in ("dp 2, fsdp", "pp 2, split backward", "pp 2, balanced vocabulary", "dp 2, states on the host")
             else (),
         )
         for name in LAYOUTS

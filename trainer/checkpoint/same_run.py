@@ -11,7 +11,7 @@ from ...configs.errors import Problem, UserError
 from ...configs.fields import short
 from ...configs.inert import differences
 from ...configs.output import as_dict
-from ...configs.schema import Config, SgdConfig
+from ...configs.schema import CODED_STATES, AdamWConfig, Config, SgdConfig
 from ...configs.strict_json import JsonError, expect_int, expect_object
 from .saved_model import model_config_from_state
 
@@ -73,6 +73,8 @@ def facts(cfg: Config, fingerprint: str) -> dict[str, Any]:
             "train.dtype": cfg.train.dtype,
             "optim.name": cfg.optim.name,
             "optim.momentum": _momentum(cfg),
+            "optim.states": _states(cfg),
+            "optim.states_above": _states_above(cfg),
             "data": fingerprint,
         },
         "model": written["model"],
@@ -109,6 +111,9 @@ def run_problems(state: Mapping[str, Any], cfg: Config, path: Path, fingerprint:
         now["optim.momentum"]
     ):
         problems.append(_changed("optim.momentum", saved["optim.momentum"], cfg.optim.momentum))
+    for key, before in (("optim.states", "fp32"), ("optim.states_above", None)):
+        if saved.get(key, before) != now[key] and saved.get("optim.name") == now["optim.name"] == "adamw":
+            problems.append(_changed(key, saved.get(key, before), now[key]))
     if fingerprint is not None and saved.get("data") != fingerprint and not problems:
         problems += _other_data(state.get("data"), as_dict(cfg)["data"], saved.get("data"), fingerprint)
     return problems
@@ -116,6 +121,15 @@ def run_problems(state: Mapping[str, Any], cfg: Config, path: Path, fingerprint:
 
 def _momentum(cfg: Config) -> float | None:
     return cfg.optim.momentum if isinstance(cfg.optim, SgdConfig) else None
+
+
+def _states(cfg: Config) -> str | None:
+    return cfg.optim.states if isinstance(cfg.optim, AdamWConfig) else None
+
+
+def _states_above(cfg: Config) -> int | None:
+    optim = cfg.optim
+    return optim.states_above if isinstance(optim, AdamWConfig) and optim.states in CODED_STATES else None
 
 
 def _changed(key: str, old: Any, new: Any) -> Problem:

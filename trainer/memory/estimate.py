@@ -25,6 +25,8 @@ from functools import cache, lru_cache
 from typing import Any
 
 from ...configs import Config
+from ...configs.fields import with_value
+from ...configs.schema import CODED_STATES, AdamWConfig
 from ...configs.tables.schedules import SCHEDULES
 from ...models.costs.moments.ways import Bench, Ways
 from ...parallel.pipeline.communication import is_lowered, slots
@@ -119,6 +121,17 @@ class Memory:
         return sum(self.parts.values())
 
 
+def with_states_placed(cfg: Config) -> Config:
+    """The job with `memory.offload_optimizer=auto` replaced by what it comes to: none where the job fits
+    `hardware.memory_gib`, or that is not given, else host. Coded moments stay."""
+    key = "memory.offload_optimizer"
+    if cfg.memory.offload_optimizer != "auto":
+        return cfg
+    here, limit = with_value(cfg, key, "none"), cfg.hardware.memory_gib
+    coded = isinstance(cfg.optim, AdamWConfig) and cfg.optim.states in CODED_STATES
+    return here if limit is None or coded or estimate(here).total <= limit * GIB else with_value(cfg, key, "host")
+
+
 def estimate(cfg: Config) -> Memory:
     """Memory of one rank of a resolved job, of the one that needs most."""
     return max(per_rank(cfg), key=lambda memory: memory.total)
@@ -139,6 +152,7 @@ def per_rank(
         program: of a whole step, as a run has it; none: as many microbatches as it takes to be in the steady state.
         conventions: of another code, whose figures are wanted; none: of this one.
     """
+    cfg = with_states_placed(cfg)
     pipeline = Pipeline.of(cfg)
     microbatches = max(1, cfg.train.global_batch // (cfg.train.micro_batch * cfg.parallel.dp))
     if program is None:

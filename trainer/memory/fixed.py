@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...configs import Config
-from ...configs.schema import AdamWConfig, SgdConfig
+from ...configs.schema import CODED_STATES, AdamWConfig, SgdConfig
 from ...models.costs.parts import Part
 from ...models.costs.tensors import Cut, Group, ParameterTensor, parameter_tensors
 from ..pipeline.programs import Pipeline
 
 WIDTHS = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes of an element by train.dtype."""
+_CODED_BYTES = {"int8": 2 + 2 * 4 / 256, "int4": 1 + 4 / 128}
+"""Of both moments of an element, with the scales of their blocks; rows and columns have a few."""
+_SUBGROUPS = 3
+"""Subgroups in the host's pool for a disk (`optim.disk_place.SLOTS`)."""
 _ALIGN = 16
 """Elements to which every rank's share of a bucket is rounded (`replicas.buckets`)."""
 
@@ -91,7 +95,8 @@ class Held:
         buckets: of flat replicas; none with fsdp.
         local: parameters of the rank; `experts` of them in routed experts.
         experts: as said.
-        host: of masters and states that lie on the host (memory.offload_optimizer).
+        host, disk: of masters and states that lie elsewhere (memory.offload_optimizer), and what the host has of those
+            on the disk.
     """
 
     parameters: int
@@ -104,6 +109,7 @@ class Held:
     local: int
     experts: int
     host: int = 0
+    disk: int = 0
 
 
 def held(cfg: Config, pipeline: Pipeline, rank: int, each: float | None = None) -> Held:
@@ -120,19 +126,21 @@ def held(cfg: Config, pipeline: Pipeline, rank: int, each: float | None = None) 
     width = WIDTHS[cfg.train.dtype]
     precise, buckets = max(4, width), flat_buckets(cfg, tensors)
     whole, shares = (sum(each) for each in ([b.elements for b in buckets], [b.share for b in buckets]))
-    masters, states = shares * precise if width < precise else 0, state_bytes(cfg, shares)
-    away = masters + states if cfg.memory.offload_optimizer != "none" else 0
+    masters, states = shares * precise if width < precise else 0, state_bytes(cfg, shares, coded_share(cfg, tensors))
+    away, largest = cfg.memory.offload_optimizer, max((b.share for b in buckets), default=0)
+    there = masters + states if away != "none" else 0
     return Held(
         parameters=whole * width,
         gradients=whole * precise,
-        masters=0 if away else masters,
-        states=0 if away else states,
+        masters=0 if there else masters,
+        states=0 if there else states,
         gathered=0,
-        update=update_bytes(cfg, max((b.share for b in buckets), default=0)),
+        update=update_bytes(cfg, largest),
         buckets=tuple(buckets),
         local=local,
         experts=experts,
-        host=away,
+        host=_SUBGROUPS * subgroup_bytes(cfg, largest) if away == "disk" else there,
+        disk=there if away == "disk" else 0,
     )
 
 
@@ -146,22 +154,43 @@ def _sharded(cfg: Config, tensors: Sequence[ParameterTensor], local: int, expert
     layers = {tensor.group[1] for tensor in inside}
     sizes = [sum(tensor.elements for tensor in inside if tensor.group[1] == layer) for layer in layers]
     accumulates = t.global_batch > t.micro_batch * cfg.parallel.dp
+    states, away = state_bytes(cfg, local // share), cfg.memory.offload_optimizer
     return Held(
         parameters=kept // share,
         gradients=kept if accumulates else kept // share,
         masters=0,
-        states=state_bytes(cfg, local // share),
+        states=0 if away != "none" else states,
         gathered=(min(2, len(sizes)) * max(sizes, default=0) + local - sum(sizes)) * width,
         update=0,
         buckets=(),
         local=local,
         experts=experts,
+        host=states if away == "host" else 0,
+        disk=states if away == "disk" else 0,
     )
 
 
-def state_bytes(cfg: Config, elements: int) -> int:
-    """Bytes of the optimizer's states of so many parameters."""
-    return elements * max(4, WIDTHS[cfg.train.dtype]) * states_per_parameter(cfg)
+def state_bytes(cfg: Config, elements: int, coded: float = 0.0) -> int:
+    """Bytes of the optimizer's states of so many parameters, of which a share has coded moments."""
+    kept = cfg.optim.states if isinstance(cfg.optim, AdamWConfig) else "fp32"
+    if kept == "bf16":
+        return 2 * elements * states_per_parameter(cfg)
+    plain = max(4, WIDTHS[cfg.train.dtype]) * states_per_parameter(cfg)
+    return round(elements * (coded * _CODED_BYTES.get(kept, plain) + (1 - coded) * plain))
+
+
+def coded_share(cfg: Config, tensors: Sequence[ParameterTensor]) -> float:
+    """The share of a rank's parameters whose moments are coded."""
+    if not isinstance(cfg.optim, AdamWConfig) or cfg.optim.states not in CODED_STATES:
+        return 0.0
+    coded = sum(t.elements for t in tensors if t.matrix and t.elements > cfg.optim.states_above)
+    return coded / max(1, sum(t.elements for t in tensors))
+
+
+def subgroup_bytes(cfg: Config, largest: int) -> int:
+    """Masters and states of one subgroup of a unit of so many parameters."""
+    each = (4 if cfg.train.dtype == "bf16" else 0) + state_bytes(cfg, 1)
+    return min(int(cfg.memory.optimizer_subgroup_mib * 2**20), largest * each)
 
 
 def states_per_parameter(cfg: Config) -> int:
@@ -176,9 +205,16 @@ def states_per_parameter(cfg: Config) -> int:
 
 
 def update_bytes(cfg: Config, elements: int) -> int:
-    """Bytes that the update of so many parameters makes beside them; fused kernels make none."""
-    fused = isinstance(cfg.optim, AdamWConfig) and cfg.optim.impl != "foreach"
-    return 0 if fused else 2 * elements * max(4, WIDTHS[cfg.train.dtype])
+    """Bytes that the update of so many parameters makes beside them."""
+    precise, memory = max(4, WIDTHS[cfg.train.dtype]), cfg.memory
+    kept = cfg.optim.states if isinstance(cfg.optim, AdamWConfig) else "fp32"
+    if memory.offload_optimizer != "none":
+        on_device = memory.offload_optimizer == "host" and memory.optimizer_stride != 0
+        return 2 * subgroup_bytes(cfg, elements) if on_device else 0
+    if kept in CODED_STATES:
+        return 3 * elements * precise  # both moments, and each element's scale
+    fused = isinstance(cfg.optim, AdamWConfig) and cfg.optim.impl != "foreach" and kept == "fp32"
+    return 0 if fused else 2 * elements * precise
 
 
 def input_bytes(cfg: Config, microbatches: int) -> int:

@@ -28,9 +28,10 @@ from ...configs.schema import MemoryConfig
 from ...parallel.comm.host_memory import HostMemory
 from ...parallel.comm.lane import Lane, Pending
 from ...parallel.record.ring import Recorder
-from ...parallel.replicas.protocol import OptimizerShard
+from ...parallel.replicas.protocol import OptimizerShard, SharedBucket
 from .optimizer import Rule, UpdatePiece, UpdateScalars
 from .places import Fetched, StatePlace
+from .plain import PlainStates
 from .stride import StrideTuner, on_device
 
 _VECTOR = 4096
@@ -92,7 +93,7 @@ class _Slot:
             self.busy = None
 
 
-class OffloadedStates:
+class OffloadedStates(PlainStates):
     """An `Optimizer` with states, and masters, in another place.
 
     Args:
@@ -115,6 +116,7 @@ class OffloadedStates:
         fixed: bool,
         recorder: Recorder | None,
     ) -> None:
+        super().__init__()
         self._rule, self._host_rule, self._place, self._device = rule, on_host, place, device
         self._out, self._back = (
             Lane(f"states {way}", device, recorder=recorder) for way in ("to the host", "to the device")
@@ -123,8 +125,11 @@ class OffloadedStates:
         wanted = memory.optimizer_stride if place.direct else 0
         self._stride = 1 if wanted == "auto" and fixed else wanted
         self._tuner: StrideTuner | None = None
-        self.states: dict[str, dict[str, Tensor]] = {}
         self._groups: dict[str, list[Subgroup]] = {}
+        self._order: list[Subgroup] = []
+        self._masters: dict[str, Tensor] = {}
+        self._ahead: tuple[int, Fetched] | None = None
+        """The number of a subgroup whose runs are on their way already."""
         self._count = 0
         self._device_slots = [_Slot() for _ in range(_SLOTS)]
         self._host_slots = [_Slot() for _ in range(_SLOTS)]
@@ -135,17 +140,23 @@ class OffloadedStates:
 
     # States ---------------------------------------------------------------------------------------------------
 
-    def prepare(self, unit: OptimizerShard) -> None:
-        size, dtype = unit.value.numel(), unit.value.dtype
+    def prepare(self, unit: OptimizerShard, bucket: SharedBucket | None) -> None:
+        size, precise = unit.value.numel(), unit.value.dtype
+        dtype = self._rule.dtype or precise
         if unit.key not in self.states:
             self.states[unit.key] = {name: self._place.allocate(size, dtype) for name in self._host_rule.names}
-        each = dtype.itemsize * (len(self._host_rule.names) + (unit.rounded is not None))
+        each = dtype.itemsize * len(self._rule.names) + precise.itemsize * (unit.rounded is not None)
         step = max(_VECTOR, self._bytes // max(each, 1) // _VECTOR * _VECTOR)
         starts = range(0, size, step)
         self._groups[unit.key] = [
             Subgroup(self._count + i, unit.key, start, min(start + step, size)) for i, start in enumerate(starts)
         ]
         self._count += len(starts)
+        if unit.rounded is not None:
+            self._masters[unit.key] = unit.value
+        for group in self._groups[unit.key]:
+            self._order.append(group)
+            self._place.reserve([run.numel() * run.element_size() for run in self._runs(group).values()])
 
     def settle(self) -> None:
         for slot in (*self._device_slots, *self._host_slots):
@@ -154,6 +165,7 @@ class OffloadedStates:
         if self._done:
             self._measure()
         self._done.clear()
+        self._ahead = None
 
     def close(self) -> None:
         self._out.close()
@@ -163,7 +175,7 @@ class OffloadedStates:
 
     # A step ---------------------------------------------------------------------------------------------------
 
-    def step(self, units: Sequence[OptimizerShard], now: UpdateScalars) -> None:
+    def step(self, units: Sequence[OptimizerShard], now: UpdateScalars, *, alone: bool = False) -> None:
         if not self._done:
             self._started, self._host_seconds = time.monotonic(), 0.0
         stride = self._chosen(units)
@@ -178,9 +190,19 @@ class OffloadedStates:
             finish(scalars if ways[i] == self._on_host else now)
             self._done.add(group.number)
             finish = then
+        if jobs and jobs[-1][1].number + 1 < len(self._order) and not self._place.direct:
+            # The first one of the next bucket comes while this bucket's parameters are handed out.
+            following = self._order[jobs[-1][1].number + 1]
+            self._ahead = following.number, self._place.fetch(list(self._runs(following).values()))
         for slot in self._host_slots:
             if slot.busy is not None:
                 slot.busy.wait()
+
+    def _fetched(self, group: Subgroup) -> Fetched:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == group.number:
+            return ahead[1]
+        return self._place.fetch(list(self._runs(group).values()))
 
     def _chosen(self, units: Sequence[OptimizerShard]) -> int:
         if isinstance(self._stride, int):
@@ -196,15 +218,16 @@ class OffloadedStates:
         slot.free()
         return slot
 
-    def _runs(self, unit: OptimizerShard, group: Subgroup) -> dict[str, Tensor]:
+    def _runs(self, group: Subgroup) -> dict[str, Tensor]:
         """What of a subgroup lies in the place: its states, and the masters where there are some."""
-        tensors = {**self.states[unit.key], **({"value": unit.value} if unit.rounded is not None else {})}
+        master = self._masters.get(group.key)
+        tensors = {**self.states.get(group.key, {}), **({} if master is None else {"value": master})}
         return {name: tensor[group.start : group.stop] for name, tensor in tensors.items()}
 
     def _on_host(self, unit: OptimizerShard, group: Subgroup) -> Callable[[UpdateScalars], None]:
         """Starts to bring what the host needs; the function updates it there."""
-        runs, slot = self._runs(unit, group), self._slot("host")
-        fetched: Fetched = self._place.fetch(list(runs.values()))
+        runs, slot = self._runs(group), self._slot("host")
+        fetched = self._fetched(group)
         part, count = slice(group.start, group.stop), group.stop - group.start
         brought = {"grad": unit.grad[part]} | ({} if "value" in runs else {"value": unit.value[part]})
         held = {name: slot.take(name, count, tensor) for name, tensor in brought.items()}
@@ -228,7 +251,7 @@ class OffloadedStates:
 
     def _on_device(self, unit: OptimizerShard, group: Subgroup) -> Callable[[UpdateScalars], None]:
         """Starts to bring what the device needs; the function updates it there and starts it back."""
-        runs, slot = self._runs(unit, group), self._slot("device")
+        runs, slot = self._runs(group), self._slot("device")
         part, count = slice(group.start, group.stop), group.stop - group.start
         held = {name: slot.take(name, count, run, self._device) for name, run in runs.items()}
         copied = self._back.submit(lambda: _copy(held, runs))
@@ -262,8 +285,8 @@ class OffloadedStates:
         cpu, seconds = torch.device("cpu"), []
         for rule, where in ((self._host_rule, cpu), (self._rule, self._device)):
             names = ("value", "grad", *rule.names)
-            there = {name: torch.zeros(count, dtype=unit.value.dtype, device=where) for name in names}
-            here = {name: torch.zeros(count, dtype=unit.value.dtype, device=cpu) for name in names}
+            there = {name: torch.zeros(count, dtype=_type(name, rule, unit), device=where) for name in names}
+            here = {name: torch.zeros(count, dtype=_type(name, rule, unit), device=cpu) for name in names}
             scalars = [torch.ones((), dtype=unit.grad.dtype, device=where) for _ in range(3)]
             now = UpdateScalars(0.0, *scalars)
             best = float("inf")
@@ -280,6 +303,10 @@ class OffloadedStates:
                 best = min(best, time.monotonic() - begun)
             seconds.append(best / max(count, 1) * everything)
         return StrideTuner(*seconds)
+
+
+def _type(name: str, rule: Rule, unit: OptimizerShard) -> torch.dtype:
+    return (rule.dtype if name in rule.names else None) or unit.value.dtype
 
 
 def _copy(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ kernels read, so that no step waits for the host. Where moments lie and in which
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -50,7 +50,7 @@ class UpdatePiece:
     Args:
         value: what is updated.
         grad: its reduced gradient; the update may overwrite it.
-        states: by name, in the precision of `value`.
+        states: by name.
         decay: whether weight decay applies.
     """
 
@@ -65,6 +65,8 @@ class Rule(Protocol):
 
     names: tuple[str, ...]
     """Of its states, each of the shape of what is updated."""
+    dtype: torch.dtype | None
+    """Of its states; none: that of what is updated."""
 
     def update(self, pieces: Sequence[UpdatePiece], now: UpdateScalars) -> None:
         """value ← update(value, grad · factor), states likewise; nothing where `skip` is 1."""
@@ -79,15 +81,38 @@ def make_rule(cfg: OptimConfig, device: torch.device) -> Rule:
     """
     match cfg:
         case AdamWConfig():
-            return AdamW(cfg, adamw_kernel(cfg, device))
+            rule = AdamW(cfg, adamw_kernel(cfg, device))
+            return HalfStates(rule) if cfg.states == "bf16" else rule
         case SgdConfig():
             return Sgd(cfg)
         case _:
             raise UserError(f"optim.name={cfg.name} has no optimizer")
 
 
+class HalfStates:
+    """A rule whose states are kept in bf16, rounded to nearest after each update.
+
+    Args:
+        rule: which.
+    """
+
+    dtype: torch.dtype | None = torch.bfloat16
+
+    def __init__(self, rule: Rule) -> None:
+        self._rule, self.names = rule, rule.names
+
+    def update(self, pieces: Sequence[UpdatePiece], now: UpdateScalars) -> None:
+        for piece in pieces:
+            full = {name: state.to(piece.value.dtype) for name, state in piece.states.items()}
+            self._rule.update([replace(piece, states=full)], now)
+            for name, state in piece.states.items():
+                state.copy_(full[name])
+
+
 class Sgd:
     """Stochastic gradient descent with optional momentum and decoupled weight decay."""
+
+    dtype: torch.dtype | None = None
 
     def __init__(self, cfg: SgdConfig) -> None:
         self._cfg = cfg
@@ -111,6 +136,7 @@ class AdamW:
     """AdamW with bias correction."""
 
     names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    dtype: torch.dtype | None = None
 
     def __init__(self, cfg: AdamWConfig, kernel: AdamKernel) -> None:
         self._cfg, self._kernel = cfg, kernel
@@ -131,18 +157,3 @@ class AdamW:
                     now.skip,
                 )
                 self._kernel(update)
-
-
-_ROW = 1024
-
-
-def sum_of_squares(gradient: Tensor) -> Tensor:
-    """Sum of squares of all elements, a scalar of the gradient's own precision.
-
-    By rows: torch on CPU adds one long vector up in a few running sums, and in fp32 loses 7e-4 of ten million squares.
-    It is also what finds an infinite or NaN gradient: no mask as long as the gradient is made for that.
-    """
-    flat = gradient.reshape(-1)
-    whole = flat.numel() // _ROW * _ROW
-    squares = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1).square().sum()
-    return squares + torch.linalg.vector_norm(flat[whole:]).square()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -10,7 +11,11 @@ from torch import Tensor
 
 from ...configs.errors import Problem, UserError
 from ...configs.schema import Config, SgdConfig
+from ...parallel.comm.disk import Disk
 from ...parallel.comm.host_memory import HostMemory
+from ..memory.estimate import with_states_placed
+from ..metrics.notices import warn
+from .disk_place import DiskStatePlace
 
 
 class Fetched(Protocol):
@@ -39,8 +44,12 @@ class StatePlace(Protocol):
         """
         ...
 
+    def reserve(self, runs: Sequence[int]) -> None:
+        """Says, before the first of them, that runs of so many bytes will be fetched together."""
+        ...
+
     def fetch(self, runs: Sequence[Tensor]) -> Fetched:
-        """Starts to bring views of its tensors."""
+        """Starts to bring views of its tensors, each beginning at a multiple of a page of it."""
         ...
 
     def settle(self) -> None:
@@ -52,11 +61,43 @@ class StatePlace(Protocol):
         ...
 
 
-def make_place(cfg: Config, device: torch.device) -> StatePlace | None:
-    """Where the job's masters and moments lie; none: on the device."""
-    if cfg.memory.offload_optimizer == "none" or not keeps_states(cfg):
+def make_place(cfg: Config, device: torch.device, *, first: bool = True) -> StatePlace | None:
+    """Where the job's masters and moments lie; none: on the device.
+
+    Args:
+        cfg: the job.
+        device: of the parameters.
+        first: this rank is the one that warns.
+
+    Raises:
+        UserError: the disk cannot be used.
+    """
+    where, pinned = with_states_placed(cfg).memory.offload_optimizer, device.type == "cuda"
+    if where == "none" or not keeps_states(cfg):
         return None
-    return HostPlace(pinned=device.type == "cuda")
+    if where == "host":
+        return HostStatePlace(pinned=pinned)
+    disk = open_disk(cfg)
+    if not disk.direct and first:
+        warn(
+            f"memory.offload_disk: {disk.folder} has no direct I/O; what goes there also fills the system's page cache"
+        )
+    return DiskStatePlace(disk, pinned=pinned)
+
+
+def open_disk(cfg: Config) -> Disk:
+    """The disk of the job, tried.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    folder = Path(cfg.memory.offload_disk or "")
+    try:
+        return Disk.probe(folder)
+    except OSError as error:
+        raise UserError(
+            Problem("memory.offload_disk", f"{folder} cannot be used: {error}; set another folder")
+        ) from None
 
 
 def keeps_states(cfg: Config) -> bool:
@@ -77,7 +118,7 @@ class _InPlace:
         """Nothing to do."""
 
 
-class HostPlace:
+class HostStatePlace:
     """The host's memory.
 
     Args:
@@ -99,6 +140,9 @@ class HostPlace:
             ) from None
         self._held.append(memory)
         return memory.tensor.zero_().view(dtype)
+
+    def reserve(self, runs: Sequence[int]) -> None:
+        """Nothing to do."""
 
     def fetch(self, runs: Sequence[Tensor]) -> Fetched:
         return _InPlace(runs)

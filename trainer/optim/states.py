@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ...configs.schema import MemoryConfig, OptimConfig
-from ...parallel.record.ring import Recorder
-from ...parallel.replicas.protocol import OptimizerShard
+from ...configs.schema import AdamWConfig, MemoryConfig, OptimConfig
+from ...parallel.comm.mesh import Mesh
+from ...parallel.global_tensor import GlobalTensor
+from ...parallel.replicas.protocol import OptimizerShard, ShardSlice, SharedBucket
+from .low_bit import LowBitStates
 from .offload import OffloadedStates
-from .optimizer import Rule, UpdatePiece, UpdateScalars, make_rule
+from .optimizer import UpdateScalars, make_rule
 from .places import StatePlace
+from .plain import ResidentStates
+from .quantiser import FORMATS
 
 
 class Optimizer(Protocol):
@@ -22,13 +26,22 @@ class Optimizer(Protocol):
     states: dict[str, dict[str, Tensor]]
     """Unit key → state name → tensor of the unit's shape."""
 
-    def prepare(self, unit: OptimizerShard) -> None:
-        """Makes the unit's states, zero, where there are none yet."""
+    def prepare(self, unit: OptimizerShard, bucket: SharedBucket | None) -> None:
+        """Makes the unit's states, zero, where there are none yet.
+
+        Args:
+            unit: what will be updated.
+            bucket: of which the unit is this rank's share.
+        """
         ...
 
-    def step(self, units: Sequence[OptimizerShard], now: UpdateScalars) -> None:
+    def agree(self) -> None:
+        """Ends together what a step ended alone; all ranks call it before the first step of a later session."""
+        ...
+
+    def step(self, units: Sequence[OptimizerShard], now: UpdateScalars, *, alone: bool = False) -> None:
         """Updates the units, and what follows them in lower precision. Called again after an error with the same
-        units, it does what it had not done."""
+        units, it does what it had not done; `alone`: without any other rank."""
         ...
 
     def settle(self) -> None:
@@ -39,6 +52,22 @@ class Optimizer(Protocol):
         """Ends what runs beside the step."""
         ...
 
+    def stored(self, slices: Sequence[ShardSlice]) -> dict[str, GlobalTensor]:
+        """What a checkpoint holds of the states, by global name (`optim/STATE/NAME`), to be saved or to be filled.
+
+        Args:
+            slices: of all units.
+        """
+        ...
+
+    def loaded(self, tensors: Mapping[str, GlobalTensor]) -> None:
+        """Takes over what `stored` gave, filled from a checkpoint.
+
+        Raises:
+            UserError: it is none of these states.
+        """
+        ...
+
 
 def make_optimizer(
     cfg: OptimConfig,
@@ -46,8 +75,8 @@ def make_optimizer(
     place: StatePlace | None = None,
     memory: MemoryConfig | None = None,
     *,
+    mesh: Mesh | None = None,
     fixed: bool = False,
-    recorder: Recorder | None = None,
 ) -> Optimizer:
     """The optimizer that the config names.
 
@@ -56,40 +85,20 @@ def make_optimizer(
         device: of what is updated.
         place: of its states, and of the masters; none: the device.
         memory: how it goes about a place; none: the defaults.
+        mesh: of this rank; none: nothing is coded, and no wait recorded.
         fixed: the same updates are made on the same device in every run.
-        recorder: of its waits.
 
     Raises:
         UserError: optim.impl asks for something that is not installed.
     """
     rule = make_rule(cfg, device)
+    if isinstance(cfg, AdamWConfig) and cfg.states in FORMATS:
+        if mesh is None:
+            raise ValueError("coded moments belong to the ranks of a mesh")
+        return LowBitStates(rule, FORMATS[cfg.states], cfg.states_above, mesh)
     if place is None:
         return ResidentStates(rule)
     on_host = rule if device.type == "cpu" else make_rule(cfg, torch.device("cpu"))
     memory = memory or MemoryConfig()
+    recorder = mesh.recorder if mesh is not None else None
     return OffloadedStates(rule, on_host, place, device, memory, fixed=fixed, recorder=recorder)
-
-
-class ResidentStates:
-    """States on the device, in the precision of the unit's value."""
-
-    def __init__(self, rule: Rule) -> None:
-        self._rule = rule
-        self.states: dict[str, dict[str, Tensor]] = {}
-
-    def prepare(self, unit: OptimizerShard) -> None:
-        if self._rule.names and unit.key not in self.states:
-            self.states[unit.key] = {name: torch.zeros_like(unit.value) for name in self._rule.names}
-
-    def step(self, units: Sequence[OptimizerShard], now: UpdateScalars) -> None:
-        pieces = [UpdatePiece(unit.value, unit.grad, self.states.get(unit.key, {}), unit.decay) for unit in units]
-        self._rule.update(pieces, now)
-        for unit in units:
-            if unit.rounded is not None:
-                unit.rounded.copy_(unit.value)
-
-    def settle(self) -> None:
-        """Nothing to do."""
-
-    def close(self) -> None:
-        """Nothing to do."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from pentad.configs.errors import UserError
 from pentad.configs.schema import AdamWConfig
 from pentad.trainer.optim import adamw_kernels
-from pentad.trainer.optim.adamw_kernels import AdamUpdate, adamw_kernel
+from pentad.trainer.optim.adamw_kernels import AdamUpdate, adamw_kernel, square_sum, sum_of_squares
 from tests.trainer.optim.test_optimizer import _groups, _torch, _train
 
 CPU = torch.device("cpu")
@@ -51,6 +51,31 @@ def _adam_capturable(
             update = update + decay * value
         for target, found in ((g, grad), (p, value - lr * update), (m, mean), (v, square)):
             target.copy_(found)
+
+
+def _l2norm(chunk: int, noop: Tensor, lists: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, Tensor]:
+    """`amp_C.multi_tensor_l2norm`: the norm (1,) in fp32, and those of the tensors if they are asked for."""
+    assert noop.dtype == torch.int32 and not per_tensor
+    total = torch.stack([x.float().square().sum() for x in lists[0]]).sum()
+    noop.fill_(int(not torch.isfinite(total)))
+    return total.sqrt().view(1), torch.empty(0)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_apex_adds_up_squares(monkeypatch: pytest.MonkeyPatch, wrong: bool) -> None:
+    _install(monkeypatch, _adam_capturable)
+    kernel = (lambda *args: (_l2norm(*args)[0].square(), torch.empty(0))) if wrong else _l2norm
+    monkeypatch.setattr(sys.modules["amp_C"], "multi_tensor_l2norm", kernel, raising=False)
+    if wrong:
+        with pytest.raises(
+            UserError, match=r"optim\.impl: apex, as installed, does not add up squares.*set optim\.impl"
+        ):
+            square_sum(AdamWConfig(impl="apex"), CPU)
+        return
+    add, x = square_sum(AdamWConfig(impl="apex"), CPU), torch.randn(3000, generator=torch.Generator().manual_seed(0))
+    assert add is not sum_of_squares and torch.allclose(add(x), x.double().square().sum().float(), rtol=1e-5)
+    assert torch.equal(add(x.double()), sum_of_squares(x.double())) and add(x[:0]) == 0
+    assert square_sum(AdamWConfig(impl="fused"), CPU) is sum_of_squares
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from pentad.configs.schema import AdamWConfig, Config, MemoryConfig
 from pentad.trainer.optim.offload import OffloadedStates
 from pentad.trainer.optim.optimizer import UpdatePiece, UpdateScalars, make_rule
-from pentad.trainer.optim.places import HostPlace
+from pentad.trainer.optim.places import HostStatePlace
 from pentad.trainer.optim.states import Optimizer, make_optimizer
 from tests.distributed import run_distributed
 from tests.trainer.checkpoint.test_resume import text_job, train
@@ -24,6 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "host": {"offload_optimizer": "host", "optimizer_stride": 0},
     "every third on the device": {"offload_optimizer": "host", "optimizer_stride": 3},
     "device": {"offload_optimizer": "host", "optimizer_stride": 1},
+    "disk": {"offload_optimizer": "disk"},
     "measured": {"offload_optimizer": "host", "optimizer_stride": "auto"},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -54,27 +56,36 @@ def trained(rank: int, world: int, cfg: Config) -> tuple[list[Any], dict[str, to
     ("layout", "ways"),
     [
         ("ddp, bf16", ("host", "every third on the device", "device", "measured")),
-        ("zero1, bf16", ("every third on the device",)),
+        ("zero1, bf16", ("every third on the device", "disk")),
         ("zero1, fp64, tp", ("host",)),
         ("fp32, momentum", ("every third on the device",)),
         ("fsdp, bf16", ("every third on the device",)),
         *(pytest.param(layout, tuple(WAYS), marks=pytest.mark.slow) for layout in LAYOUTS),
     ],
 )
-def test_every_way_gives_the_bits_of_the_device(layout: str, ways: tuple[str, ...]) -> None:
+def test_every_way_gives_the_bits_of_the_device(layout: str, ways: tuple[str, ...], tmp_path: Path) -> None:
     wanted = {"steps": 3, **LAYOUTS[layout]}
     world = job(**wanted).parallel.ranks
     expected = run_distributed(trained, world, job(**wanted), group=False)
     for way in ways:
-        memory = {**WAYS[way], "optimizer_subgroup_mib": SMALL}
+        memory = {**WAYS[way], "optimizer_subgroup_mib": SMALL, "offload_disk": str(tmp_path)}
         found = run_distributed(trained, world, job(**wanted, memory=memory), group=False)
         for (curve, held), (curve_there, held_there) in zip(expected, found, strict=True):
             assert curve_there == curve and held_there.keys() == held.keys()
             assert all(torch.equal(held_there[name], value) for name, value in held.items()), way
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("first", "second"), [("none", "host"), pytest.param("host", "none", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("none", "disk"),
+        pytest.param("none", "host", marks=pytest.mark.slow),
+        pytest.param("host", "none", marks=pytest.mark.slow),
+        pytest.param("disk", "host", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_goes_on_with_states_elsewhere(tmp_path: Path, first: str, second: str) -> None:
     """Bit for bit, from a checkpoint that was written with them in another place."""
     layout = {"dp": 2, "sharding": "zero1", "dtype": "bf16", "deterministic": True}
@@ -83,6 +94,7 @@ def test_a_run_goes_on_with_states_elsewhere(tmp_path: Path, first: str, second:
         rows[name] = []
         for where, until in zip(wheres, (10, 20) if len(wheres) == 2 else (20,), strict=True):
             memory = {"offload_optimizer": where, "optimizer_subgroup_mib": SMALL, "optimizer_stride": 2}
+            memory["offload_disk"] = str(tmp_path)
             cfg = text_job(tmp_path, memory=memory, **layout)
             rows[name] += run_distributed(train, 2, cfg, tmp_path / name, until, group=False)[0][0]
     assert len(rows["parts"]) == 20 and rows["parts"] == rows["straight"]
@@ -93,9 +105,9 @@ class _Breaks:
 
     def __init__(self, cfg: AdamWConfig, at: int) -> None:
         self._rule, self._left = make_rule(cfg, CPU), at
-        self.names = self._rule.names
+        self.names, self.dtype = self._rule.names, self._rule.dtype
 
-    def update(self, pieces: list[UpdatePiece], now: UpdateScalars) -> None:
+    def update(self, pieces: Sequence[UpdatePiece], now: UpdateScalars) -> None:
         self._left -= 1
         if self._left == 0:
             raise OSError("broken")
@@ -110,14 +122,14 @@ def test_an_update_that_breaks_off_inside_a_unit_goes_on_where_it_was(stride: in
     for at in (1, 2, 5, 9, 12):
         rule = _Breaks(cfg, at)
         broken: Optimizer = OffloadedStates(
-            rule, rule, HostPlace(pinned=False), CPU, memory, fixed=False, recorder=None
+            rule, rule, HostStatePlace(pinned=False), CPU, memory, fixed=False, recorder=None
         )
         results = []
         for optimizer in (broken, make_optimizer(cfg, CPU)):
             units = _units(torch.float32, elements)
             for unit in units:
                 unit.grad.copy_(unit.value.flip(0))
-                optimizer.prepare(unit)
+                optimizer.prepare(unit, None)
             now = UpdateScalars(0.01, torch.tensor(0.5), torch.tensor(0.0), torch.tensor(1.0))
             try:
                 optimizer.step(units, now)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pentad.configs.errors import UserError
 from pentad.configs.schema import AdamWConfig, ConstantSchedule, CosineSchedule, LinearSchedule, SgdConfig, WsdSchedule
 from pentad.parallel.replicas.protocol import OptimizerShard
+from pentad.trainer.optim.adamw_kernels import sum_of_squares
 from pentad.trainer.optim.learning_rate import learning_rate
-from pentad.trainer.optim.optimizer import UpdateScalars, sum_of_squares
+from pentad.trainer.optim.optimizer import UpdateScalars
 from pentad.trainer.optim.states import make_optimizer
 from tests.training import Run, job
 
@@ -33,7 +36,7 @@ def _units(dtype: torch.dtype, elements: tuple[int, int] = (50, 7)) -> list[Opti
 def _train(cfg, dtype: torch.dtype, *, skip_at: int = -1, factor: float = 0.5, steps: int = 5) -> list[torch.Tensor]:
     optimizer, units = make_optimizer(cfg, CPU), _units(dtype)
     for unit in units:
-        optimizer.prepare(unit)
+        optimizer.prepare(unit, None)
     draws, count = torch.Generator().manual_seed(1), torch.zeros(())
     for step in range(steps):
         for unit in units:
@@ -155,3 +158,27 @@ def test_the_norm_of_a_long_gradient_is_as_exact_as_that_of_a_short_one(elements
     gradient = torch.randn(elements, generator=torch.Generator().manual_seed(0)) * 1e-3
     exact = gradient.double().square().sum()
     assert torch.isclose(sum_of_squares(gradient).double(), exact, rtol=1e-6, atol=0.0)
+
+
+class _Made(TorchDispatchMode):
+    """The elements of the largest tensor that operators make."""
+
+    def __init__(self, given: torch.Tensor) -> None:
+        super().__init__()
+        self._given, self.largest = given.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if found.untyped_storage().data_ptr() != self._given:
+            self.largest = max(self.largest, found.numel())
+        return found
+
+
+@pytest.mark.parametrize("bad", [0.0, math.inf, math.nan])
+def test_what_is_not_finite_is_found_without_a_mask_of_the_gradients_size(bad: float) -> None:
+    gradient = torch.ones(1 << 20)
+    gradient[12345] = bad
+    with _Made(gradient) as made:
+        total = sum_of_squares(gradient)
+    assert made.largest <= gradient.numel() // 1024
+    assert bool(torch.isfinite(total)) == (bad == 0.0)
