@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from pentad.configs.errors import UserError
 from pentad.configs.schema import AdamWConfig, Config, MemoryConfig
+from pentad.parallel.comm.disk import Disk
 from pentad.trainer.optim.offload import OffloadedStates
 from pentad.trainer.optim.optimizer import UpdatePiece, UpdateScalars, make_rule
-from pentad.trainer.optim.places import HostStatePlace
+from pentad.trainer.optim.places import HostStatePlace, make_place
 from pentad.trainer.optim.states import Optimizer, make_optimizer
 from tests.distributed import run_distributed
 from tests.trainer.checkpoint.test_resume import text_job, train
@@ -142,3 +144,35 @@ def test_an_update_that_breaks_off_inside_a_unit_goes_on_where_it_was(stride: in
             optimizer.close()
         for mine, theirs in zip(*results, strict=True):
             assert torch.equal(mine, theirs), at
+
+
+def test_a_disk_without_direct_io_is_said_once_and_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Disk, "probe", staticmethod(lambda folder: Disk(folder, False, 1.0, 1.0)))
+    cfg = job(memory={"offload_optimizer": "disk", "offload_disk": str(tmp_path)})
+    for first in (True, False):
+        place = make_place(cfg, CPU, first=first)
+        assert place is not None
+        place.reserve([40_000])
+        tensor = place.allocate(10_000, torch.float32)
+        fetched = place.fetch([tensor])
+        (run,) = fetched.wait()
+        assert run.eq(0).all()
+        run.copy_(torch.arange(10_000))
+        fetched.store()
+        place.settle()
+        assert torch.equal(tensor, torch.arange(10_000.0))
+        place.close()
+    assert capsys.readouterr().err.count("has no direct I/O") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_disk_or_host_without_room_names_the_key(tmp_path: Path) -> None:
+    cfg = job(memory={"offload_optimizer": "disk", "offload_disk": str(tmp_path)})
+    place = make_place(cfg, CPU)
+    assert place is not None
+    with pytest.raises(UserError, match=r"memory\.offload_disk: .*takes no 4,611,686,018,427,387,904 bytes more"):
+        place.allocate(1 << 60, torch.float32)
+    place.close()
+    with pytest.raises(UserError, match=r"memory\.offload_optimizer: host: the host has no .* bytes left; set disk"):
+        HostStatePlace(pinned=False).allocate(1 << 58, torch.float32)
