@@ -49,6 +49,10 @@ class PeakBytes(TorchDispatchMode):
                     self.at_peak = self.sizes()
         return found
 
+    def leave_out(self, tensor: Tensor) -> None:
+        """Its memory (…) stands for another device's."""
+        self._elsewhere.add(tensor.untyped_storage()._cdata)
+
     def see(self, *tensors: Tensor) -> None:
         """Counts these (…) too."""
         for x in tensors:

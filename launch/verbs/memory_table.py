@@ -34,8 +34,7 @@ _WIDTH, _LEFT, _BAR, _GAP, _TOP = 900, 90, 26, 12, 64
 def rank_table(cfg: Config, ranks: Sequence[Memory]) -> Table:
     """GiB by part, a column for each rank of the pipeline."""
     names = [f"rank {memory.rank}" for memory in ranks] if len(ranks) > 1 else ["a rank"]
-    what = "of the pipeline's ranks" if len(ranks) > 1 else "of a rank"
-    rows = table(f"memory {what} (GiB, estimate)", "part", *names)
+    rows = table("memory (GiB)", "part", *names)
     for part in ranks[0].parts:
         if any(memory.parts[part] for memory in ranks):
             rows.add_row(part, *(f"{memory.parts[part] / GIB:.3f}" for memory in ranks))
@@ -60,7 +59,7 @@ def choice_table(cfg: Config) -> Table:
         for layer in reversed(range(model.layers + model.mtp))
     }
     layers = sorted(kinds.values())
-    rows = table("kept of one microbatch (MiB), by memory.recompute", "part", *(f"layer {layer}" for layer in layers))
+    rows = table("kept by recompute (MiB)", "part", *(f"layer {layer}" for layer in layers))
     parts = [part for part in RECOMPUTABLE if part != "head"]
     shown: list[list[float]] = []
     for name, choice in {"none": (), "full": "full", **{f"selective: {part}": {part} for part in parts}}.items():

@@ -132,9 +132,13 @@ def _dropout(model: ModelConfig, work: LocalWork, name: str) -> list[Kept]:
 
 
 def _core(w: Widths, work: LocalWork) -> list[Kept]:
-    """Attention's result and log-sum-exp; exchanged back to tokens, the result is a second tensor."""
+    """Attention's result and log-sum-exp; exchanged back or copied to tokens, the result is a second tensor."""
     out = Kept("attention output", work.tokens * w.value, work.width)
-    again = [Kept("attention output of all heads", work.tokens * w.value, work.width)] if work.exchanged > 1 else []
+    again = (
+        [Kept("attention output by token", work.tokens * w.value, work.width)]
+        if work.exchanged > 1 or work.by_head
+        else []
+    )
     return [Kept("log-sum-exp", work.tokens * w.heads, work.precise), out, *again]
 
 

@@ -56,6 +56,7 @@ class LocalWork:
         ranks: of the experts, ep · etp.
         exchanged: context ranks that exchange heads for tokens (ulysses, usp); 1: none.
         latents: context ranks gather latents (`ContextMethod.latent_core`).
+        by_head: attention's result comes head by head, and is copied into the order of the tokens.
         rows: what the experts of this rank get; none: as many as at even load.
         sent: what this rank's tokens send to experts; none: what they choose.
     """
@@ -68,6 +69,7 @@ class LocalWork:
     ranks: int = 1
     exchanged: int = 1
     latents: bool = False
+    by_head: bool = False
     rows: int | None = None
     sent: int | None = None
 

@@ -27,7 +27,7 @@ from typing import Any
 from ...configs import Config
 from ...configs.fields import with_value
 from ...configs.schema import CODED_STATES, AdamWConfig
-from ...configs.tables.schedules import SCHEDULES
+from ...configs.tables.schedules import SCHEDULES, is_program
 from ...models.costs.moments.ways import Bench, Ways
 from ...parallel.pipeline.communication import is_lowered, slots
 from ...parallel.pipeline.kind import Kind, Role
@@ -157,7 +157,9 @@ def per_rank(
     microbatches = max(1, cfg.train.global_batch // (cfg.train.micro_batch * cfg.parallel.dp))
     if program is None:
         wanted = _Wanted.of(cfg, pipeline, enough(cfg, microbatches), conventions is None)
-        plain, buffers = _program(wanted)
+        # A file may be another one the next time.
+        known = not is_program(cfg.parallel.pipeline_in_use.schedule or "")
+        plain, buffers = _known_program(wanted) if known else _program(wanted)
         program = offloaded(cfg, plain, pipeline, copies_of(cfg, pipeline))
     else:
         buffers = slots(program)
@@ -214,13 +216,15 @@ class _Wanted:
         return _Wanted(keys, microbatches, lowered, cfg, pipeline)
 
 
-@lru_cache(maxsize=32)
 def _program(wanted: _Wanted) -> tuple[Program, dict[tuple[int, int, Kind], int]]:
     """The program, without offloads, and how many buffers its receives need."""
     program = compute_program(wanted.cfg, wanted.pipeline, wanted.microbatches)
     if wanted.lowered and not is_lowered(program):
         program = lower(program, times=wanted.pipeline.times)
     return program, slots(program)
+
+
+_known_program = lru_cache(maxsize=32)(_program)
 
 
 def enough(cfg: Config, microbatches: int) -> int:

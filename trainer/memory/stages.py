@@ -46,6 +46,10 @@ def bench_of(cfg: Config, ways: Ways) -> Bench:
         ranks=p.ep * p.etp,
         exchanged=exchanged,
         latents=p.cp > 1 and bool(method.latent_core),
+        by_head=bool(ways.long)
+        and p.cp == 1
+        and t.seq_len >= ways.long
+        and not (cfg.model.mla.kv_rank or cfg.model.window),
     )
     return Bench(model=cfg.model, work=work, ways=ways, method=p.context.method if p.cp > 1 else "", ranks=p.cp)
 
@@ -78,11 +82,9 @@ class Conventions:
         return StageBytes(
             kept=kept,
             forward=kept + head,
-            backward=kept + head,
             ends=(((), kept + head),),
             deferred=kept,
             weight=0.0,
-            sent=2.0 * hidden,
         )
 
     def vocabulary(self, b: Bench, ranks: int) -> VocabularyBytes:
@@ -118,21 +120,17 @@ class StageBytes:
     Args:
         kept: from the forward to the backward pass.
         forward: the most that the forward pass adds to what was alive before it.
-        backward: the most that is alive of it in the backward pass, what is kept included.
         ends: of each half of a layer in backward, from the last one on: the gradients that are final before it, and
             the most that is alive of the stage meanwhile; at the end those that are final after all of them.
         deferred: what is left after a split backward pass.
         weight: the most that the deferred part adds to it.
-        sent: of an output or a gradient that goes to another stage.
     """
 
     kept: float
     forward: float
-    backward: float
     ends: tuple[tuple[tuple[Group, ...], float], ...]
     deferred: float
     weight: float
-    sent: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,11 +193,9 @@ def stage_bytes(
     return StageBytes(
         kept=kept,
         forward=forward,
-        backward=max((most for _, most in ends), default=kept),
         ends=tuple(ends),
         deferred=deferred,
         weight=2 * b.whole * (work.tp > 1) + widest,
-        sent=b.stream,
     )
 
 
@@ -228,7 +224,8 @@ def _backward(
         layer, index = each[position], layers[position]
         slots = (given if position == 0 else 0.0) + (returned if position == len(each) - 1 else 0.0)
         alive -= layer.kept - (given if position == 0 else 0.0)
-        ffn, attention = (alive + most + left - slots for most in layer.backward)
+        begin, ffn, attention = (alive + most + left - slots for most in layer.backward)
+        look(begin)
         final.append(("down", index))
         look(ffn)
         final.append(("ffn", index))

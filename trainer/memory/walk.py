@@ -145,7 +145,9 @@ class Walk:
         """Half a layer after the other; with the last microbatch of a stage gradients become final and are reduced."""
         mine = self._stage(op.stage, op.index)
         for groups, most in mine.ends:
-            self._finish(op, groups if op.kind == Kinds.BACKWARD else ())
+            # Those of the tables are not left for later.
+            now = groups if op.kind == Kinds.BACKWARD else [each for each in groups if each[0] in ("begin", "end")]
+            self._finish(op, now)
             self._look(op, most - mine.kept)
 
     def _finish(self, op: Op, groups: Sequence[Group]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from . import cores
 from .projections import column_backward, column_forward, norm_backward, norm_forward, row_backward, row_forward
 from .tape import Tape
@@ -110,8 +112,6 @@ def latent_backward(t: Tape, b: Bench, dx: str, *, later: bool = False) -> None:
 
 def _narrow(b: Bench, width: int) -> Bench:
     """With narrow vectors in place of the stream."""
-    from dataclasses import replace
-
     return replace(b, model=replace(b.model, hidden=width))
 
 

@@ -42,7 +42,8 @@ def operand_bytes(b: Bench) -> AttentionBytes:
 
 def score_bytes(b: Bench, heads: float, queries: int, keys: int) -> float:
     """Bytes of the scores that are a tensor at a time."""
-    if not b.ways.blocks or (b.ways.long and queries >= b.ways.long and not b.model.mla.kv_rank):
+    masked = b.model.mla.kv_rank or b.model.window
+    if not b.ways.blocks or (b.ways.long and queries >= b.ways.long and not masked):
         return 0.0
     return b.work.sequences * heads * min(b.ways.blocks, queries) * keys * b.work.precise
 
@@ -87,8 +88,10 @@ def core_forward(t: Tape, b: Bench) -> None:
         t.make("log-sum-exp", x.lse)
         t.bump(kernel_forward(b, x, block, turned=work.exchanged == 1))
     if work.exchanged > 1:
-        t.make("attention output of all heads", x.out)
+        t.make("attention output by token", x.out)
         t.bump(x.out / 8)
+    elif work.by_head:
+        t.make("attention output by token", x.out)
 
 
 def _exchange(t: Tape, b: Bench, x: AttentionBytes) -> None:
@@ -103,10 +106,11 @@ def core_backward(t: Tape, b: Bench) -> None:
     """From "d attention output" to "d queries", "d keys", "d values", in the layer's type."""
     x, work = operand_bytes(b), b.work
     length = work.tokens // work.sequences
+    t.free("attention output by token")
     if work.exchanged > 1:
         length *= work.exchanged
         t.make("d attention output of own heads", x.out)
-        t.free("d attention output", "attention output of all heads")
+        t.free("d attention output")
     outer = b.ranks // work.exchanged
     block = score_bytes(b, b.w.heads / work.exchanged, length, length)
     turned = (outer == 1 or _at_home(b, outer)) and work.exchanged == 1

@@ -124,6 +124,7 @@ def _inner_backward(t: Tape, b: Bench, x: _Sizes, *, later: bool) -> list[str]:
         t.make(f"d expert {matrix}", x.inner)
         grads.append(f"d expert {matrix}")
     t.bump(_product(b, x))
+    t.mark()
     t.free("d expert activation", "expert gate", "expert up")
     if not later:
         t.free("expert activation")

@@ -34,7 +34,7 @@ def nonlinearity_backward(t: Tape, b: Bench, name: str, nbytes: float) -> None:
     if clipped and b.half:
         t.bump(2 * nbytes + b.chunk(nbytes, 6))
     else:
-        t.bump((3 if clipped else 2) * nbytes)
+        t.bump((4 + 1 / b.work.width if clipped else 2) * nbytes)
     t.make(f"d {name} gate", nbytes)
     t.make(f"d {name} up", nbytes)
     t.free(grad, f"{name} gate", f"{name} up")
@@ -44,6 +44,7 @@ def ffn_backward(t: Tape, b: Bench, name: str, width: int, dx: str, *, later: bo
     """From the stream's gradient, which stays, to that of the network's input."""
     nbytes = b.tokens(width)
     row_backward(t, b, f"d {name} activation", nbytes, features=width, later=later)
+    t.mark()  # from here on the last matrix's gradient is final
     if not later:
         t.free(f"{name} activation")
     nonlinearity_backward(t, b, name, nbytes)

@@ -24,14 +24,14 @@ class LayerBytes:
     Args:
         kept: from the forward to the backward pass, its input included.
         forward: the most that is alive in the forward pass, its input included.
-        backward: the most that is alive in the backward pass through its feed-forward half, and through its attention,
-            what is kept and the gradients of its output and input included.
-        deferred: what weight gradients that are left for later hold; in `left` what they make meanwhile.
+        backward: the most that is alive in the backward pass until the gradient of its last matrix is final, then in
+            its feed-forward half, and in its attention; with what is kept and the gradients of its output and input.
+        deferred: what weight gradients that are left for later hold.
     """
 
     kept: float
     forward: float
-    backward: tuple[float, float]
+    backward: tuple[float, float, float]
     deferred: float
 
 
@@ -58,14 +58,16 @@ def layer_bytes(b: Bench, layer: int, choice: Choice = "none", *, split: bool = 
         backward.peak = max(backward.peak, _again(b, layer))
     _make(backward, rows if choice == "full" else rows[middle:])
     ffn_half_backward(backward, b, layer, split=split)
-    first, backward.peak = backward.peak, 0.0
+    backward.mark()
+    peaks = [backward.before or 0.0, backward.peak]
+    backward.peak = backward.now
     _make(backward, [] if choice == "full" else rows[:middle])
     attention_half_backward(backward, b, layer, split=split)
     deferred = sum(nbytes for name, nbytes in backward.live.items() if name != "d input") if split else 0.0
     return LayerBytes(
         kept=kept_bytes(rows, choice),
         forward=forward.peak,
-        backward=(first, backward.peak),
+        backward=(peaks[0], peaks[1], backward.peak),
         deferred=deferred,
     )
 

@@ -8,9 +8,9 @@ from .tape import Tape
 from .ways import Bench
 
 
-def column_forward(t: Tape, b: Bench, outs: Mapping[str, float], *, sharded: bool = True) -> None:
+def column_forward(t: Tape, b: Bench, outs: Mapping[str, float]) -> None:
     """Reads the stream; makes `outs`, in bytes by name. Over tp the tokens are gathered for that."""
-    gathered = b.whole if sharded and b.work.tp > 1 else 0.0
+    gathered = b.whole if b.work.tp > 1 else 0.0
     for name, nbytes in outs.items():
         t.make(name, nbytes)
     t.bump(gathered)
@@ -23,11 +23,10 @@ def column_backward(
     dx: str,
     *,
     features: float,
-    sharded: bool = True,
     later: bool = False,
 ) -> None:
     """From the gradients `grads` to that of the stream, `dx`; `features` of the widest weight."""
-    cut = sharded and b.work.tp > 1
+    cut = b.work.tp > 1
     gathered = b.whole if cut and not later else 0.0
     t.bump(gathered + b.whole)
     product = 0.0 if later else b.product(features, b.model.hidden)
@@ -40,18 +39,16 @@ def column_backward(
         t.free(*grads)
 
 
-def row_forward(t: Tape, b: Bench, out: str, *, sharded: bool = True) -> None:
+def row_forward(t: Tape, b: Bench, out: str) -> None:
     """Makes `out` of the stream's shape; over tp it is a sum over the ranks, scattered."""
-    if sharded and b.work.tp > 1:
+    if b.work.tp > 1:
         t.bump(b.whole + b.stream + b.collected(b.whole))
     t.make(out, b.stream)
 
 
-def row_backward(
-    t: Tape, b: Bench, dx: str, nbytes: float, *, features: float, sharded: bool = True, later: bool = False
-) -> None:
+def row_backward(t: Tape, b: Bench, dx: str, nbytes: float, *, features: float, later: bool = False) -> None:
     """From the stream's gradient, which stays, to that of the input, `dx`."""
-    gathered = b.whole if sharded and b.work.tp > 1 else 0.0
+    gathered = b.whole if b.work.tp > 1 else 0.0
     product = 0.0 if later else b.product(features, b.model.hidden)
     t.bump(gathered + nbytes + product)
     t.make(dx, nbytes)
@@ -73,8 +70,3 @@ def norm_backward(t: Tape, b: Bench, dy: str, dx: str, nbytes: float) -> None:
         t.bump((3 if b.model.norm == "rms" else 1) * nbytes)
     t.make(dx, nbytes)
     t.free(dy)
-
-
-def residual(t: Tape, b: Bench, grad: str, more: str) -> None:
-    """The gradient of what two branches read: their sum, in the memory of the first."""
-    t.free(more)

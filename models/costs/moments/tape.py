@@ -15,6 +15,12 @@ class Tape:
     def __init__(self, given: dict[str, float] | None = None) -> None:
         self.live: dict[str, float] = dict(given or {})
         self.now = self.peak = float(sum(self.live.values()))
+        self.before: float | None = None
+
+    def mark(self) -> None:
+        """The most so far becomes `before`, and another one is looked for; the first time only."""
+        if self.before is None:
+            self.before, self.peak = self.peak, self.now
 
     def make(self, name: str, nbytes: float) -> None:
         """A tensor comes to be; one of this name that is there is made again and freed after that."""

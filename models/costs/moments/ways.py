@@ -38,7 +38,7 @@ CUDA = Ways(rounds=False, collects=False, at_once=1 << 25, blocks=0, context=CON
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What a layer's passes are worked out from: the model, a microbatch on one rank, the device, and what follows.
+    """What a layer's passes are worked out from.
 
     Args:
         model: resolved.
@@ -46,7 +46,6 @@ class Bench:
         ways: of the device.
         method: of context parallelism; empty: a rank has whole sequences.
         ranks: which share them.
-        dispatches: experts are on several ranks.
     """
 
     model: ModelConfig
@@ -54,7 +53,6 @@ class Bench:
     ways: Ways
     method: str = ""
     ranks: int = 1
-    dispatches: bool = False
 
     @property
     def w(self) -> Widths:

@@ -58,7 +58,7 @@ def modelled(b: Bench) -> Peaks:
     core_forward(t, b)
     forward = t.peak - q - 2 * kv
     # Here the caller holds the result and its gradient to the end; of exchanged heads a layer lets go of them.
-    kept = [name for name in t.live if not name.startswith("own") and name != "attention output of all heads"]
+    kept = [name for name in t.live if not name.startswith("own") and name != "attention output by token"]
     back = Tape({name: t.live[name] for name in kept} | {"d attention output": q})
     given = back.now
     core_backward(back, b)
