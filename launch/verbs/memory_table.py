@@ -28,7 +28,7 @@ _HUES = {
 }
 _INK, _MUTED, _GRID = "#1f2430", "#667085", "#cbd2dc"
 _FONT = "Inter, 'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
-_WIDTH, _LEFT, _BAR, _GAP, _TOP = 900, 90, 26, 12, 64
+_WIDTH, _LEFT, _BAR, _GAP, _TOP = 900, 90, 26, 12, 76
 
 
 def rank_table(cfg: Config, ranks: Sequence[Memory]) -> Table:
@@ -95,12 +95,15 @@ def bars(cfg: Config, ranks: Sequence[Memory]) -> str:
 
 
 def _legend(ranks: Sequence[Memory]) -> Iterator[str]:
-    x = 12.0
+    x, y = 12.0, 34
     for part in ranks[0].parts:
         if any(memory.parts[part] for memory in ranks):
-            yield f'<rect x="{x:.0f}" y="34" width="10" height="10" fill="{_HUES[part]}"/>'
-            yield f'<text x="{x + 14:.0f}" y="43" font-size="11" fill="{_MUTED}">{part}</text>'
-            x += 26 + 6.2 * len(part)
+            width = 26 + 6.2 * len(part)
+            if x + width > _WIDTH:
+                x, y = 12.0, y + 16
+            yield f'<rect x="{x:.0f}" y="{y}" width="10" height="10" fill="{_HUES[part]}"/>'
+            yield f'<text x="{x + 14:.0f}" y="{y + 9}" font-size="11" fill="{_MUTED}">{part}</text>'
+            x += width
 
 
 def _bar(memory: Memory, y: float, scale: float) -> Iterator[str]:
