@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pentad.configs.schema import AdamWConfig
 from tests.fuzz.cases import Case, Layout
 from tests.fuzz.run import Outcome
 
@@ -48,6 +49,7 @@ def _columns(case: Case) -> dict[str, list[str]]:
         "goes on": ["after a checkpoint" if case.stopped_rank is None else "after a signal"],
         "dtype": [cfg.train.dtype],
         "optimizer": [cfg.optim.name],
+        "moments": [cfg.optim.states] if isinstance(cfg.optim, AdamWConfig) else [],
         "data": [cfg.data.name + (" masked" if cfg.data.document_mask else "")],
         "evaluation": ["on" if cfg.eval.every else "off"],
         "router": [moe.router.name] if moe.experts else [],
@@ -84,6 +86,7 @@ def _layout(layout: Layout) -> dict[str, list[str]]:
         "recompute": [layout.config.memory.recompute],
         "parts": list(layout.config.memory.recompute_parts) if layout.config.memory.recompute == "selective" else [],
         "offload": [str(layout.config.memory.offload_activations)],
+        "states on": [layout.config.memory.offload_optimizer],
     }
     if p.pp > 1:
         columns["schedule"] = [str(p.pipeline.schedule)]

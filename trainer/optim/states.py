@@ -24,7 +24,7 @@ class Optimizer(Protocol):
     """Updates units; keeps their states by unit key."""
 
     states: dict[str, dict[str, Tensor]]
-    """Unit key → state name → tensor of the unit's shape."""
+    """Unit key → name → tensor: of the unit's shape, but for coded moments."""
 
     def prepare(self, unit: OptimizerShard, bucket: SharedBucket | None) -> None:
         """Makes the unit's states, zero, where there are none yet.
