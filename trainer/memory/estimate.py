@@ -103,7 +103,7 @@ class Memory:
     @property
     def elsewhere(self) -> dict[str, int]:
         """Bytes of activations, masters and states that are not on the device."""
-        return {"host": self.host + self.held.host, "disk": self.disk}
+        return {"host": self.host + self.held.host, "disk": self.disk + self.held.disk}
 
     @property
     def fixed(self) -> int:

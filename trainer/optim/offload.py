@@ -161,6 +161,8 @@ class OffloadedStates(PlainStates):
     def settle(self) -> None:
         for slot in (*self._device_slots, *self._host_slots):
             slot.free()
+        for slot in self._device_slots:
+            slot.tensors.clear()  # between updates the device has a better use for it
         self._place.settle()
         if self._done:
             self._measure()
