@@ -11,6 +11,7 @@ from ...configs import Config, Problem, UserError
 from ...configs.schema import AdamWConfig
 from ...models.costs.flops import CONVENTION, flops_per_token, flops_per_token_full_attention, parameter_count
 from ...models.costs.times import Rates
+from ...trainer.memory.copies import hidden_share
 from ...trainer.memory.estimate import GIB, Memory, per_rank
 from ...trainer.memory.fixed import expert_replicas
 from ...trainer.pipeline.programs import Pipeline, offloads
@@ -72,7 +73,20 @@ def _copies(cfg: Config) -> list[tuple[str, str]]:
     """What offloads are planned with."""
     rates = Rates.of(cfg.hardware, cfg.train.dtype)
     speeds = f"{rates.host_bytes / GIB:.4g} GiB/s each way beside {rates.flops / 1e12:.4g} TFLOP/s"
-    return [("copies to the host", f"{speeds} ({rates.source})")]
+    hidden = hidden_share(cfg, rates)
+    match hidden.whole:
+        case ():
+            what = "not even its input"
+        case ("input",):
+            what = "its input"
+        case _ if hidden.share == 1:
+            what = "all that it keeps"
+        case _:
+            what = f"its input, attention's result and {hidden.share:.0%} of what else it keeps"
+    return [
+        ("copies to the host", f"{speeds} ({rates.source})"),
+        ("during a layer's forward", f"{what} can be copied"),
+    ]
 
 
 def _experts(cfg: Config) -> list[tuple[str, str]]:

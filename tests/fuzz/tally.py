@@ -87,6 +87,7 @@ def _layout(layout: Layout) -> dict[str, list[str]]:
         "parts": list(layout.config.memory.recompute_parts) if layout.config.memory.recompute == "selective" else [],
         "offload": [str(layout.config.memory.offload_activations)],
         "states on": [layout.config.memory.offload_optimizer],
+        "part-stages": ["none" if layout.config.memory.group is None else str(layout.config.memory.group)],
     }
     if p.pp > 1:
         columns["schedule"] = [str(p.pipeline.schedule)]

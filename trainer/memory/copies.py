@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from ...configs import Config
-from ...models.costs.activations import angle_rows, begin_rows, end_rows, kept_bytes, layer_rows, prediction_rows
+from ...models.costs.activations import (
+    INPUT,
+    angle_rows,
+    begin_rows,
+    end_rows,
+    kept_bytes,
+    kept_rows,
+    layer_rows,
+    prediction_rows,
+)
+from ...models.costs.flops import layer_flops
 from ...models.costs.times import Rates
+from ...models.costs.token_share import LayerParts, TokenShare, token_share
 from ..pipeline.programs import Copies, Pipeline
 from .stages import bench_of, ways_of
+
+_DEAR = {"input": (INPUT,), "attention": ("attention output", "log-sum-exp")}
+"""What of a layer is dear to make again (`models.costs.token_share`), by the names of its rows."""
 
 
 def copies_of(cfg: Config, pipeline: Pipeline, rates: Rates | None = None) -> Copies:
@@ -20,6 +34,22 @@ def copies_of(cfg: Config, pipeline: Pipeline, rates: Rates | None = None) -> Co
     stages = range(len(pipeline.split.layers))
     kept = tuple(float(_kept(cfg, pipeline, stage)) for stage in stages)
     return Copies(kept, rates or Rates.of(cfg.hardware, cfg.train.dtype))
+
+
+def hidden_share(cfg: Config, rates: Rates) -> TokenShare:
+    """What of a layer's activations is on the host by the time that the next layer's forward pass ends: of the layer of
+    which the least is."""
+    model, p, b, pipeline = cfg.model, cfg.parallel, bench_of(cfg, ways_of(cfg)), Pipeline.of(cfg)
+    flops = layer_flops(model, cfg.train.seq_len)
+    shares = []
+    for layer in range(model.layers):
+        rows = kept_rows(layer_rows(model, layer, b.work), pipeline.choice(layer))
+        dear = {name: float(sum(row.nbytes for row in rows if row.name in names)) for name, names in _DEAR.items()}
+        others = kept_bytes(rows) - sum(dear.values())
+        seconds = flops[layer] * cfg.train.micro_batch / (p.tp * p.cp) / rates.flops
+        parts = LayerParts(**dear, others=others)
+        shares.append(token_share(parts, forward_s=seconds, host_bytes_s=rates.host_bytes, layers=model.layers))
+    return min(shares, key=lambda share: (len(share.whole), share.share))
 
 
 def _kept(cfg: Config, pipeline: Pipeline, stage: int) -> int:

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pentad.configs import load
 from pentad.configs.schema import Config, HardwareConfig
 from pentad.launch.cli import main
 from pentad.models.costs.times import Rates
-from pentad.trainer.memory.copies import copies_of
+from pentad.trainer.memory.copies import copies_of, hidden_share
 from pentad.trainer.metrics.peak import Peak
 from pentad.trainer.pipeline import rates
 from pentad.trainer.pipeline.programs import Pipeline, training_program
@@ -73,8 +74,24 @@ def test_check_says_what_it_plans_with(
     small = ["model.preset=llama3_8b", "train.seq_len=4096", "train.dtype=bf16", "parallel.pp=4"]
     assert main(["check", "demo", *small, "memory.offload_activations=all", *overrides]) == 0
     assert said in " ".join(capsys.readouterr().out.split())
+    for rate, what in ((1000, "all that it keeps can be copied"), (0.01, "not even its input can be copied")):
+        link = ["memory.offload_activations=all", "hardware.peak_tflops=400", f"hardware.host_gib_s={rate}"]
+        assert main(["check", "demo", *small, *link]) == 0
+        assert what in capsys.readouterr().out
     assert main(["check", "demo", *small, *overrides]) == 0
     assert "copies to the host" not in capsys.readouterr().out
+
+
+def test_longer_sequences_hide_more_of_a_layer() -> None:
+    """Compute grows with the square of the length, what is kept with the length."""
+    rates, shares = Rates(400e12, 50e9, ""), []
+    one = ["model.preset=llama3_8b", "train.micro_batch=1", "train.device=cuda"]
+    for length in (8192, 16384, 32768, 65536, 131072, 262144):
+        shares.append(hidden_share(load(None, [*one, f"train.seq_len={length}"]), rates))
+    assert [each.share for each in shares] == sorted(each.share for each in shares)
+    full = load(None, [*one, "train.seq_len=8192", "memory.recompute=full"])
+    assert hidden_share(full, rates).bound == "none"  # its inputs alone
+    assert shares[0].share < 0.5 and shares[-1].share == 1 and shares[-1].whole == ("input", "attention")
 
 
 def test_copies_take_bytes_over_the_rate_in_forward_passes() -> None:
