@@ -23,7 +23,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp": {"tp": 2, "model": {"layers": 3}, "recompute": "full"},
     "cp": {"cp": 2, "model": {"layers": 3}},
     "experts": {"dp": 2, "ep": 2, "model": {"moe": EXPERTS, "layers": 3}},
-    "1f1b-balanced": {"pp": 2, "model": {"layers": 6}, "pipeline": {"schedule": "1f1b", "vocab": "balanced"}},
+    "1f1b-balanced": {
+        "pp": 2,
+        "model": {"layers": 6},
+        "pipeline": {"schedule": "1f1b", "vocab": "balanced"},
+        "recompute": "selective",
+    },
     "tied-ends": {"pp": 2, "model": {"layers": 5, "tied": True, "mtp": 1}, "pipeline": {"schedule": "zb-h1"}},
     "gis": {"pp": 4, "model": {"layers": 11}, "pipeline": {"schedule": "gis", "chunks": 2}},
     "gis-experts": {
