@@ -11,6 +11,7 @@ from .fields import all_keys, short, value_of
 from .resolve import resolve_model
 from .schema import CODED_STATES, AdamWConfig, Config, ModelConfig, MoeConfig
 from .schema_data import TokenizedData
+from .tables.schedules import SCHEDULES, is_program
 
 _Section = TypeVar("_Section")
 
@@ -83,6 +84,18 @@ MODEL: tuple[Inert[ModelConfig], ...] = (
 )
 """Keys relative to `model`."""
 
+
+def _offloads(config: Config) -> bool:
+    """Whether activations go to the host, as its keys or its schedule say."""
+    row = SCHEDULES.get(config.parallel.pipeline_in_use.schedule or "")
+    return config.memory.offload_activations != "none" or (row is not None and row.offloads > 0)
+
+
+def _from_file(config: Config) -> bool:
+    """Whether its program is a file's, which may store activations on a disk itself."""
+    return is_program(config.parallel.pipeline_in_use.schedule or "")
+
+
 JOB: tuple[Inert[Config], ...] = (
     Inert(
         ("model.moe.pad", "model.moe.overlap_chunks"),
@@ -117,6 +130,12 @@ JOB: tuple[Inert[Config], ...] = (
         ("optim.states_above",),
         ("optim.states",),
         lambda c: isinstance(c.optim, AdamWConfig) and c.optim.states not in CODED_STATES,
+    ),
+    Inert(("memory.host_gib",), ("memory.offload_activations",), lambda c: not _offloads(c)),
+    Inert(
+        ("memory.offload_disk",),
+        ("memory.host_gib", "memory.offload_optimizer"),
+        lambda c: c.memory.host_gib is None and c.memory.offload_optimizer != "disk" and not _from_file(c),
     ),
     Inert(("data.tokenizer.eod",), ("data.tokenizer.path",), lambda c: c.data.tokenizer.path is None),
     Inert(("data.cache",), ("data.name",), lambda c: isinstance(c.data, TokenizedData)),

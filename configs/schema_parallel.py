@@ -109,6 +109,11 @@ class MemoryConfig:
     offload_activations: Literal["none", "all", "auto"] | float = "none"
     """What the backward pass needs is on the host until then: nothing of it, all, a share of each rank's (0.5), the
     longest-lived first, or (auto) what costs no time."""
+    host_gib: float | None = None
+    """GiB of the host that a rank's offloaded activations may take; none: as much as they need."""
+    offload_disk: str | None = None
+    """Folder on a disk of the node, for what the host may not hold of them (host_gib), the longest-lived first, and for
+    masters and moments (offload_optimizer=disk): files of each rank, gone when the run ends; none: no disk."""
     group: int | None = None
     """Layers of a part-stage: a rank's stage passes in parts, each forward and backward an operation of its own, and
     what each keeps is offloaded apart; none: a stage is one part."""
@@ -119,7 +124,5 @@ class MemoryConfig:
     optimizer_stride: Literal["auto"] | int = "auto"
     """offload_optimizer: every so many subgroups one is updated on the device; 0: all on the host; 1: all on the
     device; auto: what is measured to be fastest, and with train.deterministic 1."""
-    offload_disk: str | None = None
-    """Folder on a disk of the node, for what goes there: files of each rank, gone when the run ends."""
     optimizer_subgroup_mib: float = 64.0
     """offload_optimizer: MiB of masters and moments that are updated at once."""

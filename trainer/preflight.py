@@ -21,6 +21,7 @@ from ..parallel.pipeline.program_file import read_program
 from .checkpoint.check import checkpoint_problems
 from .data.preflight import data_problems
 from .devices import missing_devices
+from .pipeline.disk_space import tier_problems
 from .pipeline.stage_layers import empty_stages
 from .text.prompts import prompt_problems
 from .text.tokenizer_files import of_job
@@ -41,6 +42,8 @@ def preflight(cfg: Config, *, memory: bool = True) -> None:
     """
     problems = [*missing_packages(cfg.log), *missing_devices(cfg), *_folders(cfg), *_disk(cfg), *data_problems(cfg)]
     problems += [*checkpoint_problems(cfg), *_program_problems(cfg)]
+    if not problems:
+        problems += tier_problems(cfg)
     if not problems:  # it reads what these have found to be good
         problems += _tokenizer_problems(cfg)
     if problems:
@@ -103,14 +106,16 @@ def _folders(cfg: Config) -> list[Problem]:
 
 
 def _disk(cfg: Config) -> list[Problem]:
-    """What is wrong with the folder for masters and moments."""
-    if cfg.memory.offload_optimizer != "disk" or cfg.memory.offload_disk is None:
+    """What is wrong with the folder for what goes to a disk, and whether it has room for masters and moments."""
+    if cfg.memory.offload_disk is None:
         return []
     folder, key = Path(cfg.memory.offload_disk), "memory.offload_disk"
     if not folder.is_dir():
         return [Problem(key, f"there is no folder {folder}; make it, or set another one on a disk of the node")]
     if not os.access(folder, os.W_OK | os.X_OK):
         return [Problem(key, f"{folder} is read-only for this user; set another folder")]
+    if cfg.memory.offload_optimizer != "disk":
+        return []
     from .memory.estimate import per_rank
 
     found = os.statvfs(folder)

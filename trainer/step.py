@@ -127,7 +127,7 @@ class Stepper:
         if parts.pipeline.split.balanced:
             barriers = cfg.parallel.pipeline.vocab_barriers
             self._vocabulary = BalancedVocabulary(parts, mesh, barriers, self.dtype, self.inputs)
-        self._copies = HostCopies.of(program, parts, mesh)
+        self._copies = HostCopies.of(program, parts, mesh, cfg.memory.offload_disk)
         self._runtime = self._make_runtime(program, self._copies)
         self._handlers: dict[Kind, Handler] = self._runtime.handlers | {
             Kinds.REDUCE: lambda op: self.replicas.reduce(op.index),

@@ -111,6 +111,7 @@ _ABOVE_ZERO = [
     "hardware.peak_tflops",
     "hardware.memory_gib",
     "hardware.host_gib_s",
+    "memory.host_gib",
 ]
 _FRACTIONS = [
     "model.dropout",

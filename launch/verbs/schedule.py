@@ -33,6 +33,7 @@ from ...parallel.pipeline.simulate import Timeline, simulate
 from ...parallel.pipeline.times import Times, by_rank
 from ...parallel.pipeline.vocabulary import balanced
 from ...parallel.record.reader import RecordError
+from ...trainer.memory.planned import planned_bytes
 from ...trainer.run_folder import RunFile
 
 _PER_RANK = {
@@ -223,6 +224,8 @@ def of_run(folder: Path, step: int | None) -> SimulatedProgram:
         for op, span in zip(ops, real.spans[rank], strict=True)
     ]
     timeline = simulate(program, Times.from_spans(spans, program.placement))
+    if real.held:
+        timeline = replace(timeline, held=planned_bytes(folder, timeline))
     peaks = peak_activations(program)
     plain = None if program.vocab_barriers else max(peaks)
     return SimulatedProgram(str(folder), timeline, utilization(timeline), peaks, plain, real)

@@ -19,11 +19,14 @@ class Rates:
         flops: of matrix products in train.dtype.
         host_bytes: that go to its host, and as many that come from it at the same time.
         source: where the numbers are from, for people.
+        stored, fetched: bytes that go to a disk, and that come from it, for what the host may not hold.
     """
 
     flops: float
     host_bytes: float
     source: str
+    stored: float = 3e9
+    fetched: float = 5e9
 
     @staticmethod
     def of(hardware: HardwareConfig, dtype: str) -> Rates:

@@ -19,6 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...configs.errors import Problem, UserError
+from .host_memory import PAGE
+
 PIECE = 4 << 20
 """Bytes that are written or read at once: between two pieces an abort is looked for."""
 _PROBE = 16 << 20
@@ -92,45 +95,66 @@ class DiskFile:
 
 @dataclass(frozen=True)
 class Disk:
-    """A folder, and how fast its disk is.
+    """A folder on a disk.
 
     Args:
         folder: where the files go.
         direct: whether it can be written past the page cache.
-        write_rate, read_rate: bytes per second, measured.
     """
 
     folder: Path
     direct: bool
-    write_rate: float
-    read_rate: float
 
     @staticmethod
-    def probe(folder: Path, nbytes: int = _PROBE) -> Disk:
-        """Writes and reads a file.
+    def open(folder: Path) -> Disk:
+        """Tries it with a page.
 
         Raises:
             OSError: the folder cannot be written, or the disk is full.
         """
         try:
-            return _measured(folder, nbytes, direct=True)
+            _write_and_read(DiskFile(folder, PAGE, direct=True), PAGE)
         except OSError as error:
             # What a file system says that knows only the page cache: when the flag is set, or at the first write.
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
-        return _measured(folder, nbytes, direct=False)
+            return Disk(folder, False)
+        return Disk(folder, True)
 
     def file(self, nbytes: int) -> DiskFile:
         """A new file; arguments and errors as of `DiskFile`."""
         return DiskFile(self.folder, nbytes, direct=self.direct)
 
+    def measure(self, nbytes: int = _PROBE) -> tuple[float, float]:
+        """Bytes per second that are written, and read, in whole pages.
 
-def _measured(folder: Path, nbytes: int, *, direct: bool) -> Disk:
-    file, seconds = DiskFile(folder, nbytes, direct=direct), []
+        Raises:
+            OSError: the disk is full.
+        """
+        write, read = _write_and_read(self.file(nbytes), nbytes)
+        return nbytes / write, nbytes / read
+
+
+def open_disk(folder: str) -> Disk:
+    """The disk of `memory.offload_disk`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        return Disk.open(Path(folder))
+    except OSError as error:
+        message = f"{folder} cannot be written: {error.strerror}; set another folder"
+        raise UserError(Problem("memory.offload_disk", message)) from None
+
+
+def _write_and_read(file: DiskFile, nbytes: int) -> tuple[float, float]:
+    """Seconds of both."""
+    seconds = []
     with mmap.mmap(-1, nbytes) as memory, memoryview(memory) as data:  # whole pages
         for move in (file.write, file.read):
             started = time.perf_counter()
             move(data)
             seconds.append(max(time.perf_counter() - started, 1e-9))
     file.close()
-    return Disk(folder, direct, nbytes / seconds[0], nbytes / seconds[1])
+    return seconds[0], seconds[1]

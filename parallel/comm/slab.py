@@ -33,7 +33,7 @@ class Slab:
         """The last copy to the device, which a GPU may still be doing."""
 
     def take(self, nbytes: int) -> None:
-        """For the next activation; larger where experts have got more rows than ever before."""
+        """For the next activation; larger where it has never been as large as this."""
         if self.busy is not None:
             self.busy.wait()
             self.busy = None
@@ -56,7 +56,7 @@ class Stay:
 
     Args:
         start, end: positions in the rank's list: of the copy to the host, and of the end of the one back.
-        slot: a number that no two stays of the same stage have at the same time.
+        slot: a number that no two stays have at the same time.
     """
 
     start: int
@@ -89,7 +89,7 @@ class SlabPlace:
 class SharedSlab:
     """Memory of the host for all activations of a rank, where they go there and no further.
 
-    The first step shows how large each is, and gives every stage and slot memory of its own. From then on one slab has
+    The first step shows how large each is, and gives every slot memory of its own. From then on one slab has
     them all, each at a planned place (`packing`): what is never on the host at the same time shares bytes, whichever
     stage it is of. An activation that has become larger than its place, as experts' rows do, has memory of its own
     until the end of that step, when places are planned anew.
@@ -105,8 +105,8 @@ class SharedSlab:
         self._places: dict[tuple[int, int], Runs] = {}
         """In the slab of all."""
         self._whole: HostMemory | None = None
-        self._apart: dict[tuple[int, int], HostMemory] = {}
-        """Memory of what has no place, by stage and slot."""
+        self._apart: dict[int, HostMemory] = {}
+        """Memory of what has no place, by slot."""
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +127,7 @@ class SharedSlab:
         runs = self._places.get(key)
         if self._whole is not None and runs is not None and nbytes <= sum(count for _, count in runs):
             return SlabPlace(tuple(self._whole.tensor[at : at + count] for at, count in runs))
-        apart = key[0], self._stays[key].slot
+        apart = self._stays[key].slot
         memory = self._apart.get(apart)
         if memory is None or memory.nbytes < nbytes:
             if memory is not None:

@@ -218,7 +218,7 @@ class SlotCounter:
 
 
 def _pool(kind: Kind, stage: int) -> tuple[int, str]:
-    return stage, kind.pool or kind.token
+    return (-1, kind.pool) if kind.pool else (stage, kind.token)
 
 
 def number_slots(ops: Ops, training: bool) -> Ops:

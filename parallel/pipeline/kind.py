@@ -115,7 +115,8 @@ class Kind:
         pair: of a transfer, the token at its other end.
         slot_until: of what fills a slot, the kinds after the first of which it is free: in training, and in an
             evaluation.
-        pool: kinds with the same word here fill slots of the same sort; none: it has a sort of its own.
+        pool: kinds with the same word here fill the same slots, of which a rank has some for all its stages; none: it
+            fills slots of its own, of its stage.
         lane: of a collective.
         engine: of a copy: "out" to the host, "in" to the device, "store" to the disk, "get" from it.
         before: the token of what must follow in the rank's list, at the same stage and of the same microbatch.

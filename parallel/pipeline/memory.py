@@ -12,13 +12,10 @@ from itertools import accumulate, groupby
 
 from .kind import Acts, Hold, Kind
 from .program import Ops, Program
-from .simulate import Timeline
+from .simulate import Curve, Timeline
 from .times import one_each
 
 _ELSEWHERE = ("host", "disk")
-
-Curve = tuple[tuple[float, float], ...]
-"""(time, amount from then on), in the order of time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +116,7 @@ def peak_host_bytes(program: Program, sizes: ActivationBytes, *, tier: str = "ho
 
 
 def slot_bytes(program: Program, sizes: ActivationBytes, pool: str) -> tuple[float, ...]:
-    """The bytes of each rank's slabs ("slab"), or of its slots on the disk ("STO"): what is allocated for them, once.
+    """The bytes of each rank's slabs ("slab"), or of its files on the disk ("file"): what is allocated for them, once.
 
     Raises:
         UserError: sizes for another number of stages.
@@ -128,11 +125,11 @@ def slot_bytes(program: Program, sizes: ActivationBytes, pool: str) -> tuple[flo
     each = one_each("offloaded", given, program.stages, "stages")
     found = []
     for ops in program.ranks:
-        most: dict[int, int] = {}
+        most: dict[int, float] = {}
         for op in ops:
-            if (op.kind.pool or op.kind.token) == pool:
-                most[op.stage] = max(most.get(op.stage, 0), op.slot + 1)
-        found.append(sum(count * each[stage] for stage, count in most.items()))
+            if op.kind.pool == pool:
+                most[op.slot] = max(most.get(op.slot, 0.0), each[op.stage])
+        found.append(sum(most.values()))
     return tuple(found)
 
 

@@ -222,6 +222,7 @@ class Kinds:
         engine="store",
         before="DRP",
         slot_until=(("GOT",), ()),
+        pool="file",
         holds=(Hold("disk", +1, at_end=False),),
         hue="#8d6e63",
     )

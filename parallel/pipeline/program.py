@@ -35,7 +35,8 @@ class Op:
         kind: what it does.
         index: the microbatch, or the bucket of an update; -1 for NORM.
         stage: the stage that computes, sends or receives; -1 where there is none.
-        slot: the buffer of a receive, counted per stage and direction; -1 where none is assigned.
+        slot: the buffer of a receive, counted per stage and direction, or the host's slab or the disk's file of a copy,
+            counted per rank; -1 where none is assigned.
     """
 
     kind: Kind

@@ -11,9 +11,8 @@ from ...configs.errors import Problem, UserError
 from ..record.files import read_index, read_ring
 from ..record.reader import RecordError, RecordRing
 from .execute import MEMORY
-from .memory import Curve
 from .program import Ops, Program
-from .simulate import Timeline
+from .simulate import Curve, Timeline
 from .times import Times
 
 WAIT = "wait"
@@ -30,7 +29,8 @@ def actual(
 ) -> Timeline:
     """The timeline of one step that really ran: seconds since the first operation of any rank started.
 
-    What an operation waited for its data is not part of its span: it starts when its computation did.
+    What an operation waited for its data is not part of its span: it starts when its computation did. The bytes that
+    it holds are those after each operation, beyond the least of a rank's, where the run recorded them (`log.memory`).
 
     Args:
         program: what the ranks of the pipeline ran.
@@ -47,17 +47,11 @@ def actual(
     spans = [_spans(ring, ops, step, clock) for (ring, clock), ops in zip(pipeline, program.ranks, strict=True)]
     origin = min((start for rank in spans for start, _ in rank), default=0)
     seconds = tuple(tuple(((s - origin) / 1e9, (e - origin) / 1e9) for s, e in rank) for rank in spans)
-    return Timeline(program, seconds, times)
+    return Timeline(program, seconds, times, _held(pipeline, step, origin))
 
 
-def actual_bytes(
-    program: Program, record: Path | str | Sequence[RecordRing], step: int, *, replica: int = 0
-) -> tuple[Curve, ...]:
-    """The bytes on each rank's device after each operation of a step, beyond the least of them; on the clock of
-    `actual`. Empty where the run did not record them (`log.memory`). Arguments and errors as of `actual`."""
-    pipeline = _pipeline(_with_clocks(record), len(program.ranks), replica)
-    spans = [_spans(ring, ops, step, clock) for (ring, clock), ops in zip(pipeline, program.ranks, strict=True)]
-    origin = min((start for rank in spans for start, _ in rank), default=0)
+def _held(pipeline: list[tuple[RecordRing, int]], step: int, origin: int) -> tuple[Curve, ...]:
+    """The bytes on each rank's device after each operation, beyond the least of them; none were recorded: empty."""
     curves = []
     for ring, clock in pipeline:
         entries = ring.entries[(ring.entries["step"] == step) & (ring.entries["op"] >= 0)]
@@ -65,7 +59,7 @@ def actual_bytes(
         least = int(counted["nbytes"].min()) if len(counted) else 0
         points = zip(counted["end"].tolist(), counted["nbytes"].tolist(), strict=True)
         curves.append(tuple(((end + clock - origin) / 1e9, float(nbytes - least)) for end, nbytes in points))
-    return tuple(curves)
+    return tuple(curves) if all(curves) else ()
 
 
 def last_step(program: Program, record: Path | str | Sequence[RecordRing], *, replica: int = 0) -> int:

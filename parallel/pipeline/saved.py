@@ -179,9 +179,9 @@ class Offloads:
         self._saved: dict[tuple[int, int], Saved] = {}
         self._shared = SharedSlab(_stays(program.ranks[rank]), pinned=device.type == "cuda")
         self._last = next((op for op in reversed(program.ranks[rank]) if op.kind is Kinds.RESUME), None)
-        self._slabs: dict[tuple[int, int], Slab] = {}
-        """Of a program that stores some on the disk, by stage and slot, like the files."""
-        self._files: dict[tuple[int, int], SlabFile] = {}
+        self._slabs: dict[int, Slab] = {}
+        """Of a program that stores some on the disk, by slot, like the files."""
+        self._files: dict[int, SlabFile] = {}
 
     @property
     def handlers(self) -> dict[Kind, Callable[[Op], None]]:
@@ -299,9 +299,9 @@ class Offloads:
 
     def _take(self, op: Op, nbytes: int) -> Slab:
         """A slab for an activation, made when it is first needed and used in every step."""
-        slab = self._slabs.get((op.stage, op.slot))
+        slab = self._slabs.get(op.slot)
         if slab is None:
-            slab = self._slabs[op.stage, op.slot] = Slab(nbytes, pinned=self._device.type == "cuda")
+            slab = self._slabs[op.slot] = Slab(nbytes, pinned=self._device.type == "cuda")
         slab.take(nbytes)
         return slab
 
@@ -331,7 +331,7 @@ class Offloads:
         assert isinstance(slab, Slab) and file is not None and saved.left is not None
         if not saved.left.done():
             # Who fills a slab waits until it is written, so nobody has yet: the host's copy is still there.
-            self._forward(slab, (op.stage, op.slot))
+            self._forward(slab, op.slot)
             return
         saved.left.wait()  # a write that failed
         slab = saved.slab = self._take(op, saved.nbytes)
@@ -344,7 +344,7 @@ class Offloads:
 
         saved.copy = saved.left = lanes.get.submit(fetch)
 
-    def _forward(self, slab: Slab, to: tuple[int, int]) -> None:
+    def _forward(self, slab: Slab, to: int) -> None:
         """Gives a slab the place of another one, which gets its own."""
         place = next(place for place, each in self._slabs.items() if each is slab)
         other = self._slabs.pop(to, None)
@@ -368,9 +368,9 @@ class Offloads:
 
     def _file(self, op: Op, nbytes: int) -> SlabFile:
         """The file of a slot of the disk, made when it is first needed."""
-        found = self._files.get((op.stage, op.slot))
+        found = self._files.get(op.slot)
         if found is None or found.file.nbytes < nbytes:
-            found = self._files[op.stage, op.slot] = self._lanes.file(nbytes)
+            found = self._files[op.slot] = self._lanes.file(nbytes)
         return found
 
 

@@ -17,6 +17,9 @@ from .times import Times
 
 Spans = tuple[tuple[tuple[float, float], ...], ...]
 
+Curve = tuple[tuple[float, float], ...]
+"""(time, amount from then on), in the order of time."""
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -26,11 +29,13 @@ class Timeline:
 
     Args:
         times: what was simulated; readings of a recorded timeline tell with them how much of a wait was communication.
+        held: bytes on each rank's device over time, where they are known.
     """
 
     program: Program
     spans: Spans
     times: Times = field(default_factory=Times)
+    held: tuple[Curve, ...] = ()
 
     @property
     def makespan(self) -> float:

@@ -37,6 +37,9 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
     keys |= _optimizer(draws)
     keys["checkpoint.asynchronous"] = draws.maybe(0.5)
     keys["data.prefetch"] = draws.choice([0, 1, 2, 4])
+    if keys.get("memory.offload_activations", "none") != "none" and draws.maybe(0.5):
+        keys["memory.host_gib"] = draws.choice([1e-6, 1e-5, 1e-4])  # of kilobytes
+        keys["memory.offload_disk"] = "/tmp"
     return world, keys
 
 

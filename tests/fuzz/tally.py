@@ -88,6 +88,7 @@ def _layout(layout: Layout) -> dict[str, list[str]]:
         "offload": [str(layout.config.memory.offload_activations)],
         "states on": [layout.config.memory.offload_optimizer],
         "part-stages": ["none" if layout.config.memory.group is None else str(layout.config.memory.group)],
+        "disk": ["none" if layout.config.memory.host_gib is None else "some"],
     }
     if p.pp > 1:
         columns["schedule"] = [str(p.pipeline.schedule)]

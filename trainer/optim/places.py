@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ...configs.errors import Problem, UserError
 from ...configs.schema import Config, SgdConfig
-from ...parallel.comm.disk import Disk
+from ...parallel.comm.disk import open_disk
 from ...parallel.comm.host_memory import HostMemory
 from ..memory.estimate import with_states_placed
 from ..metrics.notices import warn
@@ -77,27 +76,12 @@ def make_place(cfg: Config, device: torch.device, *, first: bool = True) -> Stat
         return None
     if where == "host":
         return HostStatePlace(pinned=pinned)
-    disk = open_disk(cfg)
+    disk = open_disk(cfg.memory.offload_disk or "")
     if not disk.direct and first:
         warn(
             f"memory.offload_disk: {disk.folder} has no direct I/O; what goes there also fills the system's page cache"
         )
     return DiskStatePlace(disk, pinned=pinned)
-
-
-def open_disk(cfg: Config) -> Disk:
-    """The disk of the job, tried.
-
-    Raises:
-        UserError: nothing can be written there.
-    """
-    folder = Path(cfg.memory.offload_disk or "")
-    try:
-        return Disk.probe(folder)
-    except OSError as error:
-        raise UserError(
-            Problem("memory.offload_disk", f"{folder} cannot be used: {error}; set another folder")
-        ) from None
 
 
 def keeps_states(cfg: Config) -> bool:

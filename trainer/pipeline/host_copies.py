@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...parallel.comm.disk import Disk
+from ...parallel.comm.disk import open_disk
 from ...parallel.comm.lane import Lane
 from ...parallel.comm.mesh import Mesh
 from ...parallel.comm.slab import DiskLanes
@@ -21,22 +21,22 @@ class HostCopies:
         program: of all ranks.
         parts: of this rank.
         mesh: the mesh.
-        disk: for a program that stores some activations there.
+        folder: on a disk, for a program that stores some activations there.
     """
 
-    def __init__(self, program: Program, parts: Parts, mesh: Mesh, disk: Disk | None = None) -> None:
+    def __init__(self, program: Program, parts: Parts, mesh: Mesh, folder: str | None = None) -> None:
         abort = mesh.abort
         self._out, self._back = (
             Lane(f"copies {way}", parts.device, abort=abort, recorder=mesh.recorder)
             for way in ("to the host", "to the device")
         )
         self._disk: DiskLanes | None = None
-        if disk is not None:
+        if folder is not None and any(op.kind is Kinds.STORE for op in program.ranks[mesh.axis("pp").rank]):
             # Threads whatever the device is: nobody else waits for a disk.
             store, get = (
                 Lane(f"copies {way} the disk", "cpu", abort=abort, recorder=mesh.recorder) for way in ("to", "from")
             )
-            self._disk = DiskLanes(disk, store, get, lambda: abort.reason is not None)
+            self._disk = DiskLanes(open_disk(folder), store, get, lambda: abort.reason is not None)
         held = [*parts.model.parameters(), *parts.model.buffers()]
         self.offloads = Offloads(
             program,
@@ -49,10 +49,10 @@ class HostCopies:
         )
 
     @staticmethod
-    def of(program: Program, parts: Parts, mesh: Mesh, disk: Disk | None = None) -> HostCopies | None:
+    def of(program: Program, parts: Parts, mesh: Mesh, folder: str | None = None) -> HostCopies | None:
         """None where this rank's program offloads nothing."""
         ops = program.ranks[mesh.axis("pp").rank]
-        return HostCopies(program, parts, mesh, disk) if any(op.kind is Kinds.OFFLOAD for op in ops) else None
+        return HostCopies(program, parts, mesh, folder) if any(op.kind is Kinds.OFFLOAD for op in ops) else None
 
     def close(self) -> None:
         """Ends the lanes and gives the host's and the disk's memory back."""

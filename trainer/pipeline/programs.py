@@ -23,6 +23,7 @@ from ...parallel.pipeline.program_file import read_program
 from ...parallel.pipeline.refine import part_stages, refine
 from ...parallel.pipeline.times import Times
 from ...parallel.pipeline.vocabulary import balanced
+from .disk_tier import HostRoom
 from .stage_layers import StageLayers
 
 _LATENCY = 0.02
@@ -108,7 +109,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Copies:
-    """What is known of copies to the host and back before a step runs.
+    """What is known of copies to the host and the disk and back before a step runs.
 
     Args:
         kept: bytes that each part-stage keeps of a microbatch on a device.
@@ -121,8 +122,11 @@ class Copies:
     def beside(self, pipeline: Pipeline) -> Times:
         """The times of the pipeline's passes with those of copies, in the same unit."""
         unit_s = pipeline.unit / self.rates.flops
-        each = tuple(nbytes / self.rates.host_bytes / unit_s for nbytes in self.kept)
-        return replace(pipeline.times, offload=each, reload=each)
+        each, store, fetch = (
+            tuple(nbytes / rate / unit_s for nbytes in self.kept)
+            for rate in (self.rates.host_bytes, self.rates.stored, self.rates.fetched)
+        )
+        return replace(pipeline.times, offload=each, reload=each, store=store, fetch=fetch)
 
 
 def compute_program(cfg: Config, pipeline: Pipeline, microbatches: int) -> Program:
@@ -190,6 +194,7 @@ def offloaded(cfg: Config, program: Program, pipeline: Pipeline, copies: Copies 
 
     Raises:
         ValueError: it does, and nothing is known of its copies.
+        UserError: the host may not hold what is offloaded (`memory.host_gib`).
     """
     if not offloads(cfg):
         return program
@@ -198,14 +203,16 @@ def offloaded(cfg: Config, program: Program, pipeline: Pipeline, copies: Copies 
     wanted = cfg.memory.offload_activations
     row = SCHEDULES.get(cfg.parallel.pipeline_in_use.schedule or "")
     always = first_chunks(program, row.offloads, pipeline.parts) if row is not None else []
-    times = copies.beside(pipeline)
+    times, room = copies.beside(pipeline), HostRoom(cfg, program, copies.kept)
     if wanted == "auto":
-        chosen = selective(program, times, ActivationBytes(activation=copies.kept), always)
+        found = selective(program, times, ActivationBytes(activation=copies.kept), always)
+        chosen = room.held({*always, *found}, times)
     else:
         share = {"none": 0.0, "all": 1.0}[wanted] if isinstance(wanted, str) else wanted
         lived = [[window.pass_ for window in mine] for mine in windows(program, times)]
         chosen = [each for mine in lived for each in mine[: round(share * len(mine))]]
-    return offload(program, {*always, *chosen}, times)
+    away, times = room.stored({*always, *chosen}, times)
+    return offload(program, {*always, *chosen}, times, stored=away)
 
 
 def evaluation_program(cfg: Config, pipeline: Pipeline, microbatches: int) -> Program:

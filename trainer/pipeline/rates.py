@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ import torch
 from ...configs.schema import Config
 from ...models.costs.times import Rates
 from ...parallel.comm.collectives import all_reduce
+from ...parallel.comm.disk import open_disk
 from ...parallel.comm.host_memory import HostMemory
 from ...parallel.comm.mesh import Mesh
 from ..metrics.peak import Peak
@@ -32,18 +34,23 @@ def agreed_rates(cfg: Config, mesh: Mesh, device: torch.device, peak: Peak | Non
         mesh: their mesh.
         device: of this rank.
         peak: of a device, where it is known.
+
+    Raises:
+        UserError: the disk of `memory.offload_disk` cannot be written.
     """
-    hardware = cfg.hardware
-    if hardware.peak_tflops is not None and hardware.host_gib_s is not None:
+    hardware, folder = cfg.hardware, cfg.memory.offload_disk if cfg.memory.host_gib is not None else None
+    if hardware.peak_tflops is not None and hardware.host_gib_s is not None and folder is None:
         return Rates.of(hardware, cfg.train.dtype)
     flops = hardware.peak_tflops or (peak.tflops if peak is not None else None)
     mine = (
         product_rate(device, DTYPES[cfg.train.dtype]) if flops is None else flops * 1e12,
         copy_rate(device) if hardware.host_gib_s is None else hardware.host_gib_s * 2**30,
+        *(() if folder is None else disk_rate(folder, says=mesh.is_first)),
     )
     rates = torch.tensor(mine, dtype=torch.float64, device=device)
     found = all_reduce(rates, mesh.axis("world"), "min").wait().tolist()
-    return Rates(_rounded(found[0]), _rounded(found[1]), "measured")
+    flops, host, *disk = map(_rounded, found)
+    return Rates(flops, host, "measured", *disk)
 
 
 def copy_rate(device: torch.device) -> float:
@@ -56,6 +63,27 @@ def copy_rate(device: torch.device) -> float:
         return nbytes / max(_seconds(lambda to=to, of=of: to.copy_(of, non_blocking=True), device) for to, of in ways)
     finally:
         host.close()
+
+
+def disk_rate(folder: str, *, says: bool) -> tuple[float, float]:
+    """Bytes a second that are written to a disk, and read from it.
+
+    Args:
+        folder: on it.
+        says: where it is reached through the page cache, in one line.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    disk = open_disk(folder)
+    if not disk.direct and says:
+        print(
+            f"warning: memory.offload_disk: the file system of {folder} has no direct access (O_DIRECT); activations "
+            "go through the page cache, which takes the host's memory",
+            file=sys.stderr,
+            flush=True,
+        )
+    return disk.measure()
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..memory import Curve, activation_curve
+from ..memory import activation_curve
 from ..needs import KINDS, Kinds
-from ..simulate import Timeline
+from ..simulate import Curve, Timeline
 from .figures import Figures, OpBox, causes, chunk_of, copies, figures, op_boxes
 from .style import (
     CAUSE,
@@ -110,6 +110,7 @@ def _frame(timelines: list[Timeline], drawn: list[list[OpBox]]) -> _Frame:
     strips = max((1 + _ENGINES.index(box.op.kind.engine) for box in copies(timelines[0])), default=0)
     gap += (_COPY + 1) * max(2, strips) if strips else 0.0
     memory = 22.0 if ranks <= 8 else 15.0 if ranks <= 16 else 9.0
+    memory *= 2 if all(one.held for one in timelines) else 1
     return _Frame(width / end, width, end, lane, 1.5, gap, lanes, ranks, memory)
 
 
@@ -248,13 +249,18 @@ def _causes(frame: _Frame, timeline: Timeline) -> list[Polyline]:
 
 def _memory(frame: _Frame, timelines: list[Timeline], stated: list[Figures]) -> list[Rect | Polyline | Label]:
     top = frame.memory_top
-    curves = [activation_curve(timeline) for timeline in timelines]
-    what = "activations held (microbatches)" + ("; filled: plan, line: real" if frame.lanes > 1 else "")
+    counted = all(timeline.held for timeline in timelines)
+    curves = [_mebibytes(timeline) if counted else activation_curve(timeline) for timeline in timelines]
+    peaks = [[max((level for _, level in curve), default=0.0) for curve in each] for each in curves]
+    what = "activations held (microbatches)" if not counted else "held on the device (MiB)"
+    what += "; filled: plan, line: real" if frame.lanes > 1 else ""
     shapes: list[Rect | Polyline | Label] = [
         Label(_LEFT, top - 14, what, 11, MUTED, "start"),
         Label(_LEFT + frame.width + 46, top - 14, "peak", 10, FAINT, "end"),
     ]
-    ceiling = max(1.0, *(peak for one in stated for peak in one.peak))
+    if not counted:
+        peaks = [list(one.peak) for one in stated]
+    ceiling = max(1.0 if not counted else 0.0, *(peak for each in peaks for peak in each))
     size = min(11.0, frame.memory * 0.95)
     for rank in range(frame.ranks):
         y = top + rank * (frame.memory + 5)
@@ -267,9 +273,13 @@ def _memory(frame: _Frame, timelines: list[Timeline], stated: list[Figures]) -> 
             edge, fill = (CURVE_EDGE, CURVE) if lane == 0 else (REAL_EDGE, "")
             shapes.append(Polyline(steps, edge, 1.0, fill))
         shapes.append(Polyline(((_LEFT, base), (_LEFT + frame.width, base)), FRAME))
-        peaks = " → ".join(dict.fromkeys(number(one.peak[rank]) for one in stated))
-        shapes.append(Label(_LEFT + frame.width + 46, y + frame.memory / 2, peaks, size, MUTED, "end"))
+        text = " → ".join(dict.fromkeys(f"{each[rank]:.3g}" if counted else number(each[rank]) for each in peaks))
+        shapes.append(Label(_LEFT + frame.width + 46, y + frame.memory / 2, text, size, MUTED, "end"))
     return shapes
+
+
+def _mebibytes(timeline: Timeline) -> tuple[Curve, ...]:
+    return tuple(tuple((time, nbytes / 2**20) for time, nbytes in curve) for curve in timeline.held)
 
 
 _Points = tuple[tuple[float, float], ...]

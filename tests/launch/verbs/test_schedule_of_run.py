@@ -14,6 +14,7 @@ from pentad.launch.cli import main
 from tests.jobs import DENSE
 
 JOB = [
+    "log.memory=true",
     "parallel.tp=1",
     "parallel.dp=1",
     "parallel.pp=2",
@@ -44,7 +45,8 @@ def test_a_step_planned_and_real(run: Path, capsys: pytest.CaptureFixture[str], 
     # The plan is made of the step's own medians without latency, so it cannot be far from the work that was done.
     for planned, real in zip(found["work"], found["actual"]["work"], strict=True):
         assert planned == pytest.approx(real, rel=0.5)
-    assert "actual" in picture.read_text()
+    drawn = picture.read_text()
+    assert "actual" in drawn and "held on the device (MiB); filled: plan, line: real" in drawn
 
 
 @pytest.mark.distributed

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from pentad.configs.tables.schedules import SCHEDULES
 from pentad.parallel.pipeline.kind import Role
 from pentad.parallel.pipeline.lower import lower
 from pentad.parallel.pipeline.offload import first_chunks, offload, windows
 from pentad.parallel.pipeline.program import Op, Program
+from pentad.parallel.pipeline.refine import refine
 from pentad.parallel.pipeline.schedules import generate
 from pentad.parallel.pipeline.times import Times
 from pentad.parallel.pipeline.vocabulary import balanced
@@ -78,35 +79,62 @@ def _retarget(rng: random.Random, program: Program, lists: list[list[Op]], rank:
     lists[rank][at] = replace(op, **{target: value})
 
 
-OFFLOADED = {"po-h": (2, 2, 4), "po-f": (4, 2, 6), "1f1b": (4, 1, 6), "gis": (2, 2, 4), "v-half": (2, 2, 5)}
-"""Schedule: ranks, stages per rank and microbatches of the programs that `broken_offloads` starts from."""
+@dataclass(frozen=True)
+class Sound:
+    """What `broken_offloads` starts from: a schedule, ranks, stages per rank, microbatches, and part-stages of each."""
+
+    schedule: str
+    ranks: int
+    chunks: int
+    microbatches: int
+    parts: int = 1
+
+    def program(self, times: Times | None = None) -> Program:
+        """Lowered, without offloads and without the update at its end."""
+        plain = generate(self.schedule, ranks=self.ranks, microbatches=self.microbatches, chunks=self.chunks)
+        return lower(refine(plain, (self.parts,) * plain.stages), times=times or Times())
+
+
+OFFLOADED = {
+    "po-h": Sound("po-h", 2, 2, 4),
+    "po-f": Sound("po-f", 4, 2, 6),
+    "1f1b": Sound("1f1b", 4, 1, 6),
+    "gis": Sound("gis", 2, 2, 4),
+    "v-half": Sound("v-half", 2, 2, 5),
+    "parts": Sound("1f1b", 2, 1, 5, 3),
+}
 CHANGES = ("dropped", "doubled", "swapped", "moved", "retargeted", "elsewhere")
 
 
 def offloaded_program(name: str, rng: random.Random) -> Program:
-    """A lowered program of a schedule with some activations on the host, without the update at its end."""
-    ranks, chunks, microbatches = OFFLOADED[name]
+    """A lowered program of a schedule with some activations on the host, and half of the time some of those on a disk,
+    without the update at its end."""
+    sound = OFFLOADED[name]
     copies = (rng.choice((0.05, 0.3, 1.0)),)
-    times = Times(offload=copies, reload=copies, one_engine=rng.random() < 0.5)
-    program = lower(generate(name, ranks=ranks, microbatches=microbatches, chunks=chunks), times=times)
-    always = first_chunks(program, SCHEDULES[name].offloads)
+    slow = (rng.choice((0.1, 1.0)),)
+    times = Times(offload=copies, reload=copies, store=slow, fetch=slow, one_engine=rng.random() < 0.5)
+    program = sound.program(times)
+    always = first_chunks(program, SCHEDULES[sound.schedule].offloads, (sound.parts,) * (sound.ranks * sound.chunks))
     share = rng.choice((0.4, 0.8, 1.0))
     drawn = [window.pass_ for mine in windows(program, times) for window in mine if rng.random() < share]
-    return offload(program, {*always, *drawn}, times)
+    chosen = {*always, *drawn}
+    on_disk = rng.choice((0.0, 0.7))
+    return offload(program, chosen, times, stored=[each for each in sorted(chosen) if rng.random() < on_disk])
 
 
 def broken_offloads(seed: int, count: int) -> Iterator[tuple[str, list[str], Program]]:
     """`count` programs with one to three mistakes, most of them in operations of the offload.
 
     Yields:
-        The schedule, what was done to its program (`CHANGES`), and the program.
+        The key in `OFFLOADED`, what was done to its program (`CHANGES`), and the program.
     """
     rng = random.Random(seed)
     names = list(OFFLOADED)
     for n in range(count):
         name = names[n % len(names)]
         program = offloaded_program(name, rng)
-        changes = [rng.choice(CHANGES) for _ in range(rng.choices((1, 2, 3), (6, 3, 1))[0])]
+        # Most that may leave a program sound are exchanges of neighbours.
+        changes = rng.choices(CHANGES, (1, 1, 3, 3, 1, 1), k=rng.choices((1, 2, 3), (6, 3, 1))[0])
         lists = [list(ops) for ops in program.ranks]
         for change in changes:
             _change(rng, program, lists, change)
@@ -117,7 +145,7 @@ def _change(rng: random.Random, program: Program, lists: list[list[Op]], change:
     ops = rng.choice(lists)
     copies = [k for k, op in enumerate(ops) if op.kind.role in (Role.COPY, Role.MEMORY)]
     at = rng.choice(copies) if copies and rng.random() < 0.8 else rng.randrange(len(ops))
-    other = (at + rng.choice((-1, 1))) % len(ops) if rng.random() < 0.5 else rng.randrange(len(ops))
+    other = (at + rng.choice((-2, -1, 1, 2))) % len(ops) if rng.random() < 0.7 else rng.randrange(len(ops))
     match change:
         case "dropped":
             del ops[at]

@@ -41,7 +41,7 @@ def _program(microbatches: int, stored: Callable[[int], bool] = lambda index: Tr
 def _lanes(folder: Path, make: Callable[..., Lane] = Lane) -> Iterator[dict[str, Any]]:
     abort = Abort()
     lanes = {name: make(name, CPU, abort=abort) for name in ("out", "back", "store", "get")}
-    disk = DiskLanes(Disk.probe(folder), lanes["store"], lanes["get"], lambda: abort.reason is not None)
+    disk = DiskLanes(Disk.open(folder), lanes["store"], lanes["get"], lambda: abort.reason is not None)
     try:
         yield {"out": lanes["out"], "back": lanes["back"], "disk": disk}
     finally:
@@ -119,8 +119,8 @@ def test_what_is_on_its_way_to_the_disk_is_not_read_from_it(written: bool, tmp_p
 
 
 def test_files_are_gone_when_they_are_open_and_hold_their_space(tmp_path: Path) -> None:
-    disk = Disk.probe(tmp_path, 1 << 20)
-    assert disk.write_rate > 0 and disk.read_rate > 0
+    disk = Disk.open(tmp_path)
+    assert min(disk.measure(1 << 20)) > 0
     file = disk.file(1 << 20)
     assert os.listdir(tmp_path) == [] and os.fstat(file._fd).st_blocks * 512 >= 1 << 20
     fd = file._fd
@@ -138,7 +138,7 @@ def test_a_file_system_without_direct_access_uses_the_page_cache(
         return 0
 
     monkeypatch.setattr(disks.fcntl, "fcntl", refuses)
-    disk = Disk.probe(tmp_path, 1 << 20)
+    disk = Disk.open(tmp_path)
     assert not disk.direct
     data = bytearray(os.urandom(100_000))
     file, back = disk.file(100_000), bytearray(100_000)
@@ -152,12 +152,12 @@ def test_a_full_disk_is_a_mistake_of_the_user(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"memory\.offload_disk: .* cannot take"):
             lanes["disk"].file(1 << 60)
         with pytest.raises(UserError, match=r"memory\.offload_disk"):
-            missing = Disk(tmp_path / "missing", True, 1.0, 1.0)
+            missing = Disk(tmp_path / "missing", True)
             DiskLanes(missing, lanes["disk"].store, lanes["disk"].get, lambda: False).file(4096)
 
 
 def test_a_copy_that_nobody_wants_ends_between_two_pieces(tmp_path: Path) -> None:
-    file, asked = Disk.probe(tmp_path, 1 << 20).file(3 * disks.PIECE), []
+    file, asked = Disk.open(tmp_path).file(3 * disks.PIECE), []
 
     def stopped() -> bool:
         asked.append(1)

@@ -49,7 +49,9 @@ def _late(rank: int, world: int, cfg: Config, seed: int) -> list[tuple[float, fl
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["po-h", "v-half", "experts-in-a-pipeline"])
+@pytest.mark.parametrize(
+    "name", ["po-h", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v-half", "experts-in-a-pipeline"))]
+)
 def test_copies_that_are_late_and_end_in_any_order_change_nothing(name: str) -> None:
     cfg = job(**{**SIZE, **LAYOUTS[name], "offload": "all", "steps": 2})
     ranks = cfg.parallel.ranks

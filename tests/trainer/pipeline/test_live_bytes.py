@@ -16,7 +16,7 @@ from pentad.configs.schema import Config, LogConfig
 from pentad.parallel.pipeline.memory import ActivationBytes, bytes_after
 from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.pipeline.program import Op, Program
-from pentad.parallel.pipeline.recorded import actual_bytes
+from pentad.parallel.pipeline.recorded import actual
 from pentad.parallel.record.reader import read
 from pentad.trainer.metrics.live_bytes import LiveBytes
 from tests.distributed import run_distributed
@@ -153,7 +153,7 @@ def _recorded(rank: int, world: int, cfg: Config, folder: Path) -> Program:
 @pytest.mark.distributed
 def test_the_record_has_the_bytes_after_every_operation(tmp_path: Path) -> None:
     programs = run_distributed(_recorded, 2, _job("gis", 2), tmp_path, group=False)
-    curves = actual_bytes(programs[0], [read(tmp_path / f"rank-{rank}.ring") for rank in range(2)], 1)
+    curves = actual(programs[0], [read(tmp_path / f"rank-{rank}.ring") for rank in range(2)], 1).held
     for ops, curve in zip(programs[0].ranks, curves, strict=True):
         assert len(curve) == len(ops)
         assert all(before <= after for (before, _), (after, _) in pairwise(curve))

@@ -98,11 +98,13 @@ def test_copies_take_bytes_over_the_rate_in_forward_passes() -> None:
     """On a device of one FLOP a second, a unit is as many seconds as it has FLOPs."""
     cfg = job(pp=2, model={"layers": 4}, offload="all", group=1)
     pipeline = Pipeline.of(cfg)
-    copies = copies_of(cfg, pipeline, Rates(1.0, 1.0, ""))
+    copies = copies_of(cfg, pipeline, Rates(1.0, 1.0, "", 2.0, 4.0))
     assert len(copies.kept) == 4 and min(copies.kept) > 0
     times = copies.beside(pipeline)
     assert times.offload == times.reload == tuple(each / pipeline.unit for each in copies.kept)
-    assert replace(times, offload=(0.0,), reload=(0.0,)) == pipeline.times
+    assert times.store == tuple(each / 2.0 / pipeline.unit for each in copies.kept)
+    assert times.fetch == tuple(each / 4.0 / pipeline.unit for each in copies.kept)
+    assert replace(times, **dict.fromkeys(("offload", "reload", "store", "fetch"), (0.0,))) == pipeline.times
     # FLOPs of a forward pass of the layers of a rank, one in two ranks.
     tokens, c = cfg.train.micro_batch * cfg.train.seq_len, cfg.model
     assert c.kv_heads is not None and c.head_dim is not None
