@@ -179,7 +179,7 @@ class LowBitStates:
                 for run in plan.coded[state]:
                     name = f"optim/{state}/{run.name}"
                     codes = tensors[name].local
-                    if bool((codes >= len(code.levels)).any()):
+                    if bool((codes.int() >= len(code.levels)).any()):
                         raise UserError(Problem("checkpoint.resume", f"{name} holds numbers that are no codes"))
                     self.states[key][f"{state}.{CODES}"][run.codes] = code.pack(codes)
 

@@ -100,7 +100,7 @@ def test_every_layout_has_the_codes_of_one_process(layout: str, states: str) -> 
     ("first", "second", "states"),
     [
         ("zero1, tp", "one", "int4"),
-        pytest.param("one", "zero1, tp", "int8", marks=pytest.mark.slow),
+        ("one", "zero1, tp", "int8"),
         pytest.param("tp 4", "zero1", "int4", marks=pytest.mark.slow),
         pytest.param("zero1, tp", "zero1, tp", "bf16", marks=pytest.mark.slow),
     ],
