@@ -53,13 +53,19 @@ def hidden_share(cfg: Config, rates: Rates) -> TokenShare:
 
 
 def _kept(cfg: Config, pipeline: Pipeline, stage: int) -> int:
-    """Bytes that a part-stage keeps of a microbatch, at an even load of the experts."""
+    """Bytes of a microbatch that a part-stage has caught, at an even load of the experts."""
     model, split = cfg.model, pipeline.split
     b = bench_of(cfg, ways_of(cfg))
     first, last, layers = stage == 0, stage == len(split.layers) - 1, list(split.layers[stage])
     layers += range(model.layers, model.layers + model.mtp) if last else []
     kept = sum(kept_bytes(layer_rows(model, layer, b.work), pipeline.choice(layer)) for layer in layers)
-    kept += kept_bytes(angle_rows(model, b.work, each=b.ranks > 1)) if layers else 0
+    if any(pipeline.choice(layer) != "full" for layer in layers):
+        # Layers that are made again as a whole hold them beside the graph, where nothing is caught.
+        kept += kept_bytes(angle_rows(model, b.work, each=b.ranks > 1))
+    where = pipeline.placement
+    if layers and not first and where[stage - 1] != where[stage]:
+        # What was received stays in its buffer.
+        kept -= sum(row.nbytes for row in layer_rows(model, layers[0], b.work) if row.name == INPUT)
     if first and not split.balanced:
         kept += kept_bytes(begin_rows(model, b.work))
     if last:

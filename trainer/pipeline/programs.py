@@ -112,7 +112,7 @@ class Copies:
     """What is known of copies to the host and the disk and back before a step runs.
 
     Args:
-        kept: bytes that each part-stage keeps of a microbatch on a device.
+        kept: bytes of a microbatch that each part-stage keeps on a device and can send away.
         rates: of a device.
     """
 
