@@ -12,13 +12,13 @@ from tests.trainer.checkpoint.test_resume import train
 from tests.training import job
 
 MODEL = {"hidden": 64, "layers": 2, "ffn": 176, "heads": 4, "kv_heads": 4, "head_dim": 16, "vocab": 320}
-"""Every matrix has more than 4096 elements, but for those of attention."""
+"""Its tables and feed-forward networks have more elements than `optim.states_above`, its attention has not."""
 
 
 def last_losses(folder: Path, states: str, steps: int) -> float:
     """The mean loss of the last sixth of a run on the demo's text, the source of Python's library."""
     schedule: ConstantSchedule = CosineSchedule(warmup_steps=steps // 10)
-    optim = AdamWConfig(lr=3e-3, schedule=schedule, states=states, states_above=4000)  # type: ignore[arg-type]
+    optim = AdamWConfig(lr=1e-3, schedule=schedule, states=states)  # type: ignore[arg-type]
     cfg = job(
         model={**MODEL, "max_positions": 64},
         steps=steps,
@@ -36,7 +36,7 @@ def last_losses(folder: Path, states: str, steps: int) -> float:
 
 @pytest.mark.parametrize(
     ("steps", "kinds", "limit"),
-    [(40, ("int4",), 0.02), pytest.param(300, ("int4", "int8", "bf16"), 0.005, marks=pytest.mark.slow)],
+    [(40, ("int4",), 0.03), pytest.param(300, ("int4", "int8", "bf16"), 0.005, marks=pytest.mark.slow)],
 )
 def test_the_loss_is_that_of_full_moments(tmp_path: Path, steps: int, kinds: tuple[str, ...], limit: float) -> None:
     full = last_losses(tmp_path, "fp32", steps)
