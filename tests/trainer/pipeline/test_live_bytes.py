@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pentad.configs.schema import Config, LogConfig
+from pentad.configs.schema import Config, HardwareConfig, LogConfig
 from pentad.parallel.pipeline.memory import ActivationBytes, bytes_after
 from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.pipeline.program import Op, Program
@@ -48,7 +48,9 @@ class Watched:
 
 def _job(name: str, ranks: int = RANKS) -> Config:
     sizes = {"micro_batch": 1, "global_batch": 8, "seq_len": 64, "steps": 2, "pp": ranks}
-    return replace(job(**{**sizes, **LAYOUTS[name]}), log=LogConfig(memory=True))
+    # With rates of its own the program is the same however busy the machine is.
+    hardware = HardwareConfig(peak_tflops=0.001, host_gib_s=10.0)
+    return replace(job(**{**sizes, **LAYOUTS[name]}), log=LogConfig(memory=True), hardware=hardware)
 
 
 def _kept(name: str) -> Config:
