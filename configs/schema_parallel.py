@@ -94,12 +94,17 @@ class ParallelConfig:
         return self.pipeline if self.pp > 1 else PipelineConfig(schedule="1f1b", chunks=1)
 
 
+RecomputePlan = tuple[tuple[int, Literal["full"] | tuple[str, ...]], ...]
+"""(layer, parts that are made again) of the layers that do not keep everything."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """What is kept in memory between the forward and the backward pass."""
 
-    recompute: Literal["none", "full", "selective"] = "none"
-    """full: a layer keeps its input only and is run again in the backward pass; selective: parts of it are."""
+    recompute: Literal["none", "full", "selective", "auto"] = "none"
+    """full: a layer keeps its input only and is run again in the backward pass; selective: parts of it are; auto: of
+    each layer what costs least time, so that the job fits into hardware.memory_gib."""
     recompute_parts: tuple[str, ...] = ("norm", "activation")
     """selective: any of norm, activation, attention, latent, ffn, moe (docs/memory.md)."""
     recompute_every: int = 1
@@ -126,3 +131,5 @@ class MemoryConfig:
     device; auto: what is measured to be fastest, and with train.deterministic 1."""
     optimizer_subgroup_mib: float = 64.0
     """offload_optimizer: MiB of masters and moments that are updated at once."""
+    plan: RecomputePlan | None = field(default=None, metadata={"key": False})
+    """recompute=auto: what was chosen for each layer (`trainer.memory.plan`); none: nothing yet."""

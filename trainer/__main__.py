@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..configs import Config, UserError, given_yaml, load
 from ..configs.tables.imports import OPTION, import_modules, take_imports
+from .memory.plan import decided
 from .preflight import preflight
 from .processes.failure import Failure
 from .processes.launchers import place
@@ -84,7 +85,7 @@ def _run(
     loading = True
     try:
         import_modules(modules)
-        cfg = load(start.config, overrides, world_size=start.meeting.world)
+        cfg = decided(load(start.config, overrides, world_size=start.meeting.world))
         start.given = given_yaml(start.config, overrides)
         loading = False
         if start.meeting.rank == 0:

@@ -31,6 +31,7 @@ from ..parallel.record.ring import Recorder
 from ..parallel.replicas.protocol import OtherSlices
 from .data.dataset import Dataset
 from .memory.copies import copies_of
+from .memory.plan import decided
 from .metrics.peak import Peak
 from .optim.places import StatePlace, make_place
 from .optim.states import Optimizer, make_optimizer
@@ -141,7 +142,7 @@ class Session:
         Raises:
             UserError: the job cannot be built, or some rank's slices of the model are not those of its `state`.
         """
-        slots = tuple(ranks)
+        cfg, slots = decided(cfg), tuple(ranks)
         closing = ExitStack()
         if outer is not None:
             outer.push(closing)

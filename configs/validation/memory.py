@@ -12,6 +12,9 @@ def validate_memory(config: Config) -> list[Problem]:
     """Every problem of the section, in the order of its keys."""
     wanted, sharding = config.memory.offload_activations, config.parallel.data.sharding
     key, problems = "memory.offload_activations", _parts(config) if config.memory.recompute == "selective" else []
+    if config.memory.recompute == "auto" and config.hardware.memory_gib is None:
+        message = "auto, but the memory of a device is not known; set hardware.memory_gib or hardware.preset"
+        problems.append(Problem("memory.recompute", message, ("hardware.memory_gib",)))
     if isinstance(wanted, float) and not 0 < wanted <= 1:
         problems.append(Problem(key, f"{wanted:g} is no share of the activations; set none, all, auto or 0 to 1"))
     if wanted != "none" and sharding == "fsdp":

@@ -11,6 +11,7 @@ from ...configs import Config, Problem, UserError, load
 from ...configs.tables.imports import OPTION, import_arguments, import_modules
 from ...trainer.__main__ import main as run_rank
 from ...trainer.devices import visible_gpus
+from ...trainer.memory.plan import decided
 from ...trainer.preflight import preflight
 from ...trainer.processes.launchers import place
 from ...trainer.run_folder import FRESH, claim, run_folder
@@ -38,7 +39,7 @@ def train(config: str, overrides: Sequence[str], *, fresh: bool = False, imports
         options = [argument for name in imports for argument in (OPTION, name)]
         return run_rank([*([FRESH] if fresh else []), *options, config, *overrides])
     import_modules(imports)
-    cfg = load(config, overrides)
+    cfg = decided(load(config, overrides))
     preflight(cfg)
     ranks = world_size(cfg)
     cuda = uses_gpus(cfg, ranks)

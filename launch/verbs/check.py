@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...configs import UserError, load
+from ...trainer.memory.plan import decided
 from ...trainer.preflight import memory_preflight, preflight
 from ...trainer.run_folder import used_folder
 from .check_report import print_job
@@ -23,7 +24,7 @@ def check(config: str, overrides: Sequence[str], picture: Path | None = None) ->
     Raises:
         UserError: every problem found. What only its memory is against is printed all the same.
     """
-    cfg = load(config, overrides)
+    cfg = decided(load(config, overrides))
     preflight(cfg, memory=False)
     print_job(cfg, picture)
     used = used_folder(cfg)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ...configs import Config, Problem, UserError
 from ...configs.schema import AdamWConfig
+from ...configs.tables.layer_parts import LAYER_PARTS
 from ...models.costs.flops import CONVENTION, flops_per_token, flops_per_token_full_attention, parameter_count
 from ...models.costs.times import Rates
 from ...trainer.memory.copies import hidden_share
@@ -60,6 +61,8 @@ def _layout(cfg: Config) -> Table:
         rows.add_row(*row)
     if cfg.memory.group is not None:
         rows.add_row("part-stages", f"{len(Pipeline.of(cfg).split.layers)} of at most {cfg.memory.group} layers")
+    if cfg.memory.recompute != "none":
+        rows.add_row("made again", _remade(cfg))
     for row in _copies(cfg) if offloads(cfg) else ():
         rows.add_row(*row)
     rows.add_row("precision", t.dtype)
@@ -67,6 +70,23 @@ def _layout(cfg: Config) -> Table:
     rows.add_row("global batch", f"{t.global_batch} sequences = {batch}")
     rows.add_row("tokens", f"{tokens:,} a step, {tokens * t.steps:,} in {t.steps:,} steps")
     return rows
+
+
+def _remade(cfg: Config) -> str:
+    """What layers make again, those together that do the same."""
+    pipeline = Pipeline.of(cfg)
+    said: list[tuple[str, list[int]]] = []
+    for layer in range(cfg.model.layers + cfg.model.mtp):
+        choice = pipeline.choice(layer)
+        parts = choice if isinstance(choice, str) else " + ".join(part for part in LAYER_PARTS if part in choice)
+        if said and said[-1][0] == parts:
+            said[-1][1].append(layer)
+        else:
+            said.append((parts, [layer]))
+    if len(said) == 1:
+        return f"{said[0][0]}, in every layer"
+    spans = [(f"{mine[0]}-{mine[-1]}" if len(mine) > 1 else f"{mine[0]}", parts) for parts, mine in said]
+    return "layers " + "; ".join(f"{layers}: {parts}" for layers, parts in spans)
 
 
 def _copies(cfg: Config) -> list[tuple[str, str]]:

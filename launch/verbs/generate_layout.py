@@ -65,7 +65,8 @@ def _write_job(folder: Path, run: Path, checkpoint: Path) -> Path:
         raise UserError(f"{resolved} is no configuration; --layout run needs the folder of a run")
     for suffix in (".bin", ".idx"):
         (folder / f"none{suffix}").touch()  # no data is read, and the run's may be gone
-    kept = {key: given[key] for key in ("model", "parallel", "memory", "train", "optim", "faults") if key in given}
+    sections = ("model", "parallel", "memory", "hardware", "train", "optim", "faults")
+    kept = {key: given[key] for key in sections if key in given}
     job = {
         **kept,
         "name": "generate",

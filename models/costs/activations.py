@@ -147,10 +147,11 @@ def _attention(model: ModelConfig, w: Widths, work: LocalWork) -> list[Kept]:
     tokens, product, parts = work.tokens, 2.0 * work.tokens * model.hidden, ("attention",)
     # Exchanged heads are copied where there are too few of them.
     copies = math.lcm(w.kv // model.head_dim, work.exchanged) // (w.kv // model.head_dim)
+    here = _unless_exchanged(work, parts)
     rows = [
-        Kept("queries", tokens * w.q, work.width, parts, product * w.q),
-        Kept("keys", tokens * w.kv * copies, work.width, parts, product * w.kv),
-        Kept("values", tokens * w.kv * copies, work.width, parts, product * w.kv),
+        Kept("queries", tokens * w.q, work.width, here, product * w.q),
+        Kept("keys", tokens * w.kv * copies, work.width, here, product * w.kv),
+        Kept("values", tokens * w.kv * copies, work.width, here, product * w.kv),
     ]
     if model.qk_norm:
         numbers = 2 if model.qk_norm_whole else (w.q + w.kv) // model.head_dim
@@ -159,26 +160,35 @@ def _attention(model: ModelConfig, w: Widths, work: LocalWork) -> list[Kept]:
     return [*rows, *_core(w, work)]
 
 
+def _unless_exchanged(work: LocalWork, parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Who makes again what attention reads: nobody, where that came from other ranks."""
+    return () if work.exchanged > 1 else parts
+
+
 def _latent_attention(model: ModelConfig, w: Widths, work: LocalWork) -> list[Kept]:
     """The narrow vectors once in t ranks, and of all heads queries, keys, and what keys and values were cut from."""
-    mla, tokens, n, parts = model.mla, work.tokens, work.stream, ("latent", "attention")
+    mla, tokens, n = model.mla, work.tokens, work.stream
+    parts = _unless_exchanged(work, ("latent", "attention"))
+    narrowed = ("attention", "latent", "norm")
     narrow = 2.0 * n * model.hidden
     rows = []
     if mla.q_rank:
         flops = narrow * mla.q_rank
         rows.append(Kept("narrow queries", n * mla.q_rank, work.width, ("attention",), flops))
-        rows.append(Kept("narrow queries normed", n * mla.q_rank, work.width, ("attention", "norm")))
+        rows.append(Kept("narrow queries normed", n * mla.q_rank, work.width, narrowed))
     low = mla.kv_rank + mla.rope_dim
     rows.append(Kept("latents", n * low, work.width, ("attention",), narrow * low))
-    rows.append(Kept("latent norms' numbers", n * (2 if mla.q_rank else 1), work.precise, ("attention", "norm")))
+    rows.append(Kept("latent norms' numbers", n * (2 if mla.q_rank else 1), work.precise, narrowed))
     before = 2.0 * tokens * (mla.q_rank or model.hidden)
-    rows.append(Kept("queries", tokens * w.q, work.width, parts, before * w.q))
+    # Queries that are not made from narrow ones are what `latent` begins with.
+    whole = parts if mla.q_rank else _unless_exchanged(work, ("attention",))
+    rows.append(Kept("queries", tokens * w.q, work.width, whole, before * w.q))
     if work.latents:
         # Gathered latents are expanded again in backward.
-        rows.append(Kept("latents normed", n * mla.kv_rank, work.width))
-        rows.append(Kept("turned keys", tokens * mla.rope_dim, work.width))
+        rows.append(Kept("latents normed", n * mla.kv_rank, work.width, narrowed))
+        rows.append(Kept("turned keys", tokens * mla.rope_dim, work.width, parts))
         return [*rows, *_core(w, work)]
-    rows.append(Kept("latents normed", n * mla.kv_rank, work.width, ("attention", "norm")))
+    rows.append(Kept("latents normed", n * mla.kv_rank, work.width, narrowed))
     expanded = w.heads * (mla.nope_dim + mla.value_dim)
     rows.append(Kept("keys", tokens * w.q, work.width, parts))
     if work.exchanged > 1:

@@ -25,6 +25,10 @@ def remade_layers(memory: MemoryConfig, stages: Sequence[Sequence[int]]) -> dict
             choice: Choice = "full"
         case "selective":
             choice = frozenset(memory.recompute_parts)
+        case "auto":
+            if memory.plan is None:
+                raise RuntimeError("memory.recompute=auto: nothing was chosen for this job (trainer.memory.plan)")
+            return {layer: "full" if parts == "full" else frozenset(parts) for layer, parts in memory.plan}
     every, most = memory.recompute_every, memory.recompute_layers
     chosen = ([layer for layer in layers if layer % every == 0][:most] for layers in stages)
     return {layer: choice for layers in chosen for layer in layers}

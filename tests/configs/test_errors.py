@@ -148,6 +148,7 @@ WRONG += [
     ([*_PARTS, "memory.recompute_parts=[head]"], "memory.recompute_parts", ["head keeps no logits", "leave it out"]),
     ([*_PARTS, "memory.recompute_parts=[moe]"], "memory.recompute_parts", ["moe", "model.moe.experts=0"]),
     ([*_PARTS, "memory.recompute_parts=[latent]"], "memory.recompute_parts", ["latent", "model.mla.kv_rank=0"]),
+    (["memory.recompute=auto"], "memory.recompute", ["auto", "set hardware.memory_gib"]),
     (["memory.recompute=full", "memory.recompute_every=0"], "memory.recompute_every", ["at least 1", "0"]),
     (["memory.group=0"], "memory.group", ["at least 1 layer", "0"]),
     (["memory.group=2", "parallel.data.sharding=fsdp"], "memory.group", ["2: fsdp", "zero1"]),

@@ -11,6 +11,7 @@ from pathlib import Path
 from pentad.configs import load
 from pentad.configs.schema import Config
 from pentad.trainer.memory.estimate import estimate
+from pentad.trainer.memory.plan import decided
 from pentad.trainer.preflight import preflight
 from tests.distributed import run_distributed
 from tests.fuzz.ranks import UNDISTURBED, Disturbance, train
@@ -58,7 +59,7 @@ def checked(file: Path, overrides: list[str], world: int) -> Config:
     Raises:
         UserError: it refuses the job.
     """
-    cfg = load(file, overrides, world_size=world)
+    cfg = decided(load(file, overrides, world_size=world))
     with contextlib.redirect_stderr(io.StringIO()):
         preflight(cfg)
     estimate(cfg)

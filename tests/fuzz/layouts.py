@@ -54,14 +54,15 @@ def _optimizer(draws: Draws) -> Keys:
 
 
 def _recompute(draws: Draws, model: Mapping[str, object]) -> Keys:
-    keys: Keys = {"recompute": draws.pick({"none": 2, "full": 1, "selective": 1.5})}
+    keys: Keys = {"recompute": draws.pick({"none": 2, "full": 1, "selective": 1.5, "auto": 1})}
     if keys["recompute"] == "selective":
         missing = {"latent": "model.mla.kv_rank" not in model, "moe": not model.get("model.moe.experts")}
         parts = [part for part in LAYER_PARTS if not missing.get(part) and draws.maybe(0.6)]
         keys["recompute_parts"] = parts or ["norm"]
-    if keys["recompute"] != "none" and draws.maybe(0.3):
+    if keys["recompute"] in ("full", "selective") and draws.maybe(0.3):
         keys |= {"recompute_every": draws.choice([1, 2, 3]), "recompute_layers": draws.choice([None, 1, 2])}
-    return {f"memory.{key}": value for key, value in keys.items()}
+    limit = {"hardware.memory_gib": draws.choice([0.001, 0.002, 0.005, 1])} if keys["recompute"] == "auto" else {}
+    return {f"memory.{key}": value for key, value in keys.items()} | limit
 
 
 def _experts(draws: Draws, degrees: Mapping[str, int], experts: int, ffn: int) -> Keys:

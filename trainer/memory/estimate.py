@@ -20,6 +20,7 @@ Not counted: fragmentation, and scratch that kernels keep for themselves.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
@@ -143,6 +144,7 @@ def per_rank(
     *,
     program: Program | None = None,
     conventions: Conventions | None = None,
+    ranks: Sequence[int] | None = None,
 ) -> list[Memory]:
     """Memory of each rank of the pipeline axis.
 
@@ -151,6 +153,7 @@ def per_rank(
         routed: the rows of one rank's experts; none: of an even load.
         program: of a whole step, as a run has it; none: as many microbatches as it takes to be in the steady state.
         conventions: of another code, whose figures are wanted; none: of this one.
+        ranks: only these.
     """
     cfg = with_states_placed(cfg)
     pipeline = Pipeline.of(cfg)
@@ -166,7 +169,7 @@ def per_rank(
     b = bench_of(cfg, ways_of(cfg))
     job = _Job(cfg, pipeline, program, buffers, b, routed or {}, conventions)
     found = []
-    for rank in range(cfg.parallel.pp):
+    for rank in range(cfg.parallel.pp) if ranks is None else ranks:
         mine = held(cfg, pipeline, rank, conventions.parameter if conventions else None)
         course = job.course(rank, mine)
         found.append(

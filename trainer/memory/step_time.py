@@ -51,9 +51,11 @@ def step_time(cfg: Config) -> StepTime:
     program = offloaded(cfg, program, pipeline, copies)
     spans = simulate(program, copies.beside(pipeline)).makespan
     # What is left out are whole microbatches of the busiest rank.
-    unit = 1.0 + 2.0 * (1 + (cfg.memory.recompute == "full") / 2)
-    spans += (microbatches - shown) * unit
-    seconds = spans * _unit_s(cfg) + microbatches * _tensor_s(cfg) + _replica_s(cfg, pipeline, microbatches)
+    times = pipeline.times
+    passes = [sum(each) for each in zip(times.forward, times.backward, times.weight, strict=True)]
+    busy = [sum(passes[stage] for stage in pipeline.stages_of(rank)) for rank in range(p.pp)]
+    spans += (microbatches - shown) * max(busy)
+    seconds = spans * _unit_s(cfg) + microbatches * _tensor_s(cfg, pipeline) + _replica_s(cfg, pipeline, microbatches)
     if cfg.memory.offload_optimizer != "none":
         shares = (sum(b.share for b in held(cfg, pipeline, rank).buckets) for rank in range(p.pp))
         seconds += max(shares) * _HOST_UPDATE
@@ -69,12 +71,12 @@ def _unit_s(cfg: Config) -> float:
     return sum(costs) * t.micro_batch / (p.tp * p.cp * p.pp) / peak / (_REACHED * layer / (layer + _SMALL))
 
 
-def _tensor_s(cfg: Config) -> float:
+def _tensor_s(cfg: Config, pipeline: Pipeline) -> float:
     p, t = cfg.parallel, cfg.train
     if p.tp == 1:
         return 0.0
     stream = t.micro_batch * t.seq_len / p.cp * cfg.model.hidden * WIDTHS[t.dtype]
-    again = 1.5 if cfg.memory.recompute == "full" else 1.0
+    again = 1.0 + sum(choice == "full" for choice in pipeline.remade.values()) / 2 / cfg.model.layers
     link = _LINK if p.tp <= _NODE else _NETWORK
     return 8 * again * stream * (p.tp - 1) / p.tp * cfg.model.layers / p.pp / link
 
