@@ -69,7 +69,7 @@ def pentad(count: int, folder: Path, subgroup_mib: float) -> dict[str, Any]:
     watch = Watch()
     watch.start()
     grads = [torch.randn(size) for size in sizes]
-    place = DiskStatePlace(Disk.probe(folder), pinned=False)
+    place = DiskStatePlace(Disk.open(folder), pinned=False)
     memory = MemoryConfig(offload_optimizer="disk", optimizer_subgroup_mib=subgroup_mib)
     optimizer = make_optimizer(AdamWConfig(), torch.device("cpu"), place, memory)
     units = []

@@ -27,7 +27,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "experts": {"dp": 2, "tp": 2, "ep": 2, "etp": 2, "sharding": "zero1", "model": EXPERTS},
     "experts apart": {"dp": 4, "ep": 2, "sharding": "zero1", "model": EXPERTS},
 }
-ALWAYS = ("zero1, tp", "balanced", "experts")
+ALWAYS = ("zero1, tp", "balanced")
 
 
 def coded(cfg: Config, states: str = "int4", above: int = 500) -> Config:

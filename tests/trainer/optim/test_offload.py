@@ -149,7 +149,7 @@ def test_an_update_that_breaks_off_inside_a_unit_goes_on_where_it_was(stride: in
 def test_a_disk_without_direct_io_is_said_once_and_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Disk, "probe", staticmethod(lambda folder: Disk(folder, False, 1.0, 1.0)))
+    monkeypatch.setattr(Disk, "open", staticmethod(lambda folder: Disk(folder, False)))
     cfg = job(memory={"offload_optimizer": "disk", "offload_disk": str(tmp_path)})
     for first in (True, False):
         place = make_place(cfg, CPU, first=first)
