@@ -21,8 +21,7 @@ def as_dict(config: Config, *, sizes: bool = False) -> dict[str, Any]:
         sizes: numbers, truth values and choices from outside as their values, so that a checkpoint can be read
             without the environment; free texts remain as they were written.
     """
-    tree = dataclasses.asdict(dataclasses.replace(config, origin=type(config.origin)()))
-    del tree["origin"]
+    tree = _keys(config)
     for key, value in config.origin.written.items():
         if not sizes or key in free_text_keys():
             _set(tree, key, value)
@@ -46,6 +45,16 @@ def hide(config: Config, text: str) -> str:
     for value, written in sorted(config.origin.secrets, key=lambda pair: -len(pair[0])):
         text = text.replace(value, written)
     return text
+
+
+def _keys(section: Any) -> dict[str, Any]:
+    """The keys of a section with their values; a field that is no key is left out."""
+    found = {}
+    for field in dataclasses.fields(section):
+        if field.metadata.get("key", True):
+            value = getattr(section, field.name)
+            found[field.name] = _keys(value) if dataclasses.is_dataclass(value) else value
+    return found
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -134,7 +134,7 @@ def broken_offloads(seed: int, count: int) -> Iterator[tuple[str, list[str], Pro
         name = names[n % len(names)]
         program = offloaded_program(name, rng)
         # Most that may leave a program sound are exchanges of neighbours.
-        changes = rng.choices(CHANGES, (1, 1, 3, 3, 1, 1), k=rng.choices((1, 2, 3), (6, 3, 1))[0])
+        changes: list[str] = rng.choices(CHANGES, (1, 1, 3, 3, 1, 1), k=rng.choices((1, 2, 3), (6, 3, 1))[0])
         lists = [list(ops) for ops in program.ranks]
         for change in changes:
             _change(rng, program, lists, change)
