@@ -57,7 +57,6 @@ class Pipeline:
         """The pipeline that the config asks for: layers split by their cost, or as it says."""
         stages, p = StageLayers.of(cfg), cfg.parallel
         unit = sum(stages.costs[0]) / (max(stages.placement) + 1)
-
         ahead = tuple(range(cfg.model.layers, cfg.model.layers + cfg.model.mtp))
         whole = StageSplit.of(stages.counts, balanced=stages.balanced)
         split = StageSplit.of([n for group in stages.groups for n in group], balanced=stages.balanced)
