@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import combinations_with_replacement
 from math import comb, inf
 
@@ -174,7 +173,6 @@ def planned(cfg: Config, choices: Mapping[int, Choice]) -> Config:
     return replace(cfg, memory=replace(cfg.memory, plan=plan))
 
 
-@lru_cache(maxsize=16)
 def decided(cfg: Config) -> Config:
     """The job with what its layers make again, where it leaves that to us; where nothing fits, with as little memory as
     can be (which `memory_findings` then reports)."""
