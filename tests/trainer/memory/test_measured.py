@@ -10,8 +10,8 @@ from tests.trainer.memory.layouts import draw_job
 WITHIN = 0.05
 LEAST = 64 << 20
 SEEDS = range(30)
-SAMPLE = (9, 16, 23)
-"""Of `make test`: replicas; a pipeline of experts with everything made again; parts made again, and offload."""
+SAMPLE = (16,)
+"""Of `make test`: a pipeline of experts with everything made again."""
 
 
 @pytest.mark.distributed
