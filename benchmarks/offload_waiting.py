@@ -25,11 +25,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from sleeping import sleep_backward
 from torch import Tensor
 
 from pentad.configs.load import load
 from pentad.configs.schema import Config
-from pentad.parallel.comm.collectives import Handle, all_reduce
+from pentad.parallel.comm.collectives import all_reduce
 from pentad.parallel.comm.lane import Lane, Pending
 from pentad.parallel.gradients import WeightGradients
 from pentad.parallel.pipeline.execute import execute
@@ -126,19 +127,6 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
     return median(ordered), ordered[low], ordered[n - 1 - low]
 
 
-class _Later:
-    """A deferred weight gradient that sleeps."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def start(self) -> Handle:
-        return Handle(torch.empty(0))
-
-    def finish(self, whole: Tensor) -> None:
-        time.sleep(self.seconds)
-
-
 class _Pass(torch.autograd.Function):
     """The identity, which takes its time and keeps so many bytes."""
 
@@ -154,11 +142,7 @@ class _Pass(torch.autograd.Function):
         (kept,) = ctx.saved_tensors
         if float(kept[-1]) != 1.0:
             raise RuntimeError("an activation did not come back as it was")
-        time.sleep(ctx.seconds)
-        if ctx.store.is_open:
-            ctx.store.put(_Later(ctx.seconds))
-        else:
-            time.sleep(ctx.seconds)
+        sleep_backward(ctx.store, grad_s=ctx.seconds, weight_s=ctx.seconds)
         return grad, None, None, None
 
 

@@ -15,7 +15,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,12 +25,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from sleeping import sleep_backward
 from torch import Tensor
 
 from pentad.configs.load import load
 from pentad.configs.schema import Config
 from pentad.models.sequences import Inputs
-from pentad.parallel.comm.collectives import Handle, all_reduce, receive, send
+from pentad.parallel.comm.collectives import all_reduce, receive, send
 from pentad.parallel.gradients import WeightGradients
 from pentad.parallel.pipeline import draw, schedules
 from pentad.parallel.pipeline.execute import Handler, execute
@@ -64,19 +65,6 @@ WAITS = Times(
 PICTURES = Path(__file__).resolve().parents[1] / "docs" / "pictures"
 
 
-@dataclass(frozen=True)
-class _SleepLater:
-    """A deferred weight gradient."""
-
-    seconds: float
-
-    def start(self) -> Handle:
-        return Handle(torch.empty(0))
-
-    def finish(self, whole: Tensor) -> None:
-        time.sleep(self.seconds)
-
-
 class _Sleep(torch.autograd.Function):
     """The identity, which takes its time; the part of its backward that is W waits in the store where it is split."""
 
@@ -88,11 +76,7 @@ class _Sleep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        time.sleep(WAITS.backward[0])
-        if ctx.store.is_open:
-            ctx.store.put(_SleepLater(WAITS.weight[0]))
-        else:
-            time.sleep(WAITS.weight[0])
+        sleep_backward(ctx.store, grad_s=WAITS.backward[0], weight_s=WAITS.weight[0])
         return grad, None
 
 

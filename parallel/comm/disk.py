@@ -50,7 +50,7 @@ class DiskFile:
 
     def __init__(self, folder: Path, nbytes: int, *, direct: bool) -> None:
         self.nbytes = nbytes
-        with tempfile.TemporaryFile(dir=folder, buffering=0, prefix="pentad-activations-") as file:
+        with tempfile.TemporaryFile(dir=folder, buffering=0, prefix="pentad-") as file:
             self._fd = os.dup(file.fileno())
         self._close = weakref.finalize(self, os.close, self._fd)
         if nbytes:
@@ -120,6 +120,16 @@ class Disk:
                 raise
             return Disk(folder, False)
         return Disk(folder, True)
+
+    @property
+    def note(self) -> str:
+        """What a run says once about a folder that is reached through the page cache; empty for any other."""
+        if self.direct:
+            return ""
+        return (
+            f"memory.offload_disk: the file system of {self.folder} has no direct access (O_DIRECT); what goes there "
+            "goes through the page cache, which takes the host's memory"
+        )
 
     def file(self, nbytes: int) -> DiskFile:
         """A new file; arguments and errors as of `DiskFile`."""

@@ -74,6 +74,39 @@ def _memory(token: str, waits: str = "", *, before: str, after: str = "", holds:
     )
 
 
+def _copy(
+    token: str,
+    words: str,
+    need: str,
+    *,
+    duration: str,
+    engine: str,
+    before: str,
+    hue: str,
+    pool: str = "",
+    until: tuple[str, ...] = (),
+    takes: str = "",
+) -> Kind:
+    """A copy, which `takes` memory of one sort in a slot of its pool from its start on."""
+    return Kind(
+        token=token,
+        acts=Acts.STAGE,
+        role=Role.COPY,
+        words=words,
+        needs=(Need(need, Place.SAME),),
+        duration=(duration,),
+        started=True,
+        trains=True,
+        optional=True,
+        engine=engine,
+        before=before,
+        slot_until=(until, ()),
+        pool=pool,
+        holds=(Hold(takes, +1, at_end=False),) if takes else (),
+        hue=hue,
+    )
+
+
 _BACKWARD_NEEDS = (
     Need("F", Place.SAME),
     Need("B", Place.NEXT, by="SB"),
@@ -189,82 +222,54 @@ class Kinds:
     )
     """Balanced vocabulary: add to the gradient of the rows that this rank holds."""
 
-    OFFLOAD = Kind(
-        token="OFF",
-        acts=Acts.STAGE,
-        role=Role.COPY,
-        words="to the host",
-        needs=(Need("F", Place.SAME),),
-        duration=("offload",),
-        started=True,
-        trains=True,
-        optional=True,
+    OFFLOAD = _copy(
+        "OFF",
+        "to the host",
+        "F",
+        duration="offload",
         engine="out",
         before="REL",
-        slot_until=(("DRP", "RES"), ()),
-        pool="slab",
-        holds=(Hold("host", +1, at_end=False),),
         hue="#5c6bc0",
+        pool="slab",
+        until=("DRP", "RES"),
+        takes="host",
     )
     """Start copying what the backward pass of a stage needs into a slab of the host."""
     RELEASE = _memory("REL", "OFF", before="PRE", holds=(Hold("offloaded", -1, at_end=True, counts=True),))
     """Wait for the copy to the host, then give its memory on the device back."""
-    STORE = Kind(
-        token="STO",
-        acts=Acts.STAGE,
-        role=Role.COPY,
-        words="to the disk",
-        needs=(Need("REL", Place.SAME),),
-        duration=("store",),
-        started=True,
-        trains=True,
-        optional=True,
+    STORE = _copy(
+        "STO",
+        "to the disk",
+        "REL",
+        duration="store",
         engine="store",
         before="DRP",
-        slot_until=(("GOT",), ()),
-        pool="file",
-        holds=(Hold("disk", +1, at_end=False),),
         hue="#8d6e63",
+        pool="file",
+        until=("GOT",),
+        takes="disk",
     )
     """Start writing the slab to a slot of the disk: what the host's memory cannot hold."""
     DROP = _memory("DRP", "STO", before="GET", holds=(Hold("host", -1, at_end=True),))
     """The slab is free once it is written. Simulated as a wait for that; it is put off to who fills the slab next."""
-    FETCH = Kind(
-        token="GET",
-        acts=Acts.STAGE,
-        role=Role.COPY,
-        words="from the disk",
-        needs=(Need("DRP", Place.SAME),),
-        duration=("fetch",),
-        started=True,
-        trains=True,
-        optional=True,
+    FETCH = _copy(
+        "GET",
+        "from the disk",
+        "DRP",
+        duration="fetch",
         engine="get",
         before="GOT",
-        slot_until=(("RES",), ()),
-        pool="slab",
-        holds=(Hold("host", +1, at_end=False),),
         hue="#c0a16b",
+        pool="slab",
+        until=("RES",),
+        takes="host",
     )
     """Start reading it back into a slab; what is still on its way to the disk is taken from there, and not read."""
     FETCHED = _memory("GOT", "GET", before="PRE", holds=(Hold("disk", -1, at_end=True),))
     """Wait for that; the slot of the disk is free, and the host has the activation again."""
     PREPARE = _memory("PRE", before="RLD", after="REL", holds=(Hold("offloaded", +1, at_end=False, counts=True),))
     """Take memory on the device again."""
-    RELOAD = Kind(
-        token="RLD",
-        acts=Acts.STAGE,
-        role=Role.COPY,
-        words="to the device",
-        needs=(Need("PRE", Place.SAME),),
-        duration=("reload",),
-        started=True,
-        trains=True,
-        optional=True,
-        engine="in",
-        before="RES",
-        hue="#26a69a",
-    )
+    RELOAD = _copy("RLD", "to the device", "PRE", duration="reload", engine="in", before="RES", hue="#26a69a")
     """Start copying it back; it waits for its own way there by the release before."""
     RESUME = _memory("RES", "RLD", before="B", holds=(Hold("host", -1, at_end=True),))
     """Wait for the copy to the device, which the backward pass now finds in place; the slab is free."""

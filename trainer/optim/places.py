@@ -77,10 +77,8 @@ def make_place(cfg: Config, device: torch.device, *, first: bool = True) -> Stat
     if where == "host":
         return HostStatePlace(pinned=pinned)
     disk = open_disk(cfg.memory.offload_disk or "")
-    if not disk.direct and first:
-        warn(
-            f"memory.offload_disk: {disk.folder} has no direct I/O; what goes there also fills the system's page cache"
-        )
+    if disk.note and first:
+        warn(disk.note)
     return DiskStatePlace(disk, pinned=pinned)
 
 

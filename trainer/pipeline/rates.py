@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable
 
@@ -15,6 +14,7 @@ from ...parallel.comm.collectives import all_reduce
 from ...parallel.comm.disk import open_disk
 from ...parallel.comm.host_memory import HostMemory
 from ...parallel.comm.mesh import Mesh
+from ..metrics.notices import warn
 from ..metrics.peak import Peak
 from ..setup import DTYPES
 
@@ -41,11 +41,13 @@ def agreed_rates(cfg: Config, mesh: Mesh, device: torch.device, peak: Peak | Non
     hardware, folder = cfg.hardware, cfg.memory.offload_disk if cfg.memory.host_gib is not None else None
     if hardware.peak_tflops is not None and hardware.host_gib_s is not None and folder is None:
         return Rates.of(hardware, cfg.train.dtype)
+    # Where masters and moments go there too, who made their place has said it.
+    says = mesh.is_first and cfg.memory.offload_optimizer != "disk"
     flops = hardware.peak_tflops or (peak.tflops if peak is not None else None)
     mine = (
         product_rate(device, DTYPES[cfg.train.dtype]) if flops is None else flops * 1e12,
         copy_rate(device) if hardware.host_gib_s is None else hardware.host_gib_s * 2**30,
-        *(() if folder is None else disk_rate(folder, says=mesh.is_first)),
+        *(() if folder is None else disk_rate(folder, says=says)),
     )
     rates = torch.tensor(mine, dtype=torch.float64, device=device)
     found = all_reduce(rates, mesh.axis("world"), "min").wait().tolist()
@@ -76,13 +78,8 @@ def disk_rate(folder: str, *, says: bool) -> tuple[float, float]:
         UserError: it cannot be written.
     """
     disk = open_disk(folder)
-    if not disk.direct and says:
-        print(
-            f"warning: memory.offload_disk: the file system of {folder} has no direct access (O_DIRECT); activations "
-            "go through the page cache, which takes the host's memory",
-            file=sys.stderr,
-            flush=True,
-        )
+    if disk.note and says:
+        warn(disk.note)
     return disk.measure()
 
 

@@ -164,7 +164,7 @@ def test_a_disk_without_direct_io_is_said_once_and_works(
         place.settle()
         assert torch.equal(tensor, torch.arange(10_000.0))
         place.close()
-    assert capsys.readouterr().err.count("has no direct I/O") == 1 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err.count("has no direct access") == 1 and not list(tmp_path.iterdir())
 
 
 def test_a_disk_or_host_without_room_names_the_key(tmp_path: Path) -> None:
