@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .saved_tensors import Keeper, Strided, innermost, keeping
 
 T = TypeVar("T")
+
+
+_ROUND: ContextVar[Callable[[], AbstractContextManager[object]]] = ContextVar("round", default=nullcontext)
+"""What goes round the second runs of parts that have their first one here."""
+
+
+@contextmanager
+def second_runs_in(context: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    """Parts that run for the first time inside this block have their second runs inside a new `context()` each."""
+    token = _ROUND.set(context)
+    try:
+        yield
+    finally:
+        _ROUND.reset(token)
 
 
 class Missing:
@@ -62,7 +77,7 @@ class Rerun:
     """
 
     def __init__(self, function: Callable[..., Any], inputs: Sequence[Tensor], around: Keeper) -> None:
-        self._function, self._around = function, around
+        self._function, self._around, self._round = function, around, _ROUND.get()
         self._inputs = [(around.pack(x.detach()), x.requires_grad) for x in inputs]
         self._inside: list[weakref.ref[Missing]] = []
         self._returned: list[tuple[weakref.ref[Missing], int, Strided]] = []
@@ -91,6 +106,10 @@ class Rerun:
 
     def run(self) -> None:
         """The second run: fills in what is still wanted."""
+        with self._round():
+            self._run()
+
+    def _run(self) -> None:
         inputs = [self._around.unpack(held).detach().requires_grad_(needed) for held, needed in self._inputs]
         self._inputs.clear()
         wanted = [(missing, index, how) for each, index, how in self._returned if (missing := each()) is not None]

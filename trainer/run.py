@@ -24,7 +24,7 @@ from ..models.hf.folder import to_stderr
 from ..parallel.comm.collectives import all_reduce
 from ..parallel.comm.mesh import Mesh
 from ..parallel.comm.process_ids import ProcessId
-from ..parallel.record import files
+from ..parallel.record import files, kinds
 from ..parallel.record.files import RingFile
 from .checkpoint.checkpointer import Checkpointer
 from .checkpoint.hugging_face import load_initial
@@ -33,8 +33,10 @@ from .metrics.curves import draw_curves
 from .metrics.introduction import introduction
 from .metrics.notices import or_without
 from .metrics.peak import MeasuredPeaks, Peak, peak_tflops
+from .metrics.rows import RowExchange
 from .metrics.sinks import EventLog, make_sinks
 from .metrics.summary import summarize
+from .metrics.waterfall_picture import draw_straggler_map, draw_waterfall
 from .processes.meeting import Stopped
 from .processes.signals import StopRequest
 from .processes.start import Start
@@ -44,7 +46,7 @@ from .setup import DTYPES, Ranks, make_recorder, prepare_device
 from .text.prompts import make_coder
 from .text.samples import PromptSampler
 from .text.tokenizer_files import TokenizerFiles, of_checkpoint, of_job
-from .trainer import Outputs, Trainer
+from .trainer import Outputs, Trainer, row_exchange
 
 
 def run(cfg: Config, start: Start) -> int:
@@ -121,7 +123,7 @@ def _in_mesh(cfg: Config, start: Start, ranks: Ranks, here: Here, open_things: E
             peak=partial(_peak, cfg, here.device, MeasuredPeaks(run_dir / RunFile.PEAKS)),
             outer=open_things,
         )
-        _train(session, run_dir, start.stop)
+        _train(session, run_dir, start.stop, row_exchange(session, rings, here.store))
         _barrier(session.mesh)  # every ring is complete
     except Exception as error:
         start.report(error, cfg)
@@ -144,7 +146,7 @@ def _open_data(cfg: Config, here: Here) -> Dataset:
     )
 
 
-def _train(session: Session, run_dir: Path, stop: StopRequest) -> None:
+def _train(session: Session, run_dir: Path, stop: StopRequest, rows: RowExchange) -> None:
     cfg, mesh, parts = session.cfg, session.mesh, session.parts
     events = EventLog(run_dir / RunFile.EVENTS) if mesh.is_first else None
 
@@ -161,8 +163,9 @@ def _train(session: Session, run_dir: Path, stop: StopRequest) -> None:
         asynchronous=cfg.checkpoint.asynchronous,
         on_event=report,
         abort=mesh.abort,
+        recorder=mesh.recorder,
     )
-    trainer = Trainer(session, checkpointer, run_dir=run_dir)
+    trainer = Trainer(session, checkpointer, run_dir=run_dir, rows=rows)
     found = checkpointer.find_resume(cfg.checkpoint.resume) if cfg.checkpoint.resume else None
     if found is not None:
         trainer.restore(found)
@@ -226,10 +229,16 @@ def _close(cfg: Config, run_dir: Path, step: int, began_at: int, finished: bool)
     if step == began_at:
         return
     print("\n".join(summarize(run_dir)), flush=True)
-    with or_without(f"{run_dir}/{RunFile.CURVES}"):
-        picture = draw_curves(run_dir)
-        if picture is not None:
-            print(f"curves {picture}", flush=True)
+    pictures = {
+        "curves": (RunFile.CURVES, draw_curves),
+        "waterfall": (RunFile.WATERFALL, draw_waterfall),
+        "stragglers": (RunFile.STRAGGLERS, draw_straggler_map),
+    }
+    for name, (file, draw) in pictures.items():
+        with or_without(f"{run_dir}/{file}"):
+            picture = draw(run_dir)
+            if picture is not None:
+                print(f"{name} {picture}", flush=True)
 
 
 def _peak(cfg: Config, device: torch.device, kept: MeasuredPeaks, mesh: Mesh) -> Peak:
@@ -256,7 +265,9 @@ def _peak(cfg: Config, device: torch.device, kept: MeasuredPeaks, mesh: Mesh) ->
 
 def _barrier(mesh: Mesh) -> None:
     if mesh.degrees.world > 1:
-        dist.barrier(mesh.host_group)
+        recorder = mesh.recorder
+        with recorder.span(recorder.intern(kinds.BARRIER), axis=recorder.intern("world")):
+            dist.barrier(mesh.host_group)
 
 
 def _write_configs(run_dir: Path, cfg: Config, given: str) -> None:

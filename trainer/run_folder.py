@@ -40,6 +40,8 @@ class RunFile(StrEnum):
     PROGRAM = "program.json"
     PEAKS = "peaks.json"
     CURVES = "curves.png"
+    WATERFALL = "waterfall.png"
+    STRAGGLERS = "stragglers.png"
     CHECKPOINTS = CHECKPOINT_FOLDER
     PROFILE = "profile"
     TENSORBOARD = "tensorboard"

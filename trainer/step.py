@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ from ..parallel.pipeline.kind import Kind
 from ..parallel.pipeline.needs import Kinds
 from ..parallel.pipeline.program import Op, Program
 from ..parallel.pipeline.runtime import Hidden, Runtime
+from ..parallel.recompute import second_runs_in
+from ..parallel.record import kinds
 from ..parallel.vocab import Look
 from .data.dataset import Microbatch
 from .inputs import InputMaker
@@ -140,6 +143,9 @@ class Stepper:
         self._evaluation: tuple[Runtime, Program] | None = None
         self._step: _Step | None = None
         """The step or evaluation that is under way or was left half-way."""
+        recorder = mesh.recorder
+        self._remaking = partial(recorder.span, recorder.intern(kinds.RECOMPUTE))
+        self._settling = recorder.intern(kinds.SETTLE)
         self.committed = False
         """Whether the step that began last has committed, and so is not to be repeated."""
         self.spent = False
@@ -202,10 +208,11 @@ class Stepper:
         self._begin(step, batches, 1.0 / max(valid, 1), lr, stop, watched)
         self.committed = False
         self.replicas.start_step(len(batches))
-        with nullcontext() if self.live is None else self.live.watching():
+        with nullcontext() if self.live is None else self.live.watching(), second_runs_in(self._remaking):
             count = None if self.live is None else self.live.count
             execute(self.ops, self._handlers, self.mesh.recorder, count)
-        self.optimizer.settle()
+        with self.mesh.recorder.span(self._settling):
+            self.optimizer.settle()
         outcome, self._step = self._now.outcome, None
         assert outcome is not None  # the program was checked: it has one NORM
         return outcome.result

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from ..configs.errors import UserError
 from ..parallel.comm.collectives import all_reduce
+from ..parallel.record import kinds
+from ..parallel.record.files import RingFile
+from ..parallel.record.garbage import recorded_collections
 from .checkpoint.checkpointer import Checkpointer
 from .checkpoint.same_run import RunProgress, facts, run_problems
 from .checkpoint.state import all_tensors
@@ -22,6 +27,7 @@ from .metrics.profiling import Profiler
 from .metrics.readings.protocol import OnRank, RunFacts, StepDone
 from .metrics.readings.registry import Readings
 from .metrics.report import Report
+from .metrics.rows import RowExchange
 from .metrics.sinks import EventLog, SinkSet
 from .optim.learning_rate import learning_rate
 from .pipeline.programs import evaluation_program
@@ -50,6 +56,23 @@ class _Issued:
     lr: float
     valid: int
     pairs: float
+    own_pairs: float
+    """Attention pairs of this rank's own microbatches."""
+
+
+def row_exchange(session: Session, rings: Sequence[RingFile] = (), store: dist.Store | None = None) -> RowExchange:
+    """What brings the session's rows of parts to its first rank, by way of the ranks' rings and the job's store."""
+    mesh = session.mesh
+    return RowExchange(
+        mesh.recorder,
+        mesh.rank,
+        mesh.degrees.world,
+        session.stepper.ops,
+        pipelined=mesh.degrees.pp > 1,
+        epoch=mesh.epoch,
+        rings=rings,
+        store=store,
+    )
 
 
 class DivergedError(RuntimeError):
@@ -63,9 +86,12 @@ class Trainer:
         session: this rank's, opened with the job's data and a peak.
         checkpointer: of the run's checkpoints.
         run_dir: the run's folder.
+        rows: brings to the first rank where the others' time went; none: it knows of its own alone.
     """
 
-    def __init__(self, session: Session, checkpointer: Checkpointer, *, run_dir: Path) -> None:
+    def __init__(
+        self, session: Session, checkpointer: Checkpointer, *, run_dir: Path, rows: RowExchange | None = None
+    ) -> None:
         if session.data is None or session.peak is None:
             raise ValueError("training needs a session with data and a peak")
         self.cfg, self.mesh, self.parts, self.data = session.cfg, session.mesh, session.parts, session.data
@@ -77,7 +103,18 @@ class Trainer:
         self._evaluation = evaluation_program(cfg, self.parts.pipeline, microbatches) if cfg.eval.every else None
         self.peak = session.peak
         world, device = mesh.degrees.world, str(self.device)
-        self.readings = Readings(RunFacts(cfg=cfg, devices=world, device=device, peak_tflops=self.peak.tflops))
+        self.rows = rows or row_exchange(session)
+        self.readings = Readings(
+            RunFacts(
+                cfg=cfg,
+                devices=world,
+                device=device,
+                peak_tflops=self.peak.tflops,
+                ceiling_tflops=self.peak.tflops,
+                program=self.program,
+                hosts=self.rows.hosts,
+            )
+        )
         self.profiler = Profiler(cfg.log.profile, run_dir / RunFile.PROFILE, mesh.rank)
         self.tokenizer = TokenizerFiles()
         """What the run's checkpoints say about text."""
@@ -89,7 +126,7 @@ class Trainer:
         self._stopping = False
         self._waiting: _Issued | None = None
         self._outputs: Outputs | None = None
-        self._clock = time.perf_counter()
+        self._clock = time.monotonic_ns()
         """When the numbers of the step before were read."""
 
     def restore(self, path: Path) -> None:
@@ -113,6 +150,10 @@ class Trainer:
     def save(self) -> None:
         """Saves the state after `self.step` steps."""
         self._drain()
+        with self._recorded(kinds.SAVE):
+            self._save()
+
+    def _save(self) -> None:
         if self.checkpointer.newest == self.step:
             return
         updates = int(self.stepper.updates.item())
@@ -135,8 +176,8 @@ class Trainer:
             prefetch=cfg.data.prefetch,
         )
         stopped = False
-        self._clock = time.perf_counter()
-        with closing(self.readings):
+        self._clock = time.monotonic_ns()
+        with closing(self.readings), closing(self.rows), recorded_collections(self.mesh.recorder):
             with loader:
                 while self.step < train.steps and not stopped:
                     stopped = self._one(loader, stop)
@@ -150,7 +191,9 @@ class Trainer:
     def _one(self, loader: Loader, stop: StopRequest) -> bool:
         cfg = self.cfg
         with self.profiler.step(self.step + 1):
-            batches = next(loader)
+            self.mesh.recorder.step = self.step
+            with self._recorded(kinds.DATA):
+                batches = next(loader)
             lr = learning_rate(cfg.optim.schedule, cfg.optim.lr, self.step, cfg.train.steps)
             valid, pairs = loader.counts
             with self.overlap.step():
@@ -160,14 +203,20 @@ class Trainer:
         self.step += 1
         if self.device.type == "cuda":
             self._drain()  # the previous step's numbers: the host stays one step ahead of the device
-        self._waiting = _Issued(self.step, result, lr, valid, pairs)
+        self._waiting = _Issued(self.step, result, lr, valid, pairs, sum(batch.pairs for batch in batches))
         if self.device.type == "cpu" or self._due(cfg.eval.every) or self._due(cfg.checkpoint.every):
             self._drain()
         if self._due(cfg.eval.every):
-            self._evaluate()
+            with self._recorded(kinds.EVALUATE):
+                self._evaluate()
+            self._clock = time.monotonic_ns()
         if self._due(cfg.checkpoint.every) and self.step < cfg.train.steps:
             self.save()
         return self._stopping
+
+    def _recorded(self, kind: str) -> AbstractContextManager[object]:
+        recorder = self.mesh.recorder
+        return recorder.span(recorder.intern(kind))
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -178,16 +227,22 @@ class Trainer:
         if issued is None:
             return
         result = issued.result
-        numbers = torch.stack([x.double() for x in (result.loss, result.grad_norm, result.skipped, result.stop)])
-        loss, norm, skipped, stop, *worst = torch.cat((numbers, result.worst.wait())).tolist()
-        now = time.perf_counter()
-        seconds, self._clock = max(now - self._clock, 1e-9), now
+        with self._recorded(kinds.DRAIN):
+            numbers = torch.stack([x.double() for x in (result.loss, result.grad_norm, result.skipped, result.stop)])
+            loss, norm, skipped, stop, *worst = torch.cat((numbers, result.worst.wait())).tolist()
+        before, self._clock = self._clock, time.monotonic_ns()
+        seconds = max(self._clock - before, 1) / 1e9
         self._stopping = stop > 0
         self.tokens += self._tokens
         self.skipped += bool(skipped)
-        if self._outputs is not None:
-            done = self._done(issued, loss, norm, bool(skipped), seconds)
-            self._outputs.sinks.log(self.readings.step(done, worst))
+        with self._recorded(kinds.REPORT):
+            self.rows.step(issued.step, before, self._clock, issued.own_pairs)
+            if self._outputs is not None:
+                done = self._done(issued, loss, norm, bool(skipped), seconds)
+                report = self.readings.step(done, worst)
+                self._outputs.sinks.log(report)
+                for alert in report.alerts:
+                    self._outputs.events.log(alert.event, **alert.fields)
         self._bad_steps = self._bad_steps + 1 if skipped else 0
         if self._bad_steps >= self.cfg.faults.max_bad_steps:
             raise DivergedError(
@@ -210,6 +265,7 @@ class Trainer:
             pairs=issued.pairs,
             seconds=seconds,
             routed=None if moe is None else moe.cpu().numpy(),
+            rows=self.rows.collect(issued.step),
         )
 
     @property
@@ -240,7 +296,6 @@ class Trainer:
             self._outputs.events.log("evaluation", step=self.step, loss=loss, perplexity=math.exp(min(loss, 50)))
             self._outputs.sinks.add(Report.of(self.step, [(HELD_OUT_LOSS, loss)]))
         self._sample()
-        self._clock = time.perf_counter()
 
     def _sample(self) -> None:
         """Continues the prompts, on all ranks."""

@@ -100,16 +100,20 @@ def _launch(kind: str, axis: Axis, x: Tensor, start: Callable[[], dist.Work | No
         done.set()
 
     work.get_future().add_done_callback(completed)
-    return partial(_wait_host, work, axis, done, kind)
+    return partial(_wait_host, work, axis, done, kind, ticket)
 
 
-def _wait_host(work: dist.Work, axis: Axis, done: threading.Event, kind: str) -> None:
+def _wait_host(work: dist.Work, axis: Axis, done: threading.Event, kind: str, ticket: int) -> None:
+    if axis.recorder is not None:
+        axis.recorder.waits(ticket)
     if axis.abort is not None:
         axis.abort.wait(done, f"{kind} over {axis.name}")
     work.wait()
 
 
 def _wait_cuda(work: dist.Work, axis: Axis, ticket: int) -> None:
+    if axis.recorder is not None:
+        axis.recorder.waits(ticket)
     work.wait()  # makes the current stream wait; the host goes on
     if axis.recorder is not None:
         axis.recorder.exit(ticket)
@@ -121,22 +125,24 @@ def _copied(kind: str, axis: Axis, x: Tensor, start: Callable[[], Flight], peer:
     flight = start()
 
     def finish() -> Tensor:
+        if axis.recorder is not None:
+            axis.recorder.waits(ticket)
         result = flight.finish()
-        _exit(axis, ticket)
+        _exit(axis, ticket, flight.arrived())
         return result
 
     def done() -> bool:
         if not flight.done():
             return False
-        _exit(axis, ticket)
+        _exit(axis, ticket, flight.arrived())
         return True
 
     return Handle(x, finish, done)
 
 
-def _exit(axis: Axis, ticket: int) -> None:
+def _exit(axis: Axis, ticket: int, arrived: int = 0) -> None:
     if axis.recorder is not None:
-        axis.recorder.exit(ticket)
+        axis.recorder.exit(ticket, arrived=arrived)
 
 
 def _gloo(x: Tensor) -> bool:
@@ -340,15 +346,19 @@ def _transfer(kind: str, x: Tensor, axis: Axis, peer: int, start: Callable[[], d
         if recorder is not None:
             recorder.exit(ticket)
 
+    def waits() -> None:
+        if recorder is not None:
+            recorder.waits(ticket)
+
     if x.is_cuda:
-        return Handle.after(x, work.wait, ended, test=work.is_completed)
+        return Handle.after(x, waits, work.wait, ended, test=work.is_completed)
     waiter = axis.waiters.get((kind, peer))
     if waiter is None:
         waiter = axis.waiters[kind, peer] = Waiter(f"{kind} {axis.name}")
     transfer = Transfer(work, ended)
     waiter.add(transfer)
     abort, what = axis.abort or Abort(), f"{kind} over {axis.name}"
-    return Handle.after(x, partial(transfer.wait, abort, what), test=transfer.done)
+    return Handle.after(x, waits, partial(transfer.wait, abort, what), test=transfer.done)
 
 
 class _AllGather(torch.autograd.Function):

@@ -20,6 +20,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from ..record import kinds
 from ..record.ring import Recorder
 from .mesh import Axis
 from .waiting import Abort
@@ -38,10 +39,16 @@ class Pending(Generic[T]):
     """The result of a job, now or later."""
 
     def __init__(
-        self, job: Callable[[], T], context: tuple[int, int, int], abort: Abort, what: str, recorder: Recorder | None
+        self,
+        job: Callable[[], T],
+        context: tuple[int, int, int],
+        abort: Abort,
+        what: str,
+        recorder: Recorder | None,
+        axis: int,
     ) -> None:
         self._job: Callable[[], T] | None = job
-        self._recorder = recorder
+        self._recorder, self._axis = recorder, axis
         self._context, self._abort, self._what = context, abort, what
         self._done = threading.Event()
         self._result: list[T] = []
@@ -59,24 +66,37 @@ class Pending(Generic[T]):
             Aborted, TimeoutError: see `Abort.wait`.
             Exception: the job's own, or `LaneFailed`.
         """
-        ticket = self._recorder.enter(self._recorder.intern("wait")) if self._recorder is not None else -1
-        self._abort.wait(self._done, self._what)
-        if self._recorder is not None:
-            self._recorder.exit(ticket)
+        self._wait()
         if self._error is not None:
             raise self._error
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
         return self._result[0]
 
-    def landed(self) -> None:
+    def _wait(self) -> None:
+        if self._recorder is None or self._done.is_set():
+            self._abort.wait(self._done, self._what)
+            return
+        ticket = self._recorder.enter(self._recorder.intern(kinds.WAIT), axis=self._axis)
+        try:
+            self._abort.wait(self._done, self._what)
+        finally:
+            self._recorder.exit(ticket)
+
+    def landed(self, *, beside: bool = False) -> None:
         """Returns when the job's work has ended, on CUDA too: for a thread that goes on outside all streams.
+
+        Args:
+            beside: that thread is not the step's, so that no wait is recorded.
 
         Raises:
             Aborted, TimeoutError: see `Abort.wait`.
             Exception: the job's own, or `LaneFailed`.
         """
-        self._abort.wait(self._done, self._what)
+        if beside:
+            self._abort.wait(self._done, self._what)
+        else:
+            self._wait()
         if self._error is not None:
             raise self._error
         if self._event is not None:
@@ -130,6 +150,7 @@ class Lane:
         # A writer of its own: what a job is recorded as is when it was submitted, not what the step does meanwhile.
         own = recorder.fork() if recorder is not None else None
         self._recorder = axis.recorder if axis is not None else own
+        self._code = axis.code if axis is not None else recorder.intern(kinds.COPIES) if recorder is not None else 0
         self._abort = (axis.abort if axis is not None else abort) or Abort()
         self._failed: Exception | None = None
         self._stream = torch.cuda.Stream(device, priority=-1) if self.device.type == "cuda" else None
@@ -146,7 +167,7 @@ class Lane:
         """Appends a job. After a job has failed, all later ones fail."""
         origin = self._recorder.origin if self._recorder is not None else None
         context = origin.context if origin is not None else (0, 0, -1)
-        pending = Pending(job, context, self._abort, f"lane {self.name}", origin)
+        pending = Pending(job, context, self._abort, f"lane {self.name}", origin, self._code)
         if self._stream is None:
             self._queue.put(pending)
         else:

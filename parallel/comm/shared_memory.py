@@ -116,7 +116,7 @@ class LocalAxis:
         posts: Sequence[PeerTensor],
         reads: Sequence[PeerTensor],
         *,
-        then: Callable[[], None] | None = None,
+        then: Callable[[int], None] | None = None,
         held: bool = False,
     ) -> Exchange:
         """Starts the axis's next collective.
@@ -125,7 +125,7 @@ class LocalAxis:
             what: its name, for errors.
             posts: what this rank offers; unchanged until the exchange is finished.
             reads: what it copies from others; may be written from now on.
-            then: called once all is read, by whichever thread reads the last part.
+            then: called once all is read, by whichever thread reads the last part, with when it began to.
             held: the posts are made by `Exchange.release`, only their place in the order is taken now.
         """
         return self._start(_COLLECTIVES, what, posts, reads, then, held)
@@ -144,7 +144,7 @@ class LocalAxis:
         what: str,
         posts: Sequence[PeerTensor],
         reads: Sequence[PeerTensor],
-        then: Callable[[], None] | None = None,
+        then: Callable[[int], None] | None = None,
         held: bool = False,
     ) -> Exchange:
         exchange = Exchange(self, f"{what} over {self.name}", then)
@@ -157,7 +157,7 @@ class LocalAxis:
                 exchange.take(line, line.expect(part.tensor, exchange))
                 self._busy[line] = None
             if not held:
-                exchange.release()
+                exchange.release(time.monotonic_ns())
         if self._busy:
             self._abort.tend(id(self), self.progress)
         # What is already there is read at once: the peer need not wait until this rank waits.
@@ -227,8 +227,10 @@ class LocalAxis:
 class Exchange:
     """One collective or transfer in flight. Its axis's lock is held in all methods but `finish`, `done`, `awaited`."""
 
-    def __init__(self, axis: LocalAxis, what: str, then: Callable[[], None] | None) -> None:
+    def __init__(self, axis: LocalAxis, what: str, then: Callable[[int], None] | None) -> None:
         self.what = what
+        self.arrived = 0
+        """When the last peer had come to it and turned to it, once it is complete (monotonic ns)."""
         self._axis, self._then = axis, then
         self._given: list[tuple[Line, int, Tensor]] = []
         self._posts: list[tuple[Line, int]] = []
@@ -253,20 +255,25 @@ class Exchange:
         self._reads.append((line, number))
         self._missing += 1
 
-    def release(self) -> None:
-        """Makes the posts."""
+    def release(self, since: int) -> None:
+        """Makes the posts.
+
+        Args:
+            since: when this rank came to what it gives: where that has to be computed first, not when it is done.
+        """
         for line, number, x in self._given:
-            if not line.post(number, x):
+            if not line.post(number, x, since):
                 self._axis.occupied(line)
         self._given = []
 
-    def one_read(self) -> None:
-        """A part was copied."""
+    def one_read(self, posted: int, begun: int) -> None:
+        """A part was copied, which its owner had come to at `posted`; this rank began to copy at `begun`."""
         self._missing -= 1
+        self.arrived = max(self.arrived, posted)
         if not self._missing and self._then is not None:
             then, self._then = self._then, None
             with torch.no_grad():
-                then()
+                then(begun)
 
     def complete(self) -> bool:
         """Whether all is read on both sides; reads what is there."""
@@ -276,8 +283,14 @@ class Exchange:
                     line.read(number)
             if self._missing:
                 return False
-        self._posts = [(line, number) for line, number in self._posts if not line.was_read(number)]
-        return not self._posts
+        left = []
+        for line, number in self._posts:
+            if line.was_read(number):
+                self.arrived = max(self.arrived, line.turned(number))
+            else:
+                left.append((line, number))
+        self._posts = left
+        return not left
 
     def awaited(self) -> list[Peer]:
         """The peers on which it still depends."""

@@ -17,10 +17,12 @@ from .shared_memory import Exchange, LocalAxis, PeerTensor
 
 @dataclass(frozen=True)
 class Flight:
-    """A collective in flight: `finish` returns the result, `done` says whether it would at once."""
+    """A collective in flight: `finish` returns the result, `done` says whether it would at once, `arrived` when the
+    last of its other ranks had come to it (monotonic ns), once it is done."""
 
     finish: Callable[[], Tensor]
     done: Callable[[], bool]
+    arrived: Callable[[], int]
 
 
 def _others(local: LocalAxis) -> list[int]:
@@ -34,7 +36,7 @@ def _flight(exchange: Exchange, result: Callable[[], Tensor]) -> Flight:
         exchange.finish()
         return result()
 
-    return Flight(finish, exchange.done)
+    return Flight(finish, exchange.done, lambda: exchange.arrived)
 
 
 def all_gather(local: LocalAxis, x: Tensor, out: Tensor) -> Flight:
@@ -81,9 +83,9 @@ def all_reduce_in_two(local: LocalAxis, x: Tensor) -> Flight:
     given, peers = x.view(-1).chunk(len(local.ranks)), _others(local)
     mine, parts = given[local.rank], _parts(local, given[local.rank])
 
-    def summed() -> None:
+    def summed(begun: int) -> None:
         sum_in_rank_order(parts, mine)
-        gather.release()
+        gather.release(begun)
 
     # A part is overwritten by its sum only after its owner, who made the sum, has read it.
     others = [PeerTensor(p, given[p]) for p in peers]
@@ -95,7 +97,7 @@ def all_reduce_in_two(local: LocalAxis, x: Tensor) -> Flight:
         gather.finish()
         return x
 
-    return Flight(finish, lambda: scatter.done() and gather.done())
+    return Flight(finish, lambda: scatter.done() and gather.done(), lambda: max(scatter.arrived, gather.arrived))
 
 
 def all_to_all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,11 +14,13 @@ from .segment import Words, is_closed
 
 _SLOTS = 64
 """Posts of one line that are shown at a time."""
-_COUNT, _POSTS, _READ = 0, 1, 1 + 3 * _SLOTS
-_NUMBER, _PLACE, _BYTES = 0, 1, 2
-LINE_WORDS = 1 + 4 * _SLOTS
-"""Words of a line in a segment: how many posts there were; per slot number + 1, address and bytes of a post; per slot
-number + 1 of what was read last of the other's posts."""
+_COUNT, _POSTS, _READ = 0, 1, 1 + 4 * _SLOTS
+_NUMBER, _PLACE, _BYTES, _SINCE = 0, 1, 2, 3
+_TURNED = _SLOTS
+LINE_WORDS = 1 + 6 * _SLOTS
+"""Words of a line in a segment: how many posts there were; per slot number + 1, address and bytes of a post and when
+it came; per slot number + 1 of what was read last of the other's posts; per slot when that was begun. Times are of
+`time.monotonic_ns`, one clock for all processes of a host."""
 
 
 class LineReader(Protocol):
@@ -25,7 +28,7 @@ class LineReader(Protocol):
 
     what: str
 
-    def one_read(self) -> None: ...
+    def one_read(self, posted: int, begun: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Line:
         self._posts = self._reads = 0
         self._later: list[tuple[int, Tensor]] = []
         """Posts that have no slot yet."""
+        self._since: dict[int, int] = {}
+        """When such a post came."""
         self._unread: dict[int, Tensor] = {}
         """What must stay in memory."""
         self._coming: dict[int, tuple[Tensor, LineReader]] = {}
@@ -80,9 +85,13 @@ class Line:
         self._seen = -1  # it may have been posted long ago
         return number
 
-    def post(self, number: int, x: Tensor) -> bool:
-        """Offers x, which must not change until `was_read`; whether it has a slot."""
-        self._unread[number] = x
+    def post(self, number: int, x: Tensor, since: int) -> bool:
+        """Offers x, which must not change until `was_read`; whether it has a slot.
+
+        Args:
+            since: when this rank came to what it gives x for.
+        """
+        self._unread[number], self._since[number] = x, since
         shown = self._show(number, x)
         if not shown:
             self._later.append((number, x))
@@ -91,8 +100,9 @@ class Line:
     def _show(self, number: int, x: Tensor) -> bool:
         if number >= _SLOTS and not self.was_read(number - _SLOTS):
             return False
-        words, at = self._mine, _POSTS + 3 * (number % _SLOTS)
+        words, at = self._mine, _POSTS + 4 * (number % _SLOTS)
         words[at + _PLACE], words[at + _BYTES] = x.data_ptr(), x.nbytes
+        words[at + _SINCE] = self._since.pop(number)
         words[at + _NUMBER] = number + 1
         words[_COUNT] += 1
         return True
@@ -103,6 +113,10 @@ class Line:
             return False
         self._unread.pop(number, None)
         return True
+
+    def turned(self, number: int) -> int:
+        """When the peer began to read this rank's post, which it has read."""
+        return self._theirs[_READ + _TURNED + number % _SLOTS]
 
     def is_coming(self, number: int) -> bool:
         """Whether an expected post has not been read."""
@@ -116,7 +130,7 @@ class Line:
             RuntimeError: it is of another size.
         """
         words, slot = self._theirs, number % _SLOTS
-        at = _POSTS + 3 * slot
+        at = _POSTS + 4 * slot
         if words[at + _NUMBER] != number + 1:
             return
         into, exchange = self._coming[number]
@@ -125,13 +139,15 @@ class Line:
                 f"{exchange.what}: rank {self.peer.rank} gives {words[at + _BYTES]} bytes where {into.nbytes} are "
                 "expected; all ranks must make the same calls in the same order"
             )
+        begun, since = time.monotonic_ns(), words[at + _SINCE]
         self.peer.process.read(words[at + _PLACE], into.data_ptr(), into.nbytes, self._between)
         # What a peer has given up may not have been there any more.
         if is_closed(self.peer.words):
             raise self.peer.left()
         del self._coming[number]
+        self._mine[_READ + _TURNED + slot] = begun
         self._mine[_READ + slot] = number + 1
-        exchange.one_read()
+        exchange.one_read(since, begun)
 
     def progress(self) -> bool:
         """Reads and shows what it can; whether there is more to come."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 
+from ..record import kinds
 from ..record.ring import Recorder
 from .kind import Kind
 from .program import Op
 
 Handler = Callable[[Op], None]
-
-MEMORY = "memory"
-"""Kind of the entries that say how many bytes are on the device after an operation, where somebody counts them."""
 
 
 def execute(
@@ -22,11 +21,14 @@ def execute(
     Args:
         count: the bytes on the device, to be recorded after each operation.
     """
-    codes, memory = {kind: recorder.intern(kind.token) for kind in handlers}, recorder.intern(MEMORY)
+    codes, memory = {kind: recorder.intern(kind.token) for kind in handlers}, recorder.intern(kinds.MEMORY)
+    computed = time.thread_time_ns()
     for position, op in enumerate(ops):
         recorder.op, recorder.micro_batch = position, op.index
         ticket = recorder.enter(codes[op.kind])
         handlers[op.kind](op)
-        recorder.exit(ticket)
+        before, computed = computed, time.thread_time_ns()
+        recorder.exit(ticket, cpu=computed - before)
         if count is not None:
             recorder.exit(recorder.enter(memory, nbytes=count()))
+    recorder.op = -1

@@ -9,14 +9,11 @@ import numpy as np
 
 from ...configs.errors import Problem, UserError
 from ..record.files import read_index, read_ring
+from ..record.kinds import MEMORY, WAIT
 from ..record.reader import RecordError, RecordRing
-from .execute import MEMORY
 from .program import Ops, Program
 from .simulate import Curve, Timeline
 from .times import Times
-
-WAIT = "wait"
-"""Kind of the entries that the executor writes while an operation waits for its data, before it computes."""
 
 
 def actual(
@@ -155,4 +152,4 @@ def _complete(own: np.ndarray, count: int) -> np.ndarray | None:
     return next(whole, None)
 
 
-__all__ = ["WAIT", "RecordError", "actual", "last_step"]
+__all__ = ["RecordError", "actual", "last_step"]

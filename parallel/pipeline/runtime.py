@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ..comm.collectives import Handle, receive, send
 from ..comm.mesh import Axis
 from ..gradients import WeightGradients
+from ..record.kinds import WAIT
 from ..record.ring import Recorder
 from .execute import Handler
 from .kind import Kind
@@ -121,7 +122,7 @@ class Runtime:
     ) -> None:
         self.program, self.rank, self.hidden = program, rank, hidden
         self._forward, self._channel, self._stores, self._vocab = forward, channel, stores, vocab
-        self._recorder, self._wait_code = recorder, recorder.intern("wait")
+        self._recorder, self._wait_code = recorder, recorder.intern(WAIT)
         self._offloads = offloads
         self._last = program.stages - 1
         self._buffers: dict[tuple[Kind, int, int], Tensor] = {}

@@ -315,9 +315,9 @@ class Offloads:
         before, data = file.written, slab.view(saved.nbytes)
 
         def write() -> None:
-            left.landed()
+            left.landed(beside=True)
             if before is not None:
-                before.landed()  # what was forwarded and so never waited for
+                before.landed(beside=True)  # what was forwarded and so never waited for
             file.file.write(data, lanes.stopped)
 
         slab.busy = file.written = saved.left = lanes.store.submit(write)
@@ -339,7 +339,7 @@ class Offloads:
 
         def fetch() -> None:
             if read is not None:
-                read.landed()
+                read.landed(beside=True)
             file.file.read(data, lanes.stopped)
 
         saved.copy = saved.left = lanes.get.submit(fetch)

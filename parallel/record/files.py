@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import mmap
 import os
 import re
 import socket
@@ -137,6 +138,20 @@ def read_ring(run_dir: Path, ring: RingFile) -> RecordRing:
             finally:
                 os.close(fd)
     return read(ring.collected(run_dir))
+
+
+def map_header(ring: RingFile) -> memoryview | None:
+    """The header of a ring of this host, as its writer changes it; None where it is not on this host, or not there."""
+    if ring.host != socket.gethostname():
+        return None
+    try:
+        fd, _ = _open_ring(Path(ring.file), ring)
+    except (OSError, RecordError):
+        return None
+    try:
+        return memoryview(mmap.mmap(fd, HEADER_BYTES, prot=mmap.PROT_READ))
+    finally:
+        os.close(fd)
 
 
 def sweep() -> list[Path]:

@@ -20,19 +20,26 @@ from .ring import (
     NAMES_BYTES,
     NAMES_USED_WORD,
     NEXT_WORD,
+    ROW_WORDS,
+    ROWS,
+    ROWS_WORD,
 )
 
 _TIMES = ["enqueued", "start", "end", "nbytes", "seq", "step"]
 _CODES = ["epoch", "micro_batch", "op", "kind", "axis", "group", "peer", "dtype", "stream", "flags"]
-_ON_FILE = np.dtype(
+_MARKS = ["waited", "arrived", "cpu"]
+ON_FILE = np.dtype(
     {
-        "names": ["version", *_TIMES, *_CODES],
-        "formats": ["<u8"] + ["<i8"] * len(_TIMES) + ["<i4"] * len(_CODES),
-        "offsets": [*range(0, 8 * 7, 8), *range(56, 56 + 4 * len(_CODES), 4)],
+        "names": ["version", *_TIMES, *_CODES, *_MARKS],
+        "formats": ["<u8"] + ["<i8"] * len(_TIMES) + ["<i4"] * len(_CODES) + ["<i8"] * len(_MARKS),
+        "offsets": [*range(0, 8 * 7, 8), *range(56, 96, 4), *range(96, 120, 8)],
         "itemsize": ENTRY_BYTES,
     }
 )
-ENTRY_DTYPE = np.dtype([("ticket", "<i8")] + [(n, "<i8") for n in _TIMES] + [(n, "<i4") for n in _CODES])
+"""An entry as it lies in a ring."""
+ENTRY_DTYPE = np.dtype(
+    [("ticket", "<i8")] + [(n, "<i8") for n in _TIMES] + [(n, "<i4") for n in _CODES] + [(n, "<i8") for n in _MARKS]
+)
 """Fields of `RecordRing.entries`; times in monotonic ns of its host, end == 0 while the operation is under way."""
 _NUMBERS = ("step", "micro_batch", "op", "group", "peer", "nbytes", "seq", "flags")
 _RETRIES = 64
@@ -77,6 +84,21 @@ class RecordRing:
     def wall(self, ns: int) -> float:
         """Unix time in seconds of a time of an entry: the way to align rings of several hosts."""
         return (ns - self.header.mono_ns + self.header.wall_ns) / 1e9
+
+
+def read_row(header: memoryview, number: int) -> np.ndarray | None:
+    """A step's row (ROW_WORDS - 1,) as `Recorder.publish` showed it; None where it is not there, or not any more.
+
+    Args:
+        header: the first HEADER_BYTES of a ring, mapped.
+        number: of the step.
+    """
+    word = ROWS_WORD + number % ROWS * ROW_WORDS
+    words = np.frombuffer(header, np.int64, ROW_WORDS, 8 * word)
+    if words[0] != 2 * number + 2:
+        return None
+    row = words[1:].copy()
+    return row.view(np.float64) if words[0] == 2 * number + 2 else None
 
 
 def read(path: Path) -> RecordRing:
@@ -151,7 +173,7 @@ def _stable_entries(fd: int, base: int, slots_there: int, capacity: int, path: P
         return np.frombuffer(b"".join(parts), f"V{ENTRY_BYTES}")
 
     def good(once: np.ndarray, twice: np.ndarray) -> np.ndarray:
-        return (once == twice) & (once.view(_ON_FILE)["version"] % 2 == 0)
+        return (once == twice) & (once.view(ON_FILE)["version"] % 2 == 0)
 
     first = copy(0, slots_there).copy()
     kept = good(first, copy(0, slots_there))
@@ -161,14 +183,14 @@ def _stable_entries(fd: int, base: int, slots_there: int, capacity: int, path: P
             if good(once, twice)[0]:
                 first[slot], kept[slot] = once[0], True
                 break
-    raw = first.view(_ON_FILE)
+    raw = first.view(ON_FILE)
     slots = np.flatnonzero(kept & (raw["version"] != 0))
     return _by_ticket(raw[slots], slots, capacity), int((~kept).sum())
 
 
 def _by_ticket(raw: np.ndarray, slots: np.ndarray, capacity: int) -> np.ndarray:
     entries = np.zeros(len(raw), ENTRY_DTYPE)
-    for name in (*_TIMES, *_CODES):
+    for name in (*_TIMES, *_CODES, *_MARKS):
         entries[name] = raw[name]
     generation = raw["version"].astype(np.int64) // 2 - 1
     entries["ticket"] = generation * capacity + slots

@@ -32,16 +32,22 @@ FAILED = 2
 """Flag: an exception ended the operation."""
 DEVICE_TIME = 4
 """Flag: start and end come from device events, not from the host's calls."""
+BESIDE = 8
+"""Flag: written by a `fork`, so for something beside the step's own thread."""
 
 # magic, format, header bytes, name bytes, entry bytes, capacity, rank, world, pid, wall ns, monotonic ns
 HEADER = struct.Struct("=8sIIIIQiiqqq")
 # The words that change while the ring is written; each is one aligned 8-byte store.
 NEXT_WORD, NAMES_USED_WORD, EPOCH_WORD, CLOSED_WORD = 64, 65, 66, 67
-# version | enqueued start end | nbytes seq step | epoch micro_batch op kind axis group peer dtype stream flags | unused
-ENTRY = struct.Struct("=Qqqqqqqiiiiiiiiii32x")
-_PAYLOAD = struct.Struct("=qqqqqqiiiiiiiiii")
+ROWS_WORD, ROWS, ROW_WORDS = 128, 3, 128
+"""Where the rows of the newest steps are, how many of them, and the words of one: a version, then float64 numbers."""
+# version | enqueued start end | nbytes seq step | epoch micro_batch op kind axis group peer dtype stream flags |
+# waited arrived cpu | unused
+ENTRY = struct.Struct("=Qqqqqqqiiiiiiiiiiqqq8x")
+_PAYLOAD = struct.Struct("=qqqqqqiiiiiiiiiiqqq")
 _WORDS = ENTRY_BYTES // 8
-_FLAGS_INT = (ENTRY.size - 32 - 4) // 4
+_FLAGS_INT = 23
+_END_WORD, _WAITED_WORD, _ARRIVED_WORD, _CPU_WORD = 3, 12, 13, 14
 _NAME_LENGTH = struct.Struct("=H")
 
 _now = time.monotonic_ns
@@ -79,6 +85,7 @@ class Recorder:
         self._tickets = itertools.count()
         self._codes: dict[str, int] = {}
         self._origin: Recorder | None = None
+        self._flags = 0
         # fmt: off
         HEADER.pack_into(self._map, 0, MAGIC, FORMAT, HEADER_BYTES, NAMES_BYTES, ENTRY_BYTES, entries, rank, world,
                          os.getpid(), time.time_ns(), _now())
@@ -98,7 +105,7 @@ class Recorder:
     def fork(self) -> Recorder:
         """A writer into the same ring with a context of its own, for what is done later than the step asked for it."""
         fork = copy.copy(self)
-        fork._origin = self
+        fork._origin, fork._flags = self, BESIDE
         return fork
 
     @property
@@ -114,6 +121,34 @@ class Recorder:
     def origin(self) -> Recorder:
         """The recorder that this one was forked from, or itself."""
         return self._origin or self
+
+    @property
+    def memory(self) -> memoryview:
+        """The bytes of the ring, for readers in this process."""
+        return memoryview(self._map)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By their codes, those known so far."""
+        return tuple(self._codes)
+
+    def publish(self, number: int, row: bytes) -> None:
+        """Shows a step's row, of at most ROW_WORDS - 1 float64 numbers, to the readers; of the last ROWS steps.
+
+        Args:
+            number: of the step.
+            row: the numbers, as they lie in memory.
+
+        Raises:
+            ValueError: they are too many.
+        """
+        if len(row) > 8 * (ROW_WORDS - 1):
+            raise ValueError(f"a row has at most {ROW_WORDS - 1} numbers, got {len(row) // 8}")
+        word = ROWS_WORD + number % ROWS * ROW_WORDS
+        with self._lock:
+            self._words[word] = 2 * number + 1
+            self._map[8 * word + 8 : 8 * word + 8 + len(row)] = row
+            self._words[word] = 2 * number + 2
 
     def intern(self, name: str) -> int:
         """Code of a name, written into the file the first time; "" is 0, and so is any name once the table is full."""
@@ -157,24 +192,47 @@ class Recorder:
             now = _now()
             # fmt: off
             _PAYLOAD.pack_into(self._map, word * 8 + 8, now, now, 0, nbytes, seq, self.step, words[EPOCH_WORD],
-                               self.micro_batch, self.op, kind, axis, group, peer, dtype, stream, 0)
+                               self.micro_batch, self.op, kind, axis, group, peer, dtype, stream, self._flags, 0, 0, 0)
             # fmt: on
             words[word] = 2 * generation + 2
             words[NEXT_WORD] = ticket + 1
         return ticket
 
-    def exit(self, ticket: int, flags: int = 0) -> None:
-        """Close an entry now; without effect where the ring has come round and overwritten it."""
+    def waits(self, ticket: int) -> None:
+        """Marks that this rank has nothing else to do from now on than to wait for the entry's end; the first time
+        counts."""
+        generation, slot = divmod(ticket, self.capacity)
+        word = self._base_word + slot * _WORDS
+        with self._lock:
+            words = self._words
+            if words[word] == 2 * generation + 2 and not words[word + _WAITED_WORD] and not words[word + _END_WORD]:
+                words[word + _WAITED_WORD] = _now()
+
+    def exit(self, ticket: int, flags: int = 0, *, arrived: int = 0, cpu: int = 0) -> None:
+        """Close an entry now; without effect where it is closed, or the ring has come round and overwritten it.
+
+        Args:
+            ticket: of `enter`.
+            flags: ABORTED, FAILED.
+            arrived: when the last of those that take part had come to it (monotonic ns); 0: not known.
+            cpu: what the thread computed in it (ns of its CPU time); 0: not known.
+        """
         generation, slot = divmod(ticket, self.capacity)
         word = self._base_word + slot * _WORDS
         with self._lock:
             words = self._words
             if words[word] != 2 * generation + 2:
                 return
+            if words[word + _END_WORD]:
+                return
             # Aligned single stores, end last: a killed writer leaves the entry open, never half closed.
             if flags:
                 self._ints[word * 2 + _FLAGS_INT] |= flags
-            words[word + 3] = _now()
+            if arrived:
+                words[word + _ARRIVED_WORD] = arrived
+            if cpu:
+                words[word + _CPU_WORD] = cpu
+            words[word + _END_WORD] = _now()
 
     def stamp(self, ticket: int, start_ns: int, end_ns: int, flags: int = 0) -> None:
         """Set an entry's start and end afterwards (host clock), for times that come late, as CUDA events do."""
@@ -187,7 +245,7 @@ class Recorder:
             if flags:
                 self._ints[word * 2 + _FLAGS_INT] |= flags
             words[word + 2] = start_ns
-            words[word + 3] = end_ns
+            words[word + _END_WORD] = end_ns
 
     def span(
         self,

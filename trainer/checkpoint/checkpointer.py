@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ import torch.distributed as dist
 from ...configs.errors import Problem, UserError
 from ...parallel.comm.waiting import Abort
 from ...parallel.global_tensor import GlobalTensor
+from ...parallel.record import kinds
+from ...parallel.record.ring import Recorder
 from ..metrics.notices import warn
 from ..processes.threads import Beside
 from . import files
@@ -58,6 +61,7 @@ class Checkpointer:
         on_event: called on rank 0 with `checkpoint_saved`, `checkpoint_failed` and `checkpoint_damaged`; from the
             writing thread, if `asynchronous`.
         abort: ends the waits for the other ranks.
+        recorder: of the rank.
     """
 
     def __init__(
@@ -71,12 +75,14 @@ class Checkpointer:
         asynchronous: bool,
         on_event: Callable[[dict[str, Any]], None],
         abort: Abort | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         if group is None and world != 1:
             raise ValueError(f"{world} ranks need a process group")
         self.directory = Path(directory)
         self._team = Team(group, rank, world, abort)
         self._keep, self._on_event = keep, on_event
+        self._recorder = recorder.fork() if recorder is not None else None
         self._writer = Beside("checkpoint") if asynchronous else None
         self.beside: Mapping[str, bytes] = {}
         """Small files that every checkpoint has beside its tensors, by name; rank 0's are written."""
@@ -161,7 +167,8 @@ class Checkpointer:
     def _run(self, save: Save, step: int, blocked: float) -> None:
         started = time.monotonic()
         try:
-            done = write_together(self._team, save)
+            with self._recorded(step):
+                done = write_together(self._team, save)
         except BaseException as error:
             self._failed(
                 step, save.folder, error if isinstance(error, CheckpointError) else CheckpointError(repr(error))
@@ -184,6 +191,12 @@ class Checkpointer:
                 files.retain(self.directory, save.folder, self._keep)
             except OSError as error:
                 self._say(f"older checkpoints in {self.directory} could not be removed ({error})")
+
+    def _recorded(self, step: int) -> AbstractContextManager[object]:
+        if self._recorder is None:
+            return nullcontext()
+        self._recorder.context = step, 0, -1
+        return self._recorder.span(self._recorder.intern(kinds.WRITE))
 
     def _failed(self, step: int, folder: Path, error: CheckpointError) -> None:
         self._newest, self._error = None, error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -18,6 +18,22 @@ class Picture:
     """
 
     pixels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Alert:
+    """A value that somebody should hear of at once: trackers that can send messages do, and it is an event.
+
+    Args:
+        title, text: of the message.
+        event: its name in events.jsonl.
+        fields: the event's own.
+    """
+
+    title: str
+    text: str
+    event: str
+    fields: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,7 @@ class Metric:
         unit: of the value.
         in_file: whether metrics.jsonl has it.
         tracker: its key in W&B and TensorBoard, which get numbers, `Picture`s and text; of a mapping they get every
-            value that is known, under this key and a slash. None: they do not get it.
+            value that is known, under this key and a slash, and so on inside it. None: they do not get it.
         over: the trackers' key of the values that its chart is drawn over, where a tracker can; None: over the steps.
         column: its place on the console's line.
         line: (step, value) → a line of its own on the console, under the step's.
@@ -70,8 +86,16 @@ class Metric:
 
     def tracked(self, value: Any) -> Mapping[str, Any]:
         """What trackers get of a value, by their keys."""
-        if self.tracker is None or value is None:
+        if self.tracker is None or value is None or isinstance(value, Alert):
             return {}
         if not isinstance(value, Mapping):
             return {self.tracker: value}
-        return {f"{self.tracker}/{key}": part for key, part in value.items() if part is not None}
+        return dict(_flat(self.tracker, value))
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _flat(f"{key}/{name}", part)
+    elif value is not None:
+        yield key, value

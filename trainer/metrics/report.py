@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .metric import Metric
+from .metric import Alert, Metric
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class Report:
     def row(self) -> dict[str, Any]:
         """The object of metrics.jsonl."""
         return {s.metric.key: s.value for s in self.shown if s.metric.in_file}
+
+    @property
+    def alerts(self) -> tuple[Alert, ...]:
+        """What somebody should hear of at once."""
+        return tuple(s.value for s in self.shown if isinstance(s.value, Alert))
 
     @property
     def tracked(self) -> dict[str, Any]:

@@ -359,7 +359,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_layout() -> None:
-    assert ENTRY.size == ENTRY_BYTES == record_view._ON_FILE.itemsize
+    assert ENTRY.size == ENTRY_BYTES == record_view.ON_FILE.itemsize
 
 
 def test_an_entry_is_written_with_a_handful_of_calls() -> None:

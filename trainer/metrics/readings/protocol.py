@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ....configs.schema import Config
+from ....parallel.pipeline.program import Program
 from ..metric import Metric
+from ..rows import StepRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,12 @@ class RunFacts:
     """This rank's, as torch calls it: cpu, cuda:0."""
     peak_tflops: float | None
     """Of one device; None where it is not known."""
+    ceiling_tflops: float | None = None
+    """What one device reaches in the model's own matrix products; None where it is not known."""
+    program: Program | None = None
+    """What the ranks of a pipeline do in a step."""
+    hosts: Mapping[int, str] = field(default_factory=dict)
+    """Where each rank is, as far as that is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +73,8 @@ class StepDone:
     routed: np.ndarray | None = None
     """(layers with experts, columns) of what the routers counted, summed over all ranks: `models.routing.tally_fields`,
     then how often each choice was taken. None for a model without experts."""
+    rows: StepRows | None = None
+    """Where each rank's time went, in this step or one before it; None where that is not known."""
     worst: tuple[float, ...] = ()
     """For each number of this reading's `watch` the largest over all ranks."""
 

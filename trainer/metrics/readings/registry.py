@@ -16,15 +16,17 @@ from .progress import ProgressReading
 from .protocol import OnRank, Reading, RunFacts, StepDone
 from .routing import RoutingReading
 from .speed import SpeedReading
-from .unmeasured import Unmeasured
+from .straggler import StragglerReading
 from .utilization import UtilizationReading
+from .waterfall import WaterfallReading
 
 BUILT_IN: tuple[type[Reading], ...] = (
     ProgressReading,
     SpeedReading,
     UtilizationReading,
     MemoryReading,
-    Unmeasured,
+    WaterfallReading,
+    StragglerReading,
     RoutingReading,
 )
 _registered: list[type[Reading]] = []

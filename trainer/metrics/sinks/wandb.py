@@ -62,6 +62,8 @@ class WandbSink:
             for key, value in report.tracked.items()
         }
         self.run.log(shown, step=report.step)
+        for alert in report.alerts:
+            self.run.alert(alert.title, alert.text, level=self._wandb.AlertLevel.WARN)
 
     def add(self, report: Report) -> None:
         self.log(report)  # W&B writes a step's row when the next step or the end comes

@@ -1,0 +1,232 @@
+"""Which rank holds the others up, why, and how sure that is. From the rows of `parts.py`; no torch.
+
+A rank's *load* in a step is what makes the others wait for it: the time that it was busy itself, per unit of the work
+that was given to it, and its waits for data, collections of garbage and moving data. Loads are compared between ranks
+of the same role, over the medians of windows:
+
+    score   the median of its peers over its own: 1 as fast as they are, 0.5 half as fast
+    z       how far that lies outside what the steps scatter anyway
+
+Unlike with scores against the fastest rank (NVIDIA's resiliency extension), one lucky rank makes nobody slow; and a
+rank that is slow because it was given more to do is an imbalance, for which no rank is to blame.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from .parts import AT, AXES, OWN, QUEUED, SECONDS, TimePart
+
+WINDOW = 20
+"""Steps."""
+_PERSISTS, _OF = 3, 4
+"""In how many of so many windows a rank must be slow before it is called a straggler."""
+_SLOW_SCORE, _SURE_Z = 0.93, 4.0
+_MEDIAN_ERROR = 1.2533
+"""Standard error of a median, in those of a mean."""
+_MAD = 1.4826
+"""Standard deviation of a normal distribution, in median absolute deviations."""
+
+
+class Reason(StrEnum):
+    """Why a rank is slow."""
+
+    COMPUTE = "compute"
+    """It computes more slowly, or is held up in between."""
+    DATA = "data"
+    """It waits for its loader."""
+    NETWORK = "network"
+    """Its data move more slowly."""
+    IMBALANCE = "imbalance"
+    """It has more to do."""
+    GC = "gc"
+    """Python collects garbage."""
+    CONTENTION = "contention"
+    """Its thread could run and did not get a core."""
+
+
+@dataclass(frozen=True)
+class StragglerVerdict:
+    """What a window says of the slowest rank.
+
+    Args:
+        step: the window's last.
+        rank: none where no rank is to blame (`Reason.IMBALANCE`).
+        score: of that rank, or of the one with more to do.
+        z: how sure.
+        reason: none as long as the score is not `slow`.
+        cost: by how much of themselves steps would be shorter without it.
+        confirmed: it has been slow in three of four windows.
+        scores: (ranks,) of all.
+    """
+
+    step: int
+    rank: int | None
+    score: float
+    z: float
+    reason: Reason | None
+    cost: float
+    confirmed: bool
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Medians over the steps of a window: (ranks,) each."""
+
+    load: np.ndarray
+    raw: np.ndarray
+    scatter: np.ndarray
+    seconds: float
+    causes: Mapping[Reason, np.ndarray]
+
+
+class Stragglers:
+    """Scores ranks, window by window.
+
+    Args:
+        roles: (ranks,) ranks with the same number do the same; who has no peer is compared with its own past.
+        window: steps of a window.
+    """
+
+    def __init__(self, roles: Sequence[int], window: int = WINDOW) -> None:
+        self._roles, self._window = np.asarray(roles), window
+        self._alone = np.bincount(self._roles)[self._roles] == 1
+        self._rows: list[np.ndarray] = []
+        self._work: list[np.ndarray] = []
+        self._slow: dict[int, deque[bool]] = {rank: deque(maxlen=_OF) for rank in range(len(self._roles))}
+        self._first: np.ndarray | None = None
+        """Loads of the first window, of ranks that have no peer."""
+
+    def step(self, number: int, rows: np.ndarray, work: np.ndarray) -> StragglerVerdict | None:
+        """Takes a step; at the end of a window what it says.
+
+        Args:
+            number: of the step.
+            rows: (ranks, numbers) of it.
+            work: (ranks,) what each rank was given to do, over the mean of its role.
+        """
+        self._rows.append(rows)
+        self._work.append(work)
+        if len(self._rows) < self._window:
+            return None
+        window = _window(np.stack(self._rows), np.stack(self._work))
+        self._rows.clear()
+        self._work.clear()
+        return self._judge(number, window)
+
+    def _judge(self, number: int, window: _Window) -> StragglerVerdict:
+        load, reference = self._compared(window.load)
+        raw, raw_reference = self._compared(window.raw, keep=False)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            scores = np.nan_to_num(reference / load, nan=1.0)
+            z = np.nan_to_num((load - reference) / self._error(window, load), nan=0.0)
+            raw_scores = np.nan_to_num(raw_reference / raw, nan=1.0)
+        slow = (scores < _SLOW_SCORE) & (z > _SURE_Z)
+        for rank, history in self._slow.items():
+            history.append(bool(slow[rank]))
+        confirmed = np.array([sum(history) >= _PERSISTS and history[-1] for history in self._slow.values()])
+        rank = int(np.argmin(np.where(confirmed, scores, scores + 2)) if confirmed.any() else np.argmin(scores))
+        cost = self._cost(rank, window)
+        if slow[rank]:
+            reason = self._reason(rank, window)
+            return StragglerVerdict(
+                number, rank, float(scores[rank]), float(z[rank]), reason, cost, bool(confirmed[rank]), scores
+            )
+        heavy = int(np.argmin(raw_scores))
+        if raw_scores[heavy] < _SLOW_SCORE and self._work_of(window)[heavy] > 1 / _SLOW_SCORE:
+            score, cost = float(raw_scores[heavy]), self._cost(heavy, window)
+            return StragglerVerdict(number, None, score, 0.0, Reason.IMBALANCE, cost, False, scores)
+        return StragglerVerdict(number, rank, float(scores[rank]), float(z[rank]), None, 0.0, False, scores)
+
+    def _compared(self, load: np.ndarray, *, keep: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Loads, and what each is to be compared with: the median of its peers. Of ranks that have none, the load is
+        taken over that of the first window, and compared with what became of all others meanwhile."""
+        reference, found = np.ones(len(load)), load.copy()
+        for role in np.unique(self._roles[~self._alone]):
+            ranks = np.flatnonzero(self._roles == role)
+            for rank in ranks:
+                reference[rank] = np.median(load[ranks[ranks != rank]])
+        if self._alone.any() and keep:
+            if self._first is None:
+                self._first = load.copy()
+            change = load / np.where(self._first > 0, self._first, 1.0)
+            for rank in np.flatnonzero(self._alone):
+                others = np.delete(change, rank)
+                found[rank], reference[rank] = change[rank], np.median(others) if len(others) else 1.0
+        elif self._alone.any():
+            reference[self._alone] = load[self._alone]
+        return found, reference
+
+    def _error(self, window: _Window, load: np.ndarray) -> np.ndarray:
+        """(ranks,) what the compared loads are uncertain by: the scatter of steps, and that of the peers' medians."""
+        scale = np.divide(load, window.load, out=np.ones_like(load), where=window.load > 0)
+        scatter = window.scatter * scale
+        found = np.empty(len(load))
+        for rank, role in enumerate(self._roles):
+            ranks = np.flatnonzero(self._roles == role) if not self._alone[rank] else np.arange(len(load))
+            others = ranks[ranks != rank]
+            if not len(others):
+                found[rank] = np.inf
+                continue
+            between = _MAD * np.median(np.abs(load[others] - np.median(load[others]))) if len(others) > 2 else 0.0
+            steps = max(scatter[rank], float(np.median(scatter[others])))
+            found[rank] = np.hypot(_MEDIAN_ERROR * steps / self._window**0.5, between)
+        return np.maximum(found, 1e-9)
+
+    def _reason(self, rank: int, window: _Window) -> Reason:
+        """The cause in which the rank exceeds its peers most."""
+        others = self._others(rank)
+        excess = {reason: values[rank] - np.median(values[others]) for reason, values in window.causes.items()}
+        return max(excess, key=lambda reason: excess[reason])
+
+    def _others(self, rank: int) -> np.ndarray:
+        same = self._roles == self._roles[rank] if not self._alone[rank] else np.ones(len(self._roles), bool)
+        ranks = np.flatnonzero(same)
+        return ranks[ranks != rank] if len(ranks) > 1 else ranks
+
+    def _cost(self, rank: int, window: _Window) -> float:
+        """What the rank's raw load exceeds the next one of its role by, over the step."""
+        others = self._others(rank)
+        if self._alone[rank] or not window.seconds:
+            return 0.0
+        return float(np.clip((window.raw[rank] - window.raw[others].max()) / window.seconds, 0, 1))
+
+    def _work_of(self, window: _Window) -> np.ndarray:
+        return np.divide(window.raw, window.load, out=np.ones_like(window.raw), where=window.load > 0)
+
+
+def _window(rows: np.ndarray, work: np.ndarray) -> _Window:
+    """The medians of (steps, ranks, numbers) and (steps, ranks)."""
+
+    def of(part: TimePart) -> np.ndarray:
+        return rows[..., AT[part]]
+
+    network = sum(of(part) for part in AXES)
+    queued = np.minimum(rows[..., QUEUED], of(TimePart.CONTENTION))
+    beside = of(TimePart.DATA) + of(TimePart.GC) + network
+    raw = rows[..., OWN] + beside
+    load = rows[..., OWN] / np.where(work > 0, work, 1.0) + beside
+    median = np.median(load, 0)
+    causes = {
+        Reason.COMPUTE: rows[..., OWN] - queued,
+        Reason.CONTENTION: queued,
+        Reason.DATA: of(TimePart.DATA),
+        Reason.GC: of(TimePart.GC),
+        Reason.NETWORK: network,
+    }
+    return _Window(
+        load=median,
+        raw=np.median(raw, 0),
+        scatter=_MAD * np.median(np.abs(load - median), 0),
+        seconds=float(np.median(rows[..., SECONDS].mean(1))),
+        causes={
+            reason: np.mean(values, 0) if reason == Reason.GC else np.median(values, 0)
+            for reason, values in causes.items()
+        },
+    )

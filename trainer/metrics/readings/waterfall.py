@@ -1,0 +1,125 @@
+"""Where the time of a step went, and so why its MFU is not higher: docs/observability.md."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ....models.costs.flops import flops_per_step
+from ....parallel.record.parts import AT, AXES, BLIND, PARTS, SECONDS, TimePart
+from ....parallel.record.planned import measured_times, planned_idle
+from ..metric import Metric
+from ..rows import StepRows
+from .protocol import Reading, RunFacts, StepDone
+from .roles import lines
+
+_DIGITS = 6
+_SHOWN_FROM = 0.005
+"""Smaller parts are not on the console."""
+_SIMULATING = 0.005
+"""Share of the time that may go into simulating the program."""
+
+MODEL, BELOW, PLANNED, UNPLANNED = "model", "below_ceiling", "bubble_planned", "bubble_unplanned"
+ORDER = (
+    MODEL, BELOW, *(part.value for part in (TimePart.COMPUTE, TimePart.RECOMPUTE)), PLANNED, UNPLANNED,
+    *(part.value for part in PARTS if part not in (TimePart.COMPUTE, TimePart.RECOMPUTE, TimePart.BUBBLE)),
+)  # fmt: skip
+"""The keys of the parts, in the order in which they are shown."""
+
+
+def waterfall_line(step: int, waterfall: Mapping[str, Any]) -> str:
+    """`      where  model 41.0%  below_ceiling 22.3%  dp 9.1%  …`: the largest first after the model's own."""
+    parts = {key: waterfall[key] for key in ORDER if waterfall.get(key)}
+    first = [key for key in (MODEL, BELOW) if key in parts]
+    rest = sorted((key for key in parts if key not in first), key=lambda key: -parts[key])
+    shown = [f"{key} {100 * parts[key]:.1f}%" for key in (*first, *rest) if parts[key] >= _SHOWN_FROM]
+    text = "  where  " + "  ".join(shown)
+    while len(text) > 120:
+        shown.pop()
+        text = "  where  " + "  ".join([*shown, "…"])
+    return text
+
+
+class WaterfallReading(Reading):
+    """The parts of a step, as fractions of it, the mean over all ranks; and the MFU without each of them."""
+
+    metrics = (
+        Metric(
+            "waterfall",
+            "where the time of a step went: object, below; `null` where the ranks' records do not tell",
+            tracker="waterfall",
+            line=waterfall_line,
+        ),
+    )
+
+    def __init__(self, run: RunFacts) -> None:
+        super().__init__(run)
+        self._flops: dict[int, float] = {}
+        self._planned: np.ndarray | None = None
+        self._rested_s, self._cost_s = 0.0, 0.0
+
+    def step(self, done: StepDone) -> Mapping[str, Any]:
+        self._flops[done.step] = flops_per_step(self.run.cfg.model, done.tokens, done.pairs) / self.run.devices
+        for old in [step for step in self._flops if step < done.step - 8]:
+            del self._flops[old]
+        return {"waterfall": None if done.rows is None else self._waterfall(done.rows)}
+
+    def _waterfall(self, found: StepRows) -> dict[str, Any]:
+        rows = split_blind(found.rows, self.run)
+        seconds = rows[:, SECONDS].mean()
+        parts = {part.value: rows[:, AT[part]].mean() for part in PARTS}
+        parts |= self._divide_bubble(rows, parts.pop(TimePart.BUBBLE.value))
+        flops, ceiling = self._flops.get(found.step), self.run.ceiling_tflops
+        if flops is not None and ceiling:
+            compute = parts.pop(TimePart.COMPUTE.value)
+            parts[MODEL] = min(flops / (ceiling * 1e12), compute)
+            parts[BELOW] = compute - parts[MODEL]
+        shares = {key: parts[key] / seconds for key in ORDER if key in parts}
+        values: dict[str, Any] = {"step": found.step, **{key: _rounded(share) for key, share in shares.items()}}
+        if flops is not None and self.run.peak_tflops:
+            mfu = flops / seconds / (self.run.peak_tflops * 1e12)
+            free = {key: mfu / (1 - share) for key, share in shares.items() if key != MODEL and 0 < share < 1}
+            values["mfu_if_free"] = {key: _rounded(value) for key, value in free.items()}
+        return values
+
+    def _divide_bubble(self, rows: np.ndarray, bubble: float) -> dict[str, float]:
+        program = self.run.program
+        if program is None or len(program.ranks) == 1:
+            return {PLANNED: 0.0, UNPLANNED: bubble}
+        ranks = len(program.ranks)
+        waited = rows[:, AT[TimePart.BUBBLE]].reshape(ranks, -1)
+        self._rested_s += float(rows[0, SECONDS])
+        if self._planned is None or self._rested_s * _SIMULATING >= self._cost_s:
+            begin = time.perf_counter()
+            self._planned = planned_idle(program, measured_times(program, rows))
+            self._cost_s, self._rested_s = time.perf_counter() - begin, 0.0
+        planned = float(np.minimum(waited, self._planned[:, None]).mean())
+        return {PLANNED: planned, UNPLANNED: bubble - planned}
+
+
+def split_blind(rows: np.ndarray, run: RunFacts) -> np.ndarray:
+    """The rows (ranks, numbers) with the communication of which nobody knows when its last rank came divided too.
+
+    Whoever comes last waits least: what the rank of an axis that waited least waited is communication, what the others
+    waited beyond that is waiting for it.
+    """
+    blind = rows[:, BLIND : BLIND + len(AXES)]
+    if not blind.any():
+        return rows
+    rows = rows.copy()
+    for index, part in enumerate(AXES):
+        mine = blind[:, index]
+        if mine.any():
+            least = mine.copy()
+            for ranks in lines(run.cfg, part):
+                least[ranks] = mine[ranks].min()
+            rows[:, AT[part]] += least
+            rows[:, AT[TimePart.STRAGGLER]] += mine - least
+    return rows
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")
