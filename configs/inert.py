@@ -115,6 +115,7 @@ JOB: tuple[Inert[Config], ...] = (
         ("memory.recompute",),
         lambda c: c.memory.recompute not in ("full", "selective"),
     ),
+    Inert(("memory.token_share",), ("memory.recompute",), lambda c: c.memory.recompute not in ("selective", "auto")),
     Inert(("parallel.data.bucket_mib",), ("parallel.data.sharding",), lambda c: c.parallel.data.sharding == "fsdp"),
     Inert(
         ("memory.optimizer_stride",),

@@ -94,8 +94,8 @@ class ParallelConfig:
         return self.pipeline if self.pp > 1 else PipelineConfig(schedule="1f1b", chunks=1)
 
 
-RecomputePlan = tuple[tuple[int, Literal["full"] | tuple[str, ...]], ...]
-"""(layer, parts that are made again) of the layers that do not keep everything."""
+RecomputePlan = tuple[tuple[int, Literal["full"] | tuple[str, ...], float], ...]
+"""(layer, parts that are made again, share of tokens of which they are kept) of layers that do not keep everything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +111,9 @@ class MemoryConfig:
     """full, selective: of every so many layers, the first one."""
     recompute_layers: int | None = None
     """full, selective: so many of these layers of each stage at most, its first ones; null: all."""
+    token_share: Literal["none", "auto"] | float = "none"
+    """selective, auto: a share of each sequence's tokens (0.4), its first ones, of which the parts are kept, or
+    offloaded, after all; the rest is made again token by token. auto: the largest that fits and whose copies hide."""
     offload_activations: Literal["none", "all", "auto"] | float = "none"
     """What the backward pass needs is on the host until then: nothing of it, all, a share of each rank's (0.5), the
     longest-lived first, or (auto) what costs no time."""
@@ -132,4 +135,9 @@ class MemoryConfig:
     optimizer_subgroup_mib: float = 64.0
     """offload_optimizer: MiB of masters and moments that are updated at once."""
     plan: RecomputePlan | None = field(default=None, metadata={"key": False})
-    """recompute=auto: what was chosen for each layer (`trainer.memory.plan`); none: nothing yet."""
+    """recompute=auto or token_share=auto: what was chosen for each layer (`trainer.memory.plan`); none: nothing yet."""
+
+    @property
+    def recompute_is_planned(self) -> bool:
+        """Whether what layers make again follows from the memory that they have (`plan`)."""
+        return self.recompute == "auto" or (self.recompute == "selective" and self.token_share == "auto")

@@ -50,20 +50,21 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, seq: Sequences) -> Tensor:
         """x (N, h) → (N, h)."""
-        q, k, v = run_part("attention", partial(self.heads, seq), x)
+        q, k, v = run_part("attention", partial(self.heads, seq.batch), x, *seq.angles)
         y = self.core(q, k, v, AttentionCall(seq.layout, self.window, self.scale, self.sinks))
         return self.out(y.reshape(seq.batch * seq.length, -1))
 
-    def heads(self, seq: Sequences, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, T, H, d), k and v (B, T, K, d) from x (N, h)."""
+    def heads(self, batch: int, x: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, T, H, d), k and v (B, T, K, d) from x (N, h) and cosines and sines, each (1 or B, T, 1, r/2)."""
         q, k, v = project(x, self.q, self.k, self.v)
         if self.norm_heads_together:
             q, k = self._norm(q, k)
-        q, k, v = (y.view(seq.batch, seq.length, -1, self.head_dim) for y in (q, k, v))
+        q, k, v = (y.view(batch, len(y) // batch, -1, self.head_dim) for y in (q, k, v))
         if not self.norm_heads_together:
             q, k = self._norm(q, k)
-        if seq.cos is not None and seq.sin is not None:
-            q, k = (rotate(y, seq.cos, seq.sin, self.interleaved) for y in (q, k))
+        if angles:
+            cos, sin = angles
+            q, k = (rotate(y, cos, sin, self.interleaved) for y in (q, k))
         return q, k, v
 
     def _norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -351,7 +351,7 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor, seq: Sequences) -> Tensor:
         """x (N, h) → (N, h)."""
-        q, k, v, g, gate = run_part("attention", partial(self.heads, seq), x)
+        q, k, v, g, gate = run_part("attention", partial(self.heads, seq.batch), x)
         documents, joined = (
             None if y is None else y.to(x.device) for y in (seq.layout.mine.documents, seq.layout.joined)
         )
@@ -359,11 +359,11 @@ class LinearAttention(nn.Module):
         y = run_part("norm", self.head_norm, y)
         return self.out(run_part("activation", swiglu, gate, y.reshape(seq.batch * seq.length, -1)))
 
-    def heads(self, seq: Sequences, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def heads(self, batch: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """q, k (B, T, H, d), v (B, T, H, e), log-decays (B, T, H, d) and gates (N, H e) from x (N, h)."""
         low = self.decay_up(self.decay_down(x))
         q, k, v, gate = project(x, self.q, self.k, self.v, self.gate)
         d, e = self.widths
         g = F.logsigmoid(low.to(precise(x.dtype))) / GATE_DIVISOR
-        q, k, g = (y.view(seq.batch, seq.length, -1, d) for y in (q, k, g))
-        return q, k, v.view(seq.batch, seq.length, -1, e), g, gate
+        q, k, g = (y.view(batch, len(y) // batch, -1, d) for y in (q, k, g))
+        return q, k, v.view(batch, len(v) // batch, -1, e), g, gate

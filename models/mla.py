@@ -65,7 +65,7 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, seq: Sequences) -> Tensor:
         """x (N, h) → (N, h)."""
-        q, k, v = run_part("attention", partial(self.heads, seq), x)
+        q, k, v = run_part("attention", partial(self.heads, seq.batch), x, *seq.angles)
         call = AttentionCall(seq.layout, self.window, self.scale)
         if self.latent_core is not None:
             y = self.latent_core(q, k, v, self.kv_up, self.keys_values, call)
@@ -73,22 +73,24 @@ class LatentAttention(nn.Module):
             y = self.core(q, k, v, call)
         return self.out(y.reshape(seq.batch * seq.length, -1))
 
-    def heads(self, seq: Sequences, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From x (N, h) what the core reads: q (B, T, H, n + p), k and v, or what a `latent_core` makes these of."""
+    def heads(self, batch: int, x: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From x (N, h), and cosines and sines (1 or B, T, 1, p/2), what the core reads: q (B, T, H, n + p), k and v,
+        or what a `latent_core` makes these of."""
         q, low = (self.q(x), self.kv_down(x)) if self.q is not None else project(x, self.q_down, self.kv_down)
-        return run_part("latent", partial(self.expanded, seq), q, low)
+        return run_part("latent", partial(self.expanded, batch), q, low, *angles)
 
-    def expanded(self, seq: Sequences, q: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def expanded(self, batch: int, q: Tensor, low: Tensor, *angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same from the narrow vectors: queries (N, q_rank), or whole ones; latents and rotary keys (N, r + p)."""
         if self.q is None:
             q = self.q_up(run_part("norm", self.q_norm, q))
         latent, turning = low.split((self.mla.kv_rank, self.mla.rope_dim), dim=-1)
         latent, turning = run_part("norm", self.kv_norm, latent), self.gather_tokens(turning)
-        shape = (seq.batch, seq.length, -1)
+        shape = (batch, len(q) // batch, -1)
         q = q.view(*shape, self.mla.nope_dim + self.mla.rope_dim)
         turning = turning.view(*shape, self.mla.rope_dim)
-        if seq.cos is not None and seq.sin is not None:
-            q, turning = (rotate(y, seq.cos, seq.sin, self.interleaved) for y in (q, turning))
+        if angles:
+            cos, sin = angles
+            q, turning = (rotate(y, cos, sin, self.interleaved) for y in (q, turning))
         if self.latent_core is not None:
             return q, latent, turning.squeeze(2)
         return q, *self.keys_values(self.kv_up(latent), turning.squeeze(2))

@@ -25,7 +25,7 @@ from ..parallel.sharding_rules import Axes, ColumnWise, Plan, RowWise, Rule, Sha
 from ..parallel.tensor import ColumnProjection, RowProjection
 from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard
 from .attention import Attention
-from .costs.activations import Choice
+from .costs.kept import Choice
 from .costs.parts import Part
 from .linear import Linear
 from .linear_attention import LinearAttention

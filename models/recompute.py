@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..parallel.recompute import remaking, run_again
-from .costs.activations import Choice
+from .costs.kept import Choice, SomeTokens
 from .dropout import Draws
 from .sequences import Sequences
 from .transformer import Layer
@@ -35,7 +35,9 @@ class RunLayers:
             # What a router decides is kept: it could turn on the last bit of a score, and is counted once.
             seq = replace(seq, kept={}) if layer.moe is not None else seq
             return run_again(partial(_run, layer, seq, draws), x)
-        with remaking(frozenset(choice)):
+        some = isinstance(choice, SomeTokens)
+        parts = choice.parts if some else frozenset(choice)
+        with remaking(parts, dict.fromkeys(choice.cut, choice.blocks) if some else {}):
             return layer(x, seq, draws)
 
 

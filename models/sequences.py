@@ -57,3 +57,8 @@ class Sequences:
     """Decisions of layers that will run again, by layer: a second run finds them here instead of deciding anew."""
     places: Tensor | None = None
     """(n,) which token of the whole microbatch each row is; mixture-of-experts models only."""
+
+    @property
+    def angles(self) -> tuple[Tensor, ...]:
+        """Cosines and sines, each (1 or B, T, 1, r/2); nothing where nothing is rotated."""
+        return () if self.cos is None or self.sin is None else (self.cos, self.sin)

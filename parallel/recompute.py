@@ -11,6 +11,14 @@ The graph is that of the first run, with its parameters and their slots; the sec
 its Missing as soon as it has run, so what was made again is freed at once, and nothing is made twice. What a part is
 made from may be the Missing of an earlier part, or be on the host (`saved_tensors.Keeper`): it is asked for in turn.
 
+A part whose rows are tokens can be made again for some of them (`TokenBlocks`): then of each tensor the rows of the
+first tokens are kept, copied out of it, and the second run makes the others alone and joins both:
+
+    forward     x ── part ──▶ y ── reader ──▶          x and the first rows of y are kept
+    backward    the rest of x ── part ──▶ the rest of y, joined with its first rows, for the reader
+
+The first run is the same in any case. What is kept of a part, as what it is made from, may be on the host.
+
 No random state is saved: all draws of a model are keyed. A second run that would end with work that nobody needs is
 left after the last tensor that somebody does.
 """
@@ -18,9 +26,10 @@ left after the last tensor that somebody does.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +37,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .saved_tensors import Keeper, Strided, innermost, keeping
+from .token_blocks import TokenBlocks
 
 T = TypeVar("T")
 
@@ -46,18 +56,40 @@ def second_runs_in(context: Callable[[], AbstractContextManager[object]]) -> Ite
         _ROUND.reset(token)
 
 
+@dataclass(frozen=True, slots=True)
+class FirstRows:
+    """What is kept of a tensor of which the rest is made again.
+
+    Args:
+        held: its first rows, as the keeper around the part holds them.
+        how: it lies in its storage.
+        elements: of that storage.
+    """
+
+    held: Any
+    how: Strided
+    elements: int
+
+    @staticmethod
+    def of(tensor: Tensor, blocks: TokenBlocks, around: Keeper) -> FirstRows:
+        """Of a tensor (N, …) or (B, T, …)."""
+        elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return FirstRows(around.pack(blocks.first(tensor.detach())), Strided.of(tensor), elements)
+
+
 class Missing:
-    """A saved tensor that is made again when it is asked for."""
+    """A saved tensor that is made again when it is asked for; what is kept of it."""
 
-    __slots__ = ("__weakref__", "_rerun", "_tensor")
+    __slots__ = ("__weakref__", "_rerun", "_tensor", "rows")
 
-    def __init__(self, rerun: Rerun) -> None:
+    def __init__(self, rerun: Rerun, rows: FirstRows | None = None) -> None:
         self._rerun: Rerun | None = rerun
         self._tensor: Tensor | None = None
+        self.rows = rows
 
     def fill(self, tensor: Tensor) -> None:
         """It is there from now on."""
-        self._tensor, self._rerun = tensor, None
+        self._tensor, self._rerun, self.rows = tensor, None, None
 
     def tensor(self) -> Tensor:
         """It, of any shape (…)."""
@@ -74,32 +106,52 @@ class Rerun:
         function: of tensors to a tensor or several; what else it reads must outlive the backward pass.
         inputs: its tensors.
         around: the keeper of these.
+        blocks: the tokens that run a second time; none: all, or rows are no tokens.
     """
 
-    def __init__(self, function: Callable[..., Any], inputs: Sequence[Tensor], around: Keeper) -> None:
-        self._function, self._around, self._round = function, around, _ROUND.get()
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        inputs: Sequence[Tensor],
+        around: Keeper,
+        blocks: TokenBlocks | None = None,
+    ) -> None:
+        self._function, self._around, self._blocks = function, around, blocks
+        self._round = _ROUND.get()
         self._inputs = [(around.pack(x.detach()), x.requires_grad) for x in inputs]
+        self._given = addresses(inputs) if blocks is not None else frozenset()
         self._inside: list[weakref.ref[Missing]] = []
         self._returned: list[tuple[weakref.ref[Missing], int, Strided]] = []
+        self._outputs: list[Strided] = []
+        self._rows: dict[int, FirstRows] = {}
 
     def first(self, inputs: Sequence[Tensor]) -> Any:
         """What the function returns of its inputs, with a graph."""
         with keeping(self):
-            return self._function(*inputs)
+            outputs = self._function(*inputs)
+        if self._blocks is not None:
+            self._outputs = [Strided.of(y) for y in as_tuple(outputs)]
+        return outputs
 
-    def pack(self, tensor: Tensor) -> Missing | Tensor:
-        """Nothing is kept but parameters, which are there anyway."""
+    def pack(self, tensor: Tensor) -> Any:
+        """Nothing is kept but parameters, which are there anyway, and the first rows where these are to be kept."""
         if isinstance(tensor, nn.Parameter):
             return tensor
-        missing = Missing(self)
+        if tensor.untyped_storage().data_ptr() in self._given:
+            return self._around.pack(tensor)
+        rows = None if self._blocks is None or not tensor.numel() else FirstRows.of(tensor, self._blocks, self._around)
+        missing = Missing(self, rows)
         self._inside.append(weakref.ref(missing))
         return missing
 
-    def unpack(self, held: Missing | Tensor) -> Tensor:
-        return held.tensor() if isinstance(held, Missing) else held
+    def unpack(self, held: Any) -> Tensor:
+        return held.tensor() if isinstance(held, Missing) else self._around.unpack(held)
 
     def returned(self, index: int, tensor: Tensor) -> Missing:
         """In place of a tensor (…) that lies in the storage of what the function returned as its `index`-th."""
+        if self._blocks is not None and index not in self._rows:
+            whole = self._outputs[index].on(tensor.untyped_storage())
+            self._rows[index] = FirstRows.of(whole, self._blocks, self._around)
         missing = Missing(self)
         self._returned.append((weakref.ref(missing), index, Strided.of(tensor)))
         return missing
@@ -110,18 +162,34 @@ class Rerun:
             self._run()
 
     def _run(self) -> None:
-        inputs = [self._around.unpack(held).detach().requires_grad_(needed) for held, needed in self._inputs]
+        inputs = [self._input(held).requires_grad_(needed) for held, needed in self._inputs]
         self._inputs.clear()
         wanted = [(missing, index, how) for each, index, how in self._returned if (missing := each()) is not None]
-        second = _SecondRun(self._inside, to_the_end=bool(wanted))
+        given = addresses(inputs) if self._blocks is not None else frozenset()
+        second = _SecondRun(self._inside, self._whole, given, to_the_end=bool(wanted))
         with torch.enable_grad(), keeping(second):
             try:
-                outputs = as_tuple(self._function(*inputs))
+                outputs = list(as_tuple(self._function(*inputs)))
             except _EnoughError:
                 return
+        del inputs
         second.check()
+        for index in {index for _, index, _ in wanted}:
+            # One after the other: what it was joined from goes before the next one is.
+            outputs[index] = self._whole(outputs[index].detach(), self._rows.pop(index, None))
         for missing, index, how in wanted:
             missing.fill(how.on(outputs[index].untyped_storage()))
+
+    def _input(self, held: Any) -> Tensor:
+        """What the second run reads of an input."""
+        x = self._around.unpack(held).detach()
+        return x if self._blocks is None else self._blocks.rest(x)
+
+    def _whole(self, made: Tensor, rows: FirstRows | None) -> Tensor:
+        """What a tensor of the second run stands for, with what was kept of it."""
+        if rows is None or self._blocks is None:
+            return made
+        return self._blocks.joined(rows.how, rows.elements, self._around.unpack(rows.held), made)
 
 
 class _EnoughError(Exception):
@@ -133,22 +201,33 @@ class _SecondRun:
 
     Args:
         missing: in the order of the first run.
+        whole: a tensor of the first run, from that of the second one and what was kept.
+        given: addresses of storages of which nothing was asked for.
         to_the_end: what the function returns is wanted too.
     """
 
-    def __init__(self, missing: Sequence[weakref.ref[Missing]], *, to_the_end: bool) -> None:
-        self._missing, self._at = missing, 0
+    def __init__(
+        self,
+        missing: Sequence[weakref.ref[Missing]],
+        whole: Callable[[Tensor, FirstRows | None], Tensor],
+        given: Set[int],
+        *,
+        to_the_end: bool,
+    ) -> None:
+        self._missing, self._at, self._whole, self._given = missing, 0, whole, given
         last = max((i for i, each in enumerate(missing) if each() is not None), default=-1)
         self._enough = None if to_the_end else last + 1
 
     def pack(self, tensor: Tensor) -> Tensor | None:
         if isinstance(tensor, nn.Parameter):
             return tensor
+        if tensor.untyped_storage().data_ptr() in self._given:
+            return None
         if self._at == len(self._missing):
             raise self._differs()
         missing, self._at = self._missing[self._at](), self._at + 1
         if missing is not None:
-            missing.fill(tensor.detach())
+            missing.fill(self._whole(tensor.detach(), missing.rows))
         if self._at == self._enough:
             raise _EnoughError
         return None
@@ -171,18 +250,21 @@ class PartKeeper:
     Args:
         parts: their names.
         around: keeper of the rest.
+        some: by name, the parts that are made again for some tokens.
     """
 
-    def __init__(self, parts: frozenset[str], around: Keeper) -> None:
+    def __init__(self, parts: frozenset[str], around: Keeper, some: Mapping[str, TokenBlocks]) -> None:
         self.parts = parts
-        self._around = around
+        self._around, self._some = around, some
         self._origins: dict[int, tuple[StorageWeakRef, Rerun, int]] = {}
 
-    def run(self, function: Callable[..., T], inputs: Sequence[Tensor]) -> T:
+    def run(self, part: str, function: Callable[..., T], inputs: Sequence[Tensor]) -> T:
         """Runs a part that is made again."""
-        rerun = Rerun(function, inputs, self)
+        rerun = Rerun(function, inputs, self, self._some.get(part))
         outputs = rerun.first(inputs)
-        given = {x.untyped_storage().data_ptr() for x in inputs}
+        given = addresses(inputs)
+        if part in self._some and len(addresses(as_tuple(outputs))) < len(as_tuple(outputs)):
+            raise RuntimeError(f"{part}: two of its outputs lie in one storage, of which rows cannot be kept")
         for index, y in enumerate(as_tuple(outputs)):
             storage = y.untyped_storage()
             # An input that is handed on is kept anyway; tensors without elements share an address.
@@ -207,6 +289,11 @@ class PartKeeper:
         self._origins.clear()
 
 
+def addresses(tensors: Iterable[Tensor]) -> frozenset[int]:
+    """Of the storages of tensors (…)."""
+    return frozenset(x.untyped_storage().data_ptr() for x in tensors)
+
+
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     """Outputs of a function that returns one tensor (…) or several."""
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
@@ -220,14 +307,20 @@ def run_part(part: str, function: Callable[..., T], *inputs: Tensor) -> T:
     """
     keeper = innermost()
     if isinstance(keeper, PartKeeper) and part in keeper.parts:
-        return keeper.run(function, inputs)
+        return keeper.run(part, function, inputs)
     return function(*inputs)
 
 
 @contextmanager
-def remaking(parts: frozenset[str]) -> Iterator[None]:
-    """Parts by these names inside this block are made again; so what reads their outputs must be inside too."""
-    keeper = PartKeeper(parts, innermost())
+def remaking(parts: frozenset[str], some: Mapping[str, TokenBlocks] | None = None) -> Iterator[None]:
+    """Parts by these names inside this block are made again; so what reads their outputs must be inside too.
+
+    Args:
+        parts: their names.
+        some: those of them that are made again for some tokens: all their tensors have rows that are tokens
+            (`TokenBlocks`), and what the function makes of a token depends on no other one.
+    """
+    keeper = PartKeeper(parts, innermost(), some or {})
     try:
         with keeping(keeper):
             yield

@@ -10,6 +10,9 @@ LAYER_PARTS = {
 }
 """Name to what it makes again."""
 
+TOKEN_WISE = frozenset(LAYER_PARTS) - {"moe"}
+"""Those whose rows are tokens, so that they can be made again for some of them (`memory.token_share`)."""
+
 FOREIGN_PARTS = {
     "layernorm": "norm",
     "rmsnorm": "norm",

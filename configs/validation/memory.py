@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from ..errors import Problem, nearest
+from ..fields import short
 from ..reading.hints import meant
 from ..schema import CODED_STATES, AdamWConfig, Config
-from ..tables.layer_parts import FOREIGN_PARTS, LAYER_PARTS
+from ..tables.layer_parts import FOREIGN_PARTS, LAYER_PARTS, TOKEN_WISE
 
 
 def validate_memory(config: Config) -> list[Problem]:
     """Every problem of the section, in the order of its keys."""
     wanted, sharding = config.memory.offload_activations, config.parallel.data.sharding
     key, problems = "memory.offload_activations", _parts(config) if config.memory.recompute == "selective" else []
+    problems += _token_share(config) if config.memory.recompute in ("selective", "auto") else []
     if config.memory.recompute == "auto" and config.hardware.memory_gib is None:
         message = "auto, but the memory of a device is not known; set hardware.memory_gib or hardware.preset"
         problems.append(Problem("memory.recompute", message, ("hardware.memory_gib",)))
@@ -81,6 +83,30 @@ def _parts(config: Config) -> list[Problem]:
     if "moe" in parts and not m.moe.experts:
         message = "moe, but the model has no experts (model.moe.experts=0); leave it out"
         problems.append(Problem(key, message, ("model.moe.experts",)))
+    return problems
+
+
+def _token_share(config: Config) -> list[Problem]:
+    """What is wrong with the share of tokens of which parts are kept."""
+    memory, key = config.memory, "memory.token_share"
+    share, parts = memory.token_share, memory.recompute_parts
+    if share == "none":
+        return []
+    if isinstance(share, float) and not 0 < share < 1:
+        instead = "memory.recompute=none keeps everything" if share == 1 else "none keeps nothing of what is made again"
+        return [Problem(key, f"{share:g} is no share between 0 and 1; set one as 0.5, or auto ({instead})")]
+    problems = []
+    if memory.recompute == "selective" and parts and {*parts} <= {*LAYER_PARTS} - TOKEN_WISE:
+        message = (
+            f"{short(share)}, but the rows of {' and '.join(parts)} are in the order of experts, not of tokens, and "
+            f"all made again; leave it out, or add some of {', '.join(p for p in LAYER_PARTS if p in TOKEN_WISE)} to "
+            "memory.recompute_parts"
+        )
+        problems.append(Problem(key, message, ("memory.recompute_parts",)))
+    unknown = config.hardware.memory_gib is None and memory.recompute == "selective"
+    if share == "auto" and unknown and memory.offload_activations == "none":
+        message = "auto, but the memory of a device is not known; set hardware.memory_gib, hardware.preset or a share"
+        problems.append(Problem(key, message, ("hardware.memory_gib",)))
     return problems
 
 

@@ -11,6 +11,7 @@ from ...configs import Config, Problem, UserError
 from ...configs.schema import AdamWConfig
 from ...configs.tables.layer_parts import LAYER_PARTS
 from ...models.costs.flops import CONVENTION, flops_per_token, flops_per_token_full_attention, parameter_count
+from ...models.costs.kept import Choice, SomeTokens
 from ...models.costs.times import Rates
 from ...trainer.memory.copies import hidden_share
 from ...trainer.memory.estimate import GIB, Memory, per_rank
@@ -77,8 +78,7 @@ def _remade(cfg: Config) -> str:
     pipeline = Pipeline.of(cfg)
     said: list[tuple[str, list[int]]] = []
     for layer in range(cfg.model.layers + cfg.model.mtp):
-        choice = pipeline.choice(layer)
-        parts = choice if isinstance(choice, str) else " + ".join(part for part in LAYER_PARTS if part in choice)
+        parts = _what(pipeline.choice(layer))
         if said and said[-1][0] == parts:
             said[-1][1].append(layer)
         else:
@@ -87,6 +87,15 @@ def _remade(cfg: Config) -> str:
         return f"{said[0][0]}, in every layer"
     spans = [(f"{mine[0]}-{mine[-1]}" if len(mine) > 1 else f"{mine[0]}", parts) for parts, mine in said]
     return "layers " + "; ".join(f"{layers}: {parts}" for layers, parts in spans)
+
+
+def _what(choice: Choice) -> str:
+    if isinstance(choice, str):
+        return choice
+    if not isinstance(choice, SomeTokens):
+        return " + ".join(part for part in LAYER_PARTS if part in choice)
+    whole = _what(choice.parts - choice.cut)
+    return f"{_what(choice.cut)} of {choice.blocks.again:.1%} of tokens{whole and f', {whole} of all'}"
 
 
 def _copies(cfg: Config) -> list[tuple[str, str]]:

@@ -8,9 +8,11 @@ from html import escape
 from rich.table import Table
 
 from ...configs import Config
-from ...models.costs.activations import RECOMPUTABLE, kept_bytes, layer_rows
+from ...models.costs.activations import RECOMPUTABLE, layer_rows
+from ...models.costs.kept import kept_bytes
 from ...trainer.memory.estimate import GIB, Memory
 from ...trainer.memory.stages import bench_of, ways_of
+from ...trainer.pipeline.programs import Pipeline
 from .tables import table
 
 _HUES = {
@@ -67,6 +69,10 @@ def choice_table(cfg: Config) -> Table:
         if not shown or sizes != shown[0]:  # a part that no layer has changes nothing
             shown.append(sizes)
             rows.add_row(name, *(f"{size:.3f}" for size in sizes))
+    if cfg.memory.recompute != "none":
+        pipeline = Pipeline.of(cfg)
+        chosen = [kept_bytes(layer_rows(model, layer, work), pipeline.choice(layer)) / 2**20 for layer in layers]
+        rows.add_row("in this job", *(f"{size:.3f}" for size in chosen))
     return rows
 
 

@@ -20,66 +20,18 @@ and key heads of the rank. What each part keeps is said where its rows are made;
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from typing import Literal
 
 from ...configs import ModelConfig
+from .kept import INPUT, Kept
 from .parameters import matrices_of
 from .widths import LocalWork, Widths
 
 RECOMPUTABLE = ("norm", "activation", "attention", "latent", "ffn", "moe", "head")
 """The parts of a layer (head: of the model) that can run again by themselves."""
 
-Choice = Literal["none", "full"] | Collection[str]
-"""Nothing is made again, everything from the layer's input, or these parts."""
 
-INPUT = "input"
-"""The name of a layer's input."""
 _INDEX = 8
 """Bytes of an index."""
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A tensor that is kept.
-
-    Args:
-        name: of the tensor.
-        elements: how many.
-        width: bytes of each.
-        parts: any of these makes it again; none: only the whole layer does.
-        flops: of the matrix products that make it again.
-    """
-
-    name: str
-    elements: int
-    width: int
-    parts: tuple[str, ...] = ()
-    flops: float = 0.0
-
-    @property
-    def nbytes(self) -> int:
-        return self.elements * self.width
-
-
-def kept_bytes(rows: Iterable[Kept], choice: Choice = "none") -> int:
-    """Bytes of the rows that are kept under a choice."""
-    return sum(row.nbytes for row in kept_rows(rows, choice))
-
-
-def kept_rows(rows: Iterable[Kept], choice: Choice = "none") -> list[Kept]:
-    """The rows that are kept under a choice; of a layer under `full`, its input."""
-    if choice == "none":
-        return list(rows)
-    if choice == "full":
-        return [row for row in rows if row.name == INPUT]
-    return [row for row in rows if not set(row.parts).intersection(choice)]
-
-
-def flops_of_again(rows: Iterable[Kept], choice: Collection[str]) -> float:
-    """FLOPs of making again what these parts make."""
-    return sum(row.flops for row in rows if set(row.parts).intersection(choice))
 
 
 def layer_rows(model: ModelConfig, layer: int, work: LocalWork) -> list[Kept]:
@@ -177,7 +129,7 @@ def _latent_attention(model: ModelConfig, w: Widths, work: LocalWork) -> list[Ke
         rows.append(Kept("narrow queries", n * mla.q_rank, work.width, ("attention",), flops))
         rows.append(Kept("narrow queries normed", n * mla.q_rank, work.width, narrowed))
     low = mla.kv_rank + mla.rope_dim
-    rows.append(Kept("latents", n * low, work.width, ("attention",), narrow * low))
+    rows.append(Kept("latents", n * low, work.width, ("attention",), narrow * low, n * mla.kv_rank))
     rows.append(Kept("latent norms' numbers", n * (2 if mla.q_rank else 1), work.precise, narrowed))
     before = 2.0 * tokens * (mla.q_rank or model.hidden)
     # Queries that are not made from narrow ones are what `latent` begins with.
@@ -195,7 +147,14 @@ def _latent_attention(model: ModelConfig, w: Widths, work: LocalWork) -> list[Ke
         rows.append(Kept("values", tokens * w.value, work.width, parts, 2.0 * tokens * mla.kv_rank * expanded))
     else:
         rows.append(
-            Kept("keys and values", tokens * expanded, work.width, parts, 2.0 * tokens * mla.kv_rank * expanded)
+            Kept(
+                "keys and values",
+                tokens * expanded,
+                work.width,
+                parts,
+                2.0 * tokens * mla.kv_rank * expanded,
+                tokens * w.value,
+            )
         )
     return [*rows, *_core(w, work)]
 

@@ -6,29 +6,34 @@ from collections.abc import Mapping, Sequence
 
 from ...configs import ModelConfig
 from ...configs.schema_parallel import MemoryConfig
-from .activations import Choice
 from .flops import step_flops
+from .kept import Choice, SomeTokens, some_tokens
 from .parameters import Sizes, active_experts, matrices_of, sizes
 
 
-def remade_layers(memory: MemoryConfig, stages: Sequence[Sequence[int]]) -> dict[int, Choice]:
+def remade_layers(memory: MemoryConfig, stages: Sequence[Sequence[int]], block: int) -> dict[int, Choice]:
     """What each layer of the stages makes again, by index; a layer that is missing keeps everything.
 
     Args:
         memory: the section of a job.
         stages: indices of each stage's layers, in order; those of prediction modules belong to the last stage.
+        block: tokens of a block (`TokenBlocks`).
     """
+    if memory.recompute_is_planned:
+        if memory.plan is None:
+            raise RuntimeError("what layers make again is not decided yet for this job (trainer.memory.plan)")
+        return {
+            layer: "full" if parts == "full" else some_tokens(parts, block, share)
+            for layer, parts, share in memory.plan
+        }
     match memory.recompute:
         case "none":
             return {}
         case "full":
             choice: Choice = "full"
-        case "selective":
-            choice = frozenset(memory.recompute_parts)
-        case "auto":
-            if memory.plan is None:
-                raise RuntimeError("memory.recompute=auto: nothing was chosen for this job (trainer.memory.plan)")
-            return {layer: "full" if parts == "full" else frozenset(parts) for layer, parts in memory.plan}
+        case _:
+            share = memory.token_share
+            choice = some_tokens(memory.recompute_parts, block, share if isinstance(share, float) else 0.0)
     every, most = memory.recompute_every, memory.recompute_layers
     chosen = ([layer for layer in layers if layer % every == 0][:most] for layers in stages)
     return {layer: choice for layers in chosen for layer in layers}
@@ -58,9 +63,11 @@ def _layer(model: ModelConfig, s: Sizes, layer: int, choice: Choice, tokens: int
         beside = active_experts(model) * s.expert + s.shared if layer in model.routed_layers else s.ffn
         return 2.0 * (tokens * (attention + beside) + (0.0 if linear else pairs * s.per_pair))
     found = part_elements(model, layer)
-    if "attention" in choice:
+    parts = choice.parts if isinstance(choice, SomeTokens) else frozenset(choice)
+    if "attention" in parts:
         found.pop("latent", None)
-    return 2.0 * tokens * sum(found.get(part, 0.0) for part in choice)
+    some = dict.fromkeys(choice.cut, choice.blocks.again) if isinstance(choice, SomeTokens) else {}
+    return 2.0 * tokens * sum(found.get(part, 0.0) * some.get(part, 1.0) for part in parts)
 
 
 def part_elements(model: ModelConfig, layer: int) -> dict[str, float]:

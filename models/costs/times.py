@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...configs import ModelConfig
 from ...configs.schema import HardwareConfig
-from .activations import Choice, flops_of_again, kept_bytes, kept_rows, layer_rows
+from .activations import layer_rows
 from .flops import layer_flops
+from .kept import Choice, SomeTokens, flops_of_again, kept_bytes, share_again
 from .widths import LocalWork
 
 _TFLOPS = {"bf16": 989.5, "fp32": 66.9, "fp64": 66.9}
@@ -73,10 +74,9 @@ class LayerTimes:
         if choice == "none":
             return 0.0
         rows = layer_rows(self.model, layer, self.work)
-        kept = set(kept_rows(rows, choice))
         flops = self._whole(layer) if choice == "full" else flops_of_again(rows, choice)
         # What is made is written once, and about as much is read for it.
-        nbytes = 2.0 * sum(row.nbytes for row in rows if row not in kept)
+        nbytes = 2.0 * sum(row.nbytes * share_again(row, choice) for row in rows)
         seconds = (flops / _REACHED + nbytes * _BALANCE[self.work.width]) / self.rates.flops
         return seconds + self._collected(layer, choice) / _LINK
 
@@ -90,25 +90,28 @@ class LayerTimes:
         m, work = self.model, self.work
         found = 0.0
         if work.tp > 1:
-            gathers = 4 if choice == "full" else len({"attention", "ffn"}.intersection(choice))
+            gathers = _gathers(choice)
             found += gathers * work.tokens * m.hidden * work.width * (work.tp - 1) / work.tp
         if choice == "full" and layer in m.routed_layers and work.ranks > 1:
             found += 2 * work.sent_rows(m) * m.hidden * work.width
         return found
 
-    def handful(self, layer: int, parts: Sequence[str]) -> tuple[Choice, ...]:
+    def handful(
+        self, layer: int, parts: Sequence[str], of: Callable[[frozenset[str]], Choice] = frozenset
+    ) -> tuple[Choice, ...]:
         """The choices of a layer that are worth a look, from the one that keeps most to the one that keeps least: no
         mix of two others keeps as little in less time.
 
         Args:
             layer: its index.
             parts: that may be made again by themselves.
+            of: the choice that some of them are.
         """
         rows = layer_rows(self.model, layer, self.work)
         useful = [part for part in parts if any(part in row.parts for row in rows)]
         subsets = [frozenset(p for i, p in enumerate(useful) if bits >> i & 1) for bits in range(1, 1 << len(useful))]
         hull: list[_Point] = []
-        choices: list[Choice] = ["none", *subsets, "full"]
+        choices: list[Choice] = ["none", *map(of, subsets), "full"]
         points = [(kept_bytes(rows, choice), self.again(layer, choice), choice) for choice in choices]
         for point in sorted(points, key=lambda each: (-each[0], each[1])):
             if hull and hull[-1][0] == point[0]:
@@ -119,6 +122,14 @@ class LayerTimes:
                 hull.pop()
             hull.append(point)
         return tuple(choice for _, _, choice in hull)
+
+
+def _gathers(choice: Choice) -> float:
+    """How often the tokens of the residual stream are gathered again over tp."""
+    if choice == "full":
+        return 4.0
+    parts, share = (choice.parts, choice.blocks.again) if isinstance(choice, SomeTokens) else (choice, 1.0)
+    return share * len({"attention", "ffn"}.intersection(parts))
 
 
 _Point = tuple[int, float, Choice]

@@ -159,6 +159,7 @@ CASES: list[tuple[list[str], str, list[str], Observe | None]] = [
     (["memory.offload_activations=all"], "memory.offload_disk=/tmp", ["memory.host_gib=2"], None),
     ([], "memory.optimizer_stride=2", ["memory.offload_optimizer=host"], None),
     (["memory.recompute=full"], "memory.recompute_parts=[ffn]", ["memory.recompute=selective"], None),
+    (["memory.recompute=full"], "memory.token_share=0.5", ["memory.recompute=selective"], None),
     ([], "memory.recompute_every=2", ["memory.recompute=full"], None),
     ([], "optim.states_above=9", ["optim.states=int4"], None),
     ([], "memory.optimizer_subgroup_mib=1", ["memory.offload_optimizer=host"], None),

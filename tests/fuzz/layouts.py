@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pentad.configs.tables.context_methods import CONTEXT_METHODS
-from pentad.configs.tables.layer_parts import LAYER_PARTS
+from pentad.configs.tables.layer_parts import LAYER_PARTS, TOKEN_WISE
 from pentad.configs.tables.schedules import SCHEDULES
 from tests.fuzz.draws import Draws, Keys, common_divisors
 
@@ -61,7 +61,10 @@ def _recompute(draws: Draws, model: Mapping[str, object]) -> Keys:
         keys["recompute_parts"] = parts or ["norm"]
     if keys["recompute"] in ("full", "selective") and draws.maybe(0.3):
         keys |= {"recompute_every": draws.choice([1, 2, 3]), "recompute_layers": draws.choice([None, 1, 2])}
-    limit = {"hardware.memory_gib": draws.choice([0.001, 0.002, 0.005, 1])} if keys["recompute"] == "auto" else {}
+    if TOKEN_WISE.intersection(keys.get("recompute_parts", TOKEN_WISE)) and keys["recompute"] in ("selective", "auto"):
+        keys["token_share"] = draws.pick({"none": 2, 0.3: 0.5, 0.7: 0.5, "auto": 1})
+    planned = keys["recompute"] == "auto" or keys.get("token_share") == "auto"
+    limit = {"hardware.memory_gib": draws.choice([0.001, 0.002, 0.005, 1])} if planned else {}
     return {f"memory.{key}": value for key, value in keys.items()} | limit
 
 

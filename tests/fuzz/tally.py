@@ -85,6 +85,7 @@ def _layout(layout: Layout) -> dict[str, list[str]]:
         "bucket": [f"{p.data.bucket_mib:g}"],
         "recompute": [layout.config.memory.recompute],
         "parts": list(layout.config.memory.recompute_parts) if layout.config.memory.recompute == "selective" else [],
+        "token share": [str(layout.config.memory.token_share)],
         "offload": [str(layout.config.memory.offload_activations)],
         "states on": [layout.config.memory.offload_optimizer],
         "part-stages": ["none" if layout.config.memory.group is None else str(layout.config.memory.group)],

@@ -15,13 +15,15 @@ from torch.utils._pytree import tree_leaves
 from pentad.configs import resolve_model
 from pentad.configs.schema_model import LinearAttentionConfig, MlaConfig, MoeConfig
 from pentad.configs.tables.layer_parts import LAYER_PARTS
-from pentad.models.costs.activations import Choice, kept_bytes, layer_rows
+from pentad.models.costs.activations import layer_rows
+from pentad.models.costs.kept import Choice, SomeTokens, kept_bytes
 from pentad.models.costs.widths import LocalWork
 from pentad.models.dropout import Draws
 from pentad.models.recompute import RunLayers
 from pentad.models.sequences import Inputs
 from pentad.models.transformer import Transformer
 from pentad.models.weights.initialise import initialise
+from pentad.parallel.token_blocks import TokenBlocks
 from tests.training import TINY
 
 BATCH, LENGTH = 2, 32
@@ -116,7 +118,7 @@ def test_gradients_are_bit_equal_and_less_is_kept(name: str, choice: Choice) -> 
     for key, gradient in plain.gradients.items():
         assert torch.equal(gradient, ran.gradients[key]), key
     routed_alone = (
-        choice != "full"
+        isinstance(choice, frozenset)
         and {*choice} <= {"ffn", "activation"}
         and "moe" in MODELS[name]
         and not MODELS[name]["moe"].shared
@@ -132,6 +134,33 @@ def _said(name: str, choice: Choice) -> int:
     cfg = resolve_model(replace(TINY, **MODELS[name]), LENGTH)
     work = LocalWork(sequences=BATCH, tokens=N, width=8)
     return sum(kept_bytes(layer_rows(cfg, layer, work), choice) for layer in range(cfg.layers + cfg.mtp))
+
+
+SOME = [pytest.param(name, marks=() if name in {"normed heads", "latent"} else pytest.mark.slow) for name in MODELS]
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_some_tokens_of_every_part(name: str) -> None:
+    """Of 32 tokens the first 12 are kept: the products of the others have other shapes, which rounds differently."""
+    choice = SomeTokens(frozenset(parts_of(name)), TokenBlocks(LENGTH, 12))
+    plain, ran, all_again = run(name, "none"), run(name, choice), run(name, choice.parts)
+    assert torch.equal(plain.loss, ran.loss) and plain.gradients.keys() == ran.gradients.keys()
+    for key, gradient in plain.gradients.items():
+        norm = torch.linalg.vector_norm
+        assert norm(gradient - ran.gradients[key]) <= 1e-12 * norm(gradient), key
+    assert ran.left == plain.left
+    assert ran.kept - all_again.kept == pytest.approx(_said(name, choice) - _said(name, choice.parts), rel=0.01)
+    assert plain.kept - ran.kept == pytest.approx(_said(name, "none") - _said(name, choice), rel=0.02)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.6])
+def test_some_tokens_of_each_part(share: float) -> None:
+    blocks = TokenBlocks(LENGTH, int(share * LENGTH))
+    for part in parts_of("dense"):
+        whole, some = frozenset({part}), SomeTokens(frozenset({part}), blocks)
+        kept, said = run("dense", some).kept - run("dense", whole).kept, _said("dense", some) - _said("dense", whole)
+        assert said == pytest.approx((_said("dense", "none") - _said("dense", whole)) * blocks.kept / LENGTH)
+        assert kept == said, part
 
 
 @pytest.mark.parametrize(

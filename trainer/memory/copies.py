@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ...configs import Config
-from ...models.costs.activations import (
-    INPUT,
-    angle_rows,
-    begin_rows,
-    end_rows,
-    kept_bytes,
-    kept_rows,
-    layer_rows,
-    prediction_rows,
-)
+from ...configs.tables.layer_parts import TOKEN_WISE
+from ...models.costs.activations import angle_rows, begin_rows, end_rows, layer_rows, prediction_rows
 from ...models.costs.flops import layer_flops
+from ...models.costs.kept import INPUT, kept_bytes, kept_rows
 from ...models.costs.times import Rates
 from ...models.costs.token_share import LayerParts, TokenShare, token_share
 from ..pipeline.programs import Copies, Pipeline
@@ -39,17 +34,33 @@ def copies_of(cfg: Config, pipeline: Pipeline, rates: Rates | None = None) -> Co
 def hidden_share(cfg: Config, rates: Rates) -> TokenShare:
     """What of a layer's activations is on the host by the time that the next layer's forward pass ends: of the layer of
     which the least is."""
-    model, p, b, pipeline = cfg.model, cfg.parallel, bench_of(cfg, ways_of(cfg)), Pipeline.of(cfg)
-    flops = layer_flops(model, cfg.train.seq_len)
+    model, b, pipeline = cfg.model, bench_of(cfg, ways_of(cfg)), Pipeline.of(cfg)
     shares = []
     for layer in range(model.layers):
         rows = kept_rows(layer_rows(model, layer, b.work), pipeline.choice(layer))
         dear = {name: float(sum(row.nbytes for row in rows if row.name in names)) for name, names in _DEAR.items()}
         others = kept_bytes(rows) - sum(dear.values())
-        seconds = flops[layer] * cfg.train.micro_batch / (p.tp * p.cp) / rates.flops
+        seconds = _forward_s(cfg, layer, rates)
         parts = LayerParts(**dear, others=others)
         shares.append(token_share(parts, forward_s=seconds, host_bytes_s=rates.host_bytes, layers=model.layers))
     return min(shares, key=lambda share: (len(share.whole), share.share))
+
+
+def hidden_tokens(cfg: Config, layer: int, parts: Collection[str], rates: Rates) -> float:
+    """The largest share of tokens of which a layer can keep what these parts make, so that copies of all that it keeps
+    then hide behind its forward pass (`token_share`; what the host has room for, the program says)."""
+    work = bench_of(cfg, ways_of(cfg)).work
+    rows = layer_rows(cfg.model, layer, work)
+    some = sum(row.nbytes for row in rows if TOKEN_WISE.intersection(parts).intersection(row.parts))
+    kept = LayerParts(input=kept_bytes(rows, parts), attention=0.0, others=some)
+    seconds = _forward_s(cfg, layer, rates)
+    return token_share(kept, forward_s=seconds, host_bytes_s=rates.host_bytes, layers=cfg.model.layers).share
+
+
+def _forward_s(cfg: Config, layer: int, rates: Rates) -> float:
+    """A microbatch's forward pass through a layer, at the device's peak."""
+    p, t = cfg.parallel, cfg.train
+    return layer_flops(cfg.model, t.seq_len)[layer] * t.micro_batch / (p.tp * p.cp) / rates.flops
 
 
 def _kept(cfg: Config, pipeline: Pipeline, stage: int) -> int:

@@ -169,6 +169,8 @@ def _candidates(cfg: Config) -> Iterator[tuple[Change, Config]]:
         changes.append(Change("parallel.data.sharding", "zero1"))
     choices = {"none": ("selective", "full"), "selective": ("full",)}.get(cfg.memory.recompute, ())
     changes += [Change("memory.recompute", choice) for choice in choices]
+    if cfg.memory.recompute == "selective" and isinstance(cfg.memory.token_share, float):
+        changes.append(Change("memory.token_share", "none"))
     if cfg.memory.offload_activations == "none" and p.pp > 1:
         changes.append(Change("memory.offload_activations", "all"))
     if cfg.memory.offload_optimizer == "none":

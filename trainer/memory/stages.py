@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from ...configs import Config
 from ...configs.tables.context_methods import CONTEXT_METHODS
-from ...models.costs.activations import Choice, angle_rows, begin_rows, end_rows, kept_bytes, prediction_rows
+from ...models.costs.activations import angle_rows, begin_rows, end_rows, prediction_rows
+from ...models.costs.kept import Choice, kept_bytes
 from ...models.costs.moments.layer import LayerBytes, layer_bytes
 from ...models.costs.moments.projections import norm_backward
 from ...models.costs.moments.tape import Tape

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from ...configs.schema import Config
 from ...configs.tables.schedules import SCHEDULES, is_program
-from ...models.costs.activations import Choice
 from ...models.costs.flops import mean_pairs
+from ...models.costs.kept import Choice
 from ...models.costs.parts import StageSplit
 from ...models.costs.recompute import flops_again, remade_layers
 from ...models.costs.times import Rates
@@ -23,6 +23,7 @@ from ...parallel.pipeline.program_file import read_program
 from ...parallel.pipeline.refine import part_stages, refine
 from ...parallel.pipeline.times import Times
 from ...parallel.pipeline.vocabulary import balanced
+from ...parallel.token_blocks import TokenBlocks
 from .disk_tier import HostRoom
 from .stage_layers import StageLayers
 
@@ -60,7 +61,7 @@ class Pipeline:
         ahead = tuple(range(cfg.model.layers, cfg.model.layers + cfg.model.mtp))
         whole = StageSplit.of(stages.counts, balanced=stages.balanced)
         split = StageSplit.of([n for group in stages.groups for n in group], balanced=stages.balanced)
-        remade = remade_layers(cfg.memory, (*whole.layers[:-1], (*whole.layers[-1], *ahead)))
+        remade = remade_layers(cfg.memory, (*whole.layers[:-1], (*whole.layers[-1], *ahead)), token_block(cfg))
 
         def times(split: StageSplit) -> Times:
             return _times(cfg, split, unit, remade, *stages.costs)
@@ -104,6 +105,13 @@ class Pipeline:
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The part-stages that a rank of the pipeline axis holds."""
         return tuple(stage for stage, where in enumerate(self.placement) if where == rank)
+
+
+def token_block(cfg: Config) -> int:
+    """Tokens of the blocks of which parts of layers may be made again for some (`TokenBlocks`)."""
+    p, t = cfg.parallel, cfg.train
+    length = t.seq_len // p.cp
+    return TokenBlocks.largest(length, t.micro_batch * length // p.tp)
 
 
 @dataclass(frozen=True)

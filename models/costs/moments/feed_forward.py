@@ -12,7 +12,9 @@ def ffn_forward(t: Tape, b: Bench, name: str, width: int, out: str) -> None:
     nbytes, gated = b.tokens(width), b.model.activation.startswith("swiglu")
     before = ("gate", "up") if gated else ("up",)
     column_forward(t, b, {f"{name} {matrix}": nbytes for matrix in before})
+    t.copy_rows()
     nonlinearity(t, b, f"{name} activation", nbytes)
+    t.copy_rows()
     row_forward(t, b, out)
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
-from ..activations import INPUT, Choice, Kept, kept_bytes, kept_rows, layer_rows
+from ..activations import layer_rows
+from ..kept import INPUT, Choice, Kept, kept_bytes, kept_rows, share_again
 from . import attention
 from .experts import experts_backward, experts_forward
 from .feed_forward import ffn_backward, ffn_forward
 from .projections import norm_backward, norm_forward
-from .tape import Tape
+from .tape import Tape, rows_of
 from .ways import Bench
 
 GRAD = "d stream"
@@ -46,14 +48,15 @@ def layer_bytes(b: Bench, layer: int, choice: Choice = "none", *, split: bool = 
         split: its weight gradients are left for later.
     """
     rows = layer_rows(b.model, layer, b.work)
-    kept = [row.name for row in kept_rows(rows, choice)]
+    kept = {row.name: float(row.nbytes) for row in kept_rows(rows, choice)}
+    some = {row.name: kept.pop(row.name) for row in rows if 0 < share_again(row, choice) < 1}
     middle = [row.name for row in rows].index("middle")
-    forward = Tape({INPUT: b.stream})
+    forward = Tape({INPUT: b.stream}, some)
     attention_half(forward, b, layer)
     # What is made again goes with the half of the layer that works on it.
-    forward.keep_only((*kept, "middle", "attention result"))
+    forward.keep_only((*kept, *map(rows_of, some), "middle", "attention result"))
     ffn_half(forward, b, layer)
-    backward = Tape({row.name: float(row.nbytes) for row in rows if row.name in kept} | {GRAD: b.stream})
+    backward = Tape(kept | {rows_of(name): nbytes for name, nbytes in some.items()} | {GRAD: b.stream})
     if choice == "full":
         backward.peak = max(backward.peak, _again(b, layer))
     _make(backward, rows if choice == "full" else rows[middle:])
@@ -82,6 +85,7 @@ def attention_half(t: Tape, b: Bench, layer: int) -> None:
             attention.latent_forward(t, b, "attention result")
         case _:
             attention.softmax_forward(t, b, "attention result")
+    t.copy_rows()
     _dropout(t, b, "attention result", "attention dropout")
     t.make("middle", b.stream)
 
@@ -121,10 +125,21 @@ def _again(b: Bench, layer: int) -> float:
 
 
 def _make(t: Tape, rows: Sequence[Kept]) -> None:
-    """Makes those that are not there."""
-    for row in rows:
-        if row.name not in t.live:
+    """Makes those that are not there; of which some rows are there, those that one part makes together."""
+    missing = [row for row in rows if row.name not in t.live]
+    for _, together in groupby(missing, key=lambda row: (row.parts, rows_of(row.name) in t.live)):
+        made = list(together)
+        for row in made:
+            if rows_of(row.name) in t.live:
+                t.make(_rest_of(row), row.nbytes - t.live[rows_of(row.name)])
+        for row in made:
             t.make(row.name, row.nbytes)
+            t.free(rows_of(row.name), _rest_of(row))
+
+
+def _rest_of(row: Kept) -> str:
+    """The name of the rows that are made again."""
+    return f"rest of {row.name}"
 
 
 def ffn_half_backward(t: Tape, b: Bench, layer: int, *, split: bool = False) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+
+def rows_of(name: str) -> str:
+    """The name of a copy of some rows of a tensor."""
+    return f"rows of {name}"
 
 
 class Tape:
@@ -10,10 +15,12 @@ class Tape:
 
     Args:
         given: bytes by name of what is there at the begin.
+        rows: bytes by name of what is kept of tensors that go: copies of some of their rows.
     """
 
-    def __init__(self, given: dict[str, float] | None = None) -> None:
+    def __init__(self, given: dict[str, float] | None = None, rows: Mapping[str, float] | None = None) -> None:
         self.live: dict[str, float] = dict(given or {})
+        self._rows = dict(rows or {})
         self.now = self.peak = float(sum(self.live.values()))
         self.before: float | None = None
 
@@ -28,6 +35,11 @@ class Tape:
         self._look(self.now)
         self.now -= self.live.pop(name, 0.0)
         self.live[name] = nbytes
+
+    def copy_rows(self) -> None:
+        """Of what is there, what is kept of it is copied, if it was not yet."""
+        for name in [name for name in self._rows if name in self.live]:
+            self.make(rows_of(name), self._rows.pop(name))
 
     def bump(self, nbytes: float) -> None:
         """So much more is alive for a moment."""

@@ -7,18 +7,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from pentad.configs import Config, load
-from pentad.models.costs.activations import (
-    RECOMPUTABLE,
-    Kept,
-    angle_rows,
-    begin_rows,
-    end_rows,
-    flops_of_again,
-    kept_bytes,
-    layer_rows,
-    prediction_rows,
-)
+from pentad.models.costs.activations import RECOMPUTABLE, angle_rows, begin_rows, end_rows, layer_rows, prediction_rows
 from pentad.models.costs.flops import layer_flops
+from pentad.models.costs.kept import Kept, flops_of_again, kept_bytes
 from pentad.models.costs.widths import LocalWork
 from pentad.models.dropout import Draws
 from pentad.models.mla import LatentAttention

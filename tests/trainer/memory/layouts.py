@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pentad.configs import validate
@@ -28,6 +29,24 @@ def draw_job(seed: int) -> Config:
         if not validate(cfg) and LEAST < estimate(cfg).total < MOST:
             return cfg
     raise ValueError(f"no job for seed {seed}")
+
+
+def draw_shared(seed: int) -> Config:
+    """One with parts of layers that are made again for some of the tokens."""
+    draws = random.Random(f"tokens {seed}")
+    while True:
+        cfg = draw_job(draws.randrange(10**6))
+        parts = ["norm", "activation", "attention", "ffn"]
+        parts += ["latent"] * bool(cfg.model.mla.kv_rank) + ["moe"] * bool(cfg.model.moe.experts)
+        memory = replace(
+            cfg.memory,
+            recompute="selective",
+            recompute_parts=tuple(draws.sample(parts, draws.randint(2, len(parts)))),
+            token_share=draws.choice([0.25, 0.5, 0.8]),
+        )
+        cfg = replace(cfg, memory=memory)
+        if not validate(cfg) and LEAST < estimate(cfg).total < MOST:
+            return cfg
 
 
 def _draw(draws: random.Random) -> Config:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pentad.configs import Config, load
-from pentad.models.costs.activations import kept_bytes, layer_rows
+from pentad.models.costs.activations import layer_rows
 from pentad.models.costs.flops import layer_flops
+from pentad.models.costs.kept import kept_bytes
 from pentad.models.costs.parameters import parameter_count
 from pentad.models.costs.parts import Part
 from pentad.models.costs.tensors import Cut, ParameterTensor, parameter_tensors

@@ -9,7 +9,8 @@ from itertools import combinations_with_replacement, product
 import pytest
 
 from pentad.configs.schema import Config
-from pentad.models.costs.activations import Choice, kept_bytes, layer_rows
+from pentad.models.costs.activations import layer_rows
+from pentad.models.costs.kept import Choice, kept_bytes
 from pentad.models.costs.times import LayerTimes, Rates
 from pentad.models.costs.widths import LocalWork
 from pentad.trainer.memory.estimate import GIB, per_rank
@@ -68,7 +69,7 @@ def test_nothing_that_fits_is_faster(seed: int) -> None:
     """Every multiset of choices of a rank's layers of a kind, of many layers those of two choices, by brute force."""
     cfg = draw(seed)
     chosen, limit = decided(cfg), MARGIN * GIB * (cfg.hardware.memory_gib or 0.0)
-    plan = {layer: "full" if parts == "full" else frozenset(parts) for layer, parts in chosen.memory.plan or ()}
+    plan = {layer: "full" if parts == "full" else frozenset(parts) for layer, parts, _ in chosen.memory.plan or ()}
     pipeline = Pipeline.of(chosen)
     for rank in range(cfg.parallel.pp):
         groups = groups_of(cfg, pipeline, rank)

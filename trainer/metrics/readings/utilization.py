@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from ....models.costs.activations import Choice
 from ....models.costs.flops import flops_per_step
+from ....models.costs.kept import Choice
 from ....models.costs.recompute import flops_again
 from ...pipeline.programs import Pipeline
 from ..formats import fixed
