@@ -41,14 +41,14 @@ class TimePart(StrEnum):
     """The rest of the step."""
 
 
-PARTS = tuple(TimePart)
+TIME_PARTS = tuple(TimePart)
 AXES = (TimePart.TP, TimePart.CP, TimePart.EP, TimePart.PP, TimePart.DP, TimePart.VOCABULARY)
 """Parts that are communication."""
-AT = {part: index for index, part in enumerate(PARTS)}
+AT = {part: index for index, part in enumerate(TIME_PARTS)}
 """Place of each part in a row."""
 
 # What follows the parts in a row.
-BLIND = len(PARTS)
+BLIND = len(TIME_PARTS)
 """Of each of `AXES`: what of the communication nobody knows how much of it was waiting for the last rank."""
 WAITS = BLIND + len(AXES)
 """Of each of `AXES`: all waiting."""

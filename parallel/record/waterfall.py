@@ -28,10 +28,10 @@ from .parts import (
     DURATIONS,
     OWN,
     PAIRS,
-    PARTS,
     QUEUED,
     SECONDS,
     STEP,
+    TIME_PARTS,
     WAITS,
     TimePart,
     part_of_axis,
@@ -187,7 +187,7 @@ class _Division:
         waits = ((kind == _COLLECTIVE) & (entries["waited"] > 0)) | ((kind == _WAIT) & (entries["axis"] > 0))
         self._waits, self._jobs = entries[waits], kind[waits] == _WAIT
         self._again, self._garbage = entries[kind == _AGAIN], entries[kind == _GARBAGE]
-        self._parts = np.zeros(len(PARTS))
+        self._parts = np.zeros(len(TIME_PARTS))
 
     def row(self, place: np.ndarray, durations: int) -> np.ndarray:
         """See `StepReader.read`."""
@@ -205,9 +205,9 @@ class _Division:
         of_again = np.clip(absent - own, 0, again)
         self._add(TimePart.CONTENTION, absent.sum())
         self._add(TimePart.RECOMPUTE, (again - of_again).sum())
-        self._parts += np.bincount(self._codes.part[self._top["kind"]], own - absent + of_again, len(PARTS))
-        row[: len(PARTS)] = self._parts / 1e9
-        row[AT[TimePart.OTHER]] += self._seconds - row[: len(PARTS)].sum() - row[axes].sum()
+        self._parts += np.bincount(self._codes.part[self._top["kind"]], own - absent + of_again, len(TIME_PARTS))
+        row[: len(TIME_PARTS)] = self._parts / 1e9
+        row[AT[TimePart.OTHER]] += self._seconds - row[: len(TIME_PARTS)].sum() - row[axes].sum()
         row[SECONDS], row[CPU] = self._seconds, float(cpu.sum()) / 1e9
         excluded = [AT[part] for part in (TimePart.DATA, TimePart.CHECKPOINT, TimePart.GC, TimePart.REPORT)]
         row[OWN] = self._seconds - row[WAITS : WAITS + len(AXES)].sum() - row[excluded].sum()
@@ -236,9 +236,9 @@ class _Division:
         moving = length - for_others
         self._add(TimePart.BUBBLE, for_others[of_stages].sum())
         self._add(TimePart.STRAGGLER, for_others[~of_stages].sum())
-        self._parts += np.bincount(axis, np.where(blind, 0, moving), len(PARTS))
+        self._parts += np.bincount(axis, np.where(blind, 0, moving), len(TIME_PARTS))
         for sums, weights in ((BLIND, np.where(blind, moving, 0)), (WAITS, length)):
-            by_part = np.bincount(axis, weights, len(PARTS))
+            by_part = np.bincount(axis, weights, len(TIME_PARTS))
             row[sums : sums + len(AXES)] = by_part[[AT[each] for each in AXES]] / 1e9
         count = len(self._top)
         pipe = of_stages | (axis == AT[TimePart.VOCABULARY])

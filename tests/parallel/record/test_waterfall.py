@@ -19,9 +19,9 @@ from pentad.parallel.record.parts import (
     DURATIONS,
     OWN,
     PAIRS,
-    PARTS,
     SECONDS,
     STEP,
+    TIME_PARTS,
     WAITS,
     TimePart,
 )
@@ -84,7 +84,7 @@ def _read(entries: list[Entry], begin: int, end: int, *, pipelined: bool = False
 
 
 def _parts(row: np.ndarray) -> dict[TimePart, float]:
-    return {part: round(row[AT[part]] * 1e9) for part in PARTS if round(row[AT[part]] * 1e9)}
+    return {part: round(row[AT[part]] * 1e9) for part in TIME_PARTS if round(row[AT[part]] * 1e9)}
 
 
 def test_a_step_by_hand() -> None:
@@ -190,7 +190,7 @@ def test_nobody_knows_when_the_last_rank_came() -> None:
     row = _read([Entry("F", 0, 50, op=0, cpu=20), Entry("all_to_all", 5, 40, "ep", 0, waited=10)], 0, 50)
     assert row[BLIND + AXES.index(TimePart.EP)] == pytest.approx(30e-9)
     assert _parts(row) == {TimePart.COMPUTE: 20}
-    assert row[: len(PARTS)].sum() + row[BLIND : BLIND + len(AXES)].sum() == pytest.approx(row[SECONDS])
+    assert row[: len(TIME_PARTS)].sum() + row[BLIND : BLIND + len(AXES)].sum() == pytest.approx(row[SECONDS])
 
 
 def _random_step(draw: Random) -> Iterator[Entry]:
@@ -259,7 +259,7 @@ def test_any_step_as_one_moment_after_the_other(seed: int) -> None:
     begin, end = 990, max(entry.end for entry in entries) + 17
     row = _read(entries, begin, end)
     assert _parts(row) == _by_moments(ordered, begin, end)
-    assert row[: len(PARTS)].sum() == pytest.approx((end - begin) * 1e-9)
+    assert row[: len(TIME_PARTS)].sum() == pytest.approx((end - begin) * 1e-9)
 
 
 def test_names_that_are_no_communication() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ....models.costs.flops import flops_per_step
-from ....parallel.record.parts import AT, AXES, BLIND, PARTS, SECONDS, TimePart
+from ....parallel.record.parts import AT, AXES, BLIND, SECONDS, TIME_PARTS, TimePart
 from ....parallel.record.planned import measured_times, planned_idle
 from ..metric import Metric
 from ..rows import StepRows
@@ -25,7 +25,7 @@ _SIMULATING = 0.005
 MODEL, BELOW, PLANNED, UNPLANNED = "model", "below_ceiling", "bubble_planned", "bubble_unplanned"
 ORDER = (
     MODEL, BELOW, *(part.value for part in (TimePart.COMPUTE, TimePart.RECOMPUTE)), PLANNED, UNPLANNED,
-    *(part.value for part in PARTS if part not in (TimePart.COMPUTE, TimePart.RECOMPUTE, TimePart.BUBBLE)),
+    *(part.value for part in TIME_PARTS if part not in (TimePart.COMPUTE, TimePart.RECOMPUTE, TimePart.BUBBLE)),
 )  # fmt: skip
 """The keys of the parts, in the order in which they are shown."""
 
@@ -70,7 +70,7 @@ class WaterfallReading(Reading):
     def _waterfall(self, found: StepRows) -> dict[str, Any]:
         rows = split_blind(found.rows, self.run)
         seconds = rows[:, SECONDS].mean()
-        parts = {part.value: rows[:, AT[part]].mean() for part in PARTS}
+        parts = {part.value: rows[:, AT[part]].mean() for part in TIME_PARTS}
         parts |= self._divide_bubble(rows, parts.pop(TimePart.BUBBLE.value))
         flops, ceiling = self._flops.get(found.step), self.run.ceiling_tflops
         if flops is not None and ceiling:
