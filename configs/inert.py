@@ -142,6 +142,7 @@ JOB: tuple[Inert[Config], ...] = (
     Inert(("data.cache",), ("data.name",), lambda c: isinstance(c.data, TokenizedData)),
     Inert(("eval.steps",), ("eval.every",), lambda c: c.eval.every == 0),
     Inert(("eval.prompt_tokens",), ("eval.prompts",), lambda c: not c.eval.prompts),
+    Inert(("faults.alive_s", "faults.hang_s", "faults.pause_s"), ("faults.watch",), lambda c: not c.faults.watch),
     Inert(("log.wandb_project",), ("log.wandb",), lambda c: not c.log.wandb),
 )
 """Keys of a whole job that more than its model decides about."""

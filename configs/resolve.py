@@ -15,6 +15,7 @@ from .schema import (
     Config,
     ContextConfig,
     DataConfig,
+    FaultsConfig,
     ModelConfig,
     MoeConfig,
     ParallelConfig,
@@ -49,11 +50,21 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
             _resolve_parallel(config.parallel, world_size), context=resolve_context(config.parallel, model)
         ),
         data=replace(config.data, cache=cache),
+        faults=_resolve_faults(config.faults),
         checkpoint=replace(
             config.checkpoint,
             dir=folder if folder is not None else default_checkpoint_folder(config),
         ),
     )
+
+
+def _resolve_faults(faults: FaultsConfig) -> FaultsConfig:
+    """The limits that are not given, each below the next: else a wait's time-out would hide who is waited for."""
+    most = faults.timeout_s
+    alive = min(max(most / 60, 5.0), most / 4) if faults.alive_s is None else faults.alive_s
+    hang = min(max(most / 10, 2 * alive), most / 3) if faults.hang_s is None else faults.hang_s
+    pause = max(most / 2, (hang + most) / 2) if faults.pause_s is None else faults.pause_s
+    return replace(faults, alive_s=alive, hang_s=hang, pause_s=pause)
 
 
 def resolve_model(model: ModelConfig, seq_len: int, data: DataConfig | None = None) -> ModelConfig:

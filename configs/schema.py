@@ -250,6 +250,16 @@ class FaultsConfig:
     """Seconds that a collective may wait before the run stops with an error."""
     record_entries: int = 65536
     """Entries of each rank's record ring."""
+    watch: bool = True
+    """One process per node watches the ranks: when one dies, hangs or goes astray it says which and why, and ends the
+    job at once."""
+    alive_s: Derived[float] = DERIVED
+    """Seconds without a sign of life before a rank counts as stopped or frozen; derived: timeout_s / 60, at least 5."""
+    hang_s: Derived[float] = DERIVED
+    """Seconds without progress in a step or its data, at least, before a rank counts as hung; 5 times what 99 % of the
+    run's own pauses took, where that is more; derived: timeout_s / 10, at least 10."""
+    pause_s: Derived[float] = DERIVED
+    """The same in the first step, while loading, evaluating or saving; derived: timeout_s / 2."""
 
 
 @dataclass(frozen=True, kw_only=True)

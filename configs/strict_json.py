@@ -84,8 +84,12 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     return data
 
 
-def open_regular(path: Path) -> int:
+def open_regular(path: Path, *, write: bool = False) -> int:
     """A file descriptor for reading a regular file, never what a symbolic link points to, a pipe or a device.
+
+    Args:
+        path: of the file.
+        write: for writing too.
 
     Raises:
         JsonError: it is no regular file.
@@ -93,7 +97,7 @@ def open_regular(path: Path) -> int:
     """
     if path.is_symlink():
         raise JsonError("a symbolic link, not a file")
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise JsonError("not a regular file")
@@ -147,6 +151,17 @@ def expect_int(value: Any, what: str, low: int = 0, high: int = 2**63 - 1) -> in
     if not low <= value <= high:
         raise JsonError(f"{what} is {short(value)}, which is not between {low} and {high}")
     return value
+
+
+def expect_number(value: Any, what: str) -> float:
+    """`value` as a float, if it is a number.
+
+    Raises:
+        JsonError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise JsonError(f"{what} is {short(value)}, not a number")
+    return float(value)
 
 
 def is_int(value: Any) -> TypeGuard[int]:

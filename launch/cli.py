@@ -119,6 +119,11 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     export_hf.add_argument("out", metavar="OUT", help="a new folder")
     export_hf.add_argument("--dtype", choices=_DTYPES, help="type of the written tensors (as in the checkpoint)")
     export_hf.set_defaults(run=_export_hf)
+    text = "Why a job ended or hangs: which rank, in which operation, and what to do about it."
+    diagnose = verbs.add_parser("diagnose", help=text, description=text)
+    diagnose.add_argument("folder", metavar="RUN", help="the run's folder, or its name in runs/")
+    diagnose.add_argument("--json", action="store_true", help="one JSON object")
+    diagnose.set_defaults(run=_diagnose)
     generate_parser(verbs.add_parser("generate", help="Text from a run, a checkpoint or a Hugging Face folder."))
     for verb, made in verbs.choices.items():
         if verb != "tokenize":
@@ -246,6 +251,12 @@ def _schedule(args: argparse.Namespace) -> int:
     from .verbs.schedule import schedule
 
     return schedule(args)
+
+
+def _diagnose(args: argparse.Namespace) -> int:
+    from .verbs.diagnose import show_diagnosis
+
+    return show_diagnosis(args.folder, as_json=args.json)
 
 
 def _tokenize(args: argparse.Namespace) -> int:

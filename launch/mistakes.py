@@ -16,6 +16,7 @@ _ELSEWHERE = {
     "export-hf": "export to-hf save",
     "generate": "sample infer inference chat",
     "schedule": "pipeline draw",
+    "diagnose": "debug why hang stuck blame flight-recorder",
 }
 """What other tools call our commands."""
 

@@ -20,6 +20,7 @@ from .processes.meeting import Stopped
 from .processes.orphans import signal_self_when_orphaned
 from .processes.signals import NOTICES, StopRequest
 from .processes.start import Start
+from .processes.watch import WatchRequest
 from .run_folder import FRESH, claim
 
 USAGE = f"usage: torchrun … -m pentad.trainer [{FRESH}] [{OPTION} MODULE …] CONFIG [key=value …]"
@@ -29,6 +30,7 @@ def main(
     argv: Sequence[str] | None = None,
     failed: Callable[[Failure], None] | None = None,
     job: Callable[[Config, Start], int] | None = None,
+    watch: Callable[[WatchRequest], None] | None = None,
 ) -> int:
     """Runs this rank of the job.
 
@@ -36,6 +38,7 @@ def main(
         argv: CONFIG and overrides, and perhaps --fresh and --import MODULE; none: the command line's.
         failed: told about the failure instead of it being printed.
         job: what the rank does; none: it trains.
+        watch: asked for a watcher of this node; none: one is started.
 
     Returns:
         The exit code: 0, 2 for a user's mistake, 1 for any other error, 128 + n for signal n before the first step.
@@ -57,7 +60,7 @@ def main(
         env = {**os.environ, **place(os.environ)}
         if "TORCHELASTIC_RUN_ID" in env or ("RANK" in env and "RANK" not in os.environ):
             signal_self_when_orphaned(signal.SIGTERM)  # a rank does not outlive what started it
-        start = Start.of(env, stop, config=argv[0], fresh=fresh, failed=failed)
+        start = Start.of(env, stop, config=argv[0], fresh=fresh, failed=failed, watch=watch)
     except UserError as error:
         stop.close()
         for problem in error.problems:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..configs import Problem, UserError, as_dict, hide, to_yaml
 from ..configs.reading.program_file import read_program_bytes
@@ -24,8 +23,11 @@ from ..models.hf.folder import to_stderr
 from ..parallel.comm.collectives import all_reduce
 from ..parallel.comm.mesh import Mesh
 from ..parallel.comm.process_ids import ProcessId
-from ..parallel.record import files, kinds
+from ..parallel.record import files
 from ..parallel.record.files import RingFile
+from ..parallel.record.ring import Recorder
+from ..parallel.record.stacks import show_stacks, stacks_file
+from ..parallel.record.vitals import Heart
 from .checkpoint.checkpointer import Checkpointer
 from .checkpoint.hugging_face import load_initial
 from .data.dataset import Dataset, open_data
@@ -38,15 +40,18 @@ from .metrics.sinks import EventLog, make_sinks
 from .metrics.summary import summarize
 from .metrics.waterfall_picture import draw_straggler_map, draw_waterfall
 from .processes.meeting import Stopped
-from .processes.signals import StopRequest
-from .processes.start import Start
+from .processes.start import Start, soon
+from .processes.watch import WatchRequest
 from .run_folder import RunFile, checkpoint_folder, run_folder
 from .session import Here, Session
-from .setup import DTYPES, Ranks, make_recorder, prepare_device
+from .setup import DTYPES, Ranks, make_recorder, prepare_device, record_stem
 from .text.prompts import make_coder
 from .text.samples import PromptSampler
 from .text.tokenizer_files import TokenizerFiles, of_checkpoint, of_job
 from .trainer import Outputs, Trainer, row_exchange
+
+_WATCHER_S = 10.0
+"""For the watcher to be there; it starts with the ranks, and is much faster."""
 
 
 def run(cfg: Config, start: Start) -> int:
@@ -82,12 +87,29 @@ def arrive(cfg: Config, start: Start, ranks: Ranks, open_things: ExitStack) -> H
         files.sweep()
     recorder = make_recorder(cfg, ranks)
     open_things.callback(recorder.close)
+    _be_watched(cfg, start, ranks, recorder, open_things)
     start.meeting.come(_about(cfg), cfg.faults.timeout_s)
     if start.stop.requested:
         raise Stopped
     start.stop.listen()
     open_things.callback(start.stop.close)
     return Here(ranks.rank, store, device, recorder)
+
+
+def _be_watched(cfg: Config, start: Start, ranks: Ranks, recorder: Recorder, open_things: ExitStack) -> None:
+    """Shows this rank's signs of life from now on, and asks for somebody who looks at them."""
+    heart = Heart(recorder.vitals)
+    open_things.callback(heart.close)
+    alone = ranks.world == 1 and "TORCHELASTIC_RUN_ID" not in start.env
+    if not cfg.faults.watch or alone or recorder.path is None:
+        return
+    start.vitals = recorder.vitals
+    folder = files.record_folder(run_folder(cfg))
+    open_things.callback(show_stacks(stacks_file(folder, ranks.rank), recorder.vitals))
+    if ranks.local_rank == 0:
+        faults, run_dir = cfg.faults, str(run_folder(cfg).resolve())
+        stem, limits = record_stem(cfg, ranks), (faults.alive_s, faults.hang_s, faults.pause_s)
+        start.watch(WatchRequest(stem, run_dir, ranks.world, ranks.local_world, *limits))
 
 
 def _about(cfg: Config) -> str:
@@ -108,6 +130,8 @@ def _in_mesh(cfg: Config, start: Start, ranks: Ranks, here: Here, open_things: E
     run_dir, rings = run_folder(cfg), list[RingFile]()
 
     def met(mesh: Mesh) -> None:
+        if start.vitals is not None and ranks.local_rank == 0:
+            soon(lambda: here.recorder.vitals.watched, _WATCHER_S)  # what fails from here on is seen
         if mesh.is_first:
             _write_configs(run_dir, cfg, start.given)
         rings.extend(_index_record(run_dir, mesh, ranks.run_id))
@@ -123,12 +147,13 @@ def _in_mesh(cfg: Config, start: Start, ranks: Ranks, here: Here, open_things: E
             peak=partial(_peak, cfg, here.device, MeasuredPeaks(run_dir / RunFile.PEAKS)),
             outer=open_things,
         )
-        _train(session, run_dir, start.stop, row_exchange(session, rings, here.store))
-        _barrier(session.mesh)  # every ring is complete
+        _train(session, run_dir, start, row_exchange(session, rings, here.store))
+        session.mesh.barrier()  # every ring is complete
     except Exception as error:
         start.report(error, cfg)
         here.recorder.close()
         _keep_record(run_dir, ranks, rings)
+        here.recorder.vitals.left()
         raise
     if ranks.local_rank == 0:
         with or_without(str(files.record_folder(run_dir))):
@@ -146,7 +171,7 @@ def _open_data(cfg: Config, here: Here) -> Dataset:
     )
 
 
-def _train(session: Session, run_dir: Path, stop: StopRequest, rows: RowExchange) -> None:
+def _train(session: Session, run_dir: Path, start: Start, rows: RowExchange) -> None:
     cfg, mesh, parts = session.cfg, session.mesh, session.parts
     events = EventLog(run_dir / RunFile.EVENTS) if mesh.is_first else None
 
@@ -190,9 +215,12 @@ def _train(session: Session, run_dir: Path, stop: StopRequest, rows: RowExchange
         events.log("start", step=trainer.step, world=mesh.degrees.world, program=trainer.program.hash)
     began_at, finished = trainer.step, False
     try:
-        finished = trainer.train(outputs, stop)
+        finished = trainer.train(outputs, start.stop)
         if outputs is not None:
             outputs.events.log("end" if finished else "stopped", step=trainer.step)
+    except Exception as error:
+        start.report(error, cfg)  # before anything is closed, which takes its time
+        raise
     finally:
         checkpointer.close()
         if outputs is not None:
@@ -252,7 +280,7 @@ def _peak(cfg: Config, device: torch.device, kept: MeasuredPeaks, mesh: Mesh) ->
         before = all_reduce(torch.tensor([before], dtype=torch.float64), world).wait().item()
         if before:
             return Peak(before, "measured when the run began")
-    peak = peak_tflops(cfg.hardware, device, DTYPES[cfg.train.dtype], barrier=lambda: _barrier(mesh))
+    peak = peak_tflops(cfg.hardware, device, DTYPES[cfg.train.dtype], barrier=mesh.barrier)
     if peak.source != "measured" or peak.tflops is None:
         return peak
     total = all_reduce(torch.tensor([peak.tflops], dtype=torch.float64), world).wait()
@@ -261,13 +289,6 @@ def _peak(cfg: Config, device: torch.device, kept: MeasuredPeaks, mesh: Mesh) ->
         with or_without("the measured peak"):
             kept.keep(cfg.train.dtype, world.size, mean)
     return Peak(mean, peak.source)
-
-
-def _barrier(mesh: Mesh) -> None:
-    if mesh.degrees.world > 1:
-        recorder = mesh.recorder
-        with recorder.span(recorder.intern(kinds.BARRIER), axis=recorder.intern("world")):
-            dist.barrier(mesh.host_group)
 
 
 def _write_configs(run_dir: Path, cfg: Config, given: str) -> None:
@@ -282,9 +303,7 @@ def _write_configs(run_dir: Path, cfg: Config, given: str) -> None:
 def _index_record(run_dir: Path, mesh: Mesh, run_id: str) -> list[RingFile]:
     """Tells everybody who may look, while the job runs or after it died, where each rank's ring is."""
     mine = RingFile(mesh.rank, socket.gethostname(), str(mesh.recorder.path), os.getpid(), mesh.epoch)
-    rings = [mine] * mesh.degrees.world
-    if mesh.degrees.world > 1:
-        dist.all_gather_object(rings, mine, group=mesh.host_group)
+    rings = mesh.gather_objects(mine)
     if mesh.is_first:
         files.write_index(run_dir, rings, run_id)
     return rings

@@ -85,9 +85,13 @@ def degrees_of(cfg: Config) -> Degrees:
 
 def make_recorder(cfg: Config, ranks: Ranks) -> ring.Recorder:
     """This rank's record."""
-    return ring.create(
-        f"{cfg.name}-{ranks.run_id}", rank=ranks.rank, world=ranks.world, entries=cfg.faults.record_entries
-    )
+    stem, entries = record_stem(cfg, ranks), cfg.faults.record_entries
+    return ring.create(stem, rank=ranks.rank, world=ranks.world, entries=entries)
+
+
+def record_stem(cfg: Config, ranks: Ranks) -> str:
+    """What the names of the job's rings have in common."""
+    return f"{cfg.name}-{ranks.run_id}"
 
 
 def mesh_of(

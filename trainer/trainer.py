@@ -97,6 +97,7 @@ class Trainer:
         self.cfg, self.mesh, self.parts, self.data = session.cfg, session.mesh, session.parts, session.data
         self.optimizer, self.program, self.stepper = session.optimizer, session.program, session.stepper
         self.overlap, self.device, self.checkpointer = session.overlap, session.device, checkpointer
+        self.vitals = session.mesh.recorder.vitals
         cfg, mesh = self.cfg, self.mesh
         self.dp = mesh.axis("dp")
         microbatches = self.program.microbatches
@@ -135,6 +136,7 @@ class Trainer:
         Raises:
             UserError: the checkpoint does not fit the model or was trained on other data.
         """
+        self.vitals.enter("load")
         state = self.checkpointer.state(path)
         problems = run_problems(state, self.cfg, path, self.data.fingerprint)
         if problems:
@@ -150,7 +152,7 @@ class Trainer:
     def save(self) -> None:
         """Saves the state after `self.step` steps."""
         self._drain()
-        with self._recorded(kinds.SAVE):
+        with self._recorded(kinds.SAVE), self.vitals.phase("save"):
             self._save()
 
     def _save(self) -> None:
@@ -174,18 +176,25 @@ class Trainer:
             start_step=self.step,
             steps=train.steps,
             prefetch=cfg.data.prefetch,
+            abort=self.mesh.abort,
+            vitals=self.vitals,
         )
         stopped = False
         self._clock = time.monotonic_ns()
         with closing(self.readings), closing(self.rows), recorded_collections(self.mesh.recorder):
             with loader:
+                self.vitals.enter("first step")
                 while self.step < train.steps and not stopped:
                     stopped = self._one(loader, stop)
+                    self.mesh.abort.check("the next step", 0.0)
+                    self.vitals.enter("step")
             self._drain()
+        self.vitals.enter("end")
         self.parts.replicas.wait_gathers()
         if cfg.checkpoint.final or stopped or self._due(cfg.checkpoint.every):
             self.save()
-        self.checkpointer.wait()
+        with self.vitals.phase("save"):
+            self.checkpointer.wait()
         return not stopped
 
     def _one(self, loader: Loader, stop: StopRequest) -> bool:
@@ -207,7 +216,7 @@ class Trainer:
         if self.device.type == "cpu" or self._due(cfg.eval.every) or self._due(cfg.checkpoint.every):
             self._drain()
         if self._due(cfg.eval.every):
-            with self._recorded(kinds.EVALUATE):
+            with self._recorded(kinds.EVALUATE), self.vitals.phase("evaluation"):
                 self._evaluate()
             self._clock = time.monotonic_ns()
         if self._due(cfg.checkpoint.every) and self.step < cfg.train.steps:
@@ -228,6 +237,7 @@ class Trainer:
             return
         result = issued.result
         with self._recorded(kinds.DRAIN):
+            self._landed()
             numbers = torch.stack([x.double() for x in (result.loss, result.grad_norm, result.skipped, result.stop)])
             loss, norm, skipped, stop, *worst = torch.cat((numbers, result.worst.wait())).tolist()
         before, self._clock = self._clock, time.monotonic_ns()
@@ -249,6 +259,13 @@ class Trainer:
                 f"{self._bad_steps} steps in a row had a NaN or infinite gradient (faults.max_bad_steps); "
                 f"lower optim.lr={self.cfg.optim.lr:g} or resume from an earlier checkpoint"
             )
+
+    def _landed(self) -> None:
+        """On a GPU: waits until what was issued has run, in a way that an abort can end."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            self.mesh.abort.until("the device", event.query)
 
     def _done(self, issued: _Issued, loss: float, norm: float, skipped: bool, seconds: float) -> StepDone:
         moe = issued.result.moe

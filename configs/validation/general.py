@@ -108,6 +108,9 @@ _ABOVE_ZERO = [
     "parallel.data.bucket_mib",
     "optim.eps",
     "faults.timeout_s",
+    "faults.alive_s",
+    "faults.hang_s",
+    "faults.pause_s",
     "hardware.peak_tflops",
     "hardware.memory_gib",
     "hardware.host_gib_s",
@@ -342,6 +345,7 @@ def _run(config: Config) -> list[Problem]:
     if outside:
         message = f"steps {outside} are not among the run's 1 to train.steps={config.train.steps}"
         problems.append(Problem("log.profile", message, ("train.steps",)))
+    problems += _limits(config)
     c = config.checkpoint
     if c.init is not None and c.resume is not None and c.resume != "latest":
         message = "checkpoint.init and a path in checkpoint.resume exclude each other; set one of them to null"
@@ -352,4 +356,16 @@ def _run(config: Config) -> list[Problem]:
     if c.upcycle and not config.model.moe.experts:
         message = "true needs a model with experts; set model.moe.experts"
         problems.append(Problem("checkpoint.upcycle", message, ("model.moe.experts",)))
+    return problems
+
+
+def _limits(config: Config) -> list[Problem]:
+    """Whoever waits must not give up before it is known for whom: each limit is below the next."""
+    names = ("faults.alive_s", "faults.hang_s", "faults.pause_s", "faults.timeout_s")
+    values = [value_of(config, name) for name in names]
+    problems = []
+    for lower, higher, low, high in zip(names, names[1:], values, values[1:], strict=False):
+        if low is not None and high is not None and low >= high and config.faults.watch:
+            message = f"must be below {higher}={high:g}, got {low:g}; set {lower} below it, or a larger {higher}"
+            problems.append(Problem(lower, message, (higher,)))
     return problems

@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ...trainer.processes.orphans import signal_self_when_orphaned
-from .worker import publish_text
+from .worker_files import publish_text
 
 
 def launch(folder: Path, ranks: int, command: list[str]) -> int:

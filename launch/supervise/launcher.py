@@ -47,7 +47,8 @@ def train(config: str, overrides: Sequence[str], *, fresh: bool = False, imports
     with tempfile.TemporaryDirectory(prefix="pentad-") as folder:
         worker = ["-m", "pentad.launch.supervise.worker", folder, *import_arguments(), config, *overrides]
         try:
-            return supervise(Path(folder), ranks, worker, rank_environment(ranks, cuda=cuda))
+            environment = rank_environment(ranks, cuda=cuda)
+            return supervise(Path(folder), ranks, worker, environment, watch=cfg.faults.watch)
         finally:
             keep_record(run_folder(cfg), Path(folder))
 

@@ -14,17 +14,19 @@ from pathlib import Path
 
 from ...configs.strict_json import JsonError, expect_int, expect_object, read_bytes, read_json
 from ...parallel.comm.process_ids import ProcessId
+from ...parallel.record.diagnosis import FAILED, Verdict
 from ...trainer.processes.failure import Failure
 from ...trainer.processes.signals import STOPS, heeded
+from .worker_files import VERDICT
 
-POLL_S = 0.1
+POLL_S = 0.05
 GRACE_S = 10.0
 """Seconds between a rank's failure and the end of those that wait for it in a collective."""
 _CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
 """How a rank ends that was asked to, or that gave up waiting for another."""
 
 
-def supervise(folder: Path, ranks: int, worker: list[str], env: dict[str, str]) -> int:
+def supervise(folder: Path, ranks: int, worker: list[str], env: dict[str, str], *, watch: bool = False) -> int:
     """Starts the ranks through torchrun's agent, passes signals on, and says why they failed if they did.
 
     Args:
@@ -32,11 +34,12 @@ def supervise(folder: Path, ranks: int, worker: list[str], env: dict[str, str]) 
         ranks: how many.
         worker: arguments of the Python interpreter that make a rank (`launch.supervise.worker`).
         env: its environment.
+        watch: whether a watcher looks after them.
 
     Returns:
         The exit code of the whole job.
     """
-    with _caught_signals() as caught:
+    with _caught_signals() as caught, _watcher(folder, watch) as watcher:
         command = [sys.executable, "-m", "pentad.launch.supervise.agent", str(folder), str(ranks), *worker]
         # A session of its own: Ctrl-C reaches only this process, which decides who gets it.
         agent = subprocess.Popen(command, env=env, start_new_session=True)
@@ -45,7 +48,12 @@ def supervise(folder: Path, ranks: int, worker: list[str], env: dict[str, str]) 
             ended = _wait(agent, folder, ranks, caught)
         finally:
             if agent.poll() is None:
+                if watcher is not None:
+                    watcher.kill()  # it must not take what follows for a fault
                 _kill(agent, folder)
+        verdict = _verdict(folder)
+        if verdict is not None and len(caught) < 2:
+            return _judged(folder, verdict)
         if agent.returncode == 0:
             return 0
         if agent.returncode < 0 and len(caught) < 2:
@@ -60,7 +68,7 @@ def _wait(agent: subprocess.Popen[bytes], folder: Path, ranks: int, caught: list
     Returns:
         The ranks that were killed, because they outlived another's failure.
     """
-    handled = 0
+    handled, said = 0, False
     ended: set[int] = set()
     deadline = math.inf
     while agent.poll() is None:
@@ -69,12 +77,63 @@ def _wait(agent: subprocess.Popen[bytes], folder: Path, ranks: int, caught: list
             if handled > 1:
                 return ended
             _stop(agent, folder, ranks)
+        if not said and (verdict := _verdict(folder)) is not None:
+            said, deadline = True, time.monotonic() + GRACE_S
+            _say(verdict)
+        if said and _is_over(folder, _verdict(folder)):
+            return ended
         if deadline == math.inf and any(folder.glob("failure.*[0-9]")):
             deadline = time.monotonic() + GRACE_S
         if time.monotonic() > deadline:
             ended |= _signal_ranks(folder, signal.SIGKILL)
         time.sleep(POLL_S)
     return ended
+
+
+@contextmanager
+def _watcher(folder: Path, wanted: bool) -> Iterator[subprocess.Popen[bytes] | None]:
+    """The watcher of this machine's ranks, inside the block."""
+    if not wanted:
+        yield None
+        return
+    command = [sys.executable, "-m", "pentad.launch.supervise.watcher", str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _verdict(folder: Path) -> Verdict | None:
+    """Why the watcher has ended the job."""
+    with suppress(OSError, JsonError):
+        return Verdict.load(read_json(folder / VERDICT))
+    return None
+
+
+def _say(verdict: Verdict) -> None:
+    if verdict.kind != FAILED:  # a rank's own error is told with its traceback, from what the rank has left
+        print("\n".join((f"error: {verdict.line}", *verdict.details)), file=sys.stderr, flush=True)
+
+
+def _is_over(folder: Path, verdict: Verdict | None) -> bool:
+    """Whether no rank has anything left to do: it has ended, or closed what it had, or is the one that cannot."""
+    hopeless = verdict.ranks if verdict is not None and verdict.kind != FAILED else ()
+    return all(
+        rank in hopeless or not process.alive or (folder / f"left.{rank}").exists()
+        for rank, process in processes(folder).items()
+    )
+
+
+def _judged(folder: Path, verdict: Verdict) -> int:
+    """The exit code of a job that the watcher has ended."""
+    if verdict.kind != FAILED:
+        return verdict.code
+    failures = [failure for failure in _failures(folder).values() if not failure.lost]
+    first = min(failures, key=lambda failure: failure.at, default=None)
+    print(first.text() if first is not None else f"error: {verdict.line}", file=sys.stderr, flush=True)
+    return first.exit_code if first is not None else verdict.code
 
 
 def _without_agent(folder: Path, number: int, caught: list[int]) -> int:

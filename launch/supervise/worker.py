@@ -17,13 +17,8 @@ from ...parallel.comm.process_ids import ProcessId
 from ...trainer.__main__ import main
 from ...trainer.processes.failure import Failure
 from ...trainer.processes.start import Start
-
-
-def publish_text(file: Path, text: str) -> None:
-    """Writes a file that readers see whole or not at all."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
-    partial.rename(file)
+from ...trainer.processes.watch import WatchRequest
+from .worker_files import WATCH, publish_text
 
 
 def work(folder: Path, argv: list[str], job: Callable[[Config, Start], int] | None = None) -> int:
@@ -34,7 +29,13 @@ def work(folder: Path, argv: list[str], job: Callable[[Config, Start], int] | No
     def failed(failure: Failure) -> None:
         publish_text(folder / f"failure.{rank}", json.dumps(failure.as_dict()))
 
-    return main(argv, failed, job)
+    def watch(request: WatchRequest) -> None:
+        publish_text(folder / WATCH, request.dump())
+
+    try:
+        return main(argv, failed, job, watch)
+    finally:
+        (folder / f"left.{rank}").touch()
 
 
 if __name__ == "__main__":

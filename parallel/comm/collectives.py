@@ -59,7 +59,7 @@ class Handle:
         """The result, of the shape that the collective names, complete (on CUDA: for work enqueued after this call).
 
         Raises:
-            Aborted, TimeoutError: see `waiting.Abort.wait`.
+            Aborted, Overdue: see `waiting.Abort.wait`.
         """
         if self._finish is not None:
             self._result, self._finish = self._finish(), None
@@ -79,7 +79,7 @@ def _enter(kind: str, axis: Axis, x: Tensor, peer: int = -1) -> int:
         peer=peer,
         dtype=recorder.intern(str(x.dtype)),
         nbytes=x.numel() * x.element_size(),
-        seq=next(axis.sequence),
+        seq=axis.number(kind, peer),
     )
 
 

@@ -45,7 +45,7 @@ class Pending(Generic[T]):
         abort: Abort,
         what: str,
         recorder: Recorder | None,
-        axis: int,
+        axis: int = 0,
     ) -> None:
         self._job: Callable[[], T] | None = job
         self._recorder, self._axis = recorder, axis
@@ -63,7 +63,7 @@ class Pending(Generic[T]):
         """What the job returned (on CUDA: complete for work enqueued after this call).
 
         Raises:
-            Aborted, TimeoutError: see `Abort.wait`.
+            Aborted, Overdue: see `Abort.wait`.
             Exception: the job's own, or `LaneFailed`.
         """
         self._wait()
@@ -78,6 +78,7 @@ class Pending(Generic[T]):
             self._abort.wait(self._done, self._what)
             return
         ticket = self._recorder.enter(self._recorder.intern(kinds.WAIT), axis=self._axis)
+        self._recorder.waits(ticket)
         try:
             self._abort.wait(self._done, self._what)
         finally:
@@ -90,7 +91,7 @@ class Pending(Generic[T]):
             beside: that thread is not the step's, so that no wait is recorded.
 
         Raises:
-            Aborted, TimeoutError: see `Abort.wait`.
+            Aborted, Overdue: see `Abort.wait`.
             Exception: the job's own, or `LaneFailed`.
         """
         if beside:
@@ -100,7 +101,7 @@ class Pending(Generic[T]):
         if self._error is not None:
             raise self._error
         if self._event is not None:
-            self._event.synchronize()
+            self._abort.until(self._what, self._event.query)
 
     def abandon(self) -> None:
         """Nobody asks for the result any more. Waits for nothing, so it does not fail after an abort either.

@@ -11,21 +11,29 @@ ranks in their slots and a store, and can be made again from others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import count
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ...configs.errors import UserError
-from ..record.ring import Recorder
+from ..record import kinds
+from ..record.ring import Recorder, axis_members
+from .axis import Axis, Communicator
+from .gloo_sockets import GlooSockets
 from .shared_memory import LocalAxis
 from .shared_memory_connect import connect as connect_memories
-from .waiting import Abort, Waiter
+from .waiting import Abort
 
+T = TypeVar("T")
+TOLD = "the job ends, and the verdict says why"
+"""The reason of an abort that the watcher asked for."""
 DENSE_AXES = ("pp", "dp", "cp", "tp_shard", "tp_replica")
 EXPERT_AXES = ("pp", "edp", "ep", "etp")
 
@@ -64,59 +72,6 @@ class Degrees:
         return (self.pp, stage // (self.ep * self.etp), self.ep, self.etp)
 
 
-class Communicator:
-    """One of torch's groups while its mesh stands; nothing else keeps it, and it ends with its last reference."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group: dist.ProcessGroup | None = group
-
-    @property
-    def group(self) -> dist.ProcessGroup:
-        """torch's.
-
-        Raises:
-            RuntimeError: the mesh was closed. (torch would take its default group for None.)
-        """
-        if self._group is None:
-            raise RuntimeError("the mesh of this communicator was closed")
-        return self._group
-
-    def cut(self) -> None:
-        """Gives the communicator up."""
-        self._group = None
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One direction of the mesh, seen from one rank. Axes of size 1 have no group and communicate nothing."""
-
-    name: str
-    rank: int
-    size: int
-    ranks: tuple[int, ...]
-    link: Communicator | None = field(repr=False, default=None)
-    recorder: Recorder | None = field(repr=False, default=None)
-    abort: Abort | None = field(repr=False, default=None)
-    code: int = 0
-    """The axis's name in the record."""
-    sequence: Iterator[int] = field(repr=False, default_factory=count)
-    """Numbers this rank's collectives over the axis."""
-    local: LocalAxis | None = field(repr=False, default=None, compare=False)
-    """Where its ranks can read each other's memory."""
-    waiters: dict[tuple[str, int], Waiter] = field(repr=False, default_factory=dict, compare=False)
-    """What watches this rank's sends to, and receives from, each peer (gloo)."""
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        """Of several ranks."""
-        return self.link.group if self.link is not None else None
-
-    @staticmethod
-    def single(name: str) -> Axis:
-        """An axis of one rank: what single-device code uses."""
-        return Axis(name, 0, 1, (0,))
-
-
 class Mesh:
     """All axes of one rank in one epoch.
 
@@ -151,6 +106,8 @@ class Mesh:
     ) -> None:
         self.degrees, self.rank, self.epoch, self.device, self.recorder = degrees, rank, epoch, device, recorder
         self.abort = Abort(timeout_s)
+        self._meetings = count()
+        self._cuda = torch.cuda.current_device() if device == "cuda" else 0
         self._axes: dict[str, Axis] = {}
         self._device_meshes: dict[str, DeviceMesh] = {}
         self.host_group: dist.ProcessGroup | None = None
@@ -162,12 +119,30 @@ class Mesh:
             return
         if store is None:
             raise ValueError("a mesh of several ranks needs a store")
+        self._gloo = GlooSockets()
+        recorder.vitals.listen(epoch, partial(self.abort.trigger, TOLD), self._let_go)
+        made = partial(self._make, store, channels, vocab, context, ends)
+        # torch waits for the other ranks in there, and nobody can wake it.
+        self.abort.beside("setting up the mesh", made)
+
+    def _make(
+        self,
+        store: dist.Store,
+        channels: Sequence[tuple[int, int]],
+        vocab: bool,
+        context: int,
+        ends: tuple[int, int] | None,
+    ) -> None:
+        """Meets the other ranks; arguments as of the mesh."""
+        degrees, device = self.degrees, self.device
+        if device == "cuda":
+            torch.cuda.set_device(self._cuda)
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
-            store=dist.PrefixStore(f"mesh-{epoch}", store),
-            rank=rank,
+            store=dist.PrefixStore(f"mesh-{self.epoch}", store),
+            rank=self.rank,
             world_size=degrees.world,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=self.abort.timeout_s),
             device_id=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None,
         )
         self._make_axes()
@@ -181,9 +156,42 @@ class Mesh:
             lines = [(line[min(ends)], line[max(ends)]) for line in self._pipelines()]
             self._axes["ends"] = self._cut("ends", lines)
         if device == "cpu":
-            self._connect_memories(dist.PrefixStore(f"memory-{epoch}", store))
+            self._connect_memories(dist.PrefixStore(f"memory-{self.epoch}", store))
         # Nobody starts, and nobody can leave, before everybody is connected.
         dist.barrier(self.host_group)
+        self._gloo.made()
+
+    def barrier(self) -> None:
+        """Returns when all ranks are here.
+
+        Raises:
+            Aborted, Overdue: see `Abort.wait`.
+        """
+        self.gather_objects(None)
+
+    def gather_objects(self, mine: T) -> list[T]:
+        """Every rank's object, by rank; small ones.
+
+        Raises:
+            Aborted, Overdue: see `Abort.wait`.
+        """
+        group, world = self.host_group, self.degrees.world
+        if group is None:
+            return [mine]
+        found: list[Any] = [None] * world
+        self.recorder.intern(axis_members("host", range(world)))
+        code, kind = self.recorder.intern("host"), self.recorder.intern(kinds.BARRIER)
+        ticket = self.recorder.enter(kind, axis=code, seq=next(self._meetings))
+        self.recorder.waits(ticket)
+        self.abort.beside("the other ranks", lambda: dist.all_gather_object(found, mine, group=group))
+        self.recorder.exit(ticket)
+        return found
+
+    def _let_go(self) -> None:
+        """After an abort: frees the threads that wait inside torch, which nobody can wake."""
+        if self.device == "cuda":
+            dist.distributed_c10d._abort_process_group()
+        self._gloo.cut()
 
     def _make_axes(self) -> None:
         """Creates the communicators of the two factorisations, in one fixed order on all ranks."""
@@ -292,6 +300,7 @@ class Mesh:
         self, name: str, ranks: tuple[int, ...], group: dist.ProcessGroup | None, recorder: Recorder | None = None
     ) -> Axis:
         code = self.recorder.intern(name)
+        self.recorder.intern(axis_members(name, ranks))
         recorder, link = recorder or self.recorder, Communicator(group) if group is not None else None
         return Axis(name, ranks.index(self.rank), len(ranks), ranks, link, recorder, self.abort, code)
 
@@ -323,6 +332,7 @@ class Mesh:
 
     def close(self) -> None:
         """Gives the communicators up. A mesh of a later epoch can be made afterwards."""
+        self.recorder.vitals.deafen()
         for axis in self._axes.values():
             if axis.local is not None:
                 axis.local.close()

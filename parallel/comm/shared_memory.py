@@ -196,7 +196,7 @@ class LocalAxis:
         """Returns when the exchange is complete.
 
         Raises:
-            Aborted, TimeoutError: see `Abort.wait`.
+            Aborted, Overdue: see `Abort.wait`.
             PeerGone: a rank on which it depends has ended or left.
         """
         if self.complete(exchange):
@@ -207,7 +207,7 @@ class LocalAxis:
             if now - begin < _SPIN_S:
                 os.sched_yield()
                 continue
-            self._abort.check(exchange.what, now - begin)
+            self._abort.check(exchange.what, now - begin, lambda: _named(exchange.awaited()))
             self._abort.poll()
             if now - checked > _ALIVE_EVERY_S:
                 checked = now
@@ -222,6 +222,11 @@ class LocalAxis:
                 # It may have done its part and left since.
                 if not self.complete(exchange):
                     raise
+
+
+def _named(peers: list[Peer]) -> str:
+    ranks = ", ".join(str(peer.rank) for peer in sorted(peers, key=lambda peer: peer.rank))
+    return f"rank{'s' if len(peers) > 1 else ''} {ranks}" if ranks else ""
 
 
 class Exchange:

@@ -23,6 +23,10 @@ it came; per slot number + 1 of what was read last of the other's posts; per slo
 `time.monotonic_ns`, one clock for all processes of a host."""
 
 
+class Mismatch(RuntimeError):
+    """Ranks do not make the same calls in the same order; which one is wrong cannot be told from here."""
+
+
 class LineReader(Protocol):
     """An exchange that expects a post."""
 
@@ -127,7 +131,7 @@ class Line:
 
         Raises:
             PeerGone: the peer cannot be reached, or has closed its mesh.
-            RuntimeError: it is of another size.
+            Mismatch: it is of another size.
         """
         words, slot = self._theirs, number % _SLOTS
         at = _POSTS + 4 * slot
@@ -135,7 +139,7 @@ class Line:
             return
         into, exchange = self._coming[number]
         if words[at + _BYTES] != into.nbytes:
-            raise RuntimeError(
+            raise Mismatch(
                 f"{exchange.what}: rank {self.peer.rank} gives {words[at + _BYTES]} bytes where {into.nbytes} are "
                 "expected; all ranks must make the same calls in the same order"
             )

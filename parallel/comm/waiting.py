@@ -7,11 +7,14 @@ than a millisecond an operation on a busy machine. Waits on memory (`local.py`) 
 
 from __future__ import annotations
 
+import _thread
 import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
 
 _TEND_EVERY_S, _LOOK_EVERY_S = 0.002, 0.05
 """How often a waiting thread polls what is tended, and how often it looks whether there is something to tend."""
@@ -19,6 +22,10 @@ _TEND_EVERY_S, _LOOK_EVERY_S = 0.002, 0.05
 
 class Aborted(RuntimeError):
     """The wait was given up because somebody triggered the abort flag of the mesh."""
+
+
+class Overdue(TimeoutError):
+    """A wait took longer than any may; whoever is waited for is the cause, not the one that waits."""
 
 
 class Abort:
@@ -43,7 +50,7 @@ class Abort:
 
         Raises:
             Aborted: the flag was triggered.
-            TimeoutError: `timeout_s` seconds have passed; `what` names the operation.
+            Overdue: `timeout_s` seconds have passed; `what` names the operation.
         """
         with self._lock:
             # First: an abort sets the events as well.
@@ -81,12 +88,56 @@ class Abort:
             self.poll()
         return done.is_set()
 
-    def check(self, what: str, waited_s: float) -> None:
-        """For waits that poll: raises as `wait` does, after `waited_s` seconds of waiting for `what`."""
+    def check(self, what: str, waited_s: float, whom: Callable[[], str] = str) -> None:
+        """For waits that poll: raises as `wait` does, after `waited_s` seconds of waiting for `what` and `whom`."""
         if self.reason is not None:
             raise Aborted(f"{what}: {self.reason}")
         if waited_s >= self.timeout_s:
-            raise TimeoutError(f"{what} waited {self.timeout_s:g} s; set faults.timeout_s to wait longer")
+            named = whom()
+            cause = f"for {named}" if named else "for other ranks, and pentad diagnose RUN says for which"
+            raise Overdue(f"{what} waited {self.timeout_s:g} s (faults.timeout_s) {cause}")
+
+    def beside(self, what: str, fn: Callable[[], T]) -> T:
+        """What `fn` returns, called in a thread of its own: for calls that block in torch and cannot be woken.
+
+        After an abort the thread is left to its fate.
+
+        Raises:
+            Aborted, Overdue: see `wait`.
+            Exception: `fn`'s own.
+        """
+        done = threading.Event()
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                results.append(fn())
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                done.set()
+
+        try:
+            _thread.start_new_thread(run, ())
+        except RuntimeError:  # no memory for a thread
+            return fn()
+        self.wait(done, what)
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    def until(self, what: str, test: Callable[[], bool], every_s: float = 0.0005) -> None:
+        """Returns once `test` holds: for what can only be asked, as a CUDA event.
+
+        Raises:
+            Aborted, Overdue: see `wait`.
+        """
+        begin = time.monotonic()
+        while not test():
+            self.check(what, time.monotonic() - begin)
+            self.poll()
+            time.sleep(every_s)
 
 
 class Blocking(Protocol):
@@ -125,7 +176,7 @@ class Transfer:
         """Returns at the end.
 
         Raises:
-            Aborted, TimeoutError: see `Abort.wait`.
+            Aborted, Overdue: see `Abort.wait`.
             RuntimeError: the peer is gone.
         """
         abort.wait(self._done, what)

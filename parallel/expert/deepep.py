@@ -129,7 +129,7 @@ def _recorded(axis: Axis, kind: str, x: Tensor, call: Callable[[], Any]) -> Any:
     if recorder is None:
         return call()
     nbytes = x.numel() * x.element_size()
-    with recorder.span(recorder.intern(kind), axis=axis.code, nbytes=nbytes, seq=next(axis.sequence)):
+    with recorder.span(recorder.intern(kind), axis=axis.code, nbytes=nbytes, seq=axis.number(kind)):
         return call()
 
 

@@ -116,7 +116,7 @@ def collect(run_dir: Path, rings: Iterable[RingFile], *, host: str | None = None
         if ring.host != (host or socket.gethostname()):
             continue
         try:
-            fd, header = _open_ring(Path(ring.file), ring)
+            fd, header = open_ring(Path(ring.file), ring)
         except (OSError, RecordError):
             continue
         try:
@@ -132,7 +132,7 @@ def read_ring(run_dir: Path, ring: RingFile) -> RecordRing:
     """A rank's ring: the original while it is there, otherwise the copy. Errors as of `record_view.read`."""
     if ring.host == socket.gethostname():
         with suppress(OSError, RecordError):
-            fd, _ = _open_ring(Path(ring.file), ring)
+            fd, _ = open_ring(Path(ring.file), ring)
             try:
                 return read_open(fd, Path(ring.file))
             finally:
@@ -145,7 +145,7 @@ def map_header(ring: RingFile) -> memoryview | None:
     if ring.host != socket.gethostname():
         return None
     try:
-        fd, _ = _open_ring(Path(ring.file), ring)
+        fd, _ = open_ring(Path(ring.file), ring)
     except (OSError, RecordError):
         return None
     try:
@@ -160,7 +160,7 @@ def sweep() -> list[Path]:
     for folder in record.ring_folders():
         for path in sorted(folder.glob("pentad-*.ring")):
             with suppress(OSError, RecordError):
-                fd, header = _open_ring(path, None)
+                fd, header = open_ring(path, None)
                 try:
                     if ProcessId(header.pid).alive:
                         continue
@@ -173,8 +173,8 @@ def sweep() -> list[Path]:
     return removed
 
 
-def _open_ring(path: Path, expected: RingFile | None) -> tuple[int, Header]:
-    """A file descriptor of a ring of this user; with `expected`, of that one.
+def open_ring(path: Path, expected: RingFile | None, *, write: bool = False) -> tuple[int, Header]:
+    """A file descriptor of a ring of this user; with `expected`, of that one; `write`: its words can be changed.
 
     Raises:
         RecordError: it is something else, or lies elsewhere.
@@ -184,7 +184,7 @@ def _open_ring(path: Path, expected: RingFile | None) -> tuple[int, Header]:
     if match is None or path.parent not in record.ring_folders():
         raise RecordError(f"{path}: not where rings are, or not the name of one")
     try:
-        fd = open_regular(path)
+        fd = open_regular(path, write=write)
     except JsonError as error:
         raise RecordError(f"{path}: {error}") from None
     try:

@@ -113,15 +113,24 @@ def read(path: Path) -> RecordRing:
         os.close(fd)
 
 
-def read_open(fd: int, path: Path) -> RecordRing:
-    """Copy the ring of an open file; `path` for the errors, which are those of `read`."""
+def read_open(fd: int, path: Path, newest: int | None = None) -> RecordRing:
+    """Copy the ring of an open file; `path` for the errors, which are those of `read`; `newest`: that many entries."""
     header = read_header(fd, path)
     base = HEADER_BYTES + NAMES_BYTES
     # A copy ends with its last used slot; a ring that is being written always has them all.
     there = (os.fstat(fd).st_size - base) // ENTRY_BYTES
     if there < min(header.next_ticket, header.capacity):
         raise RecordError(f"{path}: cut short")
-    entries, torn = _stable_entries(fd, base, min(there, header.capacity), header.capacity, path)
+    parts = [(0, min(there, header.capacity))]
+    if newest is not None:
+        # A ring that has come round: its newest entries lie before the slot that is next, and then at its end.
+        used = min(there, header.capacity, header.next_ticket)
+        count, end = min(used, newest), header.next_ticket % header.capacity or used
+        parts = [(max(0, end - count), min(count, end))]
+        if count > end:
+            parts.insert(0, (header.capacity - (count - end), count - end))
+    read_parts = [_stable_entries(fd, base, start, number, header.capacity, path) for start, number in parts]
+    entries, torn = np.concatenate([part for part, _ in read_parts]), sum(torn for _, torn in read_parts)
     # Names and counters last: every code and ticket seen above is then in them.
     header = read_header(fd, path)
     used = np.frombuffer(os.pread(fd, 8, 8 * NAMES_USED_WORD), "<i8")[0]
@@ -156,8 +165,10 @@ def read_header(fd: int, path: Path) -> Header:
     )
 
 
-def _stable_entries(fd: int, base: int, slots_there: int, capacity: int, path: Path) -> tuple[np.ndarray, int]:
-    """Copy all slots; those that were being written, or differ between two copies, are read again, then given up.
+def _stable_entries(
+    fd: int, base: int, begin: int, slots_there: int, capacity: int, path: Path
+) -> tuple[np.ndarray, int]:
+    """Copy slots from `begin` on; those that change meanwhile, or differ between two copies, are read again, then left.
 
     The second copy makes the check hold on processors that reorder stores, where the version alone would not.
     """
@@ -175,17 +186,17 @@ def _stable_entries(fd: int, base: int, slots_there: int, capacity: int, path: P
     def good(once: np.ndarray, twice: np.ndarray) -> np.ndarray:
         return (once == twice) & (once.view(ON_FILE)["version"] % 2 == 0)
 
-    first = copy(0, slots_there).copy()
-    kept = good(first, copy(0, slots_there))
+    first = copy(begin, slots_there).copy()
+    kept = good(first, copy(begin, slots_there))
     for slot in np.flatnonzero(~kept):
         for _ in range(_RETRIES):
-            once, twice = copy(int(slot), 1), copy(int(slot), 1)
+            once, twice = copy(begin + int(slot), 1), copy(begin + int(slot), 1)
             if good(once, twice)[0]:
                 first[slot], kept[slot] = once[0], True
                 break
     raw = first.view(ON_FILE)
     slots = np.flatnonzero(kept & (raw["version"] != 0))
-    return _by_ticket(raw[slots], slots, capacity), int((~kept).sum())
+    return _by_ticket(raw[slots], begin + slots, capacity), int((~kept).sum())
 
 
 def _by_ticket(raw: np.ndarray, slots: np.ndarray, capacity: int) -> np.ndarray:

@@ -17,8 +17,11 @@ import struct
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from .vitals import WAITS_WORD, Vitals
 
 MAGIC = b"PENTADRC"
 FORMAT = 1
@@ -91,6 +94,8 @@ class Recorder:
                          os.getpid(), time.time_ns(), _now())
         # fmt: on
         self._words[EPOCH_WORD] = epoch
+        self.vitals = Vitals(self._words)
+        """This rank's signs of life."""
         self.intern("")
 
     @property
@@ -207,6 +212,8 @@ class Recorder:
             words = self._words
             if words[word] == 2 * generation + 2 and not words[word + _WAITED_WORD] and not words[word + _END_WORD]:
                 words[word + _WAITED_WORD] = _now()
+                if self._origin is None:
+                    self.vitals.waits(ticket)
 
     def exit(self, ticket: int, flags: int = 0, *, arrived: int = 0, cpu: int = 0) -> None:
         """Close an entry now; without effect where it is closed, or the ring has come round and overwritten it.
@@ -221,6 +228,8 @@ class Recorder:
         word = self._base_word + slot * _WORDS
         with self._lock:
             words = self._words
+            if words[WAITS_WORD] == ticket + 1:
+                words[WAITS_WORD] = 0
             if words[word] != 2 * generation + 2:
                 return
             if words[word + _END_WORD]:
@@ -282,6 +291,19 @@ class Span:
 
     def __exit__(self, kind: object, value: object, trace: object) -> None:
         self._recorder.exit(self.ticket, FAILED if kind is not None else 0)
+
+
+def axis_members(axis: str, ranks: Sequence[int]) -> str:
+    """The name by which a ring says who stands along an axis: `tp: 0-3:1`, runs of ranks from, to and by a stride."""
+    runs, at = [], 0
+    while at < len(ranks):
+        stride = ranks[at + 1] - ranks[at] if at + 1 < len(ranks) else 1
+        last = at
+        while last + 1 < len(ranks) and ranks[last + 1] - ranks[last] == stride:
+            last += 1
+        runs.append(f"{ranks[at]}-{ranks[last]}:{stride}")
+        at = last + 1
+    return f"{axis}: {','.join(runs)}"
 
 
 def ring_name(run_id: str, rank: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from ...configs.errors import Problem, UserError
-from ...parallel.comm.waiting import Abort
+from ...parallel.comm.waiting import Abort, Aborted
 from ...parallel.global_tensor import GlobalTensor
 from ...parallel.record import kinds
 from ...parallel.record.ring import Recorder
@@ -60,7 +60,7 @@ class Checkpointer:
         asynchronous: whether `save` returns when the tensors are copied, or when the checkpoint is published.
         on_event: called on rank 0 with `checkpoint_saved`, `checkpoint_failed` and `checkpoint_damaged`; from the
             writing thread, if `asynchronous`.
-        abort: ends the waits for the other ranks.
+        abort: ends the waits for the other ranks and for the thread that writes.
         recorder: of the rank.
     """
 
@@ -80,7 +80,8 @@ class Checkpointer:
         if group is None and world != 1:
             raise ValueError(f"{world} ranks need a process group")
         self.directory = Path(directory)
-        self._team = Team(group, rank, world, abort)
+        vitals = self._vitals = recorder.vitals if recorder is not None else None
+        self._team = Team(group, rank, world, abort, bool if vitals is None else vitals.meets)
         self._keep, self._on_event = keep, on_event
         self._recorder = recorder.fork() if recorder is not None else None
         self._writer = Beside("checkpoint") if asynchronous else None
@@ -165,10 +166,21 @@ class Checkpointer:
         self._layout = _Layout(mine, plan_files(rank, mine), index_of(writes) if rank == 0 else {}, buffers)
 
     def _run(self, save: Save, step: int, blocked: float) -> None:
+        if self._vitals is not None:
+            self._vitals.writes(True)
+        try:
+            self._write(save, step, blocked)
+        finally:
+            if self._vitals is not None:
+                self._vitals.writes(False)
+
+    def _write(self, save: Save, step: int, blocked: float) -> None:
         started = time.monotonic()
         try:
             with self._recorded(step):
                 done = write_together(self._team, save)
+        except Aborted:
+            return  # the job ends, and why is told elsewhere
         except BaseException as error:
             self._failed(
                 step, save.folder, error if isinstance(error, CheckpointError) else CheckpointError(repr(error))
@@ -217,7 +229,7 @@ class Checkpointer:
 
     def _join(self) -> None:
         if self._writer is not None:
-            self._writer.join()
+            self._writer.join(self._team.abort)
 
     def wait(self) -> None:
         """Returns when nothing is being written.
@@ -232,7 +244,8 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits, frees the host buffers and ends the writing thread. What failed has been told."""
-        self._join()
+        with suppress(Aborted):
+            self._join()
         if self._writer is not None:
             self._writer.close()
             self._writer = None

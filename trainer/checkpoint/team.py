@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...configs.errors import UserError
-from ...parallel.comm.waiting import Abort
+from ...parallel.comm.waiting import Abort, Aborted
 
 T = TypeVar("T")
 _SHOWN = 8
@@ -39,13 +38,16 @@ class Team:
     rank: int
     world: int
     abort: Abort | None = None
+    meets: Callable[[bool], object] = bool
+    """Told when this rank has its part ready and waits for the others, and when it goes on."""
 
     def together(self, what: str, fn: Callable[[], T]) -> list[T]:
         """Every rank's result of `fn`, on every rank, or on every rank the error of any.
 
         Raises:
             UserError: one was raised.
-            CheckpointError: anything else was raised, or a rank is lost, or the wait for it was ended.
+            Aborted: the wait for the others was ended.
+            CheckpointError: anything else was raised, or a rank is lost.
         """
         result, error = None, None
         try:
@@ -57,9 +59,13 @@ class Team:
         answers: list[Any] = [(result, error)]
         if self.group is not None:
             try:
+                self.meets(True)
                 answers = self._exchange(self.group, (result, error))
+                self.meets(False)
             except CheckpointError as failure:
                 raise CheckpointError(f"{what}: {failure}") from failure.__cause__
+            except Aborted:
+                raise
             except Exception as lost:
                 raise CheckpointError(f"{what}: a rank is lost ({error or _line(lost)})") from lost
         mistakes = list(dict.fromkeys(p for _, e in answers if isinstance(e, UserError) for p in e.problems))
@@ -124,10 +130,7 @@ class Team:
     def _wait(self, work: Any) -> None:
         """Waits for a collective, as long as nobody ends the wait."""
         if self.abort is not None:
-            begin = time.monotonic()
-            while not work.is_completed():
-                self.abort.check("the other ranks", time.monotonic() - begin)
-                time.sleep(_POLL_S)
+            self.abort.until("the other ranks", work.is_completed, _POLL_S)
         work.wait()
 
 

@@ -8,16 +8,21 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 
 from ...configs.errors import Problem, UserError
+from ...parallel.comm.waiting import Abort
+from ...parallel.record.vitals import Vitals
 from .dataset import Microbatch, Split
 
 _LOG = logging.getLogger(__name__)
 _POLL_S = 0.1
+_LOOK_S = 0.02
+"""Between two looks whether waiting is still wanted."""
 _SAY_AFTER_S = 30.0
 
 
@@ -37,6 +42,8 @@ class Loader:
     thread. An exception in the thread is raised by the `next` that would have returned its microbatch. After each
     `next`, `wait_s` is how long it waited (seconds) and `counts` the (valid labels, pairs) of the global batch.
 
+    `abort` ends a wait for the thread; `vitals` are told what that is at.
+
     Raises UserError when `global_batch` is not a multiple of `micro_batch * dp_size`.
     """
 
@@ -52,6 +59,8 @@ class Loader:
         steps: int,
         prefetch: int = 4,
         pin_memory: bool | None = None,
+        abort: Abort | None = None,
+        vitals: Vitals | None = None,
     ) -> None:
         self._accumulate = _accumulation(global_batch, micro_batch, dp_size)
         self._split, self._global_batch = split, global_batch
@@ -60,7 +69,8 @@ class Loader:
         self.counts: tuple[int, float] = (0, 0)
         pin = torch.cuda.is_available() if pin_memory is None else pin_memory
         shape = (global_batch, micro_batch, dp_rank, dp_size)
-        self._items = _items(split, range(start_step, steps), shape, pin)
+        self._abort, self._vitals = abort, vitals
+        self._items = _items(split, range(start_step, steps), shape, pin, vitals)
         self._stop = threading.Event()
         self._queue: queue.Queue[_Item | BaseException] = queue.Queue(max(prefetch, 1))
         self._thread: threading.Thread | None = None
@@ -78,7 +88,8 @@ class Loader:
         if self._next >= self._steps:
             raise StopIteration
         started = time.monotonic()
-        items = [self._take() for _ in range(self._accumulate)]
+        with nullcontext() if self._vitals is None else self._vitals.phase("data"):
+            items = [self._take() for _ in range(self._accumulate)]
         self.wait_s = time.monotonic() - started
         self.counts = items[0].counts
         self._next += 1
@@ -94,7 +105,7 @@ class Loader:
         A thread stuck in a read of a dead file system is left behind; it is a daemon, so it cannot keep the process.
         """
         self._stop.set()
-        if self._thread is not None:
+        if self._thread is not None and (self._abort is None or self._abort.reason is None):
             self._thread.join(timeout=5.0)
 
     def __enter__(self) -> Loader:
@@ -113,9 +124,11 @@ class Loader:
         said = time.monotonic()
         while True:
             try:
-                item = self._queue.get(timeout=_POLL_S)
+                item = self._queue.get(timeout=_LOOK_S)
                 break
             except queue.Empty:
+                if self._abort is not None:
+                    self._abort.check("the next batch", 0.0)
                 if self._stop.is_set():
                     raise RuntimeError("the loader was closed while waiting") from None
                 if not self._thread.is_alive() and self._queue.empty():
@@ -159,12 +172,18 @@ def _accumulation(global_batch: int, micro_batch: int, dp_size: int) -> int:
     return global_batch // share
 
 
-def _items(split: Split, steps: range, shape: tuple[int, int, int, int], pin: bool) -> Iterator[_Item]:
+def _items(
+    split: Split, steps: range, shape: tuple[int, int, int, int], pin: bool, vitals: Vitals | None
+) -> Iterator[_Item]:
     global_batch, micro_batch, dp_rank, dp_size = shape
     for step in steps:
         counts = split.global_counts(step, global_batch=global_batch)
         for index in range(dp_rank, global_batch // micro_batch, dp_size):
+            if vitals is not None:
+                vitals.makes_data(True)
             batch = split.batch(step, index, global_batch=global_batch, micro_batch=micro_batch)
+            if vitals is not None:
+                vitals.makes_data(False)
             yield _Item(batch.pin() if pin else batch, counts)
 
 

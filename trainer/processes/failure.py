@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import re
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from ...configs import UserError
-from ...configs.strict_json import JsonError, expect_int, expect_list, expect_object, expect_text, parse_json
+from ...configs.strict_json import (
+    JsonError,
+    expect_int,
+    expect_list,
+    expect_object,
+    expect_text,
+    parse_json,
+    read_bytes,
+)
 from .meeting import LostRank, Meeting
 
-_LOSSES = {"LostRank", "PeerGone", "Aborted", "DistNetworkError"}
-"""Exceptions, by name (torch may not be imported yet), that only say that another rank is gone."""
+_LOSSES = {"LostRank", "PeerGone", "Aborted", "Overdue", "Mismatch", "DistNetworkError"}
+"""Exceptions, by name (torch may not be imported yet), that only say that another rank is gone, late or astray."""
 _BROKEN = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Connection refused|Socket closed")
 """What gloo and TCP say of it, in whatever exception."""
 
@@ -37,6 +49,8 @@ class Failure:
     lines: tuple[str, ...]
     """The problems, or the one line of the exception."""
     trace: str
+    told: bool = False
+    """The watcher has told the job to end, and says why."""
 
     @property
     def exit_code(self) -> int:
@@ -63,13 +77,13 @@ class Failure:
             known = expect_object(parse_json(data), "a failure", Failure.__dataclass_fields__)
             lines = tuple(expect_text(line, "a line") for line in expect_list(known["lines"], "lines"))
             rank, world = (expect_int(known[key], key) for key in ("rank", "world"))
-            at, (user, everywhere, lost) = known["at"], (known[key] is True for key in ("user", "everywhere", "lost"))
+            at, flags = known["at"], (known[key] is True for key in ("user", "everywhere", "lost"))
             trace = expect_text(known["trace"], "trace")
         except JsonError:
             return None
         if not lines or not isinstance(at, float):
             return None
-        return Failure(rank, world, at, user, everywhere, lost, lines, trace)
+        return Failure(rank, world, at, *flags, lines, trace, known["told"] is True)
 
 
 def failure_of(error: BaseException, *, rank: int, world: int, everywhere: bool = False) -> Failure:
@@ -103,12 +117,36 @@ def _is_loss(error: BaseException) -> bool:
     return bool(names & _LOSSES) or (not isinstance(error, UserError) and bool(_BROKEN.search(str(error))))
 
 
+def failure_file(run_dir: Path, rank: int) -> Path:
+    """Where a rank of a run writes down why it ended."""
+    return run_dir / "record" / f"rank-{rank:05d}.failure.json"
+
+
+def write_failure(run_dir: Path, failure: Failure) -> None:
+    """Writes a failure down, traceback and all, for whoever looks at the run; a full disk hides none."""
+    file = failure_file(run_dir, failure.rank)
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(failure.as_dict()))
+        partial.rename(file)
+
+
+def read_failure(run_dir: Path, rank: int) -> Failure | None:
+    """What a rank has written down."""
+    with contextlib.suppress(OSError, JsonError):
+        return Failure.parse(read_bytes(failure_file(run_dir, rank)))
+    return None
+
+
 def print_failure(failure: Failure, meeting: Meeting) -> None:
     """Prints the first failure of the job whole; what other ranks met after it in one line, user's mistakes not again.
 
     Under somebody else's launcher the ranks share nothing but its store, which decides who was first. Silence of all
     but rank 0 would not do: torchrun ends the other ranks as soon as one has left.
     """
+    if failure.told and failure.lost:
+        return
     first = meeting.tell(failure.lines[0], user=failure.user)
     if first is None:
         # Nobody can be asked. A mistake while reading the config is made by all; a rank that lost others is no cause.

@@ -14,6 +14,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from ...parallel.comm.waiting import Abort
+
+_POLL_S = 0.002
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -84,9 +87,12 @@ class Beside:
         self._idle.clear()
         self._jobs.put(job)
 
-    def join(self) -> None:
-        """Returns when there is no job any more."""
-        self._idle.wait()
+    def join(self, abort: Abort | None = None) -> None:
+        """Returns when there is no job any more, or raises what `abort` does."""
+        if abort is None:
+            self._idle.wait()
+        else:
+            abort.until("the thread that writes", self._idle.is_set, _POLL_S)
 
     def close(self) -> None:
         """Ends the thread after its job."""

@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from pentad.launch.supervise.worker import publish_text
+from pentad.launch.supervise.worker_files import publish_text
 from pentad.parallel.comm.process_ids import ProcessId
 from pentad.parallel.comm.processes import PeerGone
 from pentad.trainer.processes.failure import failure_of

@@ -175,7 +175,7 @@ def test_a_wait_can_be_aborted():
 
 
 def test_wait_times_out_with_the_name_of_the_operation():
-    with pytest.raises(TimeoutError, match=r"all_gather over tp .* faults\.timeout_s"):
+    with pytest.raises(TimeoutError, match=r"all_gather over tp waited .*faults\.timeout_s.* pentad diagnose"):
         Abort(0.01).wait(threading.Event(), "all_gather over tp")
 
 

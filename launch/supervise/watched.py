@@ -1,0 +1,207 @@
+"""One rank as its node's watcher sees it: its process by the kernel, its signs of life by its ring's header."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import select
+import time
+from pathlib import Path
+
+from ...parallel.comm.process_ids import ProcessId
+from ...parallel.record.files import open_ring
+from ...parallel.record.patience import Patience
+from ...parallel.record.reader import RecordRing, read_open
+from ...parallel.record.ring import CLOSED_WORD, EPOCH_WORD, HEADER_BYTES, NEXT_WORD
+from ...parallel.record.stand import Condition, Stand, read_stand
+from ...parallel.record.vitals import (
+    ABORT_WORD,
+    BEAT_WORD,
+    DATA_THREAD_WORD,
+    FAILED_WORD,
+    LEFT_WORD,
+    MAIN_THREAD_WORD,
+    OUT_WORD,
+    PHASE_WORD,
+    PHASES,
+    PROGRESS_WORD,
+    STACKS_WORD,
+    WATCHED_WORD,
+)
+
+NEWEST = 16384
+"""Entries of a ring that are looked at."""
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class WatchedRank:
+    """A rank of this node.
+
+    Args:
+        path: its ring.
+        patience: its limits.
+        host: for words.
+
+    Raises:
+        RecordError, OSError: it is no ring of a process that lives.
+    """
+
+    def __init__(self, path: Path, patience: Patience, host: str) -> None:
+        self.path, self.host, self._patience = path, host, patience
+        fd, self.header = open_ring(path, None, write=True)
+        self._fd = fd
+        self._words = memoryview(mmap.mmap(fd, HEADER_BYTES)).cast("q")
+        self._words[WATCHED_WORD] = 1
+        self.pidfd: int | None = None
+        with contextlib.suppress(AttributeError, OSError):
+            self.pidfd = os.pidfd_open(self.header.pid)
+        self._mark, self._changed = (-1, -1), time.monotonic()
+        self._phase = PHASES[0]
+        self._beat = 0
+        self.code: int | None = None
+        self.line = ""
+        self.told_lost = False
+        self.ended = False
+        self._cpu: dict[int, tuple[float, float]] = {}
+
+    @property
+    def rank(self) -> int:
+        return self.header.rank
+
+    def look(self, now: float) -> None:
+        """Notes what has changed since the last look."""
+        words = self._words
+        mark, beat = (words[NEXT_WORD], words[PROGRESS_WORD]), words[BEAT_WORD]
+        if mark != self._mark:
+            self._patience.took(self._phase, now - self._changed)
+            self._mark, self._changed = mark, now
+            self._phase = PHASES[words[PHASE_WORD]] if 0 <= words[PHASE_WORD] < len(PHASES) else PHASES[0]
+        if beat != self._beat:
+            if self._beat:
+                self._patience.took("alive", (beat - self._beat) / 1e9)
+            self._beat = beat
+
+    def idle_s(self, now: float) -> float:
+        """Seconds without progress."""
+        return now - self._changed
+
+    def late(self, now: float) -> bool:
+        """Whether it has not come on for longer than its phase allows."""
+        return self.idle_s(now) > self._patience.limit(self._phase)
+
+    def silent(self) -> bool:
+        """Whether it has given no sign of life for too long."""
+        return (time.monotonic_ns() - self._words[BEAT_WORD]) / 1e9 > self._patience.limit("alive")
+
+    @property
+    def failed(self) -> bool:
+        return self._words[FAILED_WORD] > 0
+
+    @property
+    def done(self) -> bool:
+        """Whether it ends in good order."""
+        return self._words[CLOSED_WORD] > 0 and not self.failed
+
+    @property
+    def out(self) -> int:
+        """When it reached its step loop again after an error, in ns; 0: it has not."""
+        return self._words[OUT_WORD]
+
+    @property
+    def left(self) -> bool:
+        return self._words[LEFT_WORD] > 0
+
+    def abort(self, epoch: int) -> None:
+        """Tells it to leave whatever it waits for."""
+        self._words[ABORT_WORD] = epoch + 1
+
+    @property
+    def epoch(self) -> int:
+        return self._words[EPOCH_WORD]
+
+    # The process ------------------------------------------------------------------------------------------------
+
+    def has_ended(self) -> bool:
+        """Whether the process has; `code` is then its exit code, as far as the kernel tells."""
+        if self.ended:
+            return True
+        if self.pidfd is not None:
+            poll = select.poll()
+            poll.register(self.pidfd, select.POLLIN)
+            self.ended = bool(poll.poll(0))
+        else:
+            self.ended = not ProcessId(self.header.pid).alive
+        if self.ended:
+            self.code = _exit_code(self.header.pid)
+        return self.ended
+
+    def state(self) -> str:
+        """The kernel's letter for what the process does."""
+        return process_state(self.header.pid)
+
+    def stand(self, now: float, condition: Condition) -> Stand:
+        """Where it stands; reads the ring."""
+        ring = self._read()
+        stand = read_stand(ring, self._words, time.monotonic_ns(), self.host)
+        busy = {word: self._busy(self._words[word], now) for word in (MAIN_THREAD_WORD, DATA_THREAD_WORD)}
+        values = {**vars(stand), "condition": condition, "idle_s": self.idle_s(now), "late": self.late(now)}
+        if condition in (Condition.STOPPED, Condition.FROZEN):
+            values["idle_s"] = (time.monotonic_ns() - self._words[BEAT_WORD]) / 1e9
+        values |= {"busy": busy[MAIN_THREAD_WORD], "data_busy": busy[DATA_THREAD_WORD]}
+        return Stand(**{**values, "code": self.code, "line": self.line})
+
+    def sample(self, now: float) -> None:
+        """Notes the CPU time of its threads, for `stand` a moment later."""
+        for word in (MAIN_THREAD_WORD, DATA_THREAD_WORD):
+            self._busy(self._words[word], now)
+
+    def ask_stacks(self) -> bool:
+        """Makes it write down its stacks; whether it can."""
+        number = int(self._words[STACKS_WORD])
+        if number and not self.ended:
+            with contextlib.suppress(OSError):
+                os.kill(self.header.pid, number)
+                return True
+        return False
+
+    def _read(self) -> RecordRing:
+        return read_open(self._fd, self.path, newest=NEWEST)
+
+    def _busy(self, thread: int, now: float) -> float:
+        """Share of a core that a thread took since it was first asked for."""
+        fields = _stat(self.header.pid, thread) if thread else None
+        if fields is None:
+            return 0.0
+        seconds = (int(fields[11]) + int(fields[12])) / _TICKS
+        at, then = self._cpu.setdefault(thread, (now, seconds))
+        return (seconds - then) / (now - at) if now - at > 0.05 else 0.0
+
+    def close(self) -> None:
+        os.close(self._fd)
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+
+
+def process_state(pid: int) -> str:
+    """The kernel's letter for what a process does; X: it is gone."""
+    fields = _stat(pid)
+    return fields[0] if fields else "X"
+
+
+def _stat(pid: int, thread: int | None = None) -> list[str] | None:
+    """Fields of /proc/PID/stat behind the name."""
+    path = f"/proc/{pid}/stat" if thread is None else f"/proc/{pid}/task/{thread}/stat"
+    try:
+        return Path(path).read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def _exit_code(pid: int) -> int | None:
+    """Of a process that has ended and was not waited for yet; negative for a signal."""
+    fields = _stat(pid)
+    if not fields or fields[0] not in ("Z", "X") or len(fields) < 50:
+        return None
+    status = int(fields[49])
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)

@@ -1,0 +1,271 @@
+"""The watcher of a node: sees ranks die, hang or go astray, says which and why, and ends the job at once.
+
+    python -m pentad.launch.supervise.watcher FOLDER | REQUEST
+
+FOLDER is that of a launcher, in which the node's first rank leaves the request; a REQUEST is the JSON text itself, from
+a rank that somebody else's launcher started. The process never imports torch: it must be there early, small, and able
+to judge ranks whose interpreter is held or whose process is stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from ...configs.strict_json import read_bytes
+from ...parallel.record.diagnosis import ENDED, FAILED, KILLED, Verdict, diagnose
+from ...parallel.record.files import record_folder
+from ...parallel.record.patience import Patience
+from ...parallel.record.reader import RecordError
+from ...parallel.record.ring import ring_folders, ring_name
+from ...parallel.record.stacks import read_stacks, stacks_file, telling
+from ...parallel.record.stand import Condition, Stand
+from ...trainer.processes.failure import read_failure
+from ...trainer.processes.orphans import signal_self_when_orphaned
+from ...trainer.processes.watch import WatchRequest
+from ...trainer.run_folder import RunFile
+from .watched import WatchedRank
+from .worker_files import VERDICT, WATCH, publish_text, read_places
+
+LOOK_S = 0.025
+"""Between two looks at the signs of life; deaths wake it at once."""
+_AGAIN_S = 0.5
+"""After a suspicion that was none."""
+_CAUSE_S = 0.75
+"""After a rank has only lost another: for the cause to show itself."""
+_LEAVE_S, _END_S = 5.0, 20.0
+"""After a verdict, for ranks to leave, and for those that have left to end; then they are killed."""
+_GATHER_S = 0.05
+_ARRIVE_S = 60.0
+"""Without any rank: they had ended before there was a watcher."""
+_STACKS_S = 0.15
+"""For the ranks to write down their stacks."""
+
+
+class Watcher:
+    """Watches the ranks of one node.
+
+    Args:
+        request: what to watch.
+        tell: given the verdict, once.
+    """
+
+    def __init__(self, request: WatchRequest, tell: Callable[[Verdict], object]) -> None:
+        self.request, self._tell = request, tell
+        self.run_dir = Path(request.run_dir)
+        self._host = socket.gethostname()
+        self.ranks: dict[int, WatchedRank] = {}
+        self._gathered = 0.0
+        self._not_before = 0.0
+        self._lost_at = 0.0
+        self.verdict: Verdict | None = None
+        self._deadline = time.monotonic() + _ARRIVE_S
+
+    def run(self) -> int:
+        """Watches until all ranks have ended; 0, or 1 after a verdict."""
+        while not self._over():
+            self._sleep()
+            now = time.monotonic()
+            self._gather(now)
+            for rank in self._live():
+                rank.look(now)
+            self._judge(now)
+            if self.verdict is not None:
+                self._end()
+                return 1
+        return 0
+
+    # Who is there -----------------------------------------------------------------------------------------------
+
+    def _gather(self, now: float) -> None:
+        if len(self.ranks) >= self.request.local or now - self._gathered < _GATHER_S:
+            return
+        self._gathered = now
+        limits = self.request.alive_s, self.request.hang_s, self.request.pause_s
+        for number in range(self.request.world):
+            if number in self.ranks:
+                continue
+            for folder in ring_folders():
+                path = folder / ring_name(self.request.stem, number)
+                if path.exists():
+                    with contextlib.suppress(OSError, RecordError):
+                        self.ranks[number] = WatchedRank(path, Patience(*limits), self._host)
+
+    def _live(self) -> list[WatchedRank]:
+        return [rank for rank in self.ranks.values() if not rank.ended]
+
+    def _over(self) -> bool:
+        if not self.ranks:
+            return time.monotonic() > self._deadline
+        return not self._live()
+
+    def _sleep(self) -> None:
+        poll = select.poll()
+        for rank in self._live():
+            if rank.pidfd is not None:
+                poll.register(rank.pidfd, select.POLLIN)
+        poll.poll(LOOK_S * 1000)
+
+    # What is wrong ----------------------------------------------------------------------------------------------
+
+    def _judge(self, now: float) -> None:
+        conditions: dict[int, Condition] = {}
+        for number, rank in self.ranks.items():
+            found = self._condition(rank)
+            if found is not None:
+                conditions[number] = found
+        broken = {c for c in conditions.values() if c not in (Condition.LOST, Condition.DONE)}
+        lost = Condition.LOST in conditions.values()
+        if broken:
+            self._decide(now, conditions)
+            return
+        if lost:
+            self._lost_at = self._lost_at or now
+            if now - self._lost_at > _CAUSE_S / 5:
+                self._decide(now, conditions, impatient=now - self._lost_at > _CAUSE_S)
+            return
+        late = [rank for rank in self._live() if rank.late(now) and not rank.done]
+        if late and now > self._not_before:
+            if not self._not_before:  # the CPU time of threads is judged over a moment
+                for rank in self._live():
+                    rank.sample(now)
+                self._not_before = now + 0.1
+                return
+            self._not_before = now + _AGAIN_S
+            self._decide(now, conditions)
+        elif not late:
+            self._not_before = 0.0
+
+    def _condition(self, rank: WatchedRank) -> Condition | None:
+        """What is wrong with a rank; None: nothing."""
+        if rank.has_ended():
+            if rank.failed:
+                return self._failure(rank)
+            return Condition.DONE if rank.done else Condition.DEAD
+        if rank.failed:
+            return self._failure(rank)
+        if not rank.done and rank.silent():
+            return Condition.STOPPED if rank.state() in ("T", "t") else Condition.FROZEN
+        return None
+
+    def _failure(self, rank: WatchedRank) -> Condition:
+        if not rank.line:
+            failure = read_failure(self.run_dir, rank.rank)
+            rank.line = failure.lines[0] if failure is not None else "it did not say why"
+            rank.told_lost = failure is not None and failure.lost
+        return Condition.LOST if rank.told_lost else Condition.FAILED
+
+    def _decide(self, now: float, conditions: dict[int, Condition], *, impatient: bool = False) -> None:
+        seen = time.time()
+        if Condition.DEAD in conditions.values():
+            self._abort()  # nothing can change the verdict, only its words are missing
+        stands: dict[int, Stand] = {}
+        for number, rank in self.ranks.items():
+            with contextlib.suppress(OSError, RecordError):
+                stands[number] = rank.stand(now, conditions.get(number, Condition.RUNS))
+        places = read_places(self.run_dir, self.request.world)
+        verdict = diagnose(stands, places, impatient=impatient)
+        if verdict is not None and verdict.kind not in (KILLED, ENDED, FAILED):
+            verdict = diagnose(self._with_stacks(stands), places, impatient=impatient)
+        self._judged(verdict, seen)
+
+    def _with_stacks(self, stands: dict[int, Stand]) -> dict[int, Stand]:
+        """Where the ranks stand, with Python's stacks of those that can show them."""
+        folder = record_folder(self.run_dir)
+        running = (Condition.RUNS, Condition.FROZEN, Condition.LOST)
+        asked = {number for number, stand in stands.items() if stand.condition in running}
+        asked = {number for number in asked if self.ranks[number].ask_stacks()}
+        files = {number: stacks_file(folder, number) for number in asked}
+        sizes: dict[int, int] = {}
+        until = time.monotonic() + _STACKS_S
+        while time.monotonic() < until:
+            time.sleep(0.01)
+            now = {number: file.stat().st_size if file.exists() else 0 for number, file in files.items()}
+            if now == sizes and all(now.values()):
+                break
+            sizes = now
+        found = {number: read_stacks(file) for number, file in files.items()}
+        return {
+            number: replace(stand, stack=telling(found.get(number, []), stand.phase, stand.writer_s > 0))
+            for number, stand in stands.items()
+        }
+
+    def _judged(self, verdict: Verdict | None, seen: float) -> None:
+        if verdict is None:
+            return
+        self.verdict = Verdict(**{**vars(verdict), "at": seen})
+        self._abort()
+        self._publish(self.verdict)
+
+    def _abort(self) -> None:
+        for rank in self._live():
+            rank.abort(rank.epoch)
+
+    # After a verdict --------------------------------------------------------------------------------------------
+
+    def _publish(self, verdict: Verdict) -> None:
+        with contextlib.suppress(OSError):
+            folder = record_folder(self.run_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            publish_text(folder / VERDICT, json.dumps(verdict.as_dict(), indent=1) + "\n")
+            event = {"time": verdict.at, "event": "verdict", **verdict.as_dict()}
+            with open(self.run_dir / RunFile.EVENTS, "ab", buffering=0) as file:
+                file.write(json.dumps(event).encode() + b"\n")
+        self._tell(verdict)
+
+    def _end(self) -> None:
+        """Lets the ranks leave, and kills those that cannot."""
+        begin = time.monotonic()
+        verdict = self.verdict
+        hopeless = set(verdict.ranks) if verdict is not None and verdict.kind != FAILED else set()
+        while staying := [rank for rank in self._live() if not rank.has_ended()]:
+            since = time.monotonic() - begin
+            waited_for = [rank for rank in staying if rank.rank not in hopeless and not rank.left]
+            for rank in staying:
+                allowed = _END_S if rank.left else _LEAVE_S if rank.rank not in hopeless or waited_for else 0.0
+                if since > allowed:
+                    with contextlib.suppress(OSError):
+                        os.kill(rank.header.pid, signal.SIGKILL)
+            time.sleep(LOOK_S)
+        for number in self.ranks:
+            file = stacks_file(record_folder(self.run_dir), number)
+            with contextlib.suppress(OSError):
+                if not file.stat().st_size:
+                    file.unlink()
+
+
+def main(argument: str) -> int:
+    """Watches what the argument says."""
+    if argument.startswith("{"):
+        return Watcher(WatchRequest.load(argument.encode()), _print).run()
+    folder = Path(argument)
+    signal_self_when_orphaned(signal.SIGKILL)  # the launcher's ranks say themselves what they lost
+
+    def tell(verdict: Verdict) -> None:
+        publish_text(folder / VERDICT, json.dumps(verdict.as_dict()))
+
+    while not (folder / WATCH).exists():
+        if not folder.exists():
+            return 0
+        time.sleep(LOOK_S)
+    return Watcher(WatchRequest.load(read_bytes(folder / WATCH)), tell).run()
+
+
+def _print(verdict: Verdict) -> None:
+    if verdict.kind != FAILED:  # which the rank itself says, with its traceback
+        print("\n".join((f"error: {verdict.line}", *verdict.details)), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # it ends with its ranks, and not before
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,164 @@
+"""Signs of life of a rank, in the header of its ring: what another process needs to know without asking the rank.
+
+Each is one aligned 8-byte word, written by the rank and read by the watcher of its node, except the abort word, which
+goes the other way. The interpreter lock may be held, the process may be stopped: the words then simply stop changing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+BEAT_WORD, ABORT_WORD, PHASE_WORD, SINCE_WORD, WAITS_WORD = 68, 69, 70, 71, 72
+FAILED_WORD, OUT_WORD, LEFT_WORD = 73, 74, 75
+DATA_SINCE_WORD, DATA_THREAD_WORD, MAIN_THREAD_WORD, PROGRESS_WORD = 76, 77, 78, 79
+WRITER_SINCE_WORD, WRITER_STAGE_WORD, WRITER_WAITS_WORD, STACKS_WORD = 80, 81, 82, 83
+WATCHED_WORD = 84
+
+PHASES = ("start", "load", "first step", "step", "data", "evaluation", "save", "end")
+"""What a rank's main thread is at; a phase's code is its place here."""
+
+BEAT_S = 0.02
+"""Seconds between two signs of life, and between two looks at the abort word."""
+
+_now = time.monotonic_ns
+
+
+@dataclass
+class _Heard:
+    """Who is told of the abort word."""
+
+    epoch: int
+    trigger: Callable[[], object]
+    cut: Callable[[], object]
+    at: int = 0
+
+
+_CUT_NS = 50_000_000
+"""After which a thread that torch holds is let go by force: the other waits have long ended by then."""
+
+
+class Vitals:
+    """The writer's side.
+
+    Args:
+        words: the header of a ring.
+    """
+
+    def __init__(self, words: memoryview) -> None:
+        self._words = words
+        self._heard: _Heard | None = None
+        now = _now()
+        words[BEAT_WORD] = words[SINCE_WORD] = now
+        words[MAIN_THREAD_WORD] = threading.get_native_id()
+
+    # Liveness and abort -----------------------------------------------------------------------------------------
+
+    def listen(self, epoch: int, trigger: Callable[[], object], cut: Callable[[], object]) -> None:
+        """When the abort word of an epoch is set, `beat` calls `trigger`, and `cut` a little later."""
+        self._heard = _Heard(epoch, trigger, cut)
+
+    def deafen(self) -> None:
+        """Ends `listen`."""
+        self._heard = None
+
+    @property
+    def aborted(self) -> bool:
+        """Whether the watcher has told the epoch to end."""
+        return self._words[ABORT_WORD] > 0
+
+    @property
+    def watched(self) -> bool:
+        """Whether a watcher looks at this rank."""
+        return self._words[WATCHED_WORD] > 0
+
+    def beat(self) -> None:
+        """A sign of life; looks at the abort word. For a thread of its own."""
+        now = self._words[BEAT_WORD] = _now()
+        heard, told = self._heard, self._words[ABORT_WORD]
+        if heard is None or told <= heard.epoch:
+            return
+        if not heard.at:
+            heard.at = now
+            heard.trigger()
+        elif now - heard.at > _CUT_NS:
+            self._heard = None
+            heard.cut()
+
+    def failed(self) -> None:
+        """This rank ends of an error, which it has written down."""
+        self._words[FAILED_WORD] = self._words[FAILED_WORD] or _now()
+
+    def out(self) -> None:
+        """The step loop has been reached again after an error."""
+        self._words[OUT_WORD] = self._words[OUT_WORD] or _now()
+
+    def left(self) -> None:
+        """Nothing that matters is left to do in this process."""
+        self._words[LEFT_WORD] = _now()
+
+    def shows_stacks(self, number: int) -> None:
+        """A signal of this number makes the process write down its stacks; 0: no more."""
+        self._words[STACKS_WORD] = number
+
+    # What the main thread is at ---------------------------------------------------------------------------------
+
+    def enter(self, phase: str) -> None:
+        """From now on the main thread is at `phase`."""
+        self._words[SINCE_WORD] = _now()
+        self._words[PHASE_WORD] = PHASES.index(phase)
+        self._words[PROGRESS_WORD] += 1
+
+    @contextmanager
+    def phase(self, phase: str) -> Iterator[None]:
+        """The main thread is at `phase` inside the block."""
+        before = PHASES[self._words[PHASE_WORD]]
+        self.enter(phase)
+        yield  # without `finally`: where an error broke it off is worth knowing
+        self.enter(before)
+
+    def waits(self, ticket: int) -> None:
+        """The main thread waits for what an entry of the record is about; `Recorder.exit` takes it back."""
+        self._words[WAITS_WORD] = ticket + 1
+
+    # Threads beside it ------------------------------------------------------------------------------------------
+
+    def makes_data(self, busy: bool) -> None:
+        """The thread that prepares data begins a microbatch, or has one ready."""
+        self._words[DATA_THREAD_WORD] = threading.get_native_id()
+        self._words[DATA_SINCE_WORD] = _now() if busy else 0
+
+    def writes(self, busy: bool) -> None:
+        """A save begins, or has ended, in the thread that writes it."""
+        self._words[WRITER_STAGE_WORD] = self._words[WRITER_WAITS_WORD] = 0
+        self._words[WRITER_SINCE_WORD] = _now() if busy else 0
+
+    def meets(self, waiting: bool) -> None:
+        """The thread that writes has its part of a stage ready and waits for the other ranks, or goes on."""
+        self._words[WRITER_STAGE_WORD] += waiting
+        self._words[WRITER_WAITS_WORD] = int(waiting)
+
+
+class Heart:
+    """A thread that gives a rank's signs of life, every 20 ms.
+
+    Args:
+        vitals: of the rank.
+    """
+
+    def __init__(self, vitals: Vitals) -> None:
+        self._vitals, self._stop = vitals, threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends it."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            self._vitals.beat()
