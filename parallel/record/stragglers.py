@@ -84,6 +84,8 @@ class _Window:
     scatter: np.ndarray
     seconds: float
     causes: Mapping[Reason, np.ndarray]
+    lost: np.ndarray
+    """In which the thread did not run."""
 
 
 class Stragglers:
@@ -183,6 +185,10 @@ class Stragglers:
         """The cause in which the rank exceeds its peers most."""
         others = self._others(rank)
         excess = {reason: values[rank] - np.median(values[others]) for reason, values in window.causes.items()}
+        # The kernel's count holds for the whole step, so only what its passes lost too is due to it.
+        lost = window.lost[rank] - np.median(window.lost[others])
+        excess[Reason.CONTENTION] = min(excess[Reason.CONTENTION], lost)
+        excess[Reason.COMPUTE] -= max(excess[Reason.CONTENTION], 0.0)
         return max(excess, key=lambda reason: excess[reason])
 
     def _others(self, rank: int) -> np.ndarray:
@@ -208,14 +214,13 @@ def _window(rows: np.ndarray, work: np.ndarray) -> _Window:
         return rows[..., AT[part]]
 
     network = sum(of(part) for part in AXES)
-    queued = np.minimum(rows[..., QUEUED], of(TimePart.CONTENTION))
     beside = of(TimePart.DATA) + of(TimePart.GC) + network
     raw = rows[..., OWN] + beside
     load = rows[..., OWN] / np.where(work > 0, work, 1.0) + beside
     median = np.median(load, 0)
     causes = {
-        Reason.COMPUTE: rows[..., OWN] - queued,
-        Reason.CONTENTION: queued,
+        Reason.COMPUTE: rows[..., OWN],
+        Reason.CONTENTION: rows[..., QUEUED],
         Reason.DATA: of(TimePart.DATA),
         Reason.GC: of(TimePart.GC),
         Reason.NETWORK: network,
@@ -229,4 +234,5 @@ def _window(rows: np.ndarray, work: np.ndarray) -> _Window:
             reason: np.mean(values, 0) if reason == Reason.GC else np.median(values, 0)
             for reason, values in causes.items()
         },
+        lost=np.median(of(TimePart.CONTENTION), 0),
     )

@@ -43,7 +43,7 @@ def draw_waterfall(run: Path) -> Path | None:
         bar = whole.barh(place, 100 * settled[i], left=100 * left, color=_COLOURS[keys[i]])
         whole.bar_label(bar, [f"{keys[i]} {100 * settled[i]:.1f}%"], padding=3, fontsize=8)
         left += settled[i]
-    whole.set(xlim=(0, 150), xlabel="% of the step, mean", yticks=[])
+    whole.set(xlim=(0, 140), xticks=range(0, 101, 25), xlabel="% of the step, mean", yticks=[])
     whole.invert_yaxis()
     figure.suptitle(f"{run.name}: where the time went")
     path = run / RunFile.WATERFALL

@@ -16,18 +16,23 @@ import pytest
 from pentad.configs.errors import UserError
 from pentad.configs.schema import LogConfig
 from pentad.trainer.metrics.evaluation import HELD_OUT_LOSS, on_one_line, sample_metric
+from pentad.trainer.metrics.metric import Alert, Metric
 from pentad.trainer.metrics.report import Report
 from pentad.trainer.metrics.sinks import EventLog, SinkSet, make_sinks
 from pentad.trainer.metrics.sinks.console import ConsoleSink
 from pentad.trainer.metrics.sinks.jsonl import JsonlSink
 from pentad.trainer.metrics.sinks.wandb import WandbSink
 from tests.trainer.metrics.reports import report
+from tests.wandb_file import read_offline
 
 KEYS = {
     *("step", "loss", "grad_norm", "lr", "tokens", "step_time_s", "tokens_per_s", "tokens_per_s_per_device", "mfu"),
     *("mfu_full", "hfu", "tflops_per_device", "peak_tflops", "memory_gib", "data_s", "waterfall", "straggler", "moe"),
     *("skipped", "memory_model_gib"),
 }
+
+
+ALERT = Metric("told", "", in_file=False, tracker="told")
 
 
 def held_out(step: int, loss: float) -> Report:
@@ -151,7 +156,8 @@ def test_wandb_offline_logs_once_a_step_and_resumes_the_same_run(
 
         monkeypatch.setattr(sink.run, "define_metric", defined)
         for step in range(resume_step + 1, resume_step + 4):
-            sink.log(report(step=step, done_pct=10.0 * step))
+            alert = {ALERT: Alert("slow", f"rank {step}", "straggler", {})} if step == 5 else {}
+            sink.log(report(step=step, done_pct=10.0 * step, waterfall={"tp": 0.25}, extra=alert))
         ids.append(sink.run.id)
         assert sink.run.settings.mode == "offline" and sink.run.config["train"] == {"steps": 10}
         assert sink.run.name == "demo"
@@ -159,8 +165,11 @@ def test_wandb_offline_logs_once_a_step_and_resumes_the_same_run(
         assert axes == {"loss/train": "progress/tokens", "progress/tokens": None}
         assert [step for step, _ in calls] == [resume_step + 1, resume_step + 2, resume_step + 3]
         assert {"loss/train", "progress/tokens", "progress/pct", "perf/mfu"} <= set(calls[0][1])
+        logged, alerts = read_offline(run_dir)
+        assert [row["_step"] for row in logged] == [step for step, _ in calls]
+        assert logged[0]["perf/mfu"] == 0.2 and logged[0]["waterfall/tp"] == 0.25 and "told" not in logged[-1]
+        assert alerts == ([("slow", "rank 5")] if resume_step else [])
     assert ids[0] == ids[1] != ids[2]
-    assert list((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
 def test_wandb_without_its_server_logs_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
