@@ -153,6 +153,9 @@ def ffn_half_backward(t: Tape, b: Bench, layer: int, *, split: bool = False) -> 
         t.free("ffn norm")
     norm_backward(t, b, "d ffn norm", "d middle", b.stream)
     t.free("middle", "ffn norm numbers", "d middle", "d dropped")
+    if split and b.work.tp == 1 and (layer not in b.model.routed_layers or b.model.moe.shared):
+        # The last matrix waits with the gradient of the output, attention's with that of the middle.
+        t.make("d output", b.stream)
 
 
 def attention_half_backward(t: Tape, b: Bench, layer: int, *, split: bool = False) -> None:

@@ -23,7 +23,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "gis": {"pp": 2, "model": {"layers": 4}, "pipeline": {"schedule": "gis", "chunks": 2}},
     "parts": {"pp": 2, "model": {"layers": 5}, "group": 1},
 }
-ALWAYS = {"tp-odd", "parts", "chunks"}
+ALWAYS = {"tp-odd", "parts"}
 """Run by `make test` too, with everything on the host."""
 
 

@@ -13,7 +13,7 @@ LEAST = 64 << 20
 SEEDS = range(30)
 SAMPLE = (16,)
 """Of `make test`: a pipeline of experts with everything made again."""
-SHARED = (1,)
+SHARED = (11,)
 
 
 @pytest.mark.distributed
