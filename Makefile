@@ -14,11 +14,14 @@ LINK_ROOMS = mkdir -p $(VENV)/rooms/pentad \
 demo: $(VENV)/run.stamp
 	$(BIN)/pentad train --fresh demo
 
+# Two tests beside each other: many of them leave a core idle, and many run several processes of their own.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 # Random jobs under random layouts, held against one process, for so many minutes; goes on where it stopped.
 fuzz: $(VENV)/dev.stamp

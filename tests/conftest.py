@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from collections.abc import Iterator
+from itertools import groupby
 
 import pytest
 import torch
 
 from tests.distributed import close_pool
+
+# As each worker process of `run_distributed` has: sums of several threads differ in their last bits, and tests run
+# beside each other.
+torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases of a test marked `sample(count)`, `make test` runs so many, always the same; the rest are slow."""
+    for name, group in groupby(items, lambda item: item.nodeid.partition("[")[0]):
+        cases = [item for item in group if item.get_closest_marker("slow") is None]
+        sample = cases[0].get_closest_marker("sample") if cases else None
+        if sample is not None and sample.args[0] < len(cases):
+            kept = set(random.Random(name).sample(range(len(cases)), sample.args[0]))
+            for number, item in enumerate(cases):
+                if number not in kept:
+                    item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,8 @@
 """`run_distributed(fn, world_size)`: a function on several ranks, from inside a test.
 
-Starting a process and importing torch costs seconds, so the worker processes stay for the whole pytest session and
-each call only makes and destroys a process group. A pool that failed or hung is thrown away, never reused.
+Starting a process and importing torch costs seconds, so a server that has imported everything (`worker_imports`) forks
+the worker processes, these stay for the whole pytest session, and each call only makes and destroys a process group. A
+pool that failed or hung is thrown away, never reused.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ class _Pool:
         self._workers = []
 
     def _grow(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.worker_imports"])
         started = len(self._workers)
         while len(self._workers) < size:
             ours, theirs = context.Pipe()
@@ -169,7 +171,6 @@ _POOL = _Pool()
 def _serve(pipe: Connection) -> None:
     """A worker's whole life: one job after another until the pipe closes."""
     torch.set_num_threads(1)
-    gc.freeze()  # what was imported stays: no collection needs to look at it
     pipe.send_bytes(b"ready")
     while True:
         try:

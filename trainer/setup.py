@@ -22,7 +22,6 @@ from ..parallel.gradients import WeightGradients, slot_of
 from ..parallel.kernels.fused_norms import apex_norms
 from ..parallel.record import ring
 from ..parallel.replicas.flat import FlatReplicas
-from ..parallel.replicas.fsdp import FsdpReplicas
 from ..parallel.replicas.protocol import OtherSlices, Replicas, ShardSlice, adopt, expect_uses
 from ..parallel.sharding_rules import Sharding
 from .devices import has_apex_norms
@@ -226,6 +225,9 @@ def make_model(
         raise OtherSlices("the parameters are cut in another way")
     memory = None if kept is None else kept.memory
     if fsdp:
+        # Here, because torch's FSDP2 takes as long to import as torch itself: every rank's start pays for it.
+        from ..parallel.replicas.fsdp import FsdpReplicas
+
         replicas: Replicas = FsdpReplicas(model, model.layers.values(), where, mesh, dtype, memory)
     else:
         replicas = FlatReplicas(

@@ -34,12 +34,14 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.distributed
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS, ids=lambda value: value if isinstance(value, str) else "")
 def test_layout(name, layout):
     check(model={**MODELS[name], "layers": 4 if "pp" in layout else 2}, steps=5, **layout)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["mla", "norm-of-all-heads", "sinks"])
 def test_fsdp(name):
@@ -48,6 +50,7 @@ def test_fsdp(name):
     assert worst(curves, reference(job(model=MODELS[name], steps=5), False).curve) < 1e-11
 
 
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["norm-of-all-heads", "sinks"])
 @pytest.mark.parametrize("kv_heads", [1, 2])

@@ -69,6 +69,7 @@ PIPELINES = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.distributed
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def _ranks(run: Path) -> tuple[list[list[str]], list[dict[str, str]]]:
     return [[*_JOB, f"runs_dir={run.parent}"]] * 3, facts
 
 
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_is_named_first_and_the_others_leave_and_keep_their_record(tmp_path: Path, killed: int) -> None:
@@ -75,6 +76,7 @@ def test_a_killed_rank_is_named_first_and_the_others_leave_and_keep_their_record
     assert not list(Path("/dev/shm").glob(f"pentad-a-*-{environments[0]['MASTER_PORT']}-?.ring"))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
 def test_a_rank_that_a_batch_system_warns_stops_the_job_and_it_saves(tmp_path: Path, number: signal.Signals) -> None:

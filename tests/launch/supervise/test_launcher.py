@@ -33,6 +33,7 @@ def _supervise(folder: Path, how: str) -> int:
     return supervise(folder, 2, ["-m", "tests.launch.supervise.workers", str(folder), how], environment)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_all_ranks_finish_and_the_job_succeeds(tmp_path: Path, number: signal.Signals) -> None:

@@ -41,6 +41,7 @@ def check_partition(layout: TokenLayout, length: int) -> None:
     assert all((rows.order.diff(dim=1) > 0).all() for rows in layout.ranks)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("length", [64, 4096, 4096 + 8])
 def test_one_document(ranks, length):
@@ -52,6 +53,7 @@ def test_one_document(ranks, length):
         assert layout.ranks[0].order[0, : length // ranks // 2].tolist() == list(range(length // ranks // 2))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("mean", [3, 60, 700, 5000])
 def test_documents_of_random_lengths(ranks, mean):
@@ -65,6 +67,7 @@ def test_documents_of_random_lengths(ranks, mean):
         assert done.max() / done.mean() <= 1.05
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("ranks", [2, 4, 6, 8])
 @pytest.mark.parametrize("mean", [3, 60, 700, 5000])
 def test_by_length(ranks, mean):

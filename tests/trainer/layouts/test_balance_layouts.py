@@ -48,6 +48,7 @@ def field(trained: Trained, name: str) -> torch.Tensor:
     return torch.stack([step[:, FIELDS.index(name)] for step in trained.routed if step is not None])
 
 
+@pytest.mark.sample(5)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("balance", "layout"),
@@ -82,6 +83,7 @@ def test_accumulation_changes_nothing(balance):
             assert torch.equal(buffer, expected.buffers[name])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["expert_choice", "sinkhorn"])
 @pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
@@ -91,6 +93,7 @@ def test_routers_that_see_the_whole_microbatch(name, dispatcher):
     check(**wanted, tp=2, dp=2, ep=4, recompute="full")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("drop", ["probability", "position"])
 def test_capacity_of_the_whole_microbatch(drop):

@@ -102,6 +102,7 @@ def _name(case: Case) -> str:
     return "-".join([*words, *(word for word in ("documents", "window") if case[word])])
 
 
+@pytest.mark.sample(5)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "case",
@@ -114,6 +115,7 @@ def test_layout(case):
 MLA = MlaConfig(kv_rank=8, q_rank=12, nope_dim=4, rope_dim=4, value_dim=6)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("method", ["allgather", "ulysses", pytest.param("ring", marks=pytest.mark.slow)])
 def test_latent_attention(method):
@@ -121,6 +123,7 @@ def test_latent_attention(method):
     check(cp=2, tp=2, context={"method": method}, model=model, masked=True, steps=5)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "layout",
@@ -151,6 +154,7 @@ def test_hybrid_stacks(method):
     check(cp=2, tp=2, pp=2, context=context, model=model, masked=True, recompute="full", steps=5, optim="sgd")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("cp", "context"),
@@ -169,6 +173,7 @@ def test_any_method_beside_linear_attention_is_only_slower(cp, context):
     check(cp=cp, context={**context, "placement": "contiguous"}, model=model, masked=True, steps=5, optim="sgd")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize("method", ["allgather", "ulysses"])
 @pytest.mark.parametrize("cp", [2, 4])

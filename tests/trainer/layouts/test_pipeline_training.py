@@ -74,6 +74,7 @@ def _name(case: Case) -> str:
     return "-".join([*words, *(word for word in ("tied", "documents") if case[word])])
 
 
+@pytest.mark.sample(6)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "case",
@@ -83,6 +84,7 @@ def test_schedule(case):
     check(masked=case["documents"], **settings(case))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("vocab", ["ends", "balanced"])
 def test_dropout_and_learned_positions(vocab):

@@ -42,6 +42,7 @@ def check(*, masked: bool = False, **settings) -> None:
     assert worst(curves, reference(alone, masked)) < TOLERANCE[cfg.train.dtype]
 
 
+@pytest.mark.sample(7)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("tp", "dp", "sharding", "dtype"),
@@ -58,6 +59,7 @@ def test_fsdp_shards_over_the_context_ranks_too(latent):
     check(cp=2, dp=2, sharding="fsdp", masked=True, model={"mla": mla, "head_dim": 8})
 
 
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("sharding", ["zero1", "fsdp"])
@@ -66,6 +68,7 @@ def test_key_value_heads_fewer_than_ranks(kv_heads, sharding):
     check(tp=4, dp=2, sharding=sharding, model=model)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "model",
@@ -83,12 +86,14 @@ def test_model_options(model, sharding):
     check(tp=2, dp=2, sharding=sharding, model=model)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize("sharding", ["ddp", "zero1", "fsdp"])
 def test_packed_documents_with_uneven_losses(sharding):
     check(tp=2, dp=2, sharding=sharding, masked=True)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("micro_batch", "dp", "sharding"), [(1, 1, "ddp"), (8, 1, "ddp"), (1, 2, "fsdp"), (4, 2, "zero1")]

@@ -37,6 +37,7 @@ def choices(layout: dict[str, Any]) -> list[MemoryConfig]:
     return found
 
 
+@pytest.mark.sample(4)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in LAYOUTS]

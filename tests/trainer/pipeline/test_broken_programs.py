@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -22,6 +23,7 @@ from tests.training import Run, curve, job
 LAYERS = 4
 
 
+@cache
 def _accepted(seed: int, count: int) -> list[Program]:
     found = []
     for kind, program in broken_programs(seed=seed, count=count):
@@ -32,9 +34,6 @@ def _accepted(seed: int, count: int) -> list[Program]:
         assert kind == "swapped"
         found.append(program)
     return found
-
-
-ACCEPTED = _accepted(seed=3, count=300)
 
 
 def _settings(program: Program) -> dict:
@@ -67,11 +66,12 @@ def _curve(rank: int, world: int, program: Program) -> list[tuple[float, float, 
         run.close()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_accepted_programs_train_the_same(ranks: int, every: int):
-    programs = [program for program in ACCEPTED if len(program.ranks) == ranks]
+    programs = [program for program in _accepted(seed=3, count=300) if len(program.ranks) == ranks]
     assert len(programs) > 3
     programs = programs[::every]
     for program in programs:
