@@ -11,8 +11,10 @@ moment belongs to exactly one entry, and what belongs to none is `TimePart.OTHER
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,8 +38,7 @@ from .parts import (
     TimePart,
     part_of_axis,
 )
-from .reader import ON_FILE
-from .ring import BESIDE, HEADER_BYTES, NAMES_BYTES, NEXT_WORD, Recorder
+from .ring import BESIDE, ENTRY, ENTRY_BYTES, HEADER_BYTES, NAMES_BYTES, NEXT_WORD, Recorder
 
 _SECTIONS = {
     kinds.DATA: TimePart.DATA,
@@ -57,6 +58,15 @@ _ROLES = {
     Role.UPDATE: TimePart.OPTIMIZER,
 }
 _TOP, _COLLECTIVE, _WAIT, _AGAIN, _GARBAGE, _NOTHING = range(6)
+_GC, _OTHER, _PP, _VOCABULARY, _BUBBLE, _STRAGGLER, _CONTENTION, _RECOMPUTE = (
+    AT[part]
+    for part in (
+        TimePart.GC, TimePart.OTHER, TimePart.PP, TimePart.VOCABULARY, TimePart.BUBBLE, TimePart.STRAGGLER,
+        TimePart.CONTENTION, TimePart.RECOMPUTE,
+    )
+)  # fmt: skip
+_NOT_OWN = tuple(AT[part] for part in (TimePart.DATA, TimePart.CHECKPOINT, TimePart.GC, TimePart.REPORT))
+_AXIS_AT = {AT[part]: index for index, part in enumerate(AXES)}
 _MOST_OPEN = 1024
 """Entries whose end is awaited; more are only left behind by what failed."""
 
@@ -73,10 +83,10 @@ class _Codes:
     it is the end of a pipeline; for each code of an axis its part."""
 
     names: int
-    kind: np.ndarray
-    part: np.ndarray
-    tail: np.ndarray
-    axis: np.ndarray
+    kind: tuple[int, ...]
+    part: tuple[int, ...]
+    tail: tuple[bool, ...]
+    axis: tuple[int, ...]
 
     @staticmethod
     def of(names: Sequence[str], pipelined: bool) -> _Codes:
@@ -84,10 +94,10 @@ class _Codes:
         axes = [TimePart.OFFLOAD if name == kinds.COPIES else part_of_axis(name) for name in names]
         return _Codes(
             len(names),
-            np.array([_class_of(name) for name in names]),
-            np.array([AT[_part_of(name)] for name in names]),
-            np.array([name in tails for name in names]),
-            np.array([AT[part] for part in axes]),
+            tuple(_class_of(name) for name in names),
+            tuple(AT[_part_of(name)] for name in names),
+            tuple(name in tails for name in names),
+            tuple(AT[part] for part in axes),
         )
 
 
@@ -105,8 +115,56 @@ def _part_of(name: str) -> TimePart:
     return _SECTIONS.get(name, TimePart.OTHER)
 
 
+@dataclass(slots=True)
+class _Top:
+    """An operation, or what the trainer does between two of them, on its way into the row; times in ns."""
+
+    start: int
+    end: int
+    kind: int
+    op: int
+    cpu: int
+    waited: int = 0
+    elsewhere: int = 0
+    """Waits for other stages."""
+    computed: int = 0
+    """CPU time of its waits."""
+    beside: int = 0
+    """Collections of garbage."""
+    again: int = 0
+    """Second runs without their waits."""
+
+
+class _Entry(NamedTuple):
+    """An entry as `ring.ENTRY` has it."""
+
+    version: int
+    enqueued: int
+    start: int
+    end: int
+    nbytes: int
+    seq: int
+    step: int
+    epoch: int
+    micro_batch: int
+    op: int
+    kind: int
+    axis: int
+    group: int
+    peer: int
+    dtype: int
+    stream: int
+    flags: int
+    waited: int
+    arrived: int
+    cpu: int
+
+
 class StepReader:
     """Reads a rank's own record, step after step.
+
+    It goes through the entries one by one: that takes a rank of few entries a tenth of what arrays of them would, and
+    one of thousands no longer than writing them.
 
     Args:
         recorder: of the rank; this process writes it.
@@ -116,18 +174,14 @@ class StepReader:
 
     def __init__(self, recorder: Recorder, ops: Ops, *, pipelined: bool) -> None:
         self._recorder, self._pipelined = recorder, pipelined
-        entries = recorder.memory[HEADER_BYTES + NAMES_BYTES :]
-        self._entries = np.frombuffer(entries, ON_FILE, recorder.capacity)
-        self._next = self._written
+        self._entries = recorder.memory[HEADER_BYTES + NAMES_BYTES :]
+        self._words = recorder.memory[:HEADER_BYTES].cast("q")
+        self._next = self._words[NEXT_WORD]
         self._open: list[int] = []
         self._codes = _Codes.of(recorder.names, pipelined)
         self._durations = durations_of(ops)
         places = {key: place for place, key in enumerate(self._durations)}
-        self._place = np.array([places.get((op.kind.token, op.stage), -1) for op in ops], np.int64)
-
-    @property
-    def _written(self) -> int:
-        return self._recorder.memory[8 * NEXT_WORD : 8 * NEXT_WORD + 8].cast("q")[0]
+        self._place = tuple(places.get((op.kind.token, op.stage), -1) for op in ops)
 
     @property
     def size(self) -> int:
@@ -146,154 +200,153 @@ class StepReader:
         fresh = self._fresh()
         if fresh is None:
             return None
-        if len(self._recorder.names) != self._codes.names:
-            self._codes = _Codes.of(self._recorder.names, self._pipelined)
-        row = _Division(fresh, self._codes, begin, end).row(self._place, len(self._durations))
+        names = self._recorder.names
+        if len(names) != self._codes.names:
+            self._codes = _Codes.of(names, self._pipelined)
+        row = _Division(fresh, self._codes, begin, end).row(self._place, self.size)
         row[STEP], row[PAIRS], row[QUEUED] = step, pairs, queued_s
-        return row
+        return np.array(row)
 
-    def _fresh(self) -> np.ndarray | None:
-        """The entries since the last call, and those that were open then."""
-        first, last, capacity = self._next, self._written, self._recorder.capacity
+    def _fresh(self) -> list[_Entry] | None:
+        """The entries that have ended since the last call."""
+        first, last, capacity = self._next, self._words[NEXT_WORD], self._recorder.capacity
         self._next = last
         if last - first > capacity:
             self._open.clear()
             return None
-        tickets = np.arange(first, last)
-        if self._open:
-            tickets = np.concatenate((self._open, tickets))
-        generations, slots = np.divmod(tickets, capacity)
-        entries = self._entries[slots]
-        kept = entries["version"] == (2 * generations + 2).astype(np.uint64)
-        entries, tickets = entries[kept], tickets[kept]
-        under_way = (entries["end"] == 0) & (entries["flags"] & BESIDE == 0)
-        self._open = tickets[under_way][-_MOST_OPEN:].tolist() if under_way.any() else []
-        return entries[entries["end"] > 0]
+        found, still = [], []
+        for ticket in (*self._open, *range(first, last)):
+            generation, slot = divmod(ticket, capacity)
+            entry = _Entry._make(ENTRY.unpack_from(self._entries, slot * ENTRY_BYTES))
+            if entry.version != 2 * generation + 2:
+                continue
+            if entry.end:
+                found.append(entry)
+            elif not entry.flags & BESIDE:
+                still.append(ticket)
+        self._open = still[-_MOST_OPEN:]
+        return found
 
 
 class _Division:
     """The entries of one step on their way into its row; times in ns."""
 
-    def __init__(self, entries: np.ndarray, codes: _Codes, begin: int, end: int) -> None:
+    def __init__(self, entries: list[_Entry], codes: _Codes, begin: int, end: int) -> None:
         self._codes, self._seconds = codes, (end - begin) / 1e9
-        beside = entries["flags"] & BESIDE != 0
-        begun = np.where(entries["waited"] > 0, entries["waited"], entries["start"])
-        mine = ~beside & (begun >= begin)
-        self._beside = entries[beside] if beside.any() else entries[:0]
-        entries = entries[mine]
-        kind = codes.kind[entries["kind"]]
-        self._top = entries[kind == _TOP]
-        self._starts, self._ends = self._top["start"].astype(np.int64), self._top["end"].astype(np.int64)
-        waits = ((kind == _COLLECTIVE) & (entries["waited"] > 0)) | ((kind == _WAIT) & (entries["axis"] > 0))
-        self._waits, self._jobs = entries[waits], kind[waits] == _WAIT
-        self._again, self._garbage = entries[kind == _AGAIN], entries[kind == _GARBAGE]
-        self._parts = np.zeros(len(TIME_PARTS))
+        self._tops: list[_Top] = []
+        self._waits: list[tuple[int, _Entry]] = []
+        self._again: list[list[int]] = []
+        """Start, end and waits of second runs."""
+        self._garbage: list[_Entry] = []
+        self._jobs: list[_Entry] = []
+        """What ran beside."""
+        for entry in entries:
+            kind = codes.kind[entry.kind]
+            if entry.flags & BESIDE:
+                self._jobs.append(entry)
+            elif (entry.waited or entry.start) < begin:
+                continue
+            elif kind == _TOP:
+                self._tops.append(_Top(entry.start, entry.end, entry.kind, entry.op, entry.cpu))
+            elif kind == _COLLECTIVE and entry.waited:
+                self._waits.append((entry.waited, entry))
+            elif kind == _WAIT and entry.axis:
+                self._waits.append((entry.start, entry))
+            elif kind == _AGAIN:
+                self._again.append([entry.start, entry.end, 0])
+            elif kind == _GARBAGE:
+                self._garbage.append(entry)
+        self._starts = [top.start for top in self._tops]
+        self._again = _outer(self._again)
+        self._parts = [0.0] * len(TIME_PARTS)
 
-    def row(self, place: np.ndarray, durations: int) -> np.ndarray:
+    def row(self, place: tuple[int, ...], size: int) -> list[float]:
         """See `StepReader.read`."""
-        row = np.zeros(DURATIONS + durations)
-        count, axes = len(self._top), slice(BLIND, BLIND + len(AXES))
-        waited, computed, elsewhere = np.zeros(count), np.zeros(count), np.zeros(count)
-        if len(self._waits):
-            waited, computed, elsewhere = self._divide_waits(row)
-        own = self._ends - self._starts - waited
-        own -= self._inside(self._garbage, count, TimePart.GC)
-        again = self._remade(count)
-        own -= again
-        cpu = self._top["cpu"]
-        absent = np.where(cpu > 0, np.clip(own + again - np.maximum(cpu - computed, 0), 0, None), 0.0)
-        of_again = np.clip(absent - own, 0, again)
-        self._add(TimePart.CONTENTION, absent.sum())
-        self._add(TimePart.RECOMPUTE, (again - of_again).sum())
-        self._parts += np.bincount(self._codes.part[self._top["kind"]], own - absent + of_again, len(TIME_PARTS))
-        row[: len(TIME_PARTS)] = self._parts / 1e9
-        row[AT[TimePart.OTHER]] += self._seconds - row[: len(TIME_PARTS)].sum() - row[axes].sum()
-        row[SECONDS], row[CPU] = self._seconds, float(cpu.sum()) / 1e9
-        excluded = [AT[part] for part in (TimePart.DATA, TimePart.CHECKPOINT, TimePart.GC, TimePart.REPORT)]
-        row[OWN] = self._seconds - row[WAITS : WAITS + len(AXES)].sum() - row[excluded].sum()
-        self._set_durations(row, place, elsewhere)
+        row, parts = [0.0] * size, self._parts
+        for begun, entry in self._waits:
+            self._wait(begun, entry, row)
+        for entry in self._garbage:
+            parts[_GC] += entry.end - entry.start
+            if (top := self._holder(entry.start)) is not None:
+                top.beside += entry.end - entry.start
+        for start, end, waited in self._again:
+            if (top := self._holder(start)) is not None:
+                top.again += max(end - start - waited, 0)
+        for top in self._tops:
+            self._close(top)
+        row[: len(parts)] = [part / 1e9 for part in parts]
+        row[CPU] = sum(top.cpu for top in self._tops) / 1e9
+        row[_OTHER] += self._seconds - sum(row[:WAITS])
+        row[SECONDS] = self._seconds
+        row[OWN] = self._seconds - sum(row[WAITS:STEP]) - sum(row[part] for part in _NOT_OWN)
+        self._set_durations(row, place)
         return row
 
-    def _add(self, part: TimePart, ns: float) -> None:
-        self._parts[AT[part]] += ns
+    def _holder(self, moment: int) -> _Top | None:
+        """What is under way at the top at a moment."""
+        at = bisect_right(self._starts, moment) - 1
+        return self._tops[at] if at >= 0 and moment <= self._tops[at].end else None
 
-    def _divide_waits(self, row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each entry at the top: its waits, the CPU time of them, and the waits for other stages."""
-        waits, codes = self._waits, self._codes
-        begun = np.where(self._jobs, waits["start"], waits["waited"])
-        length, arrived = waits["end"] - begun, waits["arrived"]
-        axis = codes.axis[waits["axis"]]
-        blind = ~self._jobs & (arrived == 0)
-        for_others = np.clip(np.minimum(arrived, waits["end"]) - begun, 0, None)
-        if self._jobs.any():
-            self._look_into_lanes(begun, for_others)
-        at, inside = self._holders(begun)
-        of_stages = axis == AT[TimePart.PP]
-        if len(self._top):
-            of_stages = of_stages | (codes.tail[self._top["kind"][at]] & inside)
-        of_stages |= self._jobs & (axis == AT[TimePart.VOCABULARY])
-        for_others = np.where(blind, np.where(axis == AT[TimePart.PP], length, 0), for_others)
-        moving = length - for_others
-        self._add(TimePart.BUBBLE, for_others[of_stages].sum())
-        self._add(TimePart.STRAGGLER, for_others[~of_stages].sum())
-        self._parts += np.bincount(axis, np.where(blind, 0, moving), len(TIME_PARTS))
-        for sums, weights in ((BLIND, np.where(blind, moving, 0)), (WAITS, length)):
-            by_part = np.bincount(axis, weights, len(TIME_PARTS))
-            row[sums : sums + len(AXES)] = by_part[[AT[each] for each in AXES]] / 1e9
-        count = len(self._top)
-        pipe = of_stages | (axis == AT[TimePart.VOCABULARY])
-        weights = (length, waits["cpu"], np.where(pipe, length, 0))
-        return tuple(np.bincount(at[inside], each[inside], count) for each in weights)  # type: ignore[return-value]
+    def _wait(self, begun: int, entry: _Entry, row: list[float]) -> None:
+        """Divides a wait into that for others and that for data on their way."""
+        axis, length, top = self._codes.axis[entry.axis], entry.end - begun, self._holder(begun)
+        job = self._codes.kind[entry.kind] == _WAIT
+        of_stages = axis == _PP or (job and axis == _VOCABULARY) or (top is not None and self._codes.tail[top.kind])
+        blind = not job and not entry.arrived
+        if job:
+            for_others = self._of_job(begun, entry)
+        elif blind:
+            for_others = length if axis == _PP else 0
+        else:
+            for_others = max(min(entry.arrived, entry.end) - begun, 0)
+        self._parts[_BUBBLE if of_stages else _STRAGGLER] += for_others
+        if blind and axis in _AXIS_AT:
+            row[BLIND + _AXIS_AT[axis]] += (length - for_others) / 1e9
+        else:
+            self._parts[axis] += length - for_others
+        if axis in _AXIS_AT:
+            row[WAITS + _AXIS_AT[axis]] += length / 1e9
+        if top is not None:
+            top.waited += length
+            top.computed += entry.cpu
+            top.elsewhere += length if of_stages or axis == _VOCABULARY else 0
+        if self._again:
+            run = next((run for run in self._again if run[0] <= begun < run[1]), None)
+            if run is not None:
+                run[2] += length
 
-    def _look_into_lanes(self, begun: np.ndarray, for_others: np.ndarray) -> None:
+    def _of_job(self, begun: int, entry: _Entry) -> int:
         """Of a wait for a lane's job: what of it its collectives waited for the last rank. Copies wait for nobody."""
-        waits, lanes = self._waits, self._beside
-        for index in np.flatnonzero(self._jobs):
-            own = lanes[(lanes["axis"] == waits["axis"][index]) & (lanes["arrived"] > 0)]
-            start, end = max(begun[index], 0), waits["end"][index]
-            moving = np.clip(np.minimum(own["end"], end) - np.maximum(own["arrived"], start), 0, None).sum()
-            for_others[index] = max(end - start - moving, 0) if len(own) else 0
+        own = [job for job in self._jobs if job.axis == entry.axis and job.arrived]
+        if not own:
+            return 0
+        moving = sum(max(min(job.end, entry.end) - max(job.arrived, begun), 0) for job in own)
+        return max(entry.end - begun - moving, 0)
 
-    def _holders(self, moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The entry at the top that is under way at each moment, and whether there is one."""
-        at = np.searchsorted(self._starts, moments, "right") - 1
-        inside = at >= 0
-        at = np.maximum(at, 0)
-        if len(self._starts):
-            inside &= moments <= self._ends[at]
-        return at, inside & bool(len(self._starts))
+    def _close(self, top: _Top) -> None:
+        """Gives what is left of an entry to its part."""
+        own = top.end - top.start - top.waited - top.beside - top.again
+        absent = max(own + top.again - max(top.cpu - top.computed, 0), 0) if top.cpu else 0
+        of_again = min(max(absent - own, 0), top.again)
+        self._parts[_CONTENTION] += absent
+        self._parts[_RECOMPUTE] += top.again - of_again
+        self._parts[self._codes.part[top.kind]] += own - absent + of_again
 
-    def _inside(self, entries: np.ndarray, count: int, part: TimePart) -> np.ndarray | float:
-        """What entries inside others take of them, and adds it to a part."""
-        if not len(entries):
-            return 0.0
-        length = entries["end"] - entries["start"]
-        self._add(part, length.sum())
-        at, inside = self._holders(entries["start"].astype(np.int64))
-        return np.bincount(at[inside], length[inside], count)
+    def _set_durations(self, row: list[float], place: tuple[int, ...]) -> None:
+        counts: dict[int, int] = {}
+        for top in self._tops:
+            at = place[top.op] if 0 <= top.op < len(place) else -1
+            if at >= 0:
+                row[DURATIONS + at] += (top.end - top.start - top.elsewhere) / 1e9
+                counts[at] = counts.get(at, 0) + 1
+        for at, count in counts.items():
+            row[DURATIONS + at] /= count
 
-    def _remade(self, count: int) -> np.ndarray | float:
-        """What second runs take of the entries at the top, without their waits. One may lie inside another."""
-        again = self._again[np.argsort(self._again["start"], kind="stable")]
-        if not len(again):
-            return 0.0
-        ends = again["end"].astype(np.int64)
-        again = again[np.concatenate(([True], ends[1:] > np.maximum.accumulate(ends)[:-1]))]
-        starts, ends = again["start"].astype(np.int64), again["end"].astype(np.int64)
-        length = (ends - starts).astype(np.float64)
-        if len(self._waits):
-            begun = np.where(self._jobs, self._waits["start"], self._waits["waited"])
-            run = np.searchsorted(starts, begun, "right") - 1
-            inside = (run >= 0) & (begun < ends[run])
-            length -= np.bincount(run[inside], (self._waits["end"] - begun)[inside], len(again))
-        at, inside = self._holders(starts)
-        return np.bincount(at[inside], length[inside], count)
 
-    def _set_durations(self, row: np.ndarray, place: np.ndarray, elsewhere: np.ndarray) -> None:
-        op = self._top["op"]
-        computes = (op >= 0) & (op < len(place))
-        where = np.where(computes, place[np.where(computes, op, 0)] if len(place) else -1, -1)
-        kept, count = where >= 0, len(row) - DURATIONS
-        if count and kept.any():
-            total = np.bincount(where[kept], (self._ends - self._starts - elsewhere)[kept], count)
-            row[DURATIONS:] = total / np.maximum(np.bincount(where[kept], minlength=count), 1) / 1e9
+def _outer(runs: list[list[int]]) -> list[list[int]]:
+    """Second runs that lie in no other one, in order."""
+    found: list[list[int]] = []
+    for run in sorted(runs):
+        if not found or run[1] > found[-1][1]:
+            found.append(run)
+    return found

@@ -42,7 +42,7 @@ class StepRows:
 
     Args:
         step: its number, from 1.
-        rows: (ranks, ROW_WORDS - 1), `parallel/record/parts.py`.
+        rows: (ranks, numbers), `parallel/record/parts.py`.
     """
 
     step: int
@@ -109,6 +109,7 @@ class RowExchange:
         self._prefix = f"rows-{epoch}"
         self._schedule = _open_schedule()
         self._queued = queued_ns(self._schedule)
+        self._own: StepRows | None = None
         self._far: dict[int, dict[int, np.ndarray]] = {}
 
     def step(self, step: int, begin: int, end: int, pairs: float) -> None:
@@ -121,7 +122,8 @@ class RowExchange:
         """
         before, self._queued = self._queued, queued_ns(self._schedule)
         row = self._reader.read(step, begin, end, pairs=pairs, queued_s=(self._queued - before) / 1e9)
-        if row is not None:
+        self._own = None if row is None else StepRows(step, row[None])
+        if row is not None and self._world > 1:
             self._recorder.publish(step, row.tobytes())
         if self._leads and self._store is not None and step > 1:
             rows = self._near(step - 1)
@@ -137,7 +139,7 @@ class RowExchange:
     def collect(self, step: int) -> StepRows | None:
         """On rank 0, after a step: the rows of the newest earlier one of which all are there; none: there is none."""
         if self._world == 1:
-            return self._whole(step, self._near(step))
+            return self._own
         if step < 2:
             return None
         self._far[step - 1] = self._near(step - 1)

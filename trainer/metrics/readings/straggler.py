@@ -79,6 +79,7 @@ class StragglerReading(Reading):
     def __init__(self, run: RunFacts) -> None:
         super().__init__(run)
         self._stragglers = Stragglers(roles(run).tolist())
+        self._places = expert_grid(run.cfg)
         self._routed: dict[int, np.ndarray | None] = {}
         self._seconds: list[np.ndarray] = []
         self._waits: list[np.ndarray] = []
@@ -94,6 +95,8 @@ class StragglerReading(Reading):
         if done.rows is None:
             return {"straggler": self._last}
         values = self._checkpoints(done.rows)
+        if len(done.rows.rows) == 1:
+            return values  # there is nobody to wait for it
         verdict = self._stragglers.step(done.rows.step, done.rows.rows, self._work(done.rows))
         self._seconds.append(done.rows.rows[:, SECONDS])
         self._waits.append(done.rows.rows[:, WAITS : WAITS + len(AXES)])
@@ -121,12 +124,12 @@ class StragglerReading(Reading):
 
     def _work(self, found: StepRows) -> np.ndarray:
         """(ranks,) what each rank was given to do, over the mean."""
-        attention, experts = self._shares
         work = np.ones(len(found.rows))
+        attention, experts = self._shares
         pairs = found.rows[:, PAIRS]
         if pairs.mean() > 0:
             work += attention * (pairs / pairs.mean() - 1)
-        routed, places = self._routed.get(found.step), expert_grid(self.run.cfg)
+        routed, places = self._routed.get(found.step), self._places
         if routed is not None and places.shape[2] > 1:
             load = routed[:, len(FIELDS) : len(FIELDS) + self.run.cfg.model.moe.experts]
             rows = load.reshape(len(load), places.shape[2], -1).sum((0, 2))

@@ -17,6 +17,9 @@ from .protocol import Reading, RunFacts, StepDone
 from .roles import lines
 
 _DIGITS = 6
+"""After the point."""
+_KEYS = tuple(part.value for part in TIME_PARTS)
+_BUBBLE, _COMPUTE = TimePart.BUBBLE.value, TimePart.COMPUTE.value
 _SHOWN_FROM = 0.005
 """Smaller parts are not on the console."""
 _SIMULATING = 0.005
@@ -58,23 +61,25 @@ class WaterfallReading(Reading):
     def __init__(self, run: RunFacts) -> None:
         super().__init__(run)
         self._flops: dict[int, float] = {}
+        self._known = (0, 0.0, 0.0)
         self._planned: np.ndarray | None = None
         self._rested_s, self._cost_s = 0.0, 0.0
 
     def step(self, done: StepDone) -> Mapping[str, Any]:
-        self._flops[done.step] = flops_per_step(self.run.cfg.model, done.tokens, done.pairs) / self.run.devices
+        self._flops[done.step] = self._flops_of(done.tokens, done.pairs)
         for old in [step for step in self._flops if step < done.step - 8]:
             del self._flops[old]
         return {"waterfall": None if done.rows is None else self._waterfall(done.rows)}
 
     def _waterfall(self, found: StepRows) -> dict[str, Any]:
         rows = split_blind(found.rows, self.run)
-        seconds = rows[:, SECONDS].mean()
-        parts = {part.value: rows[:, AT[part]].mean() for part in TIME_PARTS}
-        parts |= self._divide_bubble(rows, parts.pop(TimePart.BUBBLE.value))
+        means = (rows.mean(0) if len(rows) > 1 else rows[0]).tolist()
+        seconds = means[SECONDS]
+        parts = dict(zip(_KEYS, means, strict=False))
+        parts |= self._divide_bubble(rows, parts.pop(_BUBBLE))
         flops, ceiling = self._flops.get(found.step), self.run.ceiling_tflops
         if flops is not None and ceiling:
-            compute = parts.pop(TimePart.COMPUTE.value)
+            compute = parts.pop(_COMPUTE)
             parts[MODEL] = min(flops / (ceiling * 1e12), compute)
             parts[BELOW] = compute - parts[MODEL]
         shares = {key: parts[key] / seconds for key in ORDER if key in parts}
@@ -84,6 +89,12 @@ class WaterfallReading(Reading):
             free = {key: mfu / (1 - share) for key, share in shares.items() if key != MODEL and 0 < share < 1}
             values["mfu_if_free"] = {key: _rounded(value) for key, value in free.items()}
         return values
+
+    def _flops_of(self, tokens: int, pairs: float) -> float:
+        """Model FLOPs of a rank in a step; worked out anew only where steps differ, as with packed documents."""
+        if self._known[:2] != (tokens, pairs):
+            self._known = tokens, pairs, flops_per_step(self.run.cfg.model, tokens, pairs) / self.run.devices
+        return self._known[2]
 
     def _divide_bubble(self, rows: np.ndarray, bubble: float) -> dict[str, float]:
         program = self.run.program
@@ -122,4 +133,4 @@ def split_blind(rows: np.ndarray, run: RunFacts) -> np.ndarray:
 
 
 def _rounded(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")
+    return round(value, _DIGITS)
