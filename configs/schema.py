@@ -235,6 +235,8 @@ class LogConfig:
     """TensorBoard event files in RUN/tensorboard."""
     profile: tuple[int, ...] = ()
     """Steps to trace with the torch profiler into RUN/profile."""
+    modules: tuple[int, ...] = ()
+    """Steps in whose record the time of each module is; `pentad profile` sets it."""
     memory: bool = False
     """Record the bytes on the device after every operation of a step, for `pentad schedule RUN`; on a CPU every tensor
     is counted, which makes steps slower."""

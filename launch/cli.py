@@ -100,6 +100,10 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     flops.add_argument("--json", action="store_true", help="one JSON object")
     flops.set_defaults(run=_flops)
 
+    profile = job("profile", "Run a few steps and print their time by module, held against the roofline.")
+    profile.add_argument("--json", action="store_true", help="one JSON object")
+    profile.set_defaults(run=_profile)
+
     _schedule_parser(verbs.add_parser("schedule", help="Make, check, simulate and draw the program of a pipeline."))
 
     _tokenize_parser(verbs.add_parser("tokenize", help="Turn text, JSONL or parquet into PREFIX.bin and PREFIX.idx."))
@@ -211,6 +215,12 @@ def _train(args: argparse.Namespace) -> int:
     from .supervise.launcher import train
 
     return train(args.config, args.overrides, fresh=args.fresh, imports=args.imports)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from .verbs.profile import profile
+
+    return profile(args.config, args.overrides, imports=args.imports, as_json=args.json)
 
 
 def _check(args: argparse.Namespace) -> int:

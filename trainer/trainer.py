@@ -23,6 +23,7 @@ from .checkpoint.same_run import RunProgress, facts, run_problems
 from .checkpoint.state import all_tensors
 from .data.loader import Loader, heldout_batches
 from .metrics.evaluation import HELD_OUT_LOSS, on_one_line, sample_metric
+from .metrics.module_spans import ModuleSpans
 from .metrics.profiling import Profiler
 from .metrics.readings.protocol import OnRank, RunFacts, StepDone
 from .metrics.readings.registry import Readings
@@ -117,6 +118,7 @@ class Trainer:
             )
         )
         self.profiler = Profiler(cfg.log.profile, run_dir / RunFile.PROFILE, mesh.rank)
+        self.modules = ModuleSpans(self.parts.model, mesh.recorder, cfg.log.modules)
         self.tokenizer = TokenizerFiles()
         """What the run's checkpoints say about text."""
         self.sampler: PromptSampler | None = None
@@ -199,7 +201,7 @@ class Trainer:
 
     def _one(self, loader: Loader, stop: StopRequest) -> bool:
         cfg = self.cfg
-        with self.profiler.step(self.step + 1):
+        with self.profiler.step(self.step + 1), self.modules.step(self.step + 1):
             self.mesh.recorder.step = self.step
             with self._recorded(kinds.DATA):
                 batches = next(loader)

@@ -341,10 +341,11 @@ def _run(config: Config) -> list[Problem]:
     elif len(name.encode()) > LONGEST_NAME:
         message = f"names a folder of runs_dir; {len(name.encode())} bytes are more than {LONGEST_NAME}, shorten it"
         problems.append(Problem("name", message))
-    outside = [s for s in config.log.profile if not 1 <= s <= config.train.steps]
-    if outside:
-        message = f"steps {outside} are not among the run's 1 to train.steps={config.train.steps}"
-        problems.append(Problem("log.profile", message, ("train.steps",)))
+    for key, steps in (("log.profile", config.log.profile), ("log.modules", config.log.modules)):
+        outside = [s for s in steps if not 1 <= s <= config.train.steps]
+        if outside:
+            message = f"steps {outside} are not among the run's 1 to train.steps={config.train.steps}"
+            problems.append(Problem(key, message, ("train.steps",)))
     problems += _limits(config)
     c = config.checkpoint
     if c.init is not None and c.resume is not None and c.resume != "latest":

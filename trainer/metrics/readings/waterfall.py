@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,12 @@ class WaterfallReading(Reading):
 
     def __init__(self, run: RunFacts) -> None:
         super().__init__(run)
+        every = max(1, run.cfg.log.every)
+        # Only where the console shows it: it takes longer than the rest of this reading.
+        self.metrics = tuple(
+            replace(metric, line=lambda step, value: "" if step % every else waterfall_line(step, value))
+            for metric in self.metrics
+        )
         self._flops: dict[int, float] = {}
         self._known = (0, 0.0, 0.0)
         self._planned: np.ndarray | None = None
