@@ -42,13 +42,13 @@ def _pausing(made: Watched, seconds: float) -> None:
         handlers[kind] = run
 
 
-def _clean(rank: int, world: int, name: str, steps: int, slow: float) -> list[dict[str, Any]]:
+def _clean(rank: int, world: int, name: str, steps: int, scale: float, slow: float) -> list[dict[str, Any]]:
     """What rank 0 reports of a job with uneven stages and experts, a save of 2 s and an evaluation."""
     model = {"layers": 2, "moe": MoeConfig(experts=4, top_k=1, ffn=32)}
     cfg = job(pp=2, dp=2, ep=2, model=model, global_batch=8, dtype="fp32")
     with watched(rank, cfg, name) as made:
         mesh, reading = made.run.mesh, StragglerReading(made.facts())
-        _pausing(made, _STAGES_S[mesh.axis("pp").rank] * (slow if rank == 1 else 1.0))
+        _pausing(made, scale * _STAGES_S[mesh.axis("pp").rank] * (slow if rank == 1 else 1.0))
         program = evaluation_program(cfg, made.run.parts.pipeline, 2)
         found, seen = [], 0
         for step in range(steps):
@@ -66,16 +66,15 @@ def _clean(rank: int, world: int, name: str, steps: int, slow: float) -> list[di
 
 @pytest.mark.slow
 def test_a_thousand_clean_steps_raise_at_most_one_flag() -> None:
-    found = run_distributed(_clean, 4, uuid.uuid4().hex, 1000, 1.0, group=False, timeout_s=1500)[0]
+    found = run_distributed(_clean, 4, uuid.uuid4().hex, 1000, 1.0, 1.0, group=False, timeout_s=1500)[0]
     windows = [values["straggler"] for values in found if values["straggler"] and "slower" in values["straggler"]]
     assert len(windows) == 49
     assert sum(values.get("straggler_alert") is not None for values in found) <= 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factor", [2.0, 3.0])
-def test_a_slow_rank_of_an_uneven_job_is_found(factor: float) -> None:
-    found = run_distributed(_clean, 4, uuid.uuid4().hex, 130, factor, group=False, timeout_s=600)[0]
+def test_a_slow_rank_of_an_uneven_job_is_found() -> None:
+    found = run_distributed(_clean, 4, uuid.uuid4().hex, 85, 15.0, 2.0, group=False, timeout_s=600)[0]
     (alert,) = [values["straggler_alert"] for values in found if values.get("straggler_alert")]
     assert alert.fields["rank"] == 1 and alert.fields["reason"] == "compute"
 
