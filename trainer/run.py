@@ -7,6 +7,7 @@ import json
 import os
 import socket
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from .metrics.curves import draw_curves
 from .metrics.introduction import introduction
 from .metrics.notices import or_without
 from .metrics.peak import MeasuredPeaks, Peak, peak_tflops
+from .metrics.products import ceiling_tflops, products_of
 from .metrics.rows import RowExchange
 from .metrics.sinks import EventLog, make_sinks
 from .metrics.summary import summarize
@@ -270,6 +272,17 @@ def _close(cfg: Config, run_dir: Path, step: int, began_at: int, finished: bool)
 
 
 def _peak(cfg: Config, device: torch.device, kept: MeasuredPeaks, mesh: Mesh) -> Peak:
+    """The peak of one device, and the ceiling of the model's products: measured unless the job names the peak itself of
+    a CPU."""
+    peak = _peak_alone(cfg, device, kept, mesh)
+    if device.type == "cpu" and cfg.hardware.peak_tflops is not None:
+        return peak
+    own = ceiling_tflops(products_of(cfg), device, DTYPES[cfg.train.dtype], barrier=mesh.barrier)
+    total = all_reduce(torch.tensor([own], dtype=torch.float64, device=device), mesh.axis("world")).wait().item()
+    return replace(peak, ceiling=total / mesh.degrees.world)
+
+
+def _peak_alone(cfg: Config, device: torch.device, kept: MeasuredPeaks, mesh: Mesh) -> Peak:
     """The peak of one device; where it is measured, the mean over the ranks, so that all compute the same MFU.
 
     It is measured once in a run's life on the same kind of machine: a resumed run goes on with the same denominator.

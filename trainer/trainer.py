@@ -112,7 +112,7 @@ class Trainer:
                 devices=world,
                 device=device,
                 peak_tflops=self.peak.tflops,
-                ceiling_tflops=self.peak.tflops,
+                ceiling_tflops=self.peak.ceiling or self.peak.tflops,
                 program=self.program,
                 hosts=self.rows.hosts,
             )

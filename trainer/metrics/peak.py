@@ -40,10 +40,15 @@ _NOT_THE_WHOLE = re.compile(r"\b(?:MIG|GRID)\b|Laptop|Max-Q", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Peak:
-    """Peak dense TFLOP/s of one device, None where it is not known, and where the number comes from."""
+    """Peak dense TFLOP/s of one device, None where it is not known, and where the number comes from.
+
+    Args:
+        ceiling: what the device reaches in the model's own products; None where that was not measured.
+    """
 
     tflops: float | None
     source: str
+    ceiling: float | None = None
 
 
 def peak_tflops(
