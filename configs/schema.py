@@ -252,6 +252,8 @@ class FaultsConfig:
     """Seconds that a collective may wait before the run stops with an error."""
     record_entries: int = 65536
     """Entries of each rank's record ring."""
+    probe_at_start: bool = False
+    """Try out the matrix products of all ranks and the links between them before training, and name who falls short."""
     watch: bool = True
     """One process per node watches the ranks: when one dies, hangs or goes astray it says which and why, and ends the
     job at once."""

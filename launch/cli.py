@@ -104,6 +104,13 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     profile.add_argument("--json", action="store_true", help="one JSON object")
     profile.set_defaults(run=_profile)
 
+    text = "Try out the matrix products of all ranks and the links between them, and name who falls short."
+    probe = verbs.add_parser("probe", help=text, description=text)
+    probe.add_argument("--ranks", metavar="N", type=int, help="on this machine (one for each GPU; on a CPU 2)")
+    probe.add_argument("--dtype", choices=("bf16", "fp32", "fp64"), help="of the products (bf16; on a CPU fp32)")
+    probe.add_argument("--json", action="store_true", help="one JSON object")
+    probe.set_defaults(run=_probe)
+
     _schedule_parser(verbs.add_parser("schedule", help="Make, check, simulate and draw the program of a pipeline."))
 
     _tokenize_parser(verbs.add_parser("tokenize", help="Turn text, JSONL or parquet into PREFIX.bin and PREFIX.idx."))
@@ -221,6 +228,12 @@ def _profile(args: argparse.Namespace) -> int:
     from .verbs.profile import profile
 
     return profile(args.config, args.overrides, imports=args.imports, as_json=args.json)
+
+
+def _probe(args: argparse.Namespace) -> int:
+    from .verbs.probe import probe_machine
+
+    return probe_machine(args.ranks, args.dtype, as_json=args.json)
 
 
 def _check(args: argparse.Namespace) -> int:

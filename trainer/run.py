@@ -36,6 +36,7 @@ from .metrics.curves import draw_curves
 from .metrics.introduction import introduction
 from .metrics.notices import or_without
 from .metrics.peak import MeasuredPeaks, Peak, peak_tflops
+from .metrics.probe import probe, probe_lines
 from .metrics.products import ceiling_tflops, products_of
 from .metrics.rows import RowExchange
 from .metrics.sinks import EventLog, make_sinks
@@ -192,6 +193,8 @@ def _train(session: Session, run_dir: Path, start: Start, rows: RowExchange) -> 
         abort=mesh.abort,
         recorder=mesh.recorder,
     )
+    if cfg.faults.probe_at_start:
+        _probe(session, rows, events)
     trainer = Trainer(session, checkpointer, run_dir=run_dir, rows=rows)
     found = checkpointer.find_resume(cfg.checkpoint.resume) if cfg.checkpoint.resume else None
     if found is not None:
@@ -230,6 +233,14 @@ def _train(session: Session, run_dir: Path, start: Start, rows: RowExchange) -> 
             outputs.events.close()
     if outputs is not None:
         _close(cfg, run_dir, trainer.step, began_at, finished)
+
+
+def _probe(session: Session, rows: RowExchange, events: EventLog | None) -> None:
+    """Tries out products and links; the first rank says what was found."""
+    found = probe(session.mesh, session.device, DTYPES[session.cfg.train.dtype], rows.hosts)
+    if events is not None:
+        print("\n".join(probe_lines(found)), flush=True)
+        events.log("probe", **found.event)
 
 
 def _tokenizer(cfg: Config, found: Path | None) -> TokenizerFiles:

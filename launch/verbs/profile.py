@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from ...parallel.record.modules import by_module, recorded_steps
 from ...trainer.metrics.module_costs import module_work
 from ...trainer.metrics.summary import lines_of
 from ...trainer.run_folder import RunFile
+from .quietly import output_to_stderr
 
 _WARM_UP, _STEPS = 3, 5
 
@@ -52,27 +50,13 @@ def profile(config: str, overrides: Sequence[str], *, imports: Sequence[str] = (
             f"log.every={steps[-1]}",
         ]  # fmt: skip
         cfg = load(source, own)
-        with _to_stderr():
+        with output_to_stderr():
             code = train(source, own, imports=imports)
         if code:
             return code
         found = measured(cfg, Path(folder) / "profile")
     print(json.dumps(found, indent=2) if as_json else "\n".join(profile_lines(found)))
     return 0
-
-
-@contextmanager
-def _to_stderr() -> Iterator[None]:
-    """What the job's processes print goes to stderr: the table alone is this command's output."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def measured(cfg: Config, run: Path) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class WandbSink:
         }
         self.run.log(shown, step=report.step)
         for alert in report.alerts:
-            self.run.alert(alert.title, alert.text, level=self._wandb.AlertLevel.WARN)
+            self.run.alert(alert.title, alert.text, level="WARN")
 
     def add(self, report: Report) -> None:
         self.log(report)  # W&B writes a step's row when the next step or the end comes
