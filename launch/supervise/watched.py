@@ -18,6 +18,7 @@ from ...parallel.record.stand import Condition, Stand, read_stand
 from ...parallel.record.vitals import (
     ABORT_WORD,
     BEAT_WORD,
+    DATA_SINCE_WORD,
     DATA_THREAD_WORD,
     FAILED_WORD,
     LEFT_WORD,
@@ -27,6 +28,7 @@ from ...parallel.record.vitals import (
     PHASES,
     PROGRESS_WORD,
     STACKS_WORD,
+    TOLD_WORD,
     WATCHED_WORD,
 )
 
@@ -88,7 +90,10 @@ class WatchedRank:
 
     def late(self, now: float) -> bool:
         """Whether it has not come on for longer than its phase allows."""
-        return self.idle_s(now) > self._patience.limit(self._phase)
+        limit = self._patience.limit(self._phase)
+        data_s = (time.monotonic_ns() - self._words[DATA_SINCE_WORD]) / 1e9 if self._words[DATA_SINCE_WORD] else 0.0
+        # What prepares its data may have been at the same batch long before the rank came to need it.
+        return self.idle_s(now) > limit or (self._phase == "data" and data_s > limit)
 
     def silent(self) -> bool:
         """Whether it has given no sign of life for too long."""
@@ -114,6 +119,7 @@ class WatchedRank:
 
     def abort(self, epoch: int) -> None:
         """Tells it to leave whatever it waits for."""
+        self._words[TOLD_WORD] = self._words[TOLD_WORD] or time.monotonic_ns()
         self._words[ABORT_WORD] = epoch + 1
 
     @property

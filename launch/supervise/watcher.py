@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ...configs.strict_json import read_bytes
 from ...parallel.record.diagnosis import ENDED, FAILED, KILLED, Verdict, diagnose
-from ...parallel.record.files import record_folder
+from ...parallel.record.files import RingFile, collect, record_folder
 from ...parallel.record.patience import Patience
 from ...parallel.record.reader import RecordError
 from ...parallel.record.ring import ring_folders, ring_name
@@ -236,9 +236,15 @@ class Watcher:
                     with contextlib.suppress(OSError):
                         os.kill(rank.header.pid, signal.SIGKILL)
             time.sleep(LOOK_S)
-        for number in self.ranks:
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Keeps the records of ranks that died without doing so, and leaves nothing else of them."""
+        for number, rank in self.ranks.items():
+            ring = RingFile(number, self._host, str(rank.path), rank.header.pid, rank.epoch)
             file = stacks_file(record_folder(self.run_dir), number)
             with contextlib.suppress(OSError):
+                collect(self.run_dir, [ring], remove=True)
                 if not file.stat().st_size:
                     file.unlink()
 

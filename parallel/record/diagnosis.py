@@ -89,7 +89,8 @@ def diagnose(stands: Mapping[int, Stand], places: Places, *, impatient: bool = F
     if len(stands) < places.world:  # whoever waits for a rank of which nothing is known is no end of a chain
         sinks, circle = [rank for rank in sinks if stands[rank].waits is None], []
     causes = [stands[rank] for rank in sinks if stands[rank].late or impatient]
-    if circle or (sinks and all(stands[rank].waits is not None for rank in sinks)):
+    gave_up = any(stand.condition is Condition.LOST for stand in stands.values())
+    if circle or gave_up or (sinks and all(stands[rank].waits is not None for rank in sinks)):
         found = find_astray(stands, places)
         if found is not None:
             ranks, kind, line = found

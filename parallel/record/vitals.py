@@ -16,7 +16,7 @@ BEAT_WORD, ABORT_WORD, PHASE_WORD, SINCE_WORD, WAITS_WORD = 68, 69, 70, 71, 72
 FAILED_WORD, OUT_WORD, LEFT_WORD = 73, 74, 75
 DATA_SINCE_WORD, DATA_THREAD_WORD, MAIN_THREAD_WORD, PROGRESS_WORD = 76, 77, 78, 79
 WRITER_SINCE_WORD, WRITER_STAGE_WORD, WRITER_WAITS_WORD, STACKS_WORD = 80, 81, 82, 83
-WATCHED_WORD = 84
+WATCHED_WORD, TOLD_WORD = 84, 85
 
 PHASES = ("start", "load", "first step", "step", "data", "evaluation", "save", "end")
 """What a rank's main thread is at; a phase's code is its place here."""

@@ -83,7 +83,8 @@ class Failure:
             return None
         if not lines or not isinstance(at, float):
             return None
-        return Failure(rank, world, at, *flags, lines, trace, known["told"] is True)
+        user, everywhere, lost = flags
+        return Failure(rank, world, at, user, everywhere, lost, lines, trace, known["told"] is True)
 
 
 def failure_of(error: BaseException, *, rank: int, world: int, everywhere: bool = False) -> Failure:

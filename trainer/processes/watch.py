@@ -47,9 +47,13 @@ class WatchRequest:
         """
         known = expect_object(parse_json(text), "a request to watch", WatchRequest.__dataclass_fields__)
         return WatchRequest(
-            *(expect_text(known[key], key) for key in ("stem", "run_dir")),
-            *(expect_int(known[key], key, 1) for key in ("world", "local")),
-            *(expect_number(known[key], key) for key in ("alive_s", "hang_s", "pause_s")),
+            expect_text(known["stem"], "stem"),
+            expect_text(known["run_dir"], "run_dir"),
+            expect_int(known["world"], "world", 1),
+            expect_int(known["local"], "local", 1),
+            expect_number(known["alive_s"], "alive_s"),
+            expect_number(known["hang_s"], "hang_s"),
+            expect_number(known["pause_s"], "pause_s"),
         )
 
 

@@ -1,0 +1,142 @@
+"""Faults, brought into one rank of a real job: at its n-th communication of a step, in its data, in its writer."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+KINDS = {
+    "kill": "killed",
+    "stop": "stopped",
+    "gil": "frozen",
+    "hang": "hang",
+    "data livelock": "data livelock",
+    "slow data": "data stall",
+    "skip": "skipped collective",
+    "size": "other size",
+    "receive": "receive without send",
+    "writer": "checkpoint",
+}
+"""A fault, and what the watcher is to call it."""
+_LONG_S = 600.0
+_SKIPPED = ("all_gather", "reduce_scatter", "all_reduce")
+"""Collectives without which a rank can go on, with wrong numbers of the right shape."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to a rank.
+
+    Args:
+        kind: of `KINDS`.
+        rank: the victim.
+        step: in which it happens (0-based).
+        call: at which of the step's communications.
+        mark: a file that then has the time.
+    """
+
+    kind: str
+    rank: int
+    step: int
+    call: int
+    mark: str
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def inject(fault: Fault) -> None:
+    """Prepares the fault in this process, which is the victim."""
+    once = threading.Lock()
+
+    def begin() -> bool:
+        if not once.acquire(blocking=False):
+            return False
+        Path(fault.mark).write_text(str(time.time()))
+        return True
+
+    if fault.kind in ("slow data", "data livelock"):
+        _in_data(fault, begin)
+    elif fault.kind == "writer":
+        _in_writer(begin)
+    else:
+        _in_communication(fault, begin)
+
+
+def _in_data(fault: Fault, begin: Callable[[], bool]) -> None:
+    from pentad.trainer.data.dataset import Split
+
+    batch = Split.batch
+
+    def late(self: Split, step: int, *args: Any, **named: Any) -> Any:
+        if step >= fault.step and begin():
+            until = time.monotonic() + _LONG_S
+            while time.monotonic() < until:
+                if fault.kind == "slow data":
+                    time.sleep(_LONG_S)
+        return batch(self, step, *args, **named)
+
+    Split.batch = late  # type: ignore[method-assign]
+
+
+def _in_writer(begin: Callable[[], bool]) -> None:
+    from pentad.trainer.checkpoint.team import Team
+
+    together = Team.together
+
+    def stuck(self: Team, what: str, fn: Callable[[], Any]) -> Any:
+        def slow() -> Any:
+            if threading.current_thread() is not threading.main_thread() and begin():
+                time.sleep(_LONG_S)
+            return fn()
+
+        return together(self, what, slow)
+
+    Team.together = stuck  # type: ignore[method-assign]
+
+
+def _in_communication(fault: Fault, begin: Callable[[], bool]) -> None:
+    import torch
+
+    from pentad.parallel.comm import collectives
+
+    copied = collectives._copied
+    seen = {"step": -1, "calls": 0}
+    collective = fault.kind in ("skip", "size")
+
+    def faulty(kind: str, axis: Any, x: torch.Tensor, start: Any, peer: int = -1) -> Any:
+        step = axis.recorder.step
+        if step != seen["step"]:
+            seen.update(step=step, calls=0)
+        own = axis.recorder._origin is None and axis.recorder.op >= 0 and (kind in _SKIPPED or not collective)
+        seen["calls"] += own
+        if not own or step < fault.step or seen["calls"] <= fault.call or not begin():
+            return copied(kind, axis, x, start, peer)
+        if fault.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif fault.kind == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif fault.kind == "gil":
+            until = time.monotonic() + _LONG_S
+            while time.monotonic() < until:  # a signal ends sleep
+                ctypes.PyDLL(None).sleep(int(_LONG_S))
+        elif fault.kind == "hang":
+            time.sleep(_LONG_S)
+        elif fault.kind == "skip":
+            return collectives.Handle(x[: len(x) // axis.size].clone() if kind == "reduce_scatter" else x)
+        elif fault.kind == "size":
+            collectives.all_reduce(torch.zeros(2 * x.numel() + 1), axis).wait()
+        elif fault.kind == "receive":
+            other = (axis.rank + 1) % axis.size
+            collectives.receive(torch.zeros(8), axis, other).wait()
+        return copied(kind, axis, x, start, peer)
+
+    collectives._copied = faulty
