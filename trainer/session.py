@@ -154,7 +154,7 @@ class Session:
                 met(mesh)
             opened = state.data if state is not None else None
             if opened is None and data is not None:
-                opened = data()
+                opened = mesh.abort.beside("opening the data", data)
             parts = _model(cfg, mesh, here.device, state, place.held)
             measured = state.peak if state is not None else None
             if measured is None and peak is not None:

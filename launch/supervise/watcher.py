@@ -231,7 +231,9 @@ class Watcher:
             since = time.monotonic() - begin
             waited_for = [rank for rank in staying if rank.rank not in hopeless and not rank.left]
             for rank in staying:
-                allowed = _END_S if rank.left else _LEAVE_S if rank.rank not in hopeless or waited_for else 0.0
+                allowed = _END_S if rank.left else _LEAVE_S
+                if rank.rank in hopeless and not waited_for:
+                    allowed = 0.0
                 if since > allowed:
                     with contextlib.suppress(OSError):
                         os.kill(rank.header.pid, signal.SIGKILL)

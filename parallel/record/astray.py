@@ -6,9 +6,10 @@ did in the step before.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .stand import TRANSFERS, Call, Stand
 from .verdict_words import Places, call_words, ranks_words
@@ -37,23 +38,45 @@ def find_astray(stands: Mapping[int, Stand], places: Places) -> tuple[tuple[int,
     for stand in stands.values():
         stages.setdefault(places.stage(stand.rank), []).append(stand)
     for peers in stages.values():
-        for step in sorted({call.step for stand in peers for call in stand.calls}):
-            for axis in sorted({call.axis for stand in peers for call in stand.calls}):
-                found += _compare(peers, step, axis, places)
+        steps = sorted({call.step for stand in peers for call in stand.calls})
+        for step, axis in itertools.product(steps, sorted({c.axis for stand in peers for c in stand.calls})):
+            found += _compare(_calls(peers, axis, transfers=False), step, axis, places)
+            # Who sends and who receives, and in which order, depends on the place along the axis.
+            for alike in _by_place(peers, axis):
+                found += _compare(_calls(alike, axis, transfers=True), step, axis, places)
     first = min(found, key=lambda each: each.at, default=None)
     return None if first is None else (first.ranks, first.kind, first.line)
 
 
-def _compare(peers: Sequence[Stand], step: int, axis: str, places: Places) -> list[_Deviation]:
-    """The first deviation of the ranks of a stage in one step over one axis."""
-    lists = {
-        stand.rank: sorted((c for c in stand.calls if (c.axis, c.step) == (axis, step)), key=lambda call: call.at)
+def _calls(peers: Sequence[Stand], axis: str, *, transfers: bool) -> list[Stand]:
+    """The ranks that stand along an axis, with their transfers over it alone, or their collectives."""
+    return [
+        replace(stand, calls=tuple(c for c in stand.calls if c.axis == axis and (c.kind in TRANSFERS) == transfers))
         for stand in peers
         if axis in stand.members or any(call.axis == axis for call in stand.calls)
-    }
-    ranks = {stand.rank: stand for stand in peers if stand.rank in lists}
+    ]
+
+
+def _by_place(peers: Sequence[Stand], axis: str) -> list[list[Stand]]:
+    """The ranks by their place along an axis."""
+    found: dict[int, list[Stand]] = {}
+    for stand in peers:
+        members = stand.members.get(axis, ())
+        if stand.rank in members:
+            found.setdefault(members.index(stand.rank), []).append(stand)
+    return list(found.values())
+
+
+def _compare(peers: Sequence[Stand], step: int, axis: str, places: Places) -> list[_Deviation]:
+    """The first deviation of the ranks of a stage in one step over one axis."""
+    lists = {stand.rank: sorted((c for c in stand.calls if c.step == step), key=lambda c: c.at) for stand in peers}
+    ranks = {stand.rank: stand for stand in peers}
     if len(ranks) < 2:
         return []
+    if not any(call.kind in TRANSFERS for calls in lists.values() for call in calls):
+        # Of long steps the oldest calls are not there, and not on all ranks the same ones.
+        begin = max((calls[0].seq for calls in lists.values() if calls), default=0)
+        lists = {rank: [call for call in calls if call.seq >= begin] for rank, calls in lists.items()}
     for place in range(max((len(calls) for calls in lists.values()), default=0)):
         signs: dict[int, Sign | None] = {}
         for rank, calls in lists.items():
