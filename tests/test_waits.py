@@ -101,6 +101,7 @@ WAITS = {
     "trainer/processes/meeting.py": {"": START},
     "trainer/processes/orphans.py": {"": NOBODY},
     "trainer/processes/start.py": {"soon": "the last thing of a rank that fails, or for the watcher to be there"},
+    "trainer/processes/watch.py": {"between_nodes": "the key is there: rank 0 set it before the ranks came together"},
     "trainer/processes/threads.py": {
         "map_threads": FILES,
         "Beside.run": NEVER,
@@ -115,6 +116,7 @@ WAITS = {
     "trainer/trainer.py": {"Trainer.train": ABORT, "": HANDLE},
     "launch/supervise/agent.py": {"": LAUNCHER},
     "launch/supervise/supervisor.py": {"": LAUNCHER},
+    "launch/supervise/watch_link.py": {"": LAUNCHER},
     "launch/supervise/watched.py": {"": LAUNCHER},
     "launch/supervise/watcher.py": {"": LAUNCHER},
     "launch/verbs/diagnose.py": {"": LAUNCHER},

@@ -44,7 +44,7 @@ from .metrics.summary import summarize
 from .metrics.waterfall_picture import draw_straggler_map, draw_waterfall
 from .processes.meeting import Stopped
 from .processes.start import Start, soon
-from .processes.watch import WatchRequest
+from .processes.watch import WatchRequest, between_nodes
 from .run_folder import RunFile, checkpoint_folder, run_folder
 from .session import Here, Session
 from .setup import DTYPES, Ranks, make_recorder, prepare_device, record_stem
@@ -90,8 +90,14 @@ def arrive(cfg: Config, start: Start, ranks: Ranks, open_things: ExitStack) -> H
         files.sweep()
     recorder = make_recorder(cfg, ranks)
     open_things.callback(recorder.close)
-    _be_watched(cfg, start, ranks, recorder, open_things)
+    request = _show_life(cfg, start, ranks, recorder, open_things)
+    if request is not None and ranks.rank == 0:
+        if store is not None and ranks.local_world < ranks.world:
+            request = between_nodes(request, 0, store, "")
+        start.watch(request)
     start.meeting.come(_about(cfg), cfg.faults.timeout_s)
+    if request is not None and ranks.rank and store is not None:
+        start.watch(between_nodes(request, ranks.rank, store, start.env.get("MASTER_ADDR", "")))
     if start.stop.requested:
         raise Stopped
     start.stop.listen()
@@ -99,20 +105,23 @@ def arrive(cfg: Config, start: Start, ranks: Ranks, open_things: ExitStack) -> H
     return Here(ranks.rank, store, device, recorder)
 
 
-def _be_watched(cfg: Config, start: Start, ranks: Ranks, recorder: Recorder, open_things: ExitStack) -> None:
-    """Shows this rank's signs of life from now on, and asks for somebody who looks at them."""
+def _show_life(
+    cfg: Config, start: Start, ranks: Ranks, recorder: Recorder, open_things: ExitStack
+) -> WatchRequest | None:
+    """Shows this rank's signs of life from now on; what the first rank of a node asks a watcher for."""
     heart = Heart(recorder.vitals)
     open_things.callback(heart.close)
     alone = ranks.world == 1 and "TORCHELASTIC_RUN_ID" not in start.env
     if not cfg.faults.watch or alone or recorder.path is None:
-        return
+        return None
     start.vitals = recorder.vitals
     folder = files.record_folder(run_folder(cfg))
     open_things.callback(show_stacks(stacks_file(folder, ranks.rank), recorder.vitals))
-    if ranks.local_rank == 0:
-        faults, run_dir = cfg.faults, str(run_folder(cfg).resolve())
-        stem, limits = record_stem(cfg, ranks), (faults.alive_s, faults.hang_s, faults.pause_s)
-        start.watch(WatchRequest(stem, run_dir, ranks.world, ranks.local_world, *limits))
+    if ranks.local_rank:
+        return None
+    faults, run_dir = cfg.faults, str(run_folder(cfg).resolve())
+    stem, limits = record_stem(cfg, ranks), (faults.alive_s, faults.hang_s, faults.pause_s)
+    return WatchRequest(stem, run_dir, ranks.world, ranks.local_world, *limits)
 
 
 def _about(cfg: Config) -> str:

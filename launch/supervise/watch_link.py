@@ -66,7 +66,7 @@ class End:
                 raise ConnectionError(str(error)) from error
 
 
-class Link:
+class WatchLink:
     """The connections of one node's watcher.
 
     Args:

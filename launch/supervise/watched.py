@@ -34,6 +34,10 @@ from ...parallel.record.vitals import (
 
 NEWEST = 16384
 """Entries of a ring that are looked at."""
+_SURE_S = 0.2
+"""Between the first look at which a rank was silent, and the one that counts."""
+_IMPORTING = ("start", "load", "first step")
+"""Phases in which code is loaded."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -61,6 +65,7 @@ class WatchedRank:
         self._mark, self._changed = (-1, -1), time.monotonic()
         self._phase = PHASES[0]
         self._beat = 0
+        self._silent_since = 0.0
         self.code: int | None = None
         self.line = ""
         self.told_lost = False
@@ -95,9 +100,16 @@ class WatchedRank:
         # What prepares its data may have been at the same batch long before the rank came to need it.
         return self.idle_s(now) > limit or (self._phase == "data" and data_s > limit)
 
-    def silent(self) -> bool:
-        """Whether it has given no sign of life for too long."""
-        return (time.monotonic_ns() - self._words[BEAT_WORD]) / 1e9 > self._patience.limit("alive")
+    def silent(self, now: float) -> bool:
+        """Whether it has given no sign of life for too long, at two looks: this process may have been late itself."""
+        limit = self._patience.limit("alive")
+        if self._phase in _IMPORTING:  # which happens under Python's lock
+            limit = max(limit, self._patience.limit("step"))
+        if (time.monotonic_ns() - self._words[BEAT_WORD]) / 1e9 <= limit:
+            self._silent_since = 0.0
+            return False
+        self._silent_since = self._silent_since or now
+        return now - self._silent_since > _SURE_S
 
     @property
     def failed(self) -> bool:

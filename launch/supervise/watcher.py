@@ -20,19 +20,22 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ...configs.strict_json import read_bytes
-from ...parallel.record.diagnosis import ENDED, FAILED, KILLED, Verdict, diagnose
+from ...configs.strict_json import JsonError, expect_list, read_bytes
+from ...parallel.record.diagnosis import ENDED, FAILED, KILLED, LOST_NODE, Verdict, diagnose
 from ...parallel.record.files import RingFile, collect, record_folder
 from ...parallel.record.patience import Patience
 from ...parallel.record.reader import RecordError
 from ...parallel.record.ring import ring_folders, ring_name
 from ...parallel.record.stacks import read_stacks, stacks_file, telling
 from ...parallel.record.stand import Condition, Stand
+from ...parallel.record.stand_text import dump_stand, load_stand
 from ...trainer.processes.failure import read_failure
 from ...trainer.processes.orphans import signal_self_when_orphaned
 from ...trainer.processes.watch import WatchRequest
 from ...trainer.run_folder import RunFile
+from .watch_link import End, WatchLink
 from .watched import WatchedRank
 from .worker_files import VERDICT, WATCH, publish_text, read_places
 
@@ -45,6 +48,8 @@ _CAUSE_S = 0.75
 _LEAVE_S, _END_S = 5.0, 20.0
 """After a verdict, for ranks to leave, and for those that have left to end; then they are killed."""
 _GATHER_S = 0.05
+_ANSWER_S = 1.0
+"""For the other nodes to say where their ranks stand."""
 _ARRIVE_S = 60.0
 """Without any rank: they had ended before there was a watcher."""
 _STACKS_S = 0.15
@@ -69,20 +74,31 @@ class Watcher:
         self._lost_at = 0.0
         self.verdict: Verdict | None = None
         self._deadline = time.monotonic() + _ARRIVE_S
+        self._seen = 0.0
+        """When a rank was seen to be dead (Unix time)."""
+        self._link: WatchLink | None = None
+        self._answers: dict[int, Stand] = {}
+        self._asked_at = self._not_again = self._told_until = 0.0
+        self._impatient = False
 
     def run(self) -> int:
         """Watches until all ranks have ended; 0, or 1 after a verdict."""
-        while not self._over():
-            self._sleep()
-            now = time.monotonic()
-            self._gather(now)
-            for rank in self._live():
-                rank.look(now)
-            self._judge(now)
-            if self.verdict is not None:
-                self._end()
-                return 1
-        return 0
+        try:
+            while not self._over():
+                ready = self._sleep()
+                now = time.monotonic()
+                self._gather(now)
+                for rank in self._live():
+                    rank.look(now)
+                self._judge(now)
+                self._converse(ready, now)
+                if self.verdict is not None:
+                    self._end()
+                    return 1
+            return 0
+        finally:
+            if self._link is not None:
+                self._link.close()
 
     # Who is there -----------------------------------------------------------------------------------------------
 
@@ -108,30 +124,28 @@ class Watcher:
             return time.monotonic() > self._deadline
         return not self._live()
 
-    def _sleep(self) -> None:
+    def _sleep(self) -> set[int]:
+        """Waits for the next look, or for something to happen; the descriptors that are ready."""
         poll = select.poll()
         for rank in self._live():
             if rank.pidfd is not None:
                 poll.register(rank.pidfd, select.POLLIN)
-        poll.poll(LOOK_S * 1000)
+        for end in self._link.sockets() if self._link is not None else ():
+            poll.register(end, select.POLLIN)
+        return {descriptor for descriptor, _ in poll.poll(LOOK_S * 1000)}
 
     # What is wrong ----------------------------------------------------------------------------------------------
 
     def _judge(self, now: float) -> None:
-        conditions: dict[int, Condition] = {}
-        for number, rank in self.ranks.items():
-            found = self._condition(rank)
-            if found is not None:
-                conditions[number] = found
+        conditions = self._conditions()
         broken = {c for c in conditions.values() if c not in (Condition.LOST, Condition.DONE)}
-        lost = Condition.LOST in conditions.values()
         if broken:
-            self._decide(now, conditions)
+            self._suspect(now)
             return
-        if lost:
+        if Condition.LOST in conditions.values():
             self._lost_at = self._lost_at or now
             if now - self._lost_at > _CAUSE_S / 5:
-                self._decide(now, conditions, impatient=now - self._lost_at > _CAUSE_S)
+                self._suspect(now, impatient=now - self._lost_at > _CAUSE_S)
             return
         late = [rank for rank in self._live() if rank.late(now) and not rank.done]
         if late and now > self._not_before:
@@ -141,9 +155,14 @@ class Watcher:
                 self._not_before = now + 0.1
                 return
             self._not_before = now + _AGAIN_S
-            self._decide(now, conditions)
+            self._suspect(now)
         elif not late:
             self._not_before = 0.0
+
+    def _conditions(self) -> dict[int, Condition]:
+        """What is wrong with which rank."""
+        found = {number: self._condition(rank) for number, rank in self.ranks.items()}
+        return {number: condition for number, condition in found.items() if condition is not None}
 
     def _condition(self, rank: WatchedRank) -> Condition | None:
         """What is wrong with a rank; None: nothing."""
@@ -153,7 +172,7 @@ class Watcher:
             return Condition.DONE if rank.done else Condition.DEAD
         if rank.failed:
             return self._failure(rank)
-        if not rank.done and rank.silent():
+        if not rank.done and rank.silent(time.monotonic()):
             return Condition.STOPPED if rank.state() in ("T", "t") else Condition.FROZEN
         return None
 
@@ -164,18 +183,37 @@ class Watcher:
             rank.told_lost = failure is not None and failure.lost
         return Condition.LOST if rank.told_lost else Condition.FAILED
 
-    def _decide(self, now: float, conditions: dict[int, Condition], *, impatient: bool = False) -> None:
-        seen = time.time()
-        if Condition.DEAD in conditions.values():
+    def _suspect(self, now: float, *, impatient: bool = False) -> None:
+        """Something is wrong here: finds out what, with the other nodes where there are some."""
+        if Condition.DEAD in self._conditions().values():
+            self._seen = self._seen or time.time()
             self._abort()  # nothing can change the verdict, only its words are missing
+        link = self._link
+        if link is None:
+            self._decide(self._stands(now), impatient)
+        elif link.is_home:
+            self._ask(now, impatient)
+        elif now > self._told_until:
+            self._told_until = now + _AGAIN_S
+            link.tell(trouble=impatient)
+
+    def _stands(self, now: float) -> dict[int, Stand]:
+        """Where the ranks of this node stand."""
+        conditions = self._conditions()
         stands: dict[int, Stand] = {}
         for number, rank in self.ranks.items():
             with contextlib.suppress(OSError, RecordError):
                 stands[number] = rank.stand(now, conditions.get(number, Condition.RUNS))
+        return stands
+
+    def _decide(self, stands: dict[int, Stand], impatient: bool) -> None:
+        seen = self._seen or time.time()
         places = read_places(self.run_dir, self.request.world)
         verdict = diagnose(stands, places, impatient=impatient)
-        if verdict is not None and verdict.kind not in (KILLED, ENDED, FAILED):
-            verdict = diagnose(self._with_stacks(stands), places, impatient=impatient)
+        if verdict is None:
+            return
+        if self._link is None and verdict.kind not in (KILLED, ENDED, FAILED, LOST_NODE):
+            verdict = diagnose(self._with_stacks(stands), places, impatient=impatient) or verdict
         self._judged(verdict, seen)
 
     def _with_stacks(self, stands: dict[int, Stand]) -> dict[int, Stand]:
@@ -199,16 +237,77 @@ class Watcher:
             for number, stand in stands.items()
         }
 
-    def _judged(self, verdict: Verdict | None, seen: float) -> None:
-        if verdict is None:
-            return
+    def _judged(self, verdict: Verdict, seen: float) -> None:
         self.verdict = Verdict(**{**vars(verdict), "at": seen})
         self._abort()
-        self._publish(self.verdict)
+        if self._link is not None and self._link.is_home:
+            self._link.tell(verdict=self.verdict.as_dict())
+        if self._link is None or self._link.is_home:
+            self._publish(self.verdict)
 
     def _abort(self) -> None:
         for rank in self._live():
             rank.abort(rank.epoch)
+
+    # Several nodes ----------------------------------------------------------------------------------------------
+
+    def _ask(self, now: float, impatient: bool) -> None:
+        """Asks the other nodes where their ranks stand; what they say is judged in `_converse`."""
+        self._impatient = self._impatient or impatient
+        if self._link is not None and not self._asked_at and now > self._not_again:
+            self._asked_at, self._answers = now, {}
+            self._link.tell(ask=not self._seen)
+
+    def _converse(self, ready: set[int], now: float) -> None:
+        """Hears the other nodes, and answers."""
+        if self._link is None:
+            self._meet()
+            return
+        for end, message in self._link.read(ready):
+            with contextlib.suppress(JsonError):
+                self._hear(end, message, now)
+        for end in self._link.lost:
+            if not self._link.is_home:
+                line = "the first node's watcher cannot be reached any more: that node is down, or the way to it"
+                self._judged(Verdict(LOST_NODE, (0,), line), time.time())
+                return
+            self._ask(now, impatient=False)
+            self._answers |= {rank: Stand(rank, end.host, condition=Condition.GONE) for rank in end.ranks}
+        complete = len(self._answers) + len(self.ranks) >= self.request.world
+        if self._asked_at and (complete or now - self._asked_at > _ANSWER_S):
+            own = self._stands(now) if self._seen else self._with_stacks(self._stands(now))
+            impatient, self._impatient = self._impatient, False
+            self._asked_at, self._not_again = 0.0, now + _AGAIN_S
+            self._decide({**own, **self._answers}, impatient)
+
+    def _hear(self, end: End, message: dict[str, Any], now: float) -> None:
+        link = self._link
+        if link is None or self.verdict is not None:
+            return
+        if link.is_home and "trouble" in message:
+            self._ask(now, message["trouble"] is True)
+        elif link.is_home and "stands" in message:
+            stands = [load_stand(each) for each in expect_list(message["stands"], "stands")]
+            self._answers |= {stand.rank: stand for stand in stands if stand.rank in end.ranks}
+        elif "ask" in message:
+            stands = self._stands(now)
+            stands = self._with_stacks(stands) if message["ask"] is True else stands
+            end.send(stands=[dump_stand(stand) for stand in stands.values()])
+        elif "verdict" in message:
+            verdict = Verdict.load(message["verdict"])
+            self._judged(verdict, verdict.at)
+
+    def _meet(self) -> None:
+        """Comes together with the other nodes' watchers, once all ranks of this node are there."""
+        request = self.request
+        if not request.token or len(self.ranks) < request.local:
+            return
+        host, _, port = request.home.rpartition(":")
+        home = (host, int(port)) if request.home else None
+        listener = socket.socket(fileno=request.listener) if request.listener >= 0 else None
+        ranks = sorted(self.ranks)
+        with contextlib.suppress(OSError):
+            self._link = WatchLink(request.token, listener=listener, home=home, host=self._host, ranks=ranks)
 
     # After a verdict --------------------------------------------------------------------------------------------
 
@@ -276,4 +375,6 @@ def _print(verdict: Verdict) -> None:
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # it ends with its ranks, and not before
+    with contextlib.suppress(OSError):
+        os.nice(-10)  # where that is allowed: it needs little, but at once, and the ranks take all cores
     sys.exit(main(sys.argv[1]))

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .stand import TRANSFERS, Call, Stand
+from .stand import MOST_CALLS, TRANSFERS, Call, Stand
 from .verdict_words import Places, call_words, ranks_words
 
 SKIPPED, OTHER_CALL, OTHER_SIZE, UNSENT = "skipped collective", "other collective", "other size", "receive without send"
 _UNEQUAL = {"all_to_all"}
 """Collectives in which ranks give different amounts."""
 
-Sign = tuple[str, int, int]
-"""Kind, operation and microbatch of a call."""
+Sign = tuple[str, str, int, int]
+"""Axis, kind, operation and microbatch of a call."""
 
 
 @dataclass(frozen=True)
@@ -39,87 +39,84 @@ def find_astray(stands: Mapping[int, Stand], places: Places) -> tuple[tuple[int,
         stages.setdefault(places.stage(stand.rank), []).append(stand)
     for peers in stages.values():
         steps = sorted({call.step for stand in peers for call in stand.calls})
-        for step, axis in itertools.product(steps, sorted({c.axis for stand in peers for c in stand.calls})):
-            found += _compare(_calls(peers, axis, transfers=False), step, axis, places)
-            # Who sends and who receives, and in which order, depends on the place along the axis.
-            for alike in _by_place(peers, axis):
-                found += _compare(_calls(alike, axis, transfers=True), step, axis, places)
+        for step, alike in itertools.product(steps, _alike(peers)):
+            found += _compare(alike, step, before=step - 1 in steps, places=places)
     first = min(found, key=lambda each: each.at, default=None)
     return None if first is None else (first.ranks, first.kind, first.line)
 
 
-def _calls(peers: Sequence[Stand], axis: str, *, transfers: bool) -> list[Stand]:
-    """The ranks that stand along an axis, with their transfers over it alone, or their collectives."""
-    return [
-        replace(stand, calls=tuple(c for c in stand.calls if c.axis == axis and (c.kind in TRANSFERS) == transfers))
-        for stand in peers
-        if axis in stand.members or any(call.axis == axis for call in stand.calls)
-    ]
+def _alike(peers: Sequence[Stand]) -> Iterator[list[Stand]]:
+    """Ranks, each with some of its calls, that make the same calls in the same order."""
+
+    def only(stands: Iterable[Stand], wanted: Callable[[Call], bool]) -> list[Stand]:
+        return [replace(stand, calls=tuple(call for call in stand.calls if wanted(call))) for stand in stands]
+
+    # The step's own thread; what runs beside it keeps an order along its axis alone.
+    yield only(peers, lambda call: call.kind not in TRANSFERS and not call.beside)
+    for axis in sorted({call.axis for stand in peers for call in stand.calls}):
+        yield only(peers, lambda call, axis=axis: call.axis == axis and call.kind not in TRANSFERS and call.beside)
+        # Who sends and who receives, and in which order, depends on the place along the axis.
+        by_place: dict[int, list[Stand]] = {}
+        for stand in peers:
+            if stand.rank in (members := stand.members.get(axis, ())):
+                by_place.setdefault(members.index(stand.rank), []).append(stand)
+        for stands in by_place.values():
+            yield only(stands, lambda call, axis=axis: call.axis == axis and call.kind in TRANSFERS)
 
 
-def _by_place(peers: Sequence[Stand], axis: str) -> list[list[Stand]]:
-    """The ranks by their place along an axis."""
-    found: dict[int, list[Stand]] = {}
-    for stand in peers:
-        members = stand.members.get(axis, ())
-        if stand.rank in members:
-            found.setdefault(members.index(stand.rank), []).append(stand)
-    return list(found.values())
-
-
-def _compare(peers: Sequence[Stand], step: int, axis: str, places: Places) -> list[_Deviation]:
-    """The first deviation of the ranks of a stage in one step over one axis."""
-    lists = {stand.rank: sorted((c for c in stand.calls if c.step == step), key=lambda c: c.at) for stand in peers}
+def _compare(peers: Sequence[Stand], step: int, *, before: bool, places: Places) -> list[_Deviation]:
+    """The first deviation of ranks that are alike in one step; `before`: what they did in the step before is known."""
+    lists = _aligned({stand.rank: [call for call in stand.calls if call.step == step] for stand in peers})
+    earlier = [[_sign(call) for call in stand.calls if call.step == step - 1] for stand in peers] if before else []
     ranks = {stand.rank: stand for stand in peers}
     if len(ranks) < 2:
         return []
-    if not any(call.kind in TRANSFERS for calls in lists.values() for call in calls):
-        # Of long steps the oldest calls are not there, and not on all ranks the same ones.
-        begin = max((calls[0].seq for calls in lists.values() if calls), default=0)
-        lists = {rank: [call for call in calls if call.seq >= begin] for rank, calls in lists.items()}
     for place in range(max((len(calls) for calls in lists.values()), default=0)):
-        signs: dict[int, Sign | None] = {}
-        for rank, calls in lists.items():
-            if place < len(calls):
-                signs[rank] = _sign(calls[place])
-        expected = _expected(signs, ranks, step, axis, place)
+        there = {rank: calls[place] for rank, calls in lists.items() if place < len(calls)}
+        signs: dict[int, Sign | None] = {rank: _sign(call) for rank, call in there.items()}
+        usual = Counter(signs[place] if place < len(signs) else None for signs in earlier)
+        expected = _expected(signs, usual)
         for rank in lists.keys() - signs.keys():
             if expected is not None and _is_past(ranks[rank], step, expected):
                 signs[rank] = None
-        expected = _expected(signs, ranks, step, axis, place)
+        expected = _expected(signs, usual)
         wrong = tuple(sorted(rank for rank, sign in signs.items() if sign != expected))
         if wrong:
-            return [_deviation(wrong, lists, place, expected, ranks, places)]
-        sized = _sizes(lists, place, ranks, step, axis, places)
+            then = {earlier_signs[place + 1] for earlier_signs in earlier if len(earlier_signs) > place + 1}
+            return [_deviation(wrong, lists, place, expected, then, ranks, places)]
+        sized = _sizes(lists, place, ranks, step, places)
         if sized is not None:
             return [sized]
     return []
 
 
+def _aligned(lists: dict[int, list[Call]]) -> dict[int, list[Call]]:
+    """The calls of a step in their order, without the oldest ones where some ranks' were too many to be kept."""
+    lists = {rank: sorted(calls, key=lambda call: call.at) for rank, calls in lists.items()}
+    if max((len(calls) for calls in lists.values()), default=0) < MOST_CALLS:
+        return lists
+    common = set.intersection(*({(call.key, call.seq) for call in calls} for calls in lists.values() if calls))
+    begins = {r: next((i for i, c in enumerate(calls) if (c.key, c.seq) in common), 0) for r, calls in lists.items()}
+    return {rank: calls[begins[rank] :] for rank, calls in lists.items()}
+
+
 def _sign(call: Call) -> Sign:
-    return call.kind, call.op, call.micro_batch
+    return call.axis, call.kind, call.op, call.micro_batch
 
 
 def _is_past(stand: Stand, step: int, sign: Sign) -> bool:
     """Whether a rank is behind the operation that a call belongs to."""
-    return stand.at[0] > step or (stand.at[0] == step and stand.phase == "step" and stand.at[2] > sign[1] >= 0)
+    return stand.at[0] > step or (stand.at[0] == step and stand.phase == "step" and stand.at[2] > sign[2] >= 0)
 
 
-def _expected(
-    signs: Mapping[int, Sign | None], ranks: Mapping[int, Stand], step: int, axis: str, place: int
-) -> Sign | None:
-    """What most ranks did; of two that are as many, what was done in the step before."""
+def _expected(signs: Mapping[int, Sign | None], usual: Counter[Sign | None]) -> Sign | None:
+    """What most ranks did; where one stands alone, or several are as many, what was done in the step before."""
     votes = Counter(signs.values())
-    (sign, most), *others = votes.most_common() or [(None, 0)]
-    tied = [sign, *(other for other, count in others if count == most)]
-    if len(tied) == 1:
-        return sign
-    before = Counter(
-        _sign(calls[place])
-        for stand in ranks.values()
-        if len(calls := [c for c in stand.calls if (c.axis, c.step) == (axis, step - 1)]) > place
-    )
-    return max(tied, key=lambda each: before[each] if each is not None else -1)
+    most = max(votes.values(), default=0)
+    tied = [sign for sign, count in votes.items() if count == most]
+    if most == 1 and usual and not any(usual[sign] for sign in tied):
+        return max(usual, key=lambda sign: usual[sign])
+    return max(tied, key=lambda sign: usual[sign], default=None)
 
 
 def _deviation(
@@ -127,9 +124,11 @@ def _deviation(
     lists: Mapping[int, Sequence[Call]],
     place: int,
     expected: Sign | None,
+    then: set[Sign],
     ranks: Mapping[int, Stand],
     places: Places,
 ) -> _Deviation:
+    """What the ranks that are wrong at a place did; `then`: what came behind it in the step before."""
     rank, right = wrong[0], [rank for rank in lists if rank not in wrong and place < len(lists[rank])]
     mine = lists[rank][place] if place < len(lists[rank]) else None
     theirs = lists[right[0]][place] if right else None
@@ -137,11 +136,11 @@ def _deviation(
     on = f" on {ranks[rank].host}" if ranks[rank].host else ""
     where = _where(mine or theirs, rank, places)
     who = f"{ranks_words(wrong)}{on}"
-    unexpected = expected is None or expected[0] != "receive" or _extra(lists, wrong)
+    unexpected = expected is None or expected[1] != "receive" or _extra(lists, wrong)
     if mine is not None and mine.kind == "receive" and unexpected:
         return _Deviation(at, wrong, UNSENT, f"{who} waits {where} for a {call_words(mine)} that nobody sends")
-    following = lists[right[0]][place + 1] if right and len(lists[right[0]]) > place + 1 else None
-    left_out = mine is None or (following is not None and _sign(mine) == _sign(following)) or _fewer(lists, wrong)
+    then = then | {_sign(lists[other][place + 1]) for other in right if len(lists[other]) > place + 1}
+    left_out = mine is None or _sign(mine) in then
     if left_out and theirs is not None:
         there = _where(theirs, right[0], places)
         line = f"{who} left out the {call_words(theirs)} that {ranks_words(right)} made {there}"
@@ -156,10 +155,6 @@ def _extra(lists: Mapping[int, Sequence[Call]], wrong: tuple[int, ...]) -> bool:
     return len(lists[wrong[0]]) > most
 
 
-def _fewer(lists: Mapping[int, Sequence[Call]], wrong: tuple[int, ...]) -> bool:
-    return len(lists[wrong[0]]) < min((len(calls) for rank, calls in lists.items() if rank not in wrong), default=0)
-
-
 def _where(call: Call | None, rank: int, places: Places) -> str:
     if call is None:
         return ""
@@ -172,7 +167,6 @@ def _sizes(
     place: int,
     ranks: Mapping[int, Stand],
     step: int,
-    axis: str,
     places: Places,
 ) -> _Deviation | None:
     """Members of one group that give another number of bytes than the others."""
@@ -188,7 +182,7 @@ def _sizes(
         before = {
             stand.rank: mine[place].nbytes
             for stand in ranks.values()
-            if len(mine := [c for c in stand.calls if (c.axis, c.step) == (axis, step - 1)]) > place
+            if len(mine := [c for c in stand.calls if c.step == step - 1]) > place
         }
         right = max(votes, key=lambda size: (votes[size], sum(size == other for other in before.values())))
         wrong = tuple(sorted(rank for rank, call in members.items() if call.nbytes != right))

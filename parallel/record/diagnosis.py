@@ -15,7 +15,7 @@ from .astray import find_astray
 from .stand import TRANSFERS, Call, Condition, Stand
 from .verdict_words import Places, detail_lines, hang_line
 
-KILLED, ENDED, STOPPED, FROZEN, FAILED = "killed", "ended", "stopped", "frozen", "failed"
+KILLED, ENDED, LOST_NODE, STOPPED, FROZEN, FAILED = "killed", "ended", "lost node", "stopped", "frozen", "failed"
 HANG, LIVELOCK, DATA_STALL, DATA_LIVELOCK, CHECKPOINT = "hang", "livelock", "data stall", "data livelock", "checkpoint"
 DEADLOCK, LINK = "deadlock", "link"
 _SPINS = 0.6
@@ -186,13 +186,14 @@ def _writers(stands: Mapping[int, Stand], impatient: bool) -> list[Stand]:
 
 
 def _broken(broken: list[Stand], stands: Mapping[int, Stand], places: Places) -> Verdict:
-    order = [Condition.DEAD, Condition.FAILED, Condition.STOPPED, Condition.FROZEN]
+    order = [Condition.DEAD, Condition.FAILED, Condition.GONE, Condition.STOPPED, Condition.FROZEN]
     first = min((each.condition for each in broken), key=order.index)
     causes = [each for each in broken if each.condition is first]
     code = causes[0].code or 0
     kind = {
         Condition.DEAD: KILLED if code < 0 or causes[0].code is None else ENDED,
         Condition.FAILED: FAILED,
+        Condition.GONE: LOST_NODE,
         Condition.STOPPED: STOPPED,
         Condition.FROZEN: FROZEN,
     }[first]

@@ -9,6 +9,7 @@ from enum import StrEnum
 import numpy as np
 
 from .reader import RecordRing
+from .ring import BESIDE
 from .vitals import (
     DATA_SINCE_WORD,
     PHASE_WORD,
@@ -21,7 +22,7 @@ from .vitals import (
 )
 
 TRANSFERS = ("send", "receive")
-_MOST_CALLS = 2000
+MOST_CALLS = 4000
 """Of the step under way and the one before; of larger steps the newest."""
 
 
@@ -31,6 +32,8 @@ class Condition(StrEnum):
     RUNS = "runs"
     DEAD = "dead"
     """It ended without a word."""
+    GONE = "gone"
+    """Its node cannot be reached any more."""
     STOPPED = "stopped"
     """By SIGSTOP or a debugger."""
     FROZEN = "frozen"
@@ -47,7 +50,8 @@ class Condition(StrEnum):
 class Call:
     """A communication of a rank: of a collective over `axis`, or a transfer with `peer`; `kind` "wait": for a lane.
 
-    `seq` numbers the collectives of an axis, and the transfers of a kind with a peer; `at` is when it began, in ns.
+    `seq` numbers the collectives of an axis, and the transfers of a kind with a peer; `at` is when it began, in ns;
+    `beside`: not by the step's own thread.
     """
 
     kind: str
@@ -61,6 +65,7 @@ class Call:
     op: int
     open: bool
     at: int
+    beside: bool = False
 
     @property
     def key(self) -> tuple[str, int, str, int]:
@@ -130,7 +135,7 @@ def read_stand(ring: RecordRing, words: memoryview | np.ndarray, now: int, host:
     talks = entries[(entries["axis"] > 0) & (entries["kind"] != codes.get("wait", -1))]
     last = entries[-1] if len(entries) else None
     step = int(entries["step"].max()) if last is not None else 0
-    recent = talks[talks["step"] >= step - 1][-_MOST_CALLS:]
+    recent = talks[talks["step"] >= step - 1][-MOST_CALLS:]
     ticket = int(words[WAITS_WORD]) - 1
     waited = entries[entries["ticket"] == ticket] if ticket >= 0 else entries[:0]
 
@@ -163,6 +168,7 @@ def _call(ring: RecordRing, entry: np.void) -> Call:
         **{name: int(entry[name]) for name in ("group", "peer", "seq", "nbytes", "step", "micro_batch", "op")},
         open=not entry["end"],
         at=int(entry["enqueued"]),
+        beside=bool(entry["flags"] & BESIDE),
     )
 
 

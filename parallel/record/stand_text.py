@@ -60,9 +60,17 @@ def load_stand(value: object) -> Stand:
         calls=tuple(_call(row) for row in expect_list(known["calls"], "calls")),
         members={axis: tuple(expect_int(r, "rank") for r in expect_list(m, axis)) for axis, m in members.items()},
         stack=tuple(expect_text(frame, "a frame") for frame in expect_list(known["stack"], "stack")),
-        **{name: expect_number(known[name], name) for name in _NUMBERS},
-        **{name: expect_text(known[name], name) for name in _TEXTS},
-        **{name: known[name] is True for name in _FLAGS},
+        phase_s=expect_number(known["phase_s"], "phase_s"),
+        idle_s=expect_number(known["idle_s"], "idle_s"),
+        data_s=expect_number(known["data_s"], "data_s"),
+        data_busy=expect_number(known["data_busy"], "data_busy"),
+        writer_s=expect_number(known["writer_s"], "writer_s"),
+        busy=expect_number(known["busy"], "busy"),
+        host=expect_text(known["host"], "host"),
+        phase=expect_text(known["phase"], "phase"),
+        line=expect_text(known["line"], "line"),
+        late=known["late"] is True,
+        writer_waits=known["writer_waits"] is True,
     )
 
 
@@ -74,7 +82,8 @@ def _row(value: object, length: int) -> list[Any]:
 
 
 def _call(value: object) -> Call:
-    kind, axis, *numbers, is_open, at = _row(value, 11)
+    kind, axis, *numbers, is_open, at, beside = _row(value, 12)
     group, peer, seq, nbytes, step, micro_batch, op = (expect_int(n, "a number", -1, _MOST) for n in numbers)
     texts = expect_text(kind, "kind"), expect_text(axis, "axis")
-    return Call(*texts, group, peer, seq, nbytes, step, micro_batch, op, is_open is True, expect_int(at, "at"))
+    where = group, peer, seq, nbytes, step, micro_batch, op
+    return Call(*texts, *where, is_open is True, expect_int(at, "at"), beside is True)

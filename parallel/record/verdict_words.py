@@ -24,6 +24,7 @@ ADVICE = {
     "killed": "look at the host's log (dmesg) for a lack of memory or a hardware error; go on with "
     "checkpoint.resume=latest, on another host if it comes again",
     "ended": "something called exit in that rank; its own output says more; go on with checkpoint.resume=latest",
+    "lost node": "look whether that host is up, and at its network; go on with checkpoint.resume=latest without it",
     "stopped": "kill -CONT wakes it; if nobody stopped it by hand, look for a debugger or the batch system's suspend",
     "frozen": "the stack names a call in C that holds Python's lock; give it up, or let it release the lock",
     "failed": "the traceback is in record/, of every rank; mend its cause, and go on with checkpoint.resume=latest",
@@ -111,6 +112,7 @@ def hang_line(kind: str, causes: Sequence[Stand], places: Places) -> str:
     lines = {
         "killed": f"{who} {was} killed by {_signal(first.code)}{_memory(first)}{on}, {where}",
         "ended": f"{who} ended with exit code {first.code} and no message{on}, {where}",
+        "lost node": f"{who}{on} cannot be reached any more: the node is down, or the way to it",
         "stopped": f"{who}{on} {was} stopped (SIGSTOP, or a debugger) {where}, {idle} ago",
         "frozen": f"{who}{on} {has} given no sign of life for {idle}, {where}: something holds Python's lock",
         "failed": f"{who}{on} failed {where}: {first.line}",

@@ -5,12 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
+import socket
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 from ...configs.strict_json import expect_int, expect_number, expect_object, expect_text, parse_json
 
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+_KEY = "watchers"
 WATCHER = "pentad.launch.supervise.watcher"
 """The module that is a watcher; a string, for this room knows nothing of the one above it."""
 
@@ -25,6 +32,7 @@ class WatchRequest:
         world: ranks of the job.
         local: ranks of this node.
         alive_s, hang_s, pause_s: see `faults.*`.
+        token, home, listener: how the watchers of several nodes find each other.
     """
 
     stem: str
@@ -34,6 +42,12 @@ class WatchRequest:
     alive_s: float
     hang_s: float
     pause_s: float
+    token: str = ""
+    """That the watchers of several nodes share; empty: there is one node."""
+    home: str = ""
+    """HOST:PORT of the first node's watcher, elsewhere."""
+    listener: int = -1
+    """A descriptor that listens there, for that watcher."""
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
@@ -54,6 +68,9 @@ class WatchRequest:
             expect_number(known["alive_s"], "alive_s"),
             expect_number(known["hang_s"], "hang_s"),
             expect_number(known["pause_s"], "pause_s"),
+            expect_text(known["token"], "token"),
+            expect_text(known["home"], "home"),
+            expect_int(known["listener"], "listener", -1),
         )
 
 
@@ -65,5 +82,26 @@ def start_watcher(request: WatchRequest) -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
+            pass_fds=[request.listener] if request.listener >= 0 else [],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
+
+
+def between_nodes(request: WatchRequest, rank: int, store: dist.Store, address: str) -> WatchRequest:
+    """The request of a node among several, for its watcher to find the others. Called on each node's first rank, on
+    that of rank 0 before the ranks come together, elsewhere after it.
+
+    Args:
+        request: of this node alone.
+        rank: that asks.
+        store: of the job.
+        address: of the host of rank 0.
+    """
+    if rank:
+        known = expect_object(parse_json(store.get(_KEY)), "the watchers' meeting point", ("port", "token"))
+        home = f"{address}:{expect_int(known['port'], 'port', 1, 65535)}"
+        return replace(request, home=home, token=expect_text(known["token"], "token"))
+    listener = socket.create_server(("", 0), backlog=1024)
+    token = secrets.token_hex(16)
+    store.set(_KEY, json.dumps({"port": listener.getsockname()[1], "token": token}))
+    return replace(request, token=token, listener=listener.detach())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -164,14 +165,16 @@ def main(argv: list[str]) -> None:
     good = 0
     for seed in range(first, last):
         layout, fault = draw(seed)
+        shutil.rmtree(folder / str(seed), ignore_errors=True)
         began = time.monotonic()
         outcome = zygote.run(folder / str(seed), layout, fault)
         good += right(fault, outcome)
         about: dict[str, Any] = {"seed": seed, "layout": layout, "kind": fault.kind, "rank": fault.rank}
         times = {"seen": outcome.seen_s, "out": outcome.out_s, "over": outcome.over_s, "s": time.monotonic() - began}
         print("ok " if right(fault, outcome) else "BAD", about, {k: round(v, 3) for k, v in times.items()}, flush=True)
-        if not right(fault, outcome) or outcome.left or outcome.first != f"error: {outcome.verdict.line}":
-            print("    ", outcome.verdict and (outcome.verdict.kind, outcome.verdict.ranks), "|", outcome.first)
+        verdict = outcome.verdict
+        if verdict is None or not right(fault, outcome) or outcome.left or outcome.first != f"error: {verdict.line}":
+            print("    ", verdict and (verdict.kind, verdict.ranks, verdict.line), "|", outcome.first)
             print("    ", outcome.left, flush=True)
     zygote.close()
     print(good, "of", last - first)

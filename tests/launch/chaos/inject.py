@@ -133,7 +133,8 @@ def _in_communication(fault: Fault, begin: Callable[[], bool]) -> None:
         elif fault.kind == "skip":
             return collectives.Handle(x[: len(x) // axis.size].clone() if kind == "reduce_scatter" else x)
         elif fault.kind == "size":
-            collectives.all_reduce(torch.zeros(2 * x.numel() + 1), axis).wait()
+            other = torch.zeros(2 * x.numel(), dtype=x.dtype)
+            getattr(collectives, kind)(other[: len(other) // axis.size] if kind == "all_gather" else other, axis).wait()
         elif fault.kind == "receive":
             other = (axis.rank + 1) % axis.size
             collectives.receive(torch.zeros(8), axis, other).wait()
