@@ -6,8 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from ..configs import UserError
 from ..configs.tables.families import BUILT_IN
@@ -100,17 +100,6 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     flops.add_argument("--json", action="store_true", help="one JSON object")
     flops.set_defaults(run=_flops)
 
-    profile = job("profile", "Run a few steps and print their time by module, held against the roofline.")
-    profile.add_argument("--json", action="store_true", help="one JSON object")
-    profile.set_defaults(run=_profile)
-
-    text = "Try out the matrix products of all ranks and the links between them, and name who falls short."
-    probe = verbs.add_parser("probe", help=text, description=text)
-    probe.add_argument("--ranks", metavar="N", type=int, help="on this machine (one for each GPU; on a CPU 2)")
-    probe.add_argument("--dtype", choices=("bf16", "fp32", "fp64"), help="of the products (bf16; on a CPU fp32)")
-    probe.add_argument("--json", action="store_true", help="one JSON object")
-    probe.set_defaults(run=_probe)
-
     _schedule_parser(verbs.add_parser("schedule", help="Make, check, simulate and draw the program of a pipeline."))
 
     _tokenize_parser(verbs.add_parser("tokenize", help="Turn text, JSONL or parquet into PREFIX.bin and PREFIX.idx."))
@@ -130,16 +119,31 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     export_hf.add_argument("out", metavar="OUT", help="a new folder")
     export_hf.add_argument("--dtype", choices=_DTYPES, help="type of the written tensors (as in the checkpoint)")
     export_hf.set_defaults(run=_export_hf)
-    text = "Why a job ended or hangs: which rank, in which operation, and what to do about it."
-    diagnose = verbs.add_parser("diagnose", help=text, description=text)
-    diagnose.add_argument("folder", metavar="RUN", help="the run's folder, or its name in runs/")
-    diagnose.add_argument("--json", action="store_true", help="one JSON object")
-    diagnose.set_defaults(run=_diagnose)
+    _observing_parsers(verbs, job)
     generate_parser(verbs.add_parser("generate", help="Text from a run, a checkpoint or a Hugging Face folder."))
     for verb, made in verbs.choices.items():
         if verb != "tokenize":
             made.add_argument(OPTION, metavar="MODULE", action="append", default=[], dest="imports", help=_IMPORT)
     return parser, list(verbs.choices)
+
+
+def _observing_parsers(verbs: Any, job: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """The commands that say how a job or a machine does."""
+    profile = job("profile", "Run a few steps and print their time by module, held against the roofline.")
+    profile.add_argument("--json", action="store_true", help="one JSON object")
+    profile.set_defaults(run=_profile)
+
+    text = "Try out the matrix products of all ranks and the links between them, and name who falls short."
+    probe = verbs.add_parser("probe", help=text, description=text)
+    probe.add_argument("--ranks", metavar="N", type=int, help="on this machine (one for each GPU; on a CPU 2)")
+    probe.add_argument("--dtype", choices=("bf16", "fp32", "fp64"), help="of the products (bf16; on a CPU fp32)")
+    probe.add_argument("--json", action="store_true", help="one JSON object")
+    probe.set_defaults(run=_probe)
+    text = "Why a job ended or hangs: which rank, in which operation, and what to do about it."
+    diagnose = verbs.add_parser("diagnose", help=text, description=text)
+    diagnose.add_argument("folder", metavar="RUN", help="the run's folder, or its name in runs/")
+    diagnose.add_argument("--json", action="store_true", help="one JSON object")
+    diagnose.set_defaults(run=_diagnose)
 
 
 def _tokenize_parser(parser: argparse.ArgumentParser) -> None:
