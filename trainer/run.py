@@ -53,7 +53,7 @@ from .text.samples import PromptSampler
 from .text.tokenizer_files import TokenizerFiles, of_checkpoint, of_job
 from .trainer import Outputs, Trainer, row_exchange
 
-_WATCHER_S = 10.0
+_WATCHER_S = 30.0
 """For the watcher to be there; it starts with the ranks, and is much faster."""
 
 
@@ -121,7 +121,7 @@ def _show_life(
         return None
     faults, run_dir = cfg.faults, str(run_folder(cfg).resolve())
     stem, limits = record_stem(cfg, ranks), (faults.alive_s, faults.hang_s, faults.pause_s)
-    return WatchRequest(stem, run_dir, ranks.world, ranks.local_world, *limits)
+    return WatchRequest(stem, run_dir, ranks.world, ranks.local_world, *limits, rank=ranks.rank)
 
 
 def _about(cfg: Config) -> str:

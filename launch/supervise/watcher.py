@@ -50,6 +50,8 @@ _LEAVE_S, _END_S = 5.0, 20.0
 _GATHER_S = 0.05
 _ANSWER_S = 1.0
 """For the other nodes to say where their ranks stand."""
+_NEAR_S = 5.0
+"""For the ranks that follow the first one of a node to be there; then any ring of the job on this host counts."""
 _ARRIVE_S = 60.0
 """Without any rank: they had ended before there was a watcher."""
 _STACKS_S = 0.15
@@ -74,6 +76,7 @@ class Watcher:
         self._lost_at = 0.0
         self.verdict: Verdict | None = None
         self._deadline = time.monotonic() + _ARRIVE_S
+        self._near_until = time.monotonic() + _NEAR_S
         self._seen = 0.0
         """When a rank was seen to be dead (Unix time)."""
         self._link: WatchLink | None = None
@@ -107,7 +110,10 @@ class Watcher:
             return
         self._gathered = now
         limits = self.request.alive_s, self.request.hang_s, self.request.pause_s
-        for number in range(self.request.world):
+        request = self.request
+        # Ranks of a node are neighbours; where they are not, it is these rings that are on this host.
+        near = range(request.rank, min(request.rank + request.local, request.world))
+        for number in near if now < self._near_until else range(request.world):
             if number in self.ranks:
                 continue
             for folder in ring_folders():

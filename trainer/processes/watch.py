@@ -42,6 +42,8 @@ class WatchRequest:
     alive_s: float
     hang_s: float
     pause_s: float
+    rank: int = 0
+    """The first of the node's ranks, which asks."""
     token: str = ""
     """That the watchers of several nodes share; empty: there is one node."""
     home: str = ""
@@ -68,6 +70,7 @@ class WatchRequest:
             expect_number(known["alive_s"], "alive_s"),
             expect_number(known["hang_s"], "hang_s"),
             expect_number(known["pause_s"], "pause_s"),
+            expect_int(known["rank"], "rank"),
             expect_text(known["token"], "token"),
             expect_text(known["home"], "home"),
             expect_int(known["listener"], "listener", -1),

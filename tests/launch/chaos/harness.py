@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,26 @@ from pentad.parallel.record.diagnosis import Verdict
 from pentad.parallel.record.reader import read
 from pentad.parallel.record.ring import HEADER_BYTES
 from pentad.parallel.record.vitals import OUT_WORD, TOLD_WORD
+from pentad.trainer.__main__ import main as rank_main
 from tests.jobs import DENSE
-from tests.launch.chaos.inject import KINDS, Fault
+from tests.launch.chaos.inject import KINDS, Fault, inject
 
 ALIVE_S, HANG_S, PAUSE_S = 2.5, 5.0, 8.0
-_SMALL = [
+SMALL = [
     *("name=a", "model.layers=4", "model.hidden=32", "model.heads=4", "model.kv_heads=4", "model.ffn=32"),
     *("model.vocab=320", "train.seq_len=16", "train.global_batch=8", "train.micro_batch=1", "train.steps=100000"),
     *("eval.every=0", "hardware.peak_tflops=1", "optim.schedule.warmup_steps=0", "log.every=1000"),
     *(f"faults.alive_s={ALIVE_S}", f"faults.hang_s={HANG_S}", f"faults.pause_s={PAUSE_S}", "faults.timeout_s=60"),
 ]
 LAYOUTS = {
+    "tp2 dp2": ["parallel.tp=2", "parallel.dp=2"],
     "tp2 pp2 dp2": ["parallel.tp=2", "parallel.pp=2", "parallel.dp=2"],
     "ep4 cp2": [
         *("parallel.tp=1", "parallel.cp=2", "parallel.dp=4", "parallel.ep=4", "parallel.data.sharding=ddp"),
         *("model.family=mixtral", "model.moe.experts=8", "model.moe.top_k=2"),
     ],
 }
-WORLD = 8
+WORLDS = {"tp2 pp2 dp2": 8, "ep4 cp2": 8, "tp2 dp2": 4}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Outcome:
         first: the first line that the user saw.
         seen_s: from the fault to the verdict.
         out_s: until the last survivor was out of its wait, from when it was told.
-        over_s: from the fault to the end of all processes.
+        over_s: from the fault to the end of all ranks.
+        codes: exit codes by rank.
         left: what is still there and should not be.
     """
 
@@ -57,56 +60,60 @@ class Outcome:
     seen_s: float
     out_s: float
     over_s: float
+    codes: tuple[int, ...]
     left: tuple[str, ...]
 
 
 def draw(seed: int) -> tuple[str, Fault]:
     """A layout and a fault: every kind in turn, the rest by the seed."""
     draws = random.Random(seed)
-    kinds, layouts = list(KINDS), list(LAYOUTS)
+    kinds, layouts = list(KINDS), ["tp2 pp2 dp2", "ep4 cp2"]
     kind = kinds[seed % len(kinds)]
     layout = layouts[seed // len(kinds) % len(layouts)]
-    return layout, Fault(kind, draws.randrange(WORLD), draws.randrange(2, 4), draws.randrange(12), "")
+    return layout, Fault(kind, draws.randrange(WORLDS[layout]), draws.randrange(2, 4), draws.randrange(12), "")
 
 
-class Zygote:
-    """The process that makes ranks."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.launch.chaos.zygote"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        assert self._process.stdout is not None
-        self._process.stdout.readline()
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def run(self, folder: Path, layout: str, fault: Fault | None, *more: str, timeout_s: float = 120.0) -> Outcome:
-        """Runs a job of eight ranks until it is over."""
-        folder.mkdir(parents=True, exist_ok=True)
-        port = _free_port()
-        mark = folder / "mark"
-        if fault is not None:
-            fault = Fault(**{**asdict(fault), "mark": str(mark)})
-        every = ["checkpoint.every=1"] if fault is not None and fault.kind == "writer" else []
-        argv = [DENSE, *_SMALL, *LAYOUTS[layout], *every, f"runs_dir={folder}", *more]
-        job = {"argv": argv, "world": WORLD, "folder": str(folder), "port": port}
-        job["fault"] = None if fault is None else asdict(fault)
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        done = json.loads(self._process.stdout.readline())
-        at = float(mark.read_text()) if mark.exists() else done["ended"]
-        return _outcome(folder, port, at, done["ended"])
+def run_job(folder: Path, layout: str, fault: Fault | None, *more: str, nodes: int = 1) -> Outcome:
+    """Runs a job until it is over. Its ranks are forked from the server that `run_distributed` has, and are as under
+    anyone's launcher: they have RANK and its like, and the first one starts the watcher."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port, mark, world = _free_port(), folder / "mark", WORLDS[layout]
+    if fault is not None:
+        fault = replace(fault, mark=str(mark))
+    every = ["checkpoint.every=1"] if fault is not None and fault.kind == "writer" else []
+    argv = [DENSE, *SMALL, *LAYOUTS[layout], *every, f"runs_dir={folder}", *more]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.worker_imports"])
+    job = (argv, world, world // nodes, str(folder), port, fault)
+    ranks = [context.Process(target=_rank, args=(rank, *job)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=120)
+    ended = time.time()
+    for process in ranks:
+        process.kill()
+    at = float(mark.read_text()) if mark.exists() else ended
+    return _outcome(folder, port, at, ended, tuple(process.exitcode or 0 for process in ranks))
 
 
-def _outcome(folder: Path, port: int, at: float, ended: float) -> Outcome:
+def _rank(rank: int, argv: list[str], world: int, local: int, folder: str, port: int, fault: Fault | None) -> None:
+    """A rank's whole life."""
+    facts = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
+    facts["MASTER_PORT"] = port
+    os.environ.update({name: str(value) for name, value in facts.items()}, MASTER_ADDR="127.0.0.1")
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
+    if fault is not None and fault.rank == rank:
+        inject(fault)
+    code = 99
+    try:
+        code = rank_main(argv)
+    finally:
+        os._exit(code)
+
+
+def _outcome(folder: Path, port: int, at: float, ended: float, codes: tuple[int, ...]) -> Outcome:
     run = folder / "a"
     deadline = time.monotonic() + 10
     while _left(folder, port) and time.monotonic() < deadline:
@@ -123,6 +130,7 @@ def _outcome(folder: Path, port: int, at: float, ended: float) -> Outcome:
         (verdict.at if verdict is not None else ended) - at,
         max(outs, default=0.0),
         ended - at,
+        codes,
         _left(folder, port),
     )
 
@@ -161,22 +169,25 @@ def right(fault: Fault, outcome: Outcome) -> bool:
 def main(argv: list[str]) -> None:
     """`python -m tests.launch.chaos.harness FROM TO FOLDER`: a line a fault."""
     first, last, folder = int(argv[0]), int(argv[1]), Path(argv[2])
-    zygote = Zygote()
     good = 0
     for seed in range(first, last):
         layout, fault = draw(seed)
         shutil.rmtree(folder / str(seed), ignore_errors=True)
         began = time.monotonic()
-        outcome = zygote.run(folder / str(seed), layout, fault)
+        outcome = run_job(folder / str(seed), layout, fault)
         good += right(fault, outcome)
         about: dict[str, Any] = {"seed": seed, "layout": layout, "kind": fault.kind, "rank": fault.rank}
-        times = {"seen": outcome.seen_s, "out": outcome.out_s, "over": outcome.over_s, "s": time.monotonic() - began}
+        times: dict[str, float] = {
+            "seen": outcome.seen_s,
+            "out": outcome.out_s,
+            "over": outcome.over_s,
+            "s": time.monotonic() - began,
+        }
         print("ok " if right(fault, outcome) else "BAD", about, {k: round(v, 3) for k, v in times.items()}, flush=True)
         verdict = outcome.verdict
         if verdict is None or not right(fault, outcome) or outcome.left or outcome.first != f"error: {verdict.line}":
             print("    ", verdict and (verdict.kind, verdict.ranks, verdict.line), "|", outcome.first)
             print("    ", outcome.left, flush=True)
-    zygote.close()
     print(good, "of", last - first)
 
 

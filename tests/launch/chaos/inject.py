@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ KINDS = {
     "size": "other size",
     "receive": "receive without send",
     "writer": "checkpoint",
+    "pause": "",
 }
-"""A fault, and what the watcher is to call it."""
+"""A fault, and what the watcher is to call it; a save that takes two seconds is none."""
 _LONG_S = 600.0
 _SKIPPED = ("all_gather", "reduce_scatter", "all_reduce")
 """Collectives without which a rank can go on, with wrong numbers of the right shape."""
@@ -49,9 +49,6 @@ class Fault:
     call: int
     mark: str
 
-    def dump(self) -> str:
-        return json.dumps(asdict(self))
-
 
 def inject(fault: Fault) -> None:
     """Prepares the fault in this process, which is the victim."""
@@ -67,6 +64,8 @@ def inject(fault: Fault) -> None:
         _in_data(fault, begin)
     elif fault.kind == "writer":
         _in_writer(begin)
+    elif fault.kind == "pause":
+        _in_writer(lambda: True, 2.0, "write")
     else:
         _in_communication(fault, begin)
 
@@ -87,15 +86,16 @@ def _in_data(fault: Fault, begin: Callable[[], bool]) -> None:
     Split.batch = late  # type: ignore[method-assign]
 
 
-def _in_writer(begin: Callable[[], bool]) -> None:
+def _in_writer(begin: Callable[[], bool], seconds: float = _LONG_S, only: str = "") -> None:
     from pentad.trainer.checkpoint.team import Team
 
     together = Team.together
 
     def stuck(self: Team, what: str, fn: Callable[[], Any]) -> Any:
         def slow() -> Any:
-            if threading.current_thread() is not threading.main_thread() and begin():
-                time.sleep(_LONG_S)
+            beside = threading.current_thread() is not threading.main_thread()
+            if (fn.__name__ == only if only else beside) and begin():
+                time.sleep(seconds)
             return fn()
 
         return together(self, what, slow)
