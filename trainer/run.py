@@ -25,6 +25,7 @@ from ..parallel.comm.collectives import all_reduce
 from ..parallel.comm.mesh import Mesh
 from ..parallel.comm.process_ids import ProcessId
 from ..parallel.record import files
+from ..parallel.record.device_clock import DeviceClock
 from ..parallel.record.files import RingFile
 from ..parallel.record.ring import Recorder
 from ..parallel.record.stacks import show_stacks, stacks_file
@@ -89,6 +90,8 @@ def arrive(cfg: Config, start: Start, ranks: Ranks, open_things: ExitStack) -> H
     if ranks.local_rank == 0:
         files.sweep()
     recorder = make_recorder(cfg, ranks)
+    if device.type == "cuda":
+        recorder.device = DeviceClock(partial(torch.cuda.Event, enable_timing=True))
     open_things.callback(recorder.close)
     request = _show_life(cfg, start, ranks, recorder, open_things)
     if request is not None and ranks.rank == 0:

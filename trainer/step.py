@@ -144,7 +144,7 @@ class Stepper:
         self._step: _Step | None = None
         """The step or evaluation that is under way or was left half-way."""
         recorder = mesh.recorder
-        self._remaking = partial(recorder.span, recorder.intern(kinds.RECOMPUTE))
+        self._remaking = partial(recorder.span, recorder.intern(kinds.RECOMPUTE), on_device=True)
         self._settling = recorder.intern(kinds.SETTLE)
         self.committed = False
         """Whether the step that began last has committed, and so is not to be repeated."""

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ..configs.errors import UserError
 from ..parallel.comm.collectives import all_reduce
 from ..parallel.record import kinds
+from ..parallel.record.device_clock import DeviceClock
 from ..parallel.record.files import RingFile
 from ..parallel.record.garbage import recorded_collections
 from .checkpoint.checkpointer import Checkpointer
@@ -129,6 +130,9 @@ class Trainer:
         self._stopping = False
         self._waiting: _Issued | None = None
         self._outputs: Outputs | None = None
+        clock = mesh.recorder.device
+        self._device_clock = clock if isinstance(clock, DeviceClock) else None
+        self._pairs_before = 0.0
         self._clock = time.monotonic_ns()
         """When the numbers of the step before were read."""
 
@@ -203,6 +207,8 @@ class Trainer:
         cfg = self.cfg
         with self.profiler.step(self.step + 1), self.modules.step(self.step + 1):
             self.mesh.recorder.step = self.step
+            if self._device_clock is not None:
+                self._device_clock.begin_step(self.step)
             with self._recorded(kinds.DATA):
                 batches = next(loader)
             lr = learning_rate(cfg.optim.schedule, cfg.optim.lr, self.step, cfg.train.steps)
@@ -218,6 +224,8 @@ class Trainer:
         if self.device.type == "cpu" or self._due(cfg.eval.every) or self._due(cfg.checkpoint.every):
             self._drain()
         if self._due(cfg.eval.every):
+            if self._device_clock is not None:
+                self._device_clock.end_step(self.step - 1)
             with self._recorded(kinds.EVALUATE), self.vitals.phase("evaluation"):
                 self._evaluate()
             self._clock = time.monotonic_ns()
@@ -248,7 +256,7 @@ class Trainer:
         self.tokens += self._tokens
         self.skipped += bool(skipped)
         with self._recorded(kinds.REPORT):
-            self.rows.step(issued.step, before, self._clock, issued.own_pairs)
+            self._divide(issued, before)
             if self._outputs is not None:
                 done = self._done(issued, loss, norm, bool(skipped), seconds)
                 report = self.readings.step(done, worst)
@@ -268,6 +276,17 @@ class Trainer:
             event = torch.cuda.Event()
             event.record()
             self.mesh.abort.until("the device", event.query)
+
+    def _divide(self, issued: _Issued, before: int) -> None:
+        """Divides this rank's step into parts; on a device the one before, of which all times are there by now."""
+        if self._device_clock is None:
+            self.rows.step(issued.step, before, self._clock, issued.own_pairs)
+            return
+        self._device_clock.settle(self.mesh.recorder)
+        window = self._device_clock.window(issued.step - 2)
+        if window is not None:
+            self.rows.step(issued.step - 1, *window, self._pairs_before)
+        self._pairs_before = issued.own_pairs
 
     def _done(self, issued: _Issued, loss: float, norm: float, skipped: bool, seconds: float) -> StepDone:
         moe = issued.result.moe

@@ -112,10 +112,23 @@ def _wait_host(work: dist.Work, axis: Axis, done: threading.Event, kind: str, ti
 
 
 def _wait_cuda(work: dist.Work, axis: Axis, ticket: int) -> None:
+    _begin_wait(axis, ticket)
+    work.wait()  # makes the current stream wait; the host goes on
+    _end_wait(axis, ticket)
+
+
+def _begin_wait(axis: Axis, ticket: int) -> None:
+    """The rank has nothing else to do from here on; on a device it is the stream that waits."""
     if axis.recorder is not None:
         axis.recorder.waits(ticket)
-    work.wait()  # makes the current stream wait; the host goes on
+        if axis.recorder.device is not None:
+            axis.recorder.device.begin(ticket, waited=True)
+
+
+def _end_wait(axis: Axis, ticket: int) -> None:
     if axis.recorder is not None:
+        if axis.recorder.device is not None:
+            axis.recorder.device.end(ticket)
         axis.recorder.exit(ticket)
 
 
@@ -336,26 +349,17 @@ def receive(out: Tensor, axis: Axis, source: int) -> Handle:
 
 
 def _transfer(kind: str, x: Tensor, axis: Axis, peer: int, start: Callable[[], dist.Work | None]) -> Handle:
-    recorder = axis.recorder
     ticket = _enter(kind, axis, x, axis.ranks[peer])
     work = start()
     if work is None:
         raise RuntimeError(f"{kind} over {axis.name}: this rank is not in the group")
-
-    def ended() -> None:
-        if recorder is not None:
-            recorder.exit(ticket)
-
-    def waits() -> None:
-        if recorder is not None:
-            recorder.waits(ticket)
-
+    waits = partial(_begin_wait, axis, ticket)
     if x.is_cuda:
-        return Handle.after(x, waits, work.wait, ended, test=work.is_completed)
+        return Handle.after(x, waits, work.wait, partial(_end_wait, axis, ticket), test=work.is_completed)
     waiter = axis.waiters.get((kind, peer))
     if waiter is None:
         waiter = axis.waiters[kind, peer] = Waiter(f"{kind} {axis.name}")
-    transfer = Transfer(work, ended)
+    transfer = Transfer(work, partial(_exit, axis, ticket))
     waiter.add(transfer)
     abort, what = axis.abort or Abort(), f"{kind} over {axis.name}"
     return Handle.after(x, waits, partial(transfer.wait, abort, what), test=transfer.done)

@@ -70,8 +70,15 @@ class Pending(Generic[T]):
         if self._error is not None:
             raise self._error
         if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
+            self._wait_on_stream(self._event)
         return self._result[0]
+
+    def _wait_on_stream(self, event: torch.cuda.Event) -> None:
+        if self._recorder is None:
+            torch.cuda.current_stream().wait_event(event)
+            return
+        with self._recorder.span(self._recorder.intern(kinds.WAIT), axis=self._axis, on_device=True):
+            torch.cuda.current_stream().wait_event(event)
 
     def _wait(self) -> None:
         if self._recorder is None or self._done.is_set():

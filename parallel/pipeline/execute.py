@@ -22,11 +22,15 @@ def execute(
         count: the bytes on the device, to be recorded after each operation.
     """
     codes, memory = {kind: recorder.intern(kind.token) for kind in handlers}, recorder.intern(kinds.MEMORY)
-    computed = time.thread_time_ns()
+    computed, device = time.thread_time_ns(), recorder.device
     for position, op in enumerate(ops):
         recorder.op, recorder.micro_batch = position, op.index
         ticket = recorder.enter(codes[op.kind])
+        if device is not None:
+            device.begin(ticket)
         handlers[op.kind](op)
+        if device is not None:
+            device.end(ticket)
         before, computed = computed, time.thread_time_ns()
         recorder.exit(ticket, cpu=computed - before)
         if count is not None:

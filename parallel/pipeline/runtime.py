@@ -269,8 +269,5 @@ class Runtime:
 
     @contextmanager
     def _wait(self) -> Iterator[None]:
-        ticket = self._recorder.enter(self._wait_code)
-        try:
+        with self._recorder.span(self._wait_code, on_device=True):
             yield
-        finally:
-            self._recorder.exit(ticket)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from .vitals import WAITS_WORD, Vitals
 
@@ -56,6 +57,20 @@ _NAME_LENGTH = struct.Struct("=H")
 _now = time.monotonic_ns
 
 
+class DeviceTimes(Protocol):
+    """What tells when a device did what was enqueued (`device_clock.py`); its times are stamped later."""
+
+    def begin(self, ticket: int, *, waited: bool = False) -> None:
+        """The device's part of an entry begins here; with `waited` its stream's wait for it."""
+        ...
+
+    def end(self, ticket: int) -> None:
+        """It ends here."""
+        ...
+
+    def __contains__(self, ticket: int) -> bool: ...
+
+
 class Recorder:
     """Writer of one rank's ring.
 
@@ -88,6 +103,8 @@ class Recorder:
         self._tickets = itertools.count()
         self._codes: dict[str, int] = {}
         self._origin: Recorder | None = None
+        self.device: DeviceTimes | None = None
+        """Of a rank whose work a device does while the host goes on; set before anything is forked."""
         self._flags = 0
         # fmt: off
         HEADER.pack_into(self._map, 0, MAGIC, FORMAT, HEADER_BYTES, NAMES_BYTES, ENTRY_BYTES, entries, rank, world,
@@ -243,8 +260,9 @@ class Recorder:
                 words[word + _CPU_WORD] = cpu
             words[word + _END_WORD] = _now()
 
-    def stamp(self, ticket: int, start_ns: int, end_ns: int, flags: int = 0) -> None:
-        """Set an entry's start and end afterwards (host clock), for times that come late, as CUDA events do."""
+    def stamp(self, ticket: int, start_ns: int | None, end_ns: int, flags: int = 0, *, waited: int = 0) -> None:
+        """Set an entry's start and end afterwards (host clock), for times that come late, as CUDA events do; where they
+        are given."""
         generation, slot = divmod(ticket, self.capacity)
         word = self._base_word + slot * _WORDS
         with self._lock:
@@ -253,7 +271,10 @@ class Recorder:
                 return
             if flags:
                 self._ints[word * 2 + _FLAGS_INT] |= flags
-            words[word + 2] = start_ns
+            if start_ns is not None:
+                words[word + 2] = start_ns
+            if waited:
+                words[word + _WAITED_WORD] = waited
             words[word + _END_WORD] = end_ns
 
     def span(
@@ -266,9 +287,14 @@ class Recorder:
         nbytes: int = 0,
         seq: int = 0,
         stream: int = 0,
+        *,
+        on_device: bool = False,
     ) -> Span:
-        """Context manager: `enter` at its start, `exit` at its end, with the FAILED flag where an exception ends it."""
-        return Span(self, (kind, axis, group, peer, dtype, nbytes, seq, stream))
+        """Context manager: `enter` at its start, `exit` at its end, with the FAILED flag where an exception ends it.
+
+        on_device: what is inside is work for the device, and takes as long as it does there.
+        """
+        return Span(self, (kind, axis, group, peer, dtype, nbytes, seq, stream), self.device if on_device else None)
 
     def close(self) -> None:
         """Mark the ring as finished in good order. The file stays; entries of late threads still go into it."""
@@ -278,18 +304,22 @@ class Recorder:
 class Span:
     """One entry around a block; `ticket` is set inside it. A class, because a generator costs twice as much."""
 
-    __slots__ = ("_fields", "_recorder", "ticket")
+    __slots__ = ("_device", "_fields", "_recorder", "ticket")
 
-    def __init__(self, recorder: Recorder, fields: tuple[int, ...]) -> None:
-        self._recorder = recorder
+    def __init__(self, recorder: Recorder, fields: tuple[int, ...], device: DeviceTimes | None) -> None:
+        self._recorder, self._device = recorder, device
         self._fields = fields
         self.ticket = -1
 
     def __enter__(self) -> Span:
         self.ticket = self._recorder.enter(*self._fields)
+        if self._device is not None:
+            self._device.begin(self.ticket)
         return self
 
     def __exit__(self, kind: object, value: object, trace: object) -> None:
+        if self._device is not None:
+            self._device.end(self.ticket)
         self._recorder.exit(self.ticket, FAILED if kind is not None else 0)
 
 

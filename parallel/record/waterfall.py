@@ -38,7 +38,7 @@ from .parts import (
     TimePart,
     part_of_axis,
 )
-from .ring import BESIDE, ENTRY, ENTRY_BYTES, HEADER_BYTES, NAMES_BYTES, NEXT_WORD, Recorder
+from .ring import BESIDE, DEVICE_TIME, ENTRY, ENTRY_BYTES, HEADER_BYTES, NAMES_BYTES, NEXT_WORD, Recorder
 
 _SECTIONS = {
     kinds.DATA: TimePart.DATA,
@@ -197,32 +197,34 @@ class StepReader:
             pairs: attention pairs of the rank's own microbatches.
             queued_s: how long its thread waited for a core.
         """
-        fresh = self._fresh()
+        fresh = self._fresh(end)
         if fresh is None:
             return None
         names = self._recorder.names
         if len(names) != self._codes.names:
             self._codes = _Codes.of(names, self._pipelined)
-        row = _Division(fresh, self._codes, begin, end).row(self._place, self.size)
+        on_device = self._recorder.device is not None
+        row = _Division(fresh, self._codes, begin, end, on_device=on_device).row(self._place, self.size)
         row[STEP], row[PAIRS], row[QUEUED] = step, pairs, queued_s
         return np.array(row)
 
-    def _fresh(self) -> list[_Entry] | None:
-        """The entries that have ended since the last call."""
+    def _fresh(self, until: int) -> list[_Entry] | None:
+        """The entries that began before `until` and have ended since the last call; others wait for the next one."""
         first, last, capacity = self._next, self._words[NEXT_WORD], self._recorder.capacity
         self._next = last
         if last - first > capacity:
             self._open.clear()
             return None
-        found, still = [], []
+        found, still, device = [], [], self._recorder.device
         for ticket in (*self._open, *range(first, last)):
             generation, slot = divmod(ticket, capacity)
             entry = _Entry._make(ENTRY.unpack_from(self._entries, slot * ENTRY_BYTES))
             if entry.version != 2 * generation + 2:
                 continue
-            if entry.end:
+            late = (entry.waited or entry.start) >= until or (device is not None and ticket in device)
+            if entry.end and not late:
                 found.append(entry)
-            elif not entry.flags & BESIDE:
+            elif late or not entry.flags & BESIDE:
                 still.append(ticket)
         self._open = still[-_MOST_OPEN:]
         return found
@@ -231,8 +233,11 @@ class StepReader:
 class _Division:
     """The entries of one step on their way into its row; times in ns."""
 
-    def __init__(self, entries: list[_Entry], codes: _Codes, begin: int, end: int) -> None:
+    def __init__(self, entries: list[_Entry], codes: _Codes, begin: int, end: int, *, on_device: bool = False) -> None:
         self._codes, self._seconds = codes, (end - begin) / 1e9
+        self._sections: list[_Top] = []
+        """What the host does between operations, where these are timed on the device: it costs what the device idles
+        meanwhile."""
         self._tops: list[_Top] = []
         self._waits: list[tuple[int, _Entry]] = []
         self._again: list[list[int]] = []
@@ -246,6 +251,10 @@ class _Division:
                 self._jobs.append(entry)
             elif (entry.waited or entry.start) < begin:
                 continue
+            elif kind == _TOP and on_device:
+                timed = entry.flags & DEVICE_TIME
+                top = _Top(max(entry.start, begin), min(entry.end, end), entry.kind, entry.op, 0)
+                (self._tops if timed else self._sections).append(top)
             elif kind == _TOP:
                 self._tops.append(_Top(entry.start, entry.end, entry.kind, entry.op, entry.cpu))
             elif kind == _COLLECTIVE and entry.waited:
@@ -256,6 +265,7 @@ class _Division:
                 self._again.append([entry.start, entry.end, 0])
             elif kind == _GARBAGE:
                 self._garbage.append(entry)
+        self._tops.sort(key=lambda top: top.start)
         self._starts = [top.start for top in self._tops]
         self._again = _outer(self._again)
         self._parts = [0.0] * len(TIME_PARTS)
@@ -274,6 +284,8 @@ class _Division:
                 top.again += max(end - start - waited, 0)
         for top in self._tops:
             self._close(top)
+        for section in self._sections:
+            parts[self._codes.part[section.kind]] += self._idle(section)
         row[: len(parts)] = [part / 1e9 for part in parts]
         row[CPU] = sum(top.cpu for top in self._tops) / 1e9
         row[_OTHER] += self._seconds - sum(row[:WAITS])
@@ -331,6 +343,15 @@ class _Division:
         self._parts[_CONTENTION] += absent
         self._parts[_RECOMPUTE] += top.again - of_again
         self._parts[self._codes.part[top.kind]] += own - absent + of_again
+
+    def _idle(self, section: _Top) -> int:
+        """What of a section of the host no operation was under way on the device."""
+        covered = sum(
+            max(min(top.end, section.end) - max(top.start, section.start), 0)
+            for top in self._tops[max(bisect_right(self._starts, section.start) - 1, 0) :]
+            if top.start < section.end
+        )
+        return max(section.end - section.start - covered, 0)
 
     def _set_durations(self, row: list[float], place: tuple[int, ...]) -> None:
         counts: dict[int, int] = {}

@@ -18,12 +18,12 @@ import numpy as np
 from ...parallel.pipeline.program import Ops
 from ...parallel.record.files import RingFile, map_header
 from ...parallel.record.reader import read_row
-from ...parallel.record.ring import HEADER_BYTES, ROW_WORDS, Recorder
+from ...parallel.record.ring import HEADER_BYTES, ROW_WORDS, ROWS, Recorder
 from ...parallel.record.waterfall import StepReader
 
 _NUMBERS = ROW_WORDS - 1
-_KEPT = 4
-"""Steps of which rows of other nodes are still waited for."""
+_KEPT = ROWS
+"""Steps of which rows are still waited for: as many as a ring shows."""
 
 
 class Store(Protocol):
@@ -142,14 +142,14 @@ class RowExchange:
             return self._own
         if step < 2:
             return None
-        self._far[step - 1] = self._near(step - 1)
-        for old in [number for number in self._far if number < step - _KEPT]:
+        self._far.setdefault(step - 1, {})
+        for old in [number for number in self._far if number <= step - _KEPT]:
             del self._far[old]
         for leader, ranks in self._nodes.items():
             if leader and self._store is not None:
                 self._take(leader, ranks)
         for number in sorted(self._far, reverse=True):
-            found = self._whole(number, self._far[number])
+            found = self._whole(number, self._near(number) | self._far[number])
             if found is not None:
                 del self._far[number]
                 return found
