@@ -34,6 +34,8 @@ from ...parallel.record.vitals import (
 
 NEWEST = 16384
 """Entries of a ring that are looked at."""
+_STALE_S = 1.0
+"""Without a sign of life, of a rank that has made no progress for too long."""
 _SURE_S = 0.2
 """Between the first look at which a rank was silent, and the one that counts."""
 _IMPORTING = ("start", "load", "first step")
@@ -105,11 +107,18 @@ class WatchedRank:
         limit = self._patience.limit("alive")
         if self._phase in _IMPORTING:  # which happens under Python's lock
             limit = max(limit, self._patience.limit("step"))
-        if (time.monotonic_ns() - self._words[BEAT_WORD]) / 1e9 <= limit:
+        beat_s = (time.monotonic_ns() - self._words[BEAT_WORD]) / 1e9
+        # On a machine with too little time for everything limits grow; who gets nowhere is judged all the same.
+        if beat_s <= (min(limit, _STALE_S) if self.late(now) else limit):
             self._silent_since = 0.0
             return False
         self._silent_since = self._silent_since or now
         return now - self._silent_since > _SURE_S
+
+    @property
+    def unsure(self) -> bool:
+        """Whether `silent` has to look once more."""
+        return self._silent_since > 0
 
     @property
     def failed(self) -> bool:

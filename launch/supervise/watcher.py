@@ -41,6 +41,8 @@ from .worker_files import VERDICT, WATCH, publish_text, read_places
 
 LOOK_S = 0.025
 """Between two looks at the signs of life; deaths wake it at once."""
+_MOMENT_S = 0.25
+"""From the first suspicion of a rank to a verdict: its threads are measured, and its silence is confirmed."""
 _AGAIN_S = 0.5
 """After a suspicion that was none."""
 _CAUSE_S = 0.75
@@ -154,11 +156,11 @@ class Watcher:
                 self._suspect(now, impatient=now - self._lost_at > _CAUSE_S)
             return
         late = [rank for rank in self._live() if rank.late(now) and not rank.done]
-        if late and now > self._not_before:
+        if late and now > self._not_before and not any(rank.unsure for rank in late):
             if not self._not_before:  # the CPU time of threads is judged over a moment
                 for rank in self._live():
                     rank.sample(now)
-                self._not_before = now + 0.1
+                self._not_before = now + _MOMENT_S
                 return
             self._not_before = now + _AGAIN_S
             self._suspect(now)
