@@ -81,6 +81,7 @@ WAITS = {
         "Waiter.close": NEVER,
         "Waiter._run": NOBODY,
     },
+    "parallel/record/device_clock.py": {"": DEVICE},
     "parallel/record/files.py": {"sweep": FILES},
     "parallel/record/ring.py": {"_allocate": FILES},
     "parallel/record/vitals.py": {"Heart.close": SHORT, "Heart._run": NOBODY},

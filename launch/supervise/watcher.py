@@ -39,7 +39,7 @@ from .watch_link import End, WatchLink
 from .watched import WatchedRank
 from .worker_files import VERDICT, WATCH, publish_text, read_places
 
-LOOK_S = 0.025
+LOOK_S = 0.04
 """Between two looks at the signs of life; deaths wake it at once."""
 _MOMENT_S = 0.25
 """From the first suspicion of a rank to a verdict: its threads are measured, and its silence is confirmed."""
@@ -94,6 +94,8 @@ class Watcher:
                 now = time.monotonic()
                 self._gather(now)
                 for rank in self._live():
+                    if rank.pidfd is None or rank.pidfd in ready:
+                        rank.has_ended()
                     rank.look(now)
                 self._judge(now)
                 self._converse(ready, now)
@@ -174,7 +176,7 @@ class Watcher:
 
     def _condition(self, rank: WatchedRank) -> Condition | None:
         """What is wrong with a rank; None: nothing."""
-        if rank.has_ended():
+        if rank.ended:
             if rank.failed:
                 return self._failure(rank)
             return Condition.DONE if rank.done else Condition.DEAD

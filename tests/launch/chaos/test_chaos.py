@@ -45,6 +45,7 @@ def test_a_save_of_two_seconds_and_an_evaluation_are_no_faults(tmp_path: Path) -
     assert max(event.get("seconds", 0.0) for event in saved) > 2
 
 
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize(("kind", "rank"), [("hang", 3), ("kill", 2), ("skip", 1)])
 def test_the_watchers_of_two_nodes_find_a_cause_together(tmp_path: Path, kind: str, rank: int) -> None:
