@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from .ring import DEVICE_TIME, Recorder
 
@@ -41,7 +41,7 @@ class DeviceEvent(Protocol):
         """Returns when the device has passed it."""
         ...
 
-    def elapsed_time(self, other: DeviceEvent) -> float:
+    def elapsed_time(self, other: Any, /) -> float:
         """Milliseconds from this one to another."""
         ...
 
