@@ -33,7 +33,7 @@ def _trains_alike(seed: int, work: Path) -> None:
     assert outcome.reason is None, f"{outcome.reason}\npython -m tests.fuzz_layouts --seed {seed}"
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize("seed", FAST)
 def test_a_random_job_trains_alike_under_random_layouts(seed: int, work: Path) -> None:

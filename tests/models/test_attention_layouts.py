@@ -34,7 +34,7 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS, ids=lambda value: value if isinstance(value, str) else "")
 def test_layout(name, layout):

@@ -75,7 +75,7 @@ def _check(*, masked: bool = False, late: int = -1, **wanted: Any) -> None:
         assert mine == pytest.approx(expected, rel=1e-11)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("schedule", "chunks", "layers", "vocab"),
@@ -104,7 +104,7 @@ def test_empty_stages_evaluate_and_train_like_one_process(schedule, chunks, laye
     )
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.distributed
 @pytest.mark.parametrize("sharding", ["ddp", "zero1", "fsdp"])
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_evaluation_goes_with_every_sharding(sharding, settings):
     _check(dp=2, sharding=sharding, **settings)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize("dtype", ["fp64", "bf16"])
 @pytest.mark.parametrize("sharding", ["ddp", "zero1", "fsdp"])

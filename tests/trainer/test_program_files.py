@@ -189,6 +189,7 @@ def test_schedule_draws_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "waits for" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_resumes_with_the_program_of_another(tmp_path: Path) -> None:
     """A run's program.json, update and all, is a program for another job."""

@@ -177,7 +177,7 @@ def _reopened(rank: int, world: int, cfg: Config, every: int) -> Any:
     return curve, last, (calls.data, calls.peak), sharded or len(places) == 1
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_goes_on_over_sessions(layout: str) -> None:
@@ -341,7 +341,7 @@ def _reset(session: Session) -> StepResult | None:
     return done
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "layout",

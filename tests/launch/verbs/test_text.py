@@ -130,6 +130,7 @@ def test_import_train_export_generate(run: Path, tmp_path: Path, capsys: pytest.
         torch.testing.assert_close(module(read), load_hf(out, torch.float64)(read), rtol=0, atol=0)
 
 
+@pytest.mark.sample(1)
 def test_layout_of_the_run_gives_the_same_tokens(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     resolved = run / "config.resolved.yaml"
     before = resolved.read_text()

@@ -164,6 +164,7 @@ def alone(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     return attention(Results(), q, k, v, Mask.of(call.layout.mine, call.window), call.scale, call.sinks)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_memory_of_each_method(ranks):

@@ -217,7 +217,7 @@ def times_of(draw: st.DrawFn, line: Program) -> Times:
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_compute_only_equals_the_literal_simulation(data: st.DataObject) -> None:
     line = data.draw(programs())
@@ -227,7 +227,7 @@ def test_compute_only_equals_the_literal_simulation(data: st.DataObject) -> None
     assert [list(spans) for spans in simulate(line, times).spans] == expected
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_lowered_equals_the_literal_simulation(data: st.DataObject) -> None:
     """As lowered, and with its receives moved: then a program may be stuck, for both."""

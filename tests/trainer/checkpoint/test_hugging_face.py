@@ -180,6 +180,7 @@ def first_logits(rank: int, world: int, path: Path, config: ModelConfig, shardin
 TOKENS = torch.arange(40).reshape(2, 20) % 96
 
 
+@pytest.mark.sample(3)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("config", "sharding"),

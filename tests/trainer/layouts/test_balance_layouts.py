@@ -48,7 +48,7 @@ def field(trained: Trained, name: str) -> torch.Tensor:
     return torch.stack([step[:, FIELDS.index(name)] for step in trained.routed if step is not None])
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("balance", "layout"),

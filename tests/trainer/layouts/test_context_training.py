@@ -102,7 +102,7 @@ def _name(case: Case) -> str:
     return "-".join([*words, *(word for word in ("documents", "window") if case[word])])
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "case",

@@ -176,6 +176,7 @@ def test_a_file_system_without_direct_access_is_named_by_one_rank(
         disk_rate(str(tmp_path / "none"), says=True)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_that_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:
     given = {**LAYOUTS["gpipe"], "model": {"layers": 4, "max_positions": 64}, "seq_len": 64, "global_batch": 16}

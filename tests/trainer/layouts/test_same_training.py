@@ -42,7 +42,7 @@ def check(*, masked: bool = False, **settings) -> None:
     assert worst(curves, reference(alone, masked)) < TOLERANCE[cfg.train.dtype]
 
 
-@pytest.mark.sample(7)
+@pytest.mark.sample(4)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("tp", "dp", "sharding", "dtype"),
@@ -68,7 +68,7 @@ def test_key_value_heads_fewer_than_ranks(kv_heads, sharding):
     check(tp=4, dp=2, sharding=sharding, model=model)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "model",

@@ -95,6 +95,7 @@ def test_every_layout_has_the_codes_of_one_process(layout: str, states: str) -> 
             torch.testing.assert_close(mine[name], value, rtol=1e-8, atol=1e-13, msg=name)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("first", "second", "states"),

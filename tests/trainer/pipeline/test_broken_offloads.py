@@ -86,6 +86,7 @@ def _sums(program: Program) -> list[list[str]]:
     return [[str(op) for op in ops if op.kind.computes] for ops in program.ranks]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in ("po-f", "gis") else ()) for name in OFFLOADED]

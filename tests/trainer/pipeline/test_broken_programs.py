@@ -66,7 +66,7 @@ def _curve(rank: int, world: int, program: Program) -> list[tuple[float, float, 
         run.close()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
