@@ -57,16 +57,16 @@ class WaterfallReading(Reading):
             tracker="waterfall",
             line=waterfall_line,
         ),
+        Metric("bubble_pct", "both bubbles of `waterfall`", unit="%", in_file=False, tracker="perf/bubble_pct"),
     )
 
     def __init__(self, run: RunFacts) -> None:
         super().__init__(run)
         every = max(1, run.cfg.log.every)
         # Only where the console shows it: it takes longer than the rest of this reading.
-        self.metrics = tuple(
-            replace(metric, line=lambda step, value: "" if step % every else waterfall_line(step, value))
-            for metric in self.metrics
-        )
+        first, *others = self.metrics
+        shown = replace(first, line=lambda step, value: "" if step % every else waterfall_line(step, value))
+        self.metrics = (shown, *others)
         self._flops: dict[int, float] = {}
         self._known = (0, 0.0, 0.0)
         self._planned: np.ndarray | None = None
@@ -76,7 +76,10 @@ class WaterfallReading(Reading):
         self._flops[done.step] = self._flops_of(done.tokens, done.pairs)
         for old in [step for step in self._flops if step < done.step - 8]:
             del self._flops[old]
-        return {"waterfall": None if done.rows is None else self._waterfall(done.rows)}
+        if done.rows is None:
+            return {}
+        waterfall = self._waterfall(done.rows)
+        return {"waterfall": waterfall, "bubble_pct": 100 * (waterfall[PLANNED] + waterfall[UNPLANNED])}
 
     def _waterfall(self, found: StepRows) -> dict[str, Any]:
         rows = split_blind(found.rows, self.run)
