@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pentad.configs.schema import Config
-from pentad.parallel.record import ring
+from pentad.parallel.record import kinds, ring
 from pentad.parallel.record.files import RingFile
 from pentad.trainer.metrics.readings.protocol import RunFacts
 from pentad.trainer.metrics.rows import RowExchange, StepRows
@@ -52,7 +52,9 @@ class Watched:
         run, recorder = self.run, self.run.mesh.recorder
         step = recorder.step = len(self.lengths)
         begin = time.monotonic_ns()
-        result = run.issue(step)
+        with recorder.span(recorder.intern(kinds.DATA)):
+            batches = run.batches(step)
+        result = run.stepper.run(step, *batches, run.cfg.optim.lr)
         float(result.loss)
         result.worst.wait()
         end = time.monotonic_ns()
