@@ -263,7 +263,7 @@ class FaultsConfig:
     """Seconds without progress in a step or its data, at least, before a rank counts as hung; 5 times what 99 % of the
     run's own pauses took, where that is more; derived: timeout_s / 10, at least 10."""
     pause_s: Derived[float] = DERIVED
-    """The same in the first step, while loading, evaluating or saving; derived: timeout_s / 2."""
+    """The same in the first step, in an evaluation or a save; derived: timeout_s / 2."""
 
 
 @dataclass(frozen=True, kw_only=True)

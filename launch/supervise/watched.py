@@ -66,7 +66,7 @@ class WatchedRank:
             self.pidfd = os.pidfd_open(self.header.pid)
         self._mark, self._changed = (-1, -1), time.monotonic()
         self._phase = PHASES[0]
-        self._beat = 0
+        self._beat, self._heard = 0, time.monotonic()
         self._silent_since = 0.0
         self.code: int | None = None
         self.line = ""
@@ -89,7 +89,12 @@ class WatchedRank:
         if beat != self._beat:
             if self._beat:
                 self._patience.took("alive", (beat - self._beat) / 1e9)
-            self._beat = beat
+            self._beat, self._heard = beat, now
+
+    def excuse(self, seconds: float) -> None:
+        """Does not count a time in which this process was kept from looking: what kept it may have kept the rank."""
+        self._changed += seconds
+        self._heard += seconds
 
     def idle_s(self, now: float) -> float:
         """Seconds without progress."""
@@ -107,7 +112,7 @@ class WatchedRank:
         limit = self._patience.limit("alive")
         if self._phase in _IMPORTING:  # which happens under Python's lock
             limit = max(limit, self._patience.limit("step"))
-        beat_s = (time.monotonic_ns() - self._words[BEAT_WORD]) / 1e9
+        beat_s = now - self._heard
         # On a machine with too little time for everything limits grow; who gets nowhere is judged all the same.
         if beat_s <= (min(limit, _STALE_S) if self.late(now) else limit):
             self._silent_since = 0.0
@@ -174,7 +179,7 @@ class WatchedRank:
         busy = {word: self._busy(self._words[word], now) for word in (MAIN_THREAD_WORD, DATA_THREAD_WORD)}
         values = {**vars(stand), "condition": condition, "idle_s": self.idle_s(now), "late": self.late(now)}
         if condition in (Condition.STOPPED, Condition.FROZEN):
-            values["idle_s"] = (time.monotonic_ns() - self._words[BEAT_WORD]) / 1e9
+            values["idle_s"] = now - self._heard
         values |= {"busy": busy[MAIN_THREAD_WORD], "data_busy": busy[DATA_THREAD_WORD]}
         return Stand(**{**values, "code": self.code, "line": self.line})
 

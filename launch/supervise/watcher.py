@@ -41,6 +41,8 @@ from .worker_files import VERDICT, WATCH, publish_text, read_places
 
 LOOK_S = 0.04
 """Between two looks at the signs of life; deaths wake it at once."""
+_ABSENT_S = 1.0
+"""A look that comes so much too late: somebody has stopped the whole job, or the machine."""
 _MOMENT_S = 0.25
 """From the first suspicion of a rank to a verdict: its threads are measured, and its silence is confirmed."""
 _AGAIN_S = 0.5
@@ -90,8 +92,12 @@ class Watcher:
         """Watches until all ranks have ended; 0, or 1 after a verdict."""
         try:
             while not self._over():
+                slept = time.monotonic()
                 ready = self._sleep()
                 now = time.monotonic()
+                if now - slept > _ABSENT_S:
+                    for rank in self._live():
+                        rank.excuse(now - slept)
                 self._gather(now)
                 for rank in self._live():
                     if rank.pidfd is None or rank.pidfd in ready:

@@ -18,11 +18,12 @@ class Patience:
     Args:
         alive_s: without a sign of life.
         hang_s: without progress in a step, or its data.
-        pause_s: the same in any other phase.
+        pause_s: the same in any other phase, but at the start and while loading: opening a corpus may take hours, and
+            who waits there for another rank has a limit of its own.
     """
 
     def __init__(self, alive_s: float, hang_s: float, pause_s: float) -> None:
-        self._floors = {"alive": alive_s, "step": hang_s, "data": hang_s}
+        self._floors = {"alive": alive_s, "step": hang_s, "data": hang_s, "start": math.inf, "load": math.inf}
         self._other = pause_s
         self._counts: dict[str, dict[int, int]] = {}
 

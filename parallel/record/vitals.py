@@ -139,6 +139,7 @@ class Vitals:
     def meets(self, waiting: bool) -> None:
         """The thread that writes has its part of a stage ready and waits for the other ranks, or goes on."""
         self._words[WRITER_STAGE_WORD] += waiting
+        self._words[PROGRESS_WORD] += 1
         self._words[WRITER_WAITS_WORD] = int(waiting)
 
 

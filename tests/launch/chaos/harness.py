@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,7 +85,7 @@ def run_job(folder: Path, layout: str, fault: Fault | None, *more: str, nodes: i
     argv = [DENSE, *SMALL, *LAYOUTS[layout], *every, f"runs_dir={folder}", *more]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.worker_imports"])
-    job = (argv, world, world // nodes, str(folder), port, fault)
+    job = (argv, world, world // nodes, str(folder), port, fault, os.getpid())
     ranks = [context.Process(target=_rank, args=(rank, *job)) for rank in range(world)]
     for process in ranks:
         process.start()
@@ -97,13 +98,23 @@ def run_job(folder: Path, layout: str, fault: Fault | None, *more: str, nodes: i
     return _outcome(folder, port, at, ended, tuple(process.exitcode or 0 for process in ranks))
 
 
-def _rank(rank: int, argv: list[str], world: int, local: int, folder: str, port: int, fault: Fault | None) -> None:
+def _end_with(parent: int) -> None:
+    """Ends this process with the one that wants the job: the server that has made it lives on."""
+    while Path(f"/proc/{parent}").exists():
+        time.sleep(1)
+    os._exit(98)
+
+
+def _rank(
+    rank: int, argv: list[str], world: int, local: int, folder: str, port: int, fault: Fault | None, parent: int
+) -> None:
     """A rank's whole life."""
     facts = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
     facts["MASTER_PORT"] = port
     os.environ.update({name: str(value) for name, value in facts.items()}, MASTER_ADDR="127.0.0.1")
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     if fault is not None and fault.rank == rank:
         inject(fault)
     code = 99

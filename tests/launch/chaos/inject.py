@@ -23,9 +23,10 @@ KINDS = {
     "size": "other size",
     "receive": "receive without send",
     "writer": "checkpoint",
-    "pause": "",
 }
-"""A fault, and what the watcher is to call it; a save that takes two seconds is none."""
+"""A fault, and what the watcher is to call it."""
+PAUSE = "pause"
+"""Saves that take two seconds: no fault."""
 _LONG_S = 600.0
 _SKIPPED = ("all_gather", "reduce_scatter", "all_reduce")
 """Collectives without which a rank can go on, with wrong numbers of the right shape."""
@@ -36,7 +37,7 @@ class Fault:
     """What happens to a rank.
 
     Args:
-        kind: of `KINDS`.
+        kind: of `KINDS`, or `PAUSE`.
         rank: the victim.
         step: in which it happens (0-based).
         call: at which of the step's communications.
@@ -64,7 +65,7 @@ def inject(fault: Fault) -> None:
         _in_data(fault, begin)
     elif fault.kind == "writer":
         _in_writer(begin)
-    elif fault.kind == "pause":
+    elif fault.kind == PAUSE:
         _in_writer(lambda: True, 2.0, "write")
     else:
         _in_communication(fault, begin)

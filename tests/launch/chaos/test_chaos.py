@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.chaos.harness import Outcome, draw, right, run_job
-from tests.launch.chaos.inject import Fault
+from tests.launch.chaos.inject import PAUSE, Fault
 
 _QUICK = ["faults.alive_s=1.5", "faults.hang_s=2", "faults.pause_s=4"]
 
@@ -37,8 +37,8 @@ def test_any_fault_anywhere_is_named_and_ends_the_job(tmp_path: Path, seed: int)
 
 @pytest.mark.distributed
 def test_a_save_of_two_seconds_and_an_evaluation_are_no_faults(tmp_path: Path) -> None:
-    more = [*_QUICK, "train.steps=12", "checkpoint.every=6", "checkpoint.asynchronous=false", "eval.every=5"]
-    outcome = run_job(tmp_path, "tp2 dp2", Fault("pause", 1, 0, 0, ""), *more)
+    more = [*_QUICK, "train.steps=5", "checkpoint.every=3", "checkpoint.asynchronous=false", "eval.every=2"]
+    outcome = run_job(tmp_path, "tp2 dp2", Fault(PAUSE, 1, 0, 0, ""), *more)
     assert (outcome.verdict, outcome.codes, outcome.left) == (None, (0, 0, 0, 0), ())
     assert "verdict" not in (tmp_path / "a" / "events.jsonl").read_text()
     saved = [json.loads(line) for line in (tmp_path / "a" / "events.jsonl").read_text().splitlines()]
