@@ -15,6 +15,7 @@ from ..configs.tables.imports import OPTION, import_modules
 from ..configs.tables.schedules import SCHEDULES
 from .mistakes import unknown_arguments, unknown_verb
 from .verbs.generate import generate_parser
+from .verbs.report import report_parser
 
 _OVERRIDES = "config keys to change, e.g. train.steps=100 parallel.tp=2"
 _IMPORT = "first import a module, which may bring schedules, families, data sources and metrics of your own; repeated"
@@ -101,9 +102,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     flops.set_defaults(run=_flops)
 
     _schedule_parser(verbs.add_parser("schedule", help="Make, check, simulate and draw the program of a pipeline."))
-
     _tokenize_parser(verbs.add_parser("tokenize", help="Turn text, JSONL or parquet into PREFIX.bin and PREFIX.idx."))
-
     import_hf = verbs.add_parser("import-hf", help="Turn a Hugging Face folder into a checkpoint.")
     import_hf.add_argument("directory", metavar="DIR", help="folder with config.json and *.safetensors")
     import_hf.add_argument("out", metavar="OUT", help="the checkpoint's folder")
@@ -144,6 +143,7 @@ def _observing_parsers(verbs: Any, job: Callable[[str, str], argparse.ArgumentPa
     diagnose.add_argument("folder", metavar="RUN", help="the run's folder, or its name in runs/")
     diagnose.add_argument("--json", action="store_true", help="one JSON object")
     diagnose.set_defaults(run=_diagnose)
+    report_parser(verbs.add_parser("report", help="Write runs as one page that opens offline: RUN/report.html."))
 
 
 def _tokenize_parser(parser: argparse.ArgumentParser) -> None:

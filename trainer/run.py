@@ -35,7 +35,8 @@ from .checkpoint.hugging_face import load_initial
 from .data.dataset import Dataset, open_data
 from .metrics.curves import draw_curves
 from .metrics.introduction import introduction
-from .metrics.notices import or_without
+from .metrics.notices import or_without, warn
+from .metrics.page import write_page
 from .metrics.peak import MeasuredPeaks, Peak, peak_tflops
 from .metrics.probe import probe, probe_lines
 from .metrics.products import ceiling_tflops, products_of
@@ -292,6 +293,10 @@ def _close(cfg: Config, run_dir: Path, step: int, began_at: int, finished: bool)
             picture = draw(run_dir)
             if picture is not None:
                 print(f"{name} {picture}", flush=True)
+    try:
+        print(f"report {write_page([run_dir])}", flush=True)
+    except Exception as error:  # whatever is wrong with a page, the training is done
+        warn(f"{run_dir}/{RunFile.REPORT} cannot be written ({error}); pentad report {run_dir} tries again")
 
 
 def _peak(cfg: Config, device: torch.device, kept: MeasuredPeaks, mesh: Mesh) -> Peak:

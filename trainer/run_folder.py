@@ -42,6 +42,7 @@ class RunFile(StrEnum):
     CURVES = "curves.png"
     WATERFALL = "waterfall.png"
     STRAGGLERS = "stragglers.png"
+    REPORT = "report.html"
     CHECKPOINTS = CHECKPOINT_FOLDER
     PROFILE = "profile"
     TENSORBOARD = "tensorboard"

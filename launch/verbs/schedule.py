@@ -16,7 +16,6 @@ from typing import Any
 from ...configs import Problem, UserError
 from ...configs.errors import nearest
 from ...configs.fields import short
-from ...configs.strict_json import read_bytes
 from ...configs.tables.schedules import SCHEDULES, default_chunks, find_schedule, is_program, schedule_problems
 from ...parallel.pipeline.check import check_program
 from ...parallel.pipeline.communication import is_lowered
@@ -26,14 +25,12 @@ from ...parallel.pipeline.offload import first_chunks, offload
 from ...parallel.pipeline.program import Program
 from ...parallel.pipeline.program_file import read_program
 from ...parallel.pipeline.readings import Bubble, Utilization, bubbles, critical_path, utilization
-from ...parallel.pipeline.recorded import actual, last_step
 from ...parallel.pipeline.refine import refine
 from ...parallel.pipeline.schedules import generate
 from ...parallel.pipeline.simulate import Timeline, simulate
 from ...parallel.pipeline.times import Times, by_rank
 from ...parallel.pipeline.vocabulary import balanced
-from ...parallel.record.reader import RecordError
-from ...trainer.memory.planned import planned_bytes
+from ...trainer.pipeline.real_step import read_real_step
 from ...trainer.run_folder import RunFile
 
 _PER_RANK = {
@@ -202,33 +199,11 @@ def of_run(folder: Path, step: int | None) -> SimulatedProgram:
     Raises:
         UserError: the record does not hold the step.
     """
-    file = folder / RunFile.PROGRAM
-    try:
-        program = Program.from_json(read_bytes(file).decode())
-        check_program(program)
-    except (OSError, ValueError, LookupError, UserError) as error:
-        first = " ".join(str(error).split())
-        raise UserError(Problem(str(file), f"is not the program of a run: {first}")) from None
-    try:
-        last = last_step(program, folder)
-        try:
-            real = actual(program, folder, last if step is None else step - 1)  # the record counts from 0
-        except UserError:
-            message = f"step {step} is not whole in the record of {folder}; its last whole step is {last + 1}"
-            raise UserError(Problem("--step", message)) from None
-    except (OSError, RecordError) as error:
-        raise UserError(Problem(str(folder), f"its record cannot be read: {error}")) from None
-    spans = [
-        (rank, op, *span)
-        for rank, ops in enumerate(program.ranks)
-        for op, span in zip(ops, real.spans[rank], strict=True)
-    ]
-    timeline = simulate(program, Times.from_spans(spans, program.placement))
-    if real.held:
-        timeline = replace(timeline, held=planned_bytes(folder, timeline))
-    peaks = peak_activations(program)
-    plain = None if program.vocab_barriers else max(peaks)
-    return SimulatedProgram(str(folder), timeline, utilization(timeline), peaks, plain, real)
+    found = read_real_step(folder, step)
+    timeline = found.planned
+    peaks = peak_activations(timeline.program)
+    plain = None if timeline.program.vocab_barriers else max(peaks)
+    return SimulatedProgram(str(folder), timeline, utilization(timeline), peaks, plain, found.actual)
 
 
 def as_json(plan: SimulatedProgram) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,27 +52,27 @@ def _summary(run: Path, steps: list[dict[str, Any]], events: list[dict[str, Any]
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; a line that a killed writer left half-written is passed over.
+    """The objects of a file of JSON lines, as `objects_of` gives them."""
+    return list(objects_of(file))
+
+
+def objects_of(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines, one by one; a line that a killed writer left half-written is passed over.
 
     Raises:
         UserError: it is no regular file, or cannot be read.
     """
     try:
         with os.fdopen(open_regular(file), "rb") as opened:
-            lines = opened.read().splitlines()
+            for line in opened:
+                with suppress(JsonError):
+                    value = parse_json(line)
+                    if isinstance(value, dict):
+                        yield value
     except FileNotFoundError:
-        return []
+        return
     except (OSError, JsonError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
-    found = []
-    for line in lines:
-        try:
-            value = parse_json(line)
-        except JsonError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
 
 
 def _loss(step: dict[str, Any]) -> str:

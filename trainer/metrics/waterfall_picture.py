@@ -12,13 +12,14 @@ from .heat_map import draw_stragglers
 from .readings.waterfall import ORDER
 from .summary import lines_of
 
-_COLOURS = {
+PART_COLOURS = {
     "model": "#047857", "below_ceiling": "#6ee7b7", "compute": "#34d399", "recompute": "#a3e635",
     "bubble_planned": "#9ca3af", "bubble_unplanned": "#4b5563",
     "tp": "#1d4ed8", "cp": "#3b82f6", "ep": "#60a5fa", "pp": "#93c5fd", "dp": "#1e3a8a", "vocabulary": "#c7d2fe",
     "straggler": "#dc2626", "offload": "#f59e0b", "optimizer": "#a855f7", "data": "#f97316", "checkpoint": "#78350f",
     "gc": "#db2777", "contention": "#fb7185", "report": "#d6d3d1", "other": "#e7e5e4",
 }  # fmt: skip
+"""Of the parts of a waterfall, in all pictures."""
 _COLUMNS = 400
 """Steps are averaged to at most so many columns of the picture."""
 _NAMED_FROM = 0.005
@@ -34,13 +35,13 @@ def draw_waterfall(run: Path) -> Path | None:
     figure, canvas = _figure((11, 5.5))
     over, whole = figure.subplots(1, 2, width_ratios=(2, 1))
     steps, columns = _averaged(np.array([step for _, step in found], float), shares)
-    over.stackplot(steps, 100 * columns.T, colors=[_COLOURS[key] for key in keys], linewidth=0)
+    over.stackplot(steps, 100 * columns.T, colors=[PART_COLOURS[key] for key in keys], linewidth=0)
     over.set(xlabel="step", ylabel="% of the step", ylim=(0, 100), xlim=(steps[0], steps[-1]))
     settled = shares[len(shares) // 5 :].mean(0)
     named = [i for i in range(len(keys)) if settled[i] >= _NAMED_FROM]
     left = 0.0
     for place, i in enumerate(named):
-        bar = whole.barh(place, 100 * settled[i], left=100 * left, color=_COLOURS[keys[i]])
+        bar = whole.barh(place, 100 * settled[i], left=100 * left, color=PART_COLOURS[keys[i]])
         whole.bar_label(bar, [f"{keys[i]} {100 * settled[i]:.1f}%"], padding=3, fontsize=8)
         left += settled[i]
     whole.set(xlim=(0, 140), xticks=range(0, 101, 25), xlabel="% of the step, mean", yticks=[])
