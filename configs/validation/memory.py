@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ..errors import Problem, nearest
-from ..fields import short
 from ..reading.hints import meant
 from ..schema import CODED_STATES, AdamWConfig, Config
 from ..tables.layer_parts import FOREIGN_PARTS, LAYER_PARTS, TOKEN_WISE
@@ -42,6 +41,9 @@ def _optimizer(config: Config) -> list[Problem]:
     if memory.optimizer_stride != "auto" and memory.optimizer_stride < 0:
         message = f"{memory.optimizer_stride} is no number of subgroups; set auto, 0 (all on the host) or more"
         problems.append(Problem("memory.optimizer_stride", message))
+    if memory.offload_optimizer == "auto" and config.hardware.memory_gib is None:
+        message = "auto, but the memory of a device is not known; set hardware.memory_gib, hardware.preset, or host"
+        problems.append(Problem("memory.offload_optimizer", message, ("hardware.memory_gib",)))
     if memory.offload_optimizer == "disk" and memory.offload_disk is None:
         message = "memory.offload_optimizer=disk needs a folder on a disk of the node; set memory.offload_disk"
         problems.append(Problem("memory.offload_disk", message, ("memory.offload_optimizer",)))
@@ -64,7 +66,7 @@ def _states(config: Config) -> list[Problem]:
             f"{optim.states} needs rows and columns of whole parameters, which fsdp does not tell of; set bf16, or "
         )
         problems.append(Problem("optim.states", message + "parallel.data.sharding=zero1"))
-    if config.memory.offload_optimizer in ("host", "disk"):
+    if config.memory.offload_optimizer != "none":
         message = f"{optim.states} moments stay on the device; set memory.offload_optimizer=none, or optim.states=bf16"
         problems.append(Problem("optim.states", message))
     return problems
@@ -98,7 +100,7 @@ def _token_share(config: Config) -> list[Problem]:
     problems = []
     if memory.recompute == "selective" and parts and {*parts} <= {*LAYER_PARTS} - TOKEN_WISE:
         message = (
-            f"{short(share)}, but the rows of {' and '.join(parts)} are in the order of experts, not of tokens, and "
+            f"{share}, but the rows of {' and '.join(parts)} are in the order of experts, not of tokens, and "
             f"all made again; leave it out, or add some of {', '.join(p for p in LAYER_PARTS if p in TOKEN_WISE)} to "
             "memory.recompute_parts"
         )

@@ -9,6 +9,8 @@ from ..errors import Problem, UserError
 from ..reading.program_file import KEY, ProgramFrame, read_frame
 from ..schema import Config
 
+_OFFLOAD = "OFF"
+"""Begins the operations that start an offload (`parallel.pipeline.needs`)."""
 _SECTION = "parallel.pipeline"
 
 
@@ -24,7 +26,7 @@ def program_frame(config: Config) -> tuple[ProgramFrame | None, list[Problem]]:
     idle = [rank for rank in range(len(frame.ranks)) if rank not in frame.placement]
     if idle:
         return frame, [Problem(KEY, f"{file} has no stage on rank {idle[0]}; give every rank one")]
-    return frame, [*_sizes(config, file, frame), *_vocabulary(config, file, frame)]
+    return frame, [*_sizes(config, file, frame), *_vocabulary(config, file, frame), *_offloads(config, file, frame)]
 
 
 def _sizes(config: Config, file: str, frame: ProgramFrame) -> Iterator[Problem]:
@@ -45,6 +47,14 @@ def _sizes(config: Config, file: str, frame: ProgramFrame) -> Iterator[Problem]:
     if p.pipeline.group is not None:
         message = f"{file} has its order already, without groups, got {p.pipeline.group}; leave it out"
         yield Problem(f"{_SECTION}.group", message, (KEY,))
+
+
+def _offloads(config: Config, file: str, frame: ProgramFrame) -> Iterator[Problem]:
+    wanted, key = config.memory.offload_activations, "memory.offload_activations"
+    count = sum(token.startswith(_OFFLOAD) for ops in frame.ranks for token in ops)
+    if wanted != "none" and count:
+        message = f"{wanted}, but {file} has {count} offloads of its own, to which none can be added; set {key}=none"
+        yield Problem(key, message, (KEY,))
 
 
 def _vocabulary(config: Config, file: str, frame: ProgramFrame) -> Iterator[Problem]:

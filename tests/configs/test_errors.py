@@ -158,6 +158,12 @@ WRONG += [
         "memory.token_share",
         ["0.5", "rows of moe", "add some of norm"],
     ),
+    (["memory.offload_optimizer=auto"], "memory.offload_optimizer", ["auto", "set hardware.memory_gib"]),
+    (
+        ["memory.offload_optimizer=auto", "hardware.memory_gib=80", "optim.states=int4"],
+        "optim.states",
+        ["int4 moments stay", "memory.offload_optimizer=none"],
+    ),
     (["memory.recompute=auto"], "memory.recompute", ["auto", "set hardware.memory_gib"]),
     (["memory.recompute=full", "memory.recompute_every=0"], "memory.recompute_every", ["at least 1", "0"]),
     (["memory.group=0"], "memory.group", ["at least 1 layer", "0"]),

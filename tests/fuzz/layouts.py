@@ -50,6 +50,7 @@ def _optimizer(draws: Draws) -> Keys:
         keys["memory.optimizer_stride"] = draws.choice(["auto", 0, 1, 2, 3])
         keys |= {"memory.offload_disk": "/tmp"} if place == "disk" else {}
         keys["memory.optimizer_subgroup_mib"] = draws.choice([0.001, 0.1, 64])
+        keys |= {"hardware.memory_gib": draws.choice([0.002, 0.01, 1])} if place == "auto" else {}
     return keys
 
 

@@ -136,6 +136,11 @@ BROKEN: list[tuple[Content | str, list[str], list[str]]] = [
     (depth_first((0, 1, 2), 4), [], ["parallel.pp: 2", "has 3 ranks", "parallel.pp=3"]),
     (depth_first((0, 1), 3), [], ["train.global_batch: 16", "4 microbatches", "has 3", "train.global_batch=12"]),
     (GOOD, ["parallel.pipeline.chunks=3"], ["parallel.pipeline.chunks: 3", "2 stages"]),
+    (
+        _of(OFFLOADED),
+        ["memory.offload_activations=auto", "parallel.pipeline.chunks=2"],
+        ["memory.offload_activations: auto", "3 offloads of its own", "memory.offload_activations=none"],
+    ),
     (GOOD, ["parallel.pipeline.group=2"], ["parallel.pipeline.group: ", "without groups"]),
     (GOOD, ["parallel.pipeline.layers=[1, 3]"], ["parallel.pipeline.layers: ", "2 counts", "4 stages"]),
     (GOOD, ["parallel.pipeline.layers=[1, 1, 1, 3]"], ["sums to 6", "model.layers=4"]),
