@@ -18,7 +18,7 @@ import pytest
 from pentad.configs import UserError, load
 from pentad.launch.cli import main
 from pentad.launch.supervise import launcher as launch
-from pentad.launch.supervise.supervisor import supervise
+from pentad.launch.supervise.supervisor import processes, supervise
 from pentad.trainer import devices
 from pentad.trainer.__main__ import main as run_rank
 from tests.jobs import DENSE
@@ -71,6 +71,17 @@ def test_a_killed_rank_is_named_although_another_had_to_be_killed_after_it(
     monkeypatch.setattr("pentad.launch.supervise.supervisor.GRACE_S", 0.5)
     assert _supervise(tmp_path, "outlive") == 128 + signal.SIGKILL
     assert capfd.readouterr().err.splitlines()[-1].startswith("error: rank 1 was killed by SIGKILL")
+
+
+@pytest.mark.distributed
+def test_what_the_watcher_says_comes_first_and_ends_the_job_at_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begin = time.monotonic()
+    assert _supervise(tmp_path, "judged") == 1
+    assert time.monotonic() - begin < 60
+    assert capfd.readouterr().err.splitlines() == ["error: rank 1 has not come on for 60.0 s", "  rank 0: waited"]
+    assert not any(process.alive for process in processes(tmp_path).values())
 
 
 @pytest.mark.distributed

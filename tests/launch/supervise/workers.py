@@ -10,9 +10,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from pentad.launch.supervise.worker_files import publish_text
+from pentad.launch.supervise.worker_files import VERDICT, publish_text
 from pentad.parallel.comm.process_ids import ProcessId
 from pentad.parallel.comm.processes import PeerGone
+from pentad.parallel.record.diagnosis import Verdict
 from pentad.trainer.processes.failure import failure_of
 from pentad.trainer.processes.orphans import signal_self_when_orphaned
 
@@ -53,6 +54,20 @@ def _outlive(folder: Path, rank: str) -> int:
     return 3
 
 
+def _judged(folder: Path, rank: str) -> int:
+    """The watcher says that rank 1 hangs; the other leaves, and takes long to end."""
+    publish_text(folder / f"pid.{rank}", json.dumps(asdict(ProcessId.current())))
+    if rank == "1":
+        said = Verdict("hang", (1,), "rank 1 has not come on for 60.0 s", ("  rank 0: waited",), 3, 1, time.time())
+        publish_text(folder / VERDICT, json.dumps(said.as_dict()))
+    else:
+        lost = failure_of(PeerGone("rank 1"), rank=int(rank), world=2)
+        publish_text(folder / f"failure.{rank}", json.dumps(lost.as_dict()))
+        (folder / f"left.{rank}").touch()
+    time.sleep(600)
+    return 3
+
+
 def _orphan(folder: Path, rank: str) -> int:
     signal_self_when_orphaned(signal.SIGTERM)
     return _train_until_stopped(folder, rank)
@@ -67,8 +82,15 @@ def _die(folder: Path, rank: str) -> int:
 def main() -> int:
     """Behaves as the second argument says."""
     folder, how = Path(sys.argv[1]), sys.argv[2]
-    behaviour = {"train": _train_until_stopped, "fail": _fail, "die": _die, "outlive": _outlive, "orphan": _orphan}[how]
-    return behaviour(folder, os.environ["RANK"])
+    behaviours = {
+        "train": _train_until_stopped,
+        "fail": _fail,
+        "die": _die,
+        "outlive": _outlive,
+        "orphan": _orphan,
+        "judged": _judged,
+    }
+    return behaviours[how](folder, os.environ["RANK"])
 
 
 if __name__ == "__main__":
