@@ -37,7 +37,7 @@ def measure(ranks: int, steps: int, folder: Path) -> np.ndarray:
     job = _JOB | {
         "runs_dir": str(folder),
         "parallel": {"tp": tp, "dp": dp},
-        "train": {"steps": steps, "global_batch": 4 * dp, "micro_batch": 2, "seq_len": 64, "dtype": "fp32"},
+        "train": {"steps": steps, "global_batch": 2 * dp, "micro_batch": 2, "seq_len": 64, "dtype": "fp32"},
         "log": {"every": steps},
     }
     (folder / "job.yaml").write_text(json.dumps(job))  # JSON is YAML
