@@ -150,6 +150,11 @@ class Recorder:
         return memoryview(self._map)
 
     @property
+    def known(self) -> int:
+        """How many names there are."""
+        return len(self._codes)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """By their codes, those known so far."""
         return tuple(self._codes)

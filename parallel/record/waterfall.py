@@ -11,6 +11,7 @@ moment belongs to exactly one entry, and what belongs to none is `TimePart.OTHER
 
 from __future__ import annotations
 
+import struct
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from .parts import (
     TimePart,
     part_of_axis,
 )
-from .ring import BESIDE, DEVICE_TIME, ENTRY, ENTRY_BYTES, HEADER_BYTES, NAMES_BYTES, NEXT_WORD, Recorder
+from .ring import BESIDE, DEVICE_TIME, ENTRY_BYTES, HEADER_BYTES, NAMES_BYTES, NEXT_WORD, Recorder
 
 _SECTIONS = {
     kinds.DATA: TimePart.DATA,
@@ -136,28 +137,21 @@ class _Top:
 
 
 class _Entry(NamedTuple):
-    """An entry as `ring.ENTRY` has it."""
+    """What is read of an entry; the rest of `ring.ENTRY` is passed over."""
 
     version: int
-    enqueued: int
     start: int
     end: int
-    nbytes: int
-    seq: int
-    step: int
-    epoch: int
-    micro_batch: int
     op: int
     kind: int
     axis: int
-    group: int
-    peer: int
-    dtype: int
-    stream: int
     flags: int
     waited: int
     arrived: int
     cpu: int
+
+
+_READ = struct.Struct("=Q8xqq32xiii16xiqqq8x")
 
 
 class StepReader:
@@ -200,9 +194,8 @@ class StepReader:
         fresh = self._fresh(end)
         if fresh is None:
             return None
-        names = self._recorder.names
-        if len(names) != self._codes.names:
-            self._codes = _Codes.of(names, self._pipelined)
+        if self._recorder.known != self._codes.names:
+            self._codes = _Codes.of(self._recorder.names, self._pipelined)
         on_device = self._recorder.device is not None
         row = _Division(fresh, self._codes, begin, end, on_device=on_device).row(self._place, self.size)
         row[STEP], row[PAIRS], row[QUEUED] = step, pairs, queued_s
@@ -218,7 +211,7 @@ class StepReader:
         found, still, device = [], [], self._recorder.device
         for ticket in (*self._open, *range(first, last)):
             generation, slot = divmod(ticket, capacity)
-            entry = _Entry._make(ENTRY.unpack_from(self._entries, slot * ENTRY_BYTES))
+            entry = _Entry._make(_READ.unpack_from(self._entries, slot * ENTRY_BYTES))
             if entry.version != 2 * generation + 2:
                 continue
             late = (entry.waited or entry.start) >= until or (device is not None and ticket in device)

@@ -92,12 +92,16 @@ class WaterfallReading(Reading):
             compute = parts.pop(_COMPUTE)
             parts[MODEL] = min(flops / (ceiling * 1e12), compute)
             parts[BELOW] = compute - parts[MODEL]
-        shares = {key: parts[key] / seconds for key in ORDER if key in parts}
-        values: dict[str, Any] = {"step": found.step, **{key: _rounded(share) for key, share in shares.items()}}
+        shares = {key: round(parts[key] / seconds, _DIGITS) for key in ORDER if key in parts}
+        values: dict[str, Any] = {"step": found.step, **shares}
         if flops is not None and self.run.peak_tflops:
             mfu = flops / seconds / (self.run.peak_tflops * 1e12)
-            free = {key: mfu / (1 - share) for key, share in shares.items() if key != MODEL and 0 < share < 1}
-            values["mfu_if_free"] = {key: _rounded(value) for key, value in free.items()}
+            free = {
+                key: round(mfu / (1 - share), _DIGITS)
+                for key, share in shares.items()
+                if 0 < share < 1 and key != MODEL
+            }
+            values["mfu_if_free"] = free
         return values
 
     def _flops_of(self, tokens: int, pairs: float) -> float:
@@ -140,7 +144,3 @@ def split_blind(rows: np.ndarray, run: RunFacts) -> np.ndarray:
             rows[:, AT[part]] += least
             rows[:, AT[TimePart.STRAGGLER]] += mine - least
     return rows
-
-
-def _rounded(value: float) -> float:
-    return round(value, _DIGITS)
