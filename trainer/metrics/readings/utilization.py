@@ -48,15 +48,28 @@ class UtilizationReading(Reading):
         Metric("peak_tflops", "of one device", unit="TFLOP/s"),
     )
 
+    def __init__(self, run: RunFacts) -> None:
+        super().__init__(run)
+        self._known = (0, 0.0), (0.0, 0.0, 0.0)
+
     @cached_property
     def _remade(self) -> Mapping[int, Choice]:
         return Pipeline.of(self.run.cfg).remade
 
+    def _flops(self, tokens: int, pairs: float, square: float) -> tuple[float, float, float]:
+        """Model FLOPs, those of recomputation, and with the full attention square; worked out anew only where steps
+        differ, as with packed documents."""
+        if self._known[0] != (tokens, pairs):
+            model = self.run.cfg.model
+            again = flops_again(model, tokens, pairs, self._remade)
+            found = flops_per_step(model, tokens, pairs), again, flops_per_step(model, tokens, square)
+            self._known = (tokens, pairs), found
+        return self._known[1]
+
     def step(self, done: StepDone) -> Mapping[str, Any]:
         cfg, share = self.run.cfg, per_peak(self.run, done.seconds)
         square = cfg.train.global_batch * cfg.train.seq_len**2
-        model_flops = flops_per_step(cfg.model, done.tokens, done.pairs)
-        again = flops_again(cfg.model, done.tokens, done.pairs, self._remade)
+        model_flops, again, full = self._flops(done.tokens, done.pairs, square)
         found = {
             "tflops_per_device": model_flops * (1.0 / (done.seconds * self.run.devices)) / 1e12,
             "peak_tflops": self.run.peak_tflops,
@@ -65,6 +78,6 @@ class UtilizationReading(Reading):
             return found
         return found | {
             "mfu": model_flops * share,
-            "mfu_full": flops_per_step(cfg.model, done.tokens, square) * share,
+            "mfu_full": full * share,
             "hfu": (model_flops + again) * share,
         }
