@@ -225,10 +225,7 @@ def make_model(
         raise OtherSlices("the parameters are cut in another way")
     memory = None if kept is None else kept.memory
     if fsdp:
-        # Here, because torch's FSDP2 takes as long to import as torch itself: every rank's start pays for it.
-        from ..parallel.replicas.fsdp import FsdpReplicas
-
-        replicas: Replicas = FsdpReplicas(model, model.layers.values(), where, mesh, dtype, memory)
+        replicas = _fsdp(model, where, mesh, dtype, memory)
     else:
         replicas = FlatReplicas(
             model,
@@ -249,6 +246,15 @@ def make_model(
     else:
         replicas.load(initial_values(model, where, cfg.train.seed))
     return parts
+
+
+def _fsdp(
+    model: Transformer, where: dict[str, Sharding], mesh: Mesh, dtype: torch.dtype, memory: dict[str, Tensor] | None
+) -> Replicas:
+    # Imported here: torch's FSDP2 takes as long as torch itself, and every rank's start would pay for it.
+    from ..parallel.replicas.fsdp import FsdpReplicas
+
+    return FsdpReplicas(model, model.layers.values(), where, mesh, dtype, memory)
 
 
 def _use_norms(cfg: Config, model: Transformer, device: torch.device) -> None:
