@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -176,12 +177,15 @@ def _reason(file: str, where: str) -> str | None:
     return next((table[name] for name in inner_first if name in table), table.get(""))
 
 
-def _all() -> Iterator[tuple[str, str, str]]:
-    for room in ROOMS:
-        for path in sorted((ROOT / room).rglob("*.py")):
-            file = str(path.relative_to(ROOT))
-            for where, call in waits(ast.parse(path.read_text())):
-                yield file, where, call
+@cache
+def _all() -> tuple[tuple[str, str, str], ...]:
+    """(file, function, call) of everything that may block."""
+    files = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    return tuple(
+        (str(path.relative_to(ROOT)), where, call)
+        for path in files
+        for where, call in waits(ast.parse(path.read_text()))
+    )
 
 
 def test_every_wait_can_be_left_and_says_why() -> None:

@@ -110,7 +110,7 @@ def hang_line(kind: str, causes: Sequence[Stand], places: Places) -> str:
     waited = f"; {'they wait' if many else 'it waits'} in {call_words(first.waits)}" if first.waits is not None else ""
     idle = f"{first.idle_s:.1f} s"
     lines = {
-        "killed": f"{who} {was} killed by {_signal(first.code)}{_memory(first)}{on}, {where}",
+        "killed": f"{who} {_killed(first, was)}{on}, {where}",
         "ended": f"{who} ended with exit code {first.code} and no message{on}, {where}",
         "lost node": f"{who}{on} cannot be reached any more: the node is down, or the way to it",
         "stopped": f"{who}{on} {was} stopped (SIGSTOP, or a debugger) {where}, {idle} ago",
@@ -128,19 +128,16 @@ def hang_line(kind: str, causes: Sequence[Stand], places: Places) -> str:
     return lines[kind] + (f"; it stands at {stack[0]}" if stack else "")
 
 
-def _signal(code: int | None) -> str:
-    if code is None or code >= 0:
-        return "a signal"
+def _killed(stand: Stand, was: str) -> str:
+    """How a process died, as far as the kernel still knew."""
+    if stand.code is None:
+        return "died without a word"
     try:
-        return signal.Signals(-code).name
+        name = signal.Signals(-stand.code).name
     except ValueError:
-        return f"signal {-code}"
-
-
-def _memory(stand: Stand) -> str:
-    if stand.line:
-        return f" ({stand.line})"
-    return " (the machine may be out of memory)" if stand.code == -signal.SIGKILL else ""
+        name = f"signal {-stand.code}"
+    memory = " (the machine may be out of memory)" if stand.code == -signal.SIGKILL else ""
+    return f"{was} killed by {name}{memory}"
 
 
 def detail_lines(stands: Mapping[int, Stand], causes: set[int], places: Places) -> tuple[str, ...]:
