@@ -16,6 +16,7 @@ from ..configs.tables.schedules import SCHEDULES
 from .mistakes import unknown_arguments, unknown_verb
 from .verbs.generate import generate_parser
 from .verbs.report import report_parser
+from .verbs.watch import watch_parser
 
 _OVERRIDES = "config keys to change, e.g. train.steps=100 parallel.tp=2"
 _IMPORT = "first import a module, which may bring schedules, families, data sources and metrics of your own; repeated"
@@ -144,6 +145,7 @@ def _observing_parsers(verbs: Any, job: Callable[[str, str], argparse.ArgumentPa
     diagnose.add_argument("--json", action="store_true", help="one JSON object")
     diagnose.set_defaults(run=_diagnose)
     report_parser(verbs.add_parser("report", help="Write runs as one page that opens offline: RUN/report.html."))
+    watch_parser(verbs.add_parser("watch", help="A live view of a run: what each rank is at, in this terminal."))
 
 
 def _tokenize_parser(parser: argparse.ArgumentParser) -> None:

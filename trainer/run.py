@@ -165,6 +165,8 @@ def _in_mesh(cfg: Config, start: Start, ranks: Ranks, here: Here, open_things: E
         )
         _train(session, run_dir, start, row_exchange(session, rings, here.store))
         session.mesh.barrier()  # every ring is complete
+        here.recorder.close()
+        session.mesh.barrier()  # and says so: a copy of one that does not is of a rank that died
     except Exception as error:
         start.report(error, cfg)
         here.recorder.close()

@@ -75,6 +75,18 @@ def objects_of(file: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{file} cannot be read: {error}") from None
 
 
+def newest_of(file: Path, most: int = 1 << 16) -> list[dict[str, Any]]:
+    """The objects of the last `most` bytes of a file of JSON lines; none where it cannot be read."""
+    found = []
+    with suppress(OSError, JsonError), os.fdopen(open_regular(file), "rb") as opened:
+        opened.seek(max(0, os.fstat(opened.fileno()).st_size - most))
+        for line in opened.read(most).splitlines():
+            with suppress(JsonError):
+                if isinstance(value := parse_json(line), dict):
+                    found.append(value)
+    return found
+
+
 def _loss(step: dict[str, Any]) -> str:
     return "not finite" if step["loss"] is None else f"{step['loss']:.3f}"
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +11,9 @@ import pytest
 
 from pentad.launch.cli import main
 from tests.browser import browser
-from tests.jobs import DENSE
+from tests.launch.verbs.conftest import STEPS
 from tests.pages import read_page
 
-STEPS = 45
-JOB = [
-    "parallel.tp=1", "parallel.dp=1", "parallel.pp=2", "model.moe.experts=4", "model.moe.top_k=2", "model.moe.ffn=32",
-    f"train.steps={STEPS}", "train.seq_len=16", "train.micro_batch=2", "train.global_batch=4", "model.hidden=32",
-    "model.ffn=64", "eval.every=20", "eval.steps=1", "optim.schedule.warmup_steps=1", "checkpoint.final=false",
-    "train.device=cpu", "hardware.peak_tflops=0.05", "log.every=20",
-]  # fmt: skip
 CHARTS = {
     "loss", "grad_norm", "tokens_per_s", "mfu", "step_time_s", "lr", "waterfall-whole", "waterfall", "timeline",
     "stragglers", "memory_gib", "experts", "expert-load", "events",
@@ -31,13 +21,8 @@ CHARTS = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, "-m", "pentad.launch.cli", "train", DENSE, *JOB, f"runs_dir={folder}"]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"report {folder}/demo/report.html" in done.stdout
-    return folder / "demo"
+def run(small_run: Path) -> Path:
+    return small_run
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def row(step: int, **more: Any) -> dict[str, Any]:
     } | more  # fmt: skip
 
 
-def folder(path: Path, rows: list[Any], events: list[Any] = (), config: str = "") -> Path:  # type: ignore[assignment]
+def folder(path: Path, rows: Sequence[Any], events: Sequence[Any] = (), config: str = "") -> Path:
     """A run's folder with such files."""
     path.mkdir()
     for name, lines in (("metrics.jsonl", rows), ("events.jsonl", events)):
