@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from ..errors import Problem, nearest
 from ..reading.hints import meant
 from ..schema import CODED_STATES, AdamWConfig, Config
@@ -47,8 +49,8 @@ def _optimizer(config: Config) -> list[Problem]:
     if memory.offload_optimizer == "disk" and memory.offload_disk is None:
         message = "memory.offload_optimizer=disk needs a folder on a disk of the node; set memory.offload_disk"
         problems.append(Problem("memory.offload_disk", message, ("memory.offload_optimizer",)))
-    if memory.optimizer_subgroup_mib <= 0:
-        message = f"{memory.optimizer_subgroup_mib:g} MiB hold no subgroup; set more than 0, as 64"
+    if not 0 < memory.optimizer_subgroup_mib < inf:
+        message = f"{memory.optimizer_subgroup_mib:g} MiB are no size of a subgroup; set more than 0, as 64"
         problems.append(Problem("memory.optimizer_subgroup_mib", message))
     return [*problems, *_states(config)]
 
