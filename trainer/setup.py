@@ -203,12 +203,11 @@ def make_model(
     Raises:
         OtherSlices: this rank's part is of other slices than `kept`.
     """
-    dtype = DTYPES[cfg.train.dtype]
+    dtype, pipeline = DTYPES[cfg.train.dtype], Pipeline.of(cfg)
     # One replica alone has nothing to shard.
     fsdp = cfg.parallel.data.sharding == "fsdp" and mesh.axis("data").size > 1
     # FSDP2 keeps masters as parameters and casts when it gathers; flat buckets keep masters beside the parameters.
     held = torch.float32 if fsdp and dtype == torch.bfloat16 else dtype
-    pipeline = Pipeline.of(cfg)
     stages = pipeline.stages_of(mesh.axis("pp").rank)
     model, where = build_model(
         cfg.model,

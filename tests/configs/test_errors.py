@@ -158,6 +158,11 @@ WRONG += [
         "memory.token_share",
         ["0.5", "rows of moe", "add some of norm"],
     ),
+    (
+        ["memory.offload_optimizer=host", "memory.optimizer_subgroup_mib=nan"],
+        "memory.optimizer_subgroup_mib",
+        ["nan MiB are no size", "as 64"],
+    ),
     (["memory.offload_optimizer=auto"], "memory.offload_optimizer", ["auto", "set hardware.memory_gib"]),
     (
         ["memory.offload_optimizer=auto", "hardware.memory_gib=80", "optim.states=int4"],

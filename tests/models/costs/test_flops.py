@@ -22,7 +22,9 @@ from pentad.models.costs.flops import (
     step_flops,
     unmasked_pairs,
 )
+from pentad.models.costs.kept import SomeTokens
 from pentad.models.costs.recompute import flops_again
+from pentad.parallel.token_blocks import TokenBlocks
 from tests.jobs import DENSE
 
 # Parameters of the released checkpoints, in units of 1e9 (model cards and safetensors metadata).
@@ -156,6 +158,14 @@ def test_kinds_of_a_mixture() -> None:
     everything = dict.fromkeys(range(61), "full")
     found = flops_again(model("deepseek_v3"), 4096, 0.0, everything)
     assert found == step_flops(model("deepseek_v3"), 4096, 0.0).layers / 3
+
+
+def test_of_some_tokens_only_the_rest_is_made_again_but_experts_are() -> None:
+    mixtral, blocks = model("mixtral_8x7b"), TokenBlocks(64, 48)
+    for part, elements in (("attention", 4096 * (4096 + 2 * 1024)), ("moe", 2 * 2 * 4096 * 14336)):
+        again = 1.0 if part == "moe" else 0.25
+        choice = SomeTokens(frozenset({part, "norm"}), blocks)
+        assert flops_again(mixtral, 4096, 0.0, {0: choice}) == 2 * 4096 * elements * again
 
 
 def _with_moe(config: ModelConfig, **changes: object) -> ModelConfig:
