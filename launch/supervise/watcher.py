@@ -332,7 +332,9 @@ class Watcher:
             folder = record_folder(self.run_dir)
             folder.mkdir(parents=True, exist_ok=True)
             publish_text(folder / VERDICT, json.dumps(verdict.as_dict(), indent=1) + "\n")
-            event = {"time": verdict.at, "event": "verdict", **verdict.as_dict()}
+            # Without the step, which was not done: a run that failed in its first one has used nothing of its folder.
+            about = {key: value for key, value in verdict.as_dict().items() if key not in ("step", "at")}
+            event = {"time": verdict.at, "event": "verdict", **about}
             with open(self.run_dir / RunFile.EVENTS, "ab", buffering=0) as file:
                 file.write(json.dumps(event).encode() + b"\n")
         self._tell(verdict)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.chaos.harness import Outcome, draw, right, run_job
-from tests.launch.chaos.inject import PAUSE, Fault
+from tests.launch.chaos.inject import KINDS, PAUSE, Fault
 
 _QUICK = ["faults.alive_s=1.5", "faults.hang_s=2", "faults.pause_s=4"]
 
@@ -25,6 +25,9 @@ def _expect(fault: Fault, outcome: Outcome) -> None:
 def test_a_fault_is_named_and_ends_the_job(tmp_path: Path, kind: str) -> None:
     fault = Fault(kind, rank=2, step=1, call=3, mark="")
     _expect(fault, run_job(tmp_path, "tp2 dp2", fault, *_QUICK))
+    events = [json.loads(line) for line in (tmp_path / "a" / "events.jsonl").read_text().splitlines()]
+    (verdict,) = [event for event in events if event["event"] == "verdict"]
+    assert verdict["kind"] == KINDS[kind] and "step" not in verdict, "a step that was not done is none of the run's"
 
 
 @pytest.mark.slow
