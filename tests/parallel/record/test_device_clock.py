@@ -148,7 +148,7 @@ def test_what_the_host_does_costs_what_the_device_idles_meanwhile() -> None:
     rank.device.now += 100_000
     rank.clock.settle(rank.recorder)
     window = rank.clock.window(0)
-    assert window == (1_000_000, 1_061_000)
+    assert window is not None and window == (1_000_000, 1_061_000)
     parts = _parts(rank.reader.read(1, *window))
     assert parts[TimePart.CHECKPOINT] == 51_000 - 36_000 and parts[TimePart.DATA] == 10_000
 

@@ -20,7 +20,8 @@ _LATE_S = 0.2
 
 
 def test_marks_are_in_the_entry_and_the_first_ones_count(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "r.ring", rank=0, world=1, entries=4)
+    path = tmp_path / "r.ring"
+    recorder = Recorder(path, rank=0, world=1, entries=4)
     kind = recorder.intern("all_gather")
     for _ in range(5):  # the fifth comes into the slot of the first
         ticket = recorder.enter(kind)
@@ -28,10 +29,10 @@ def test_marks_are_in_the_entry_and_the_first_ones_count(tmp_path: Path) -> None
     time.sleep(0.002)
     recorder.waits(ticket)
     recorder.exit(ticket, arrived=17, cpu=23)
-    end = reader.read(recorder.path).entries[-1]["end"]
+    end = reader.read(path).entries[-1]["end"]
     recorder.exit(ticket, arrived=18)
     beside = recorder.fork().enter(kind)
-    entries = reader.read(recorder.path).entries
+    entries = reader.read(path).entries
     last = entries[entries["ticket"] == ticket][0]
     assert (last["arrived"], last["cpu"], last["end"]) == (17, 23, end)
     assert last["start"] <= last["waited"] <= last["end"] - 2_000_000
@@ -41,14 +42,15 @@ def test_marks_are_in_the_entry_and_the_first_ones_count(tmp_path: Path) -> None
 
 
 def test_a_long_collection_of_garbage_is_recorded(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "r.ring", rank=0, world=1, entries=64)
+    path = tmp_path / "r.ring"
+    recorder = Recorder(path, rank=0, world=1, entries=64)
     with recorded_collections(recorder):
         cycles = [[] for _ in range(200_000)]
         for cycle in cycles:
             cycle.append(cycle)
         gc.collect()
     gc.collect()
-    ring = reader.read(recorder.path)
+    ring = reader.read(path)
     names = [ring.name(kind) for kind in ring.entries["kind"]]
     assert kinds.COLLECT in names
     assert (ring.entries["end"] - ring.entries["start"] >= 200_000).all()

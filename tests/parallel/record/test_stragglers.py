@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,5 +97,6 @@ def test_the_reason_is_what_the_rank_exceeds_its_peers_in(cause: str, reason: Re
         (*_, asleep) = _run([0] * 4, lambda _: STEP_S + excess, contention=excess)
         assert asleep.rank == 2 and asleep.reason == Reason.COMPUTE
     else:
-        (*_, last) = _run([0] * 4, lambda _: np.full(4, STEP_S), **{cause: excess})
+        parts: dict[str, Any] = {cause: excess}
+        (*_, last) = _run([0] * 4, lambda _: np.full(4, STEP_S), **parts)
     assert last.rank == 2 and last.reason == reason and last.confirmed
