@@ -233,6 +233,9 @@ class LogConfig:
     """Project of the W&B run."""
     tensorboard: bool = False
     """TensorBoard event files in RUN/tensorboard."""
+    prometheus: str | None = None
+    """The newest step's metrics for Prometheus: a port on the host of rank 0, where /metrics answers, or a file
+    FILE.prom for the textfile collector of node-exporter; none: neither."""
     profile: tuple[int, ...] = ()
     """Steps to trace with the torch profiler into RUN/profile."""
     modules: tuple[int, ...] = ()

@@ -52,7 +52,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_used() -> None:
         for d in ds
         if name != "dev"
     }
-    names = {"pyyaml": "yaml"}
+    names = {"pyyaml": "yaml", "prometheus-client": "prometheus_client"}
     imported: set[str] = set()
     for room in ROOMS:
         for file in (ROOT / room).rglob("*.py"):

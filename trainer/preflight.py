@@ -26,8 +26,12 @@ from .pipeline.stage_layers import empty_stages
 from .text.prompts import prompt_problems
 from .text.tokenizer_files import of_job
 
-_PACKAGES = {"log.wandb": ("wandb", "wandb"), "log.tensorboard": ("tensorboard", "tensorboard")}
-"""Key: the package that it needs, and the extra of ours that installs it."""
+_PACKAGES = {
+    "log.wandb": ("wandb", "wandb", "false"),
+    "log.tensorboard": ("tensorboard", "tensorboard", "false"),
+    "log.prometheus": ("prometheus_client", "prometheus", "null"),
+}
+"""Key: the package that it needs, the extra of ours that installs it, and the value that does without."""
 
 
 def preflight(cfg: Config, *, memory: bool = True) -> None:
@@ -88,10 +92,10 @@ def _tokenizer_problems(cfg: Config) -> list[Problem]:
 
 def missing_packages(cfg: LogConfig) -> list[Problem]:
     """The trackers that are asked for and not installed."""
-    wanted = {"log.wandb": cfg.wandb, "log.tensorboard": cfg.tensorboard}
+    wanted = {"log.wandb": cfg.wandb, "log.tensorboard": cfg.tensorboard, "log.prometheus": cfg.prometheus}
     return [
-        Problem(key, f"true, but {package} is not installed; install pentad[{extra}] or set {key}=false")
-        for key, (package, extra) in _PACKAGES.items()
+        Problem(key, f"is set, but {package} is not installed; install pentad[{extra}] or set {key}={without}")
+        for key, (package, extra, without) in _PACKAGES.items()
         if wanted[key] and importlib.util.find_spec(package) is None
     ]
 

@@ -346,6 +346,10 @@ def _run(config: Config) -> list[Problem]:
         if outside:
             message = f"steps {outside} are not among the run's 1 to train.steps={config.train.steps}"
             problems.append(Problem(key, message, ("train.steps",)))
+    target = config.log.prometheus
+    if target is not None and not (1 <= int(target) <= 65535 if target.isdecimal() else target.endswith(".prom")):
+        message = f"is {target!r}; give a port from 1 to 65535, or a file whose name ends in .prom"
+        problems.append(Problem("log.prometheus", message))
     problems += _limits(config)
     c = config.checkpoint
     if c.init is not None and c.resume is not None and c.resume != "latest":

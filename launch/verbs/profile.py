@@ -46,6 +46,7 @@ def profile(config: str, overrides: Sequence[str], *, imports: Sequence[str] = (
         own = [
             *overrides, f"runs_dir={folder}", "name=profile", f"checkpoint.dir={folder}/profile/checkpoints",
             f"train.steps={steps[-1]}", f"log.modules={steps}", "log.wandb=false", "log.tensorboard=false",
+            "log.prometheus=null",
             "checkpoint.every=0", "checkpoint.final=false", "checkpoint.resume=null", "eval.every=0",
             f"log.every={steps[-1]}",
         ]  # fmt: skip

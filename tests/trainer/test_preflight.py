@@ -35,8 +35,8 @@ def test_missing_packages_and_folders_in_the_way_are_reported_together(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (tmp_path / "file").write_text("")
-    found = _problems("log.wandb=true", "log.tensorboard=true", f"runs_dir={tmp_path}/file/runs")
-    assert found.keys() == {"log.wandb", "log.tensorboard", "runs_dir"}
+    found = _problems("log.wandb=true", "log.tensorboard=true", "log.prometheus=9400", f"runs_dir={tmp_path}/file/runs")
+    assert found.keys() == {"log.wandb", "log.tensorboard", "log.prometheus", "runs_dir"}
     assert "pentad[wandb]" in found["log.wandb"]
     assert "file is not a folder" in found["runs_dir"]
 

@@ -7,6 +7,8 @@ import importlib.util
 import io
 import json
 import resource
+import socket
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -211,11 +213,47 @@ def test_tensorboard_files_are_readable(tmp_path: Path) -> None:
     assert len(rows(tmp_path / "metrics.jsonl")) == 5
 
 
+PROMETHEUS = pytest.mark.skipif(
+    importlib.util.find_spec("prometheus_client") is None, reason="prometheus-client is not installed"
+)
+
+
+@PROMETHEUS
+def test_prometheus_reads_the_newest_step(tmp_path: Path) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    def told(text: str) -> dict[str, float]:
+        found = [s for family in text_string_to_metric_families(text) for s in family.samples]
+        assert {s.labels["run"] for s in found} == {"named"}
+        return {s.name: s.value for s in found}
+
+    file = tmp_path / "node" / "pentad.prom"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for target in (str(file), str(port)):
+        sinks = make_sinks(LogConfig(prometheus=target), tmp_path / "named", {}, total_steps=5)
+        sinks.log(report(step=4, loss=3.0))
+        if target == str(file):
+            assert told(file.read_text())["pentad_step"] == 4
+        else:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+                assert told(answer.read().decode())["pentad_loss_train"] == 3.0
+            with pytest.raises(UserError, match=r"log\.prometheus: \d+ cannot be used"):
+                make_sinks(LogConfig(prometheus=target), tmp_path / "other", {}, total_steps=5)
+        sinks.log(report(step=5, loss=2.0))
+        sinks.add(held_out(5, 1.0))
+        sinks.close()
+    found = told(file.read_text())
+    assert (found["pentad_step"], found["pentad_loss_train"], found["pentad_loss_val"]) == (5, 2.0, 1.0)
+    assert found["pentad_perf_mfu"] == pytest.approx(0.2)
+    assert sorted(path.name for path in file.parent.iterdir()) == ["pentad.prom"]
+
+
 def test_missing_packages_are_named_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:
-        make_sinks(LogConfig(wandb=True, tensorboard=True), tmp_path / "run", {}, 5)
-    assert [p.key for p in caught.value.problems] == ["log.wandb", "log.tensorboard"]
+        make_sinks(LogConfig(wandb=True, tensorboard=True, prometheus="9400"), tmp_path / "run", {}, 5)
+    assert [p.key for p in caught.value.problems] == ["log.wandb", "log.tensorboard", "log.prometheus"]
     assert "pentad[wandb]" in str(caught.value) and not (tmp_path / "run").exists()
 
 

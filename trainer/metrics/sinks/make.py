@@ -15,6 +15,7 @@ from ..notices import warn
 from ..report import Report
 from .console import ConsoleSink
 from .jsonl import JsonlSink
+from .prometheus import PrometheusSink
 from .protocol import Sink
 from .tensorboard import TensorBoardSink
 from .wandb import WandbSink
@@ -83,4 +84,6 @@ def make_sinks(
         sinks.append(WandbSink(cfg.wandb_project, run_dir, config_dict, resume_step))
     if cfg.tensorboard:
         sinks.append(TensorBoardSink(run_dir / RunFile.TENSORBOARD, resume_step))
+    if cfg.prometheus is not None:
+        sinks.append(PrometheusSink(cfg.prometheus, run_dir.absolute().name))
     return SinkSet(sinks)
