@@ -167,7 +167,7 @@ CASES: list[tuple[list[str], str, list[str], Observe | None]] = [
     (["data.name=bin", "data.paths=[tokens]"], "data.cache=elsewhere", ["data.name=text"], None),
     ([], "eval.steps=9", ["eval.every=1"], None),
     (["eval.every=1"], "eval.prompt_tokens=9", ["eval.prompts=[a]"], None),
-    (["faults.watch=false", "faults.pause_s=300"], "faults.hang_s=9", ["faults.watch=true"], None),
+    (["faults.watch=false"], "faults.pause_s=400", ["faults.watch=true"], None),
     ([], "log.wandb_project=mine", ["log.wandb=true"], None),
 ]
 
