@@ -26,6 +26,7 @@ PATHS = (
     "checkpoint.dir",
     "checkpoint.resume",
     "checkpoint.init",
+    "log.prometheus",
 )
 """Every key whose text, list of texts or names of a mapping are paths. `resolve` expands them; nobody does later."""
 TOKENIZER_FILE = "tokenizer.json"

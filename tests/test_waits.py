@@ -98,6 +98,9 @@ WAITS = {
     },
     "trainer/data/unfinished.py": {"": FILES},
     "trainer/metrics/peak.py": {"measure_cpu_peak": ABORT},
+    "trainer/metrics/sinks/prometheus.py": {
+        "PrometheusSink.__init__": "when a run has ended, for an answer that is being given: 5 s at most",
+    },
     "trainer/metrics/products.py": {"ceiling_tflops": ABORT, "_seconds_of.done": DEVICE},
     "trainer/optim/offload.py": {"": HANDLE, "OffloadedStates._calibrated": DEVICE},
     "trainer/overlap.py": {"": HANDLE, "OverlapTuner._synchronize": DEVICE},

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 _BLOCK, _HEADER, _FILE_HEADER = 32768, 7, 7
+_WRITTEN_S = 30.0
 _WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
@@ -26,15 +28,32 @@ def _bodies(data: bytes) -> Iterator[bytes]:
             yield begun
 
 
-def read_offline(run_dir: Path) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """Of the newest run in a folder: the rows of the history, keys with slashes, and (title, text) of the alerts."""
+def _records(file: Path) -> list[Any]:
+    """All records of a run that has ended: the process that writes them does so after the run's last call returned."""
     from wandb.proto import wandb_internal_pb2
 
-    (*_, file) = sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+    until = time.monotonic() + _WRITTEN_S
+    while True:
+        records = []
+        for body in _bodies(file.read_bytes()):
+            records.append(wandb_internal_pb2.Record())  # type: ignore[attr-defined]
+            records[-1].ParseFromString(body)
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < until, f"{file} does not end"
+        time.sleep(0.05)
+
+
+def _began(file: Path) -> float:
+    """When the folder's first file was made; the log itself is written to until the end."""
+    return min(path.stat().st_mtime for path in file.parent.rglob("*") if path.is_file())
+
+
+def read_offline(run_dir: Path) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Of the newest run in a folder: the rows of the history, keys with slashes, and (title, text) of the alerts."""
+    (*_, file) = sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"), key=_began)
     rows, alerts = [], []
-    for body in _bodies(file.read_bytes()):
-        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-        record.ParseFromString(body)
+    for record in _records(file):
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
             rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})

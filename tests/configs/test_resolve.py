@@ -24,6 +24,7 @@ NOTHING = {
     "data.eod": "documents end where the index says",
     "checkpoint.resume": "from the start",
     "checkpoint.init": "drawn weights",
+    "log.prometheus": "nobody asks",
     "hardware.preset": "written out",
     "hardware.peak_tflops": "by the device's name, or measured",
     "hardware.memory_gib": "not known",

@@ -13,6 +13,8 @@ from ..report import Report
 
 _EVERY_S = 5.0
 """Between two writes of the file, which is read every 15 s or so."""
+_SHUT_S = 5.0
+"""For an answer that is being given; then its thread, a daemon, is left behind."""
 _NO_LETTER = re.compile(r"[^a-zA-Z0-9_]")
 
 
@@ -39,7 +41,7 @@ class PrometheusSink:
         try:
             if target.isdecimal():
                 server, thread = start_http_server(int(target), registry=self._registry)
-                self._close = lambda: (server.shutdown(), server.server_close(), thread.join())
+                self._close = lambda: (server.shutdown(), server.server_close(), thread.join(_SHUT_S))
             else:
                 self._path = Path(target).absolute()
                 self._path.parent.mkdir(parents=True, exist_ok=True)
