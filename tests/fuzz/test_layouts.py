@@ -147,6 +147,7 @@ def _axes(cases: list[Case]) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_few_cases_meet_what_matters_most(work: Path) -> None:
     met = _axes([draw_case(seed, work / "corpora" / "case") for seed in SEEDS])
     axes = {f"axis {axis}" for axis in ("tp", "pp", "cp", "dp", "ep", "etp")}

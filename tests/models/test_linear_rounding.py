@@ -61,6 +61,7 @@ def _tensors_apart(one: list[Trained], other: list[Trained]) -> dict[str, float]
     return {name: float(norm(mine[name] - x) / norm(x)) for name, x in theirs.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_ranks_differ_from_one_process_by_no_more_than_moved_parameters():
     one = run_distributed(train, 1, job(model=MODEL, steps=STEPS), False, group=False)[0]

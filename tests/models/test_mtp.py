@@ -69,7 +69,7 @@ PIPELINES = {
 }
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp 2, states on the host": {"dp": 2, "sharding": "zero1", "dtype": "bf16", "memory": ON_HOST},
     "dp 2, fsdp": {"dp": 2, "sharding": "fsdp", "global_batch": 4},
 }
+QUICK = ("dp 2, ep 2, selection bias",)
+"""Where a step of `make test` breaks off at every operation."""
 
 
 def run_step(session: Session, step: int) -> StepResult:
@@ -177,7 +179,7 @@ def _reopened(rank: int, world: int, cfg: Config, every: int) -> Any:
     return curve, last, (calls.data, calls.peak), sharded or len(places) == 1
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_goes_on_over_sessions(layout: str) -> None:
@@ -341,19 +343,10 @@ def _reset(session: Session) -> StepResult | None:
     return done
 
 
-@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "layout",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.slow
-            if name in ("dp 2, fsdp", "pp 2, split backward", "pp 2, balanced vocabulary", "dp 2, states on the host")
-            else (),
-        )
-        for name in LAYOUTS
-    ],
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS],
 )
 def test_a_step_that_breaks_off_at_any_operation_is_repeated_or_ended(layout: str, tmp_path: Path) -> None:
     cfg = job(**{"bucket_mib": 1.0, **LAYOUTS[layout]})

@@ -38,6 +38,7 @@ def test_any_fault_anywhere_is_named_and_ends_the_job(tmp_path: Path, seed: int)
     _expect(fault, run_job(tmp_path, layout, fault))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_save_of_two_seconds_and_an_evaluation_are_no_faults(tmp_path: Path) -> None:
     more = [*_QUICK, "train.steps=5", "checkpoint.every=3", "checkpoint.asynchronous=false", "eval.every=2"]

@@ -22,6 +22,7 @@ CASES = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES)
 def test_trains_like_one_process(case):

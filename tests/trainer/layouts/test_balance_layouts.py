@@ -48,7 +48,7 @@ def field(trained: Trained, name: str) -> torch.Tensor:
     return torch.stack([step[:, FIELDS.index(name)] for step in trained.routed if step is not None])
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("balance", "layout"),
@@ -68,6 +68,7 @@ def test_layout(balance, layout):
         assert (field(ranks[0], "aux") > 0.5).all()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("balance", ["sequence", "global_batch", "bias"])
 def test_accumulation_changes_nothing(balance):
@@ -83,7 +84,7 @@ def test_accumulation_changes_nothing(balance):
             assert torch.equal(buffer, expected.buffers[name])
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["expert_choice", "sinkhorn"])
 @pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
@@ -109,6 +110,7 @@ def test_local_capacity_depends_on_the_layout():
         check(**wanted, tp=2)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_losses_matter():
     """Training differs with each, the balancing loss evens out the load and the z-loss keeps logits small."""

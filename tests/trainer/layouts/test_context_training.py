@@ -102,7 +102,7 @@ def _name(case: Case) -> str:
     return "-".join([*words, *(word for word in ("documents", "window") if case[word])])
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "case",
@@ -154,7 +154,7 @@ def test_hybrid_stacks(method):
     check(cp=2, tp=2, pp=2, context=context, model=model, masked=True, recompute="full", steps=5, optim="sgd")
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("cp", "context"),
@@ -173,7 +173,7 @@ def test_any_method_beside_linear_attention_is_only_slower(cp, context):
     check(cp=cp, context={**context, "placement": "contiguous"}, model=model, masked=True, steps=5, optim="sgd")
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("method", ["allgather", "ulysses"])
 @pytest.mark.parametrize("cp", [2, 4])

@@ -123,7 +123,7 @@ def _name(case: Case) -> str:
     return "-".join([*words, *(word for word in ("shared", "bias", "dense_layers", "documents") if case[word])])
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "case",

@@ -64,7 +64,7 @@ ALWAYS = {("alone", "none"), ("gis-balanced", "none"), ("po-h", "none"), ("exper
 """Run by `make test` too."""
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("name", "recompute"),

@@ -74,7 +74,7 @@ def _name(case: Case) -> str:
     return "-".join([*words, *(word for word in ("tied", "documents") if case[word])])
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "case",

@@ -56,7 +56,7 @@ def choices(layout: dict[str, Any]) -> list[MemoryConfig]:
     return found
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in EVERY]

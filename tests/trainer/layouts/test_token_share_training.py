@@ -42,7 +42,7 @@ def choices(layout: dict[str, Any]) -> list[MemoryConfig]:
     return found
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow) for name in LAYOUTS]
@@ -61,6 +61,7 @@ def test_curves_are_those_of_the_same_layout(name: str) -> None:
     assert last[0] < first[0] and last[2] == 0.0
 
 
+@pytest.mark.sample(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", [{"group": 1}, pytest.param({"pp": 2, "tp": 2}, marks=pytest.mark.slow)])
 def test_a_run_goes_on(tmp_path: Path, layout: dict[str, Any]) -> None:

@@ -80,6 +80,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_gives_the_tokens_of_one_process(name: str) -> None:
