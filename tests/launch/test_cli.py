@@ -18,6 +18,12 @@ from pentad.trainer.memory.estimate import per_rank
 from tests.jobs import DENSE
 
 
+@pytest.fixture(autouse=True)
+def _no_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where nobody has run anything yet: `check` warns of a folder that holds a run."""
+    monkeypatch.chdir(tmp_path)
+
+
 def _run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, list[str]]:
     """Exit code, stdout, and the lines of stderr."""
     code = main(argv)
