@@ -17,7 +17,8 @@ from pentad.models.moe import Moe
 from pentad.parallel.comm import slab
 from pentad.parallel.comm.host_memory import HostMemory
 from pentad.parallel.pipeline.program import Program
-from pentad.trainer.memory.estimate import Memory, per_rank
+from pentad.trainer.memory.estimate import GIB, Memory, per_rank
+from pentad.trainer.memory.plan import MARGIN, decided
 from tests.distributed import run_distributed
 from tests.peak_bytes import PeakBytes
 from tests.training import Run, world_of
@@ -133,3 +134,16 @@ def compare(cfg: Config, *, named: bool = False) -> list[Compared]:
         most = max((each for each in ranks if each.place == place), key=lambda each: each.peak)
         found.append(Compared(most, per_rank(cfg, most.routed, program=most.program)[place]))
     return found
+
+
+def most_bytes(cfg: Config) -> int:
+    """What the memory model says of the rank that needs most."""
+    return max(memory.total for memory in per_rank(cfg))
+
+
+def check_that_the_plan_fits(cfg: Config) -> None:
+    """What is chosen for a job with a limit of its devices keeps within it, as predicted and when it is run."""
+    chosen, limit = decided(cfg), GIB * (cfg.hardware.memory_gib or 0.0)
+    assert chosen.memory.plan and most_bytes(chosen) <= MARGIN * limit
+    for each in compare(chosen):
+        assert each.measured.peak <= limit, (each.measured.place, each.predicted, cfg)

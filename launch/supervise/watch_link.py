@@ -19,7 +19,8 @@ from typing import Any
 
 from ...configs.strict_json import JsonError, expect_int, expect_list, expect_object, expect_text, parse_json
 
-_MOST_BYTES = 64 << 20
+_MOST_BYTES, _MOST_OF_STRANGERS = 64 << 20, 1 << 16
+"""Of a message; of one from somebody who has not shown the token."""
 _PART = 1 << 16
 
 
@@ -56,7 +57,7 @@ class End:
             part = self.connection.recv(_PART)
         except OSError as error:
             raise ConnectionError(str(error)) from error
-        if not part or len(self._buffer) > _MOST_BYTES:
+        if not part or len(self._buffer) > (_MOST_BYTES if self.known else _MOST_OF_STRANGERS):
             raise ConnectionError("closed")
         *lines, self._buffer = (self._buffer + part).split(b"\n")
         for line in lines:

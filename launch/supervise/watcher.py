@@ -1,10 +1,10 @@
 """The watcher of a node: sees ranks die, hang or go astray, says which and why, and ends the job at once.
 
-    python -m pentad.launch.supervise.watcher FOLDER | REQUEST
+    python -m pentad.launch.supervise.watcher FOLDER | -
 
-FOLDER is that of a launcher, in which the node's first rank leaves the request; a REQUEST is the JSON text itself, from
-a rank that somebody else's launcher started. The process never imports torch: it must be there early, small, and able
-to judge ranks whose interpreter is held or whose process is stopped.
+FOLDER is that of a launcher, in which the node's first rank leaves the request; with - the request comes from standard
+input, of a rank that somebody else's launcher started. The process never imports torch: it must be there early, small,
+and able to judge ranks whose interpreter is held or whose process is stopped.
 """
 
 from __future__ import annotations
@@ -370,8 +370,8 @@ class Watcher:
 
 def main(argument: str) -> int:
     """Watches what the argument says."""
-    if argument.startswith("{"):
-        return Watcher(WatchRequest.load(argument.encode()), _print).run()
+    if argument == "-":
+        return Watcher(WatchRequest.load(sys.stdin.buffer.read()), _print).run()
     folder = Path(argument)
     signal_self_when_orphaned(signal.SIGKILL)  # the launcher's ranks say themselves what they lost
 

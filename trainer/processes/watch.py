@@ -80,14 +80,17 @@ class WatchRequest:
 def start_watcher(request: WatchRequest) -> None:
     """Starts a watcher that outlives this rank and ends with the last rank of the node. A job runs without one too."""
     with contextlib.suppress(OSError):
-        subprocess.Popen(
-            [sys.executable, "-m", WATCHER, request.dump()],
-            stdin=subprocess.DEVNULL,
+        process = subprocess.Popen(
+            [sys.executable, "-m", WATCHER, "-"],
+            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
             pass_fds=[request.listener] if request.listener >= 0 else [],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
+        assert process.stdin is not None
+        with process.stdin as way:  # not an argument: those of a process are everybody's to read, and there is a token
+            way.write(request.dump().encode())
 
 
 def between_nodes(request: WatchRequest, rank: int, store: dist.Store, address: str) -> WatchRequest:

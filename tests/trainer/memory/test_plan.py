@@ -18,7 +18,7 @@ from pentad.trainer.memory.fit import memory_findings
 from pentad.trainer.memory.plan import MARGIN, decided, groups_of, planned
 from pentad.trainer.pipeline.programs import Pipeline
 from tests.distributed import run_distributed
-from tests.measured_memory import compare
+from tests.measured_memory import check_that_the_plan_fits, most_bytes
 from tests.trainer.memory.layouts import draw_job
 from tests.training import curve, job
 
@@ -27,15 +27,11 @@ SAMPLE = (2,)
 MARKED = [pytest.param(s, marks=[] if s in SAMPLE else pytest.mark.slow) for s in SEEDS]
 
 
-def _most(cfg: Config) -> int:
-    return max(memory.total for memory in per_rank(cfg))
-
-
 def _auto(cfg: Config, share: float) -> Config:
     """The job on devices that have room for this share of what can be made again at all."""
     train = replace(cfg.train, device="cpu")  # otherwise devices that are described are GPUs
     most, least = (
-        _most(replace(cfg, train=train, memory=replace(cfg.memory, recompute=each))) for each in ("none", "full")
+        most_bytes(replace(cfg, train=train, memory=replace(cfg.memory, recompute=each))) for each in ("none", "full")
     )
     gib = (least + share * (most - least)) / MARGIN / GIB
     memory = replace(cfg.memory, recompute="auto", recompute_parts=())
@@ -47,7 +43,7 @@ def draw(seed: int) -> Config:
     draws = random.Random(seed)
     while True:
         cfg = draw_job(draws.randrange(10**6))
-        none, full = (_most(replace(cfg, memory=replace(cfg.memory, recompute=each))) for each in ("none", "full"))
+        none, full = (most_bytes(replace(cfg, memory=replace(cfg.memory, recompute=each))) for each in ("none", "full"))
         if none > 1.15 * full:
             return _auto(cfg, draws.uniform(0.1, 0.9))
 
@@ -55,13 +51,7 @@ def draw(seed: int) -> Config:
 @pytest.mark.distributed
 @pytest.mark.parametrize("seed", MARKED)
 def test_what_is_chosen_fits_when_it_is_run(seed: int) -> None:
-    cfg = draw(seed)
-    chosen = decided(cfg)
-    assert chosen.memory.plan
-    limit = GIB * (cfg.hardware.memory_gib or 0.0)
-    assert _most(chosen) <= MARGIN * limit
-    for each in compare(chosen):
-        assert each.measured.peak <= limit, (each.measured.place, each.predicted, cfg)
+    check_that_the_plan_fits(draw(seed))
 
 
 @pytest.mark.parametrize("seed", MARKED)

@@ -20,7 +20,7 @@ from pentad.trainer.memory.plan import MARGIN, Group, decided, groups_of, planne
 from pentad.trainer.memory.stages import bench_of, ways_of
 from pentad.trainer.pipeline.programs import Pipeline, offloads
 from tests.distributed import run_distributed
-from tests.measured_memory import compare
+from tests.measured_memory import check_that_the_plan_fits, most_bytes
 from tests.same_training import worst
 from tests.trainer.memory.layouts import draw_job
 from tests.training import curve, job
@@ -30,10 +30,6 @@ SAMPLE = (2,)
 MARKED = [pytest.param(s, marks=[] if s in SAMPLE else pytest.mark.slow) for s in SEEDS]
 RECOMPUTE = ("selective", "none")
 PARTS = ("norm", "activation", "attention", "ffn")
-
-
-def _most(cfg: Config) -> int:
-    return max(memory.total for memory in per_rank(cfg))
 
 
 def draw(seed: int) -> Config:
@@ -46,7 +42,7 @@ def draw(seed: int) -> Config:
         train = replace(cfg.train, device="cpu")
         memory = replace(cfg.memory, recompute="selective", recompute_parts=PARTS, recompute_layers=None)
         cfg = replace(cfg, train=train, hardware=hardware, memory=memory)
-        least, most = _most(cfg), _most(replace(cfg, memory=replace(memory, recompute="none")))
+        least, most = most_bytes(cfg), most_bytes(replace(cfg, memory=replace(memory, recompute="none")))
         if most > 1.15 * least:
             break
     gib = (least + draws.uniform(0.1, 0.9) * (most - least)) / MARGIN / GIB
@@ -57,11 +53,7 @@ def draw(seed: int) -> Config:
 @pytest.mark.distributed
 @pytest.mark.parametrize("seed", MARKED)
 def test_what_is_chosen_fits_when_it_is_run(seed: int) -> None:
-    cfg = draw(seed)
-    chosen, limit = decided(cfg), GIB * (cfg.hardware.memory_gib or 0.0)
-    assert chosen.memory.plan and _most(chosen) <= MARGIN * limit
-    for each in compare(chosen):
-        assert each.measured.peak <= limit, (each.measured.place, each.predicted, cfg)
+    check_that_the_plan_fits(draw(seed))
 
 
 @pytest.mark.parametrize("seed", MARKED)
@@ -154,7 +146,9 @@ def test_the_host_bounds_the_share() -> None:
 @pytest.mark.distributed
 def test_training_is_that_of_the_same_job_without() -> None:
     cfg = job(pp=2, model={"layers": 4}, seq_len=64, steps=3, memory={"recompute_parts": PARTS})
-    most, least = (_most(replace(cfg, memory=replace(cfg.memory, recompute=each))) for each in ("none", "selective"))
+    most, least = (
+        most_bytes(replace(cfg, memory=replace(cfg.memory, recompute=each))) for each in ("none", "selective")
+    )
     limit = HardwareConfig(memory_gib=(least + 0.5 * (most - least)) / MARGIN / GIB)
     memory = replace(cfg.memory, recompute="selective", token_share="auto")
     auto = replace(cfg, hardware=limit, memory=memory, train=replace(cfg.train, device="cpu"))
