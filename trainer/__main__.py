@@ -16,6 +16,7 @@ from .memory.plan import decided
 from .preflight import preflight
 from .processes.failure import Failure
 from .processes.launchers import place
+from .processes.leaving import leave
 from .processes.meeting import Stopped
 from .processes.orphans import signal_self_when_orphaned
 from .processes.signals import NOTICES, StopRequest
@@ -124,4 +125,4 @@ def _tell_launcher(error: Exception, failure: Failure) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

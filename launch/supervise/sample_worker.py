@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from ...trainer.processes.leaving import leave
 from .worker import work
 
 if __name__ == "__main__":
     from ...trainer.text.sample_run import sample
 
-    sys.exit(work(Path(sys.argv[1]), sys.argv[2:], sample))
+    leave(work(Path(sys.argv[1]), sys.argv[2:], sample))

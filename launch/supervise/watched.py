@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 import select
@@ -59,6 +60,8 @@ class WatchedRank:
         self.path, self.host, self._patience = path, host, patience
         fd, self.header = open_ring(path, None, write=True)
         self._fd = fd
+        with contextlib.suppress(OSError):  # of file systems without locks
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # other jobs sweep away the rings of the dead
         self._words = memoryview(mmap.mmap(fd, HEADER_BYTES)).cast("q")
         self._words[WATCHED_WORD] = 1
         self.pidfd: int | None = None

@@ -16,6 +16,7 @@ from ...configs import Config
 from ...parallel.comm.process_ids import ProcessId
 from ...trainer.__main__ import main
 from ...trainer.processes.failure import Failure
+from ...trainer.processes.leaving import leave
 from ...trainer.processes.start import Start
 from ...trainer.processes.watch import WatchRequest
 from .worker_files import WATCH, publish_text
@@ -39,4 +40,4 @@ def work(folder: Path, argv: list[str], job: Callable[[Config, Start], int] | No
 
 
 if __name__ == "__main__":
-    sys.exit(work(Path(sys.argv[1]), sys.argv[2:]))
+    leave(work(Path(sys.argv[1]), sys.argv[2:]))

@@ -375,8 +375,9 @@ def _allocate(path: Path | None, size: int) -> mmap.mmap:
     try:
         _reserve(fd, size)
         with suppress(OSError):
-            # Held by the mapping until the process ends: whoever can lock the file knows that its writer is dead.
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Held by the mapping until the process ends: whoever can lock the file for itself alone knows that its
+            # writer is dead, and that no watcher means to keep it.
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return mmap.mmap(fd, size)
     except OSError:
         path.unlink(missing_ok=True)
