@@ -96,6 +96,13 @@ def _from_file(config: Config) -> bool:
     return is_program(config.parallel.pipeline_in_use.schedule or "")
 
 
+def _has_copies(config: Config) -> bool:
+    """Whether several ranks hold the same parameters: replicas, norms under tp, the tables of both pipeline ends."""
+    p, model = config.parallel, config.model
+    ends = p.pp > 1 and p.pipeline_in_use.vocab == "ends" and (model.tied or model.mtp > 0)
+    return p.tp > 1 or ends or (p.dp * p.cp > 1 and p.data.sharding != "fsdp")
+
+
 JOB: tuple[Inert[Config], ...] = (
     Inert(
         ("model.moe.pad", "model.moe.overlap_chunks"),
@@ -143,6 +150,11 @@ JOB: tuple[Inert[Config], ...] = (
     Inert(("eval.steps",), ("eval.every",), lambda c: c.eval.every == 0),
     Inert(("eval.prompt_tokens",), ("eval.prompts",), lambda c: not c.eval.prompts),
     Inert(("faults.alive_s", "faults.hang_s", "faults.pause_s"), ("faults.watch",), lambda c: not c.faults.watch),
+    Inert(
+        ("faults.numerics.replicas_every",),
+        ("parallel.tp", "parallel.dp", "parallel.cp", "parallel.data.sharding"),
+        lambda c: not _has_copies(c),
+    ),
     Inert(("log.wandb_project",), ("log.wandb",), lambda c: not c.log.wandb),
 )
 """Keys of a whole job that more than its model decides about."""

@@ -52,6 +52,7 @@ __all__ = [
     "MlaConfig",
     "ModelConfig",
     "MoeConfig",
+    "NumericsConfig",
     "OptimConfig",
     "Origin",
     "ParallelConfig",
@@ -246,6 +247,17 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NumericsConfig:
+    """Guards against bits that change by themselves (silent data corruption): docs/numerics.md."""
+
+    replicas_every: int = 0
+    """Steps between comparisons of the parameters that several ranks hold copies of; 0: never."""
+    checksums: bool = False
+    """Checksums of every gradient from when it is final until it is sent, and of parameters, masters and moments from
+    one update to the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FaultsConfig:
     """Guards against bad steps and hangs."""
 
@@ -267,6 +279,8 @@ class FaultsConfig:
     run's own pauses took, where that is more; derived: timeout_s / 10, at least 10."""
     pause_s: Derived[float] = DERIVED
     """The same in the first step, in an evaluation or a save; derived: timeout_s / 2."""
+    numerics: NumericsConfig = field(default_factory=NumericsConfig)
+    """Guards against bits that change by themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)

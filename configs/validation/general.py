@@ -81,6 +81,7 @@ _NOT_NEGATIVE = [
     "eval.every",
     "checkpoint.every",
     "checkpoint.keep",
+    "faults.numerics.replicas_every",
     "model.init_std",
     "model.mtp",
     "model.mtp_loss",
