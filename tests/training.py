@@ -24,6 +24,7 @@ from pentad.configs.schema import (
     LogConfig,
     MemoryConfig,
     ModelConfig,
+    NumericsConfig,
     OptimConfig,
     ParallelConfig,
     PipelineConfig,
@@ -73,6 +74,7 @@ def job(
     sharding: str = "ddp",
     bucket_mib: float = 0.02,
     optim: str | OptimConfig = "adamw",
+    numerics: dict[str, Any] | None = None,
     **train: Any,
 ) -> Config:
     """A resolved config; `train` overrides keys of that section, `model` may hold a MoeConfig."""
@@ -101,7 +103,7 @@ def job(
         eval=EvalConfig(),
         checkpoint=CheckpointConfig(),
         log=LogConfig(),
-        faults=FaultsConfig(timeout_s=60),
+        faults=FaultsConfig(timeout_s=60, numerics=NumericsConfig(**(numerics or {}))),
         hardware=HardwareConfig(),
     )
     return resolve(config)

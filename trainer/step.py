@@ -41,6 +41,7 @@ from ..parallel.vocab import Look
 from .data.dataset import Microbatch
 from .inputs import InputMaker
 from .metrics.live_bytes import LiveBytes
+from .numerics.guard import NumericsGuard
 from .optim.adamw_kernels import square_sum
 from .optim.optimizer import UpdateScalars
 from .optim.states import Optimizer
@@ -58,7 +59,9 @@ class StepResult:
     grad_norm: Tensor
     """Global norm of the gradient, before clipping."""
     skipped: Tensor
-    """1 where the gradient was not finite and nothing was updated."""
+    """1 where the gradient was not finite, or bits had changed by themselves, and nothing was updated."""
+    corrupted: Tensor
+    """Places, over all ranks and steps, whose bits were found changed by themselves."""
     stop: Tensor
     """Number of ranks that were asked to stop: all ranks see the same number after the same step."""
     worst: Handle
@@ -81,6 +84,7 @@ class _Step:
     """What the operations of one step, or of one evaluation, hand to each other; nothing of it outlives the step.
 
     Args:
+        number: of the step, from 0 on; −1: an evaluation.
         inputs: of each microbatch.
         lr: learning rate.
         stop: 1 where this rank was asked to stop.
@@ -90,6 +94,7 @@ class _Step:
         sequences: what layers know of a microbatch, of the last one that passed a stage: its part-stages share it.
     """
 
+    number: int
     inputs: list[Inputs]
     lr: float
     stop: Tensor
@@ -125,6 +130,8 @@ class Stepper:
         """Updates applied so far; skipped steps do not count."""
         self._zero = torch.zeros((), dtype=precise, device=self.device)
         self._square_sum = square_sum(cfg.optim, self.device)
+        self.guard = NumericsGuard.of(cfg, parts, optimizer, mesh)
+        """Finds bits that changed by themselves; none, where nobody wants to know."""
         self._maker = InputMaker(cfg, mesh, parts.device)
         self._vocabulary: BalancedVocabulary | None = None
         if parts.pipeline.split.balanced:
@@ -207,12 +214,16 @@ class Stepper:
         """
         self._begin(step, batches, 1.0 / max(valid, 1), lr, stop, watched)
         self.committed = False
+        if self.guard is not None:
+            self.guard.begin(step)
         self.replicas.start_step(len(batches))
         with nullcontext() if self.live is None else self.live.watching(), second_runs_in(self._remaking):
             count = None if self.live is None else self.live.count
             execute(self.ops, self._handlers, self.mesh.recorder, count)
         with self.mesh.recorder.span(self._settling):
             self.optimizer.settle()
+            if self.guard is not None:
+                self.guard.rest()
         outcome, self._step = self._now.outcome, None
         assert outcome is not None  # the program was checked: it has one NORM
         return outcome.result
@@ -230,6 +241,8 @@ class Stepper:
         if left is None:
             return None
         self.spent = self.mesh.degrees.world > 1
+        if self.guard is not None:
+            self.guard.forget()
         for runtime in (self._runtime, *(() if self._evaluation is None else self._evaluation[:1])):
             runtime.clear()
         for store in self.parts.stores.values():
@@ -299,7 +312,7 @@ class Stepper:
             what = "open a new session" if self.spent else "reset it"
             raise RuntimeError(f"a step was left half-way: {what} before the next one")
         inputs = [self._maker.make(batch, step, scale) for batch in batches]
-        self._step = _Step(inputs, lr, torch.full_like(self._zero, float(stop)), watched)
+        self._step = _Step(step, inputs, lr, torch.full_like(self._zero, float(stop)), watched)
         if step >= 0:
             self.mesh.recorder.step = step
 
@@ -334,6 +347,8 @@ class Stepper:
                 if unit.counted:
                     square = square + self._square_sum(unit.grad)
         mine = torch.stack((square, self._counted(self._runtime), now.stop)).double()
+        if self.guard is not None:
+            mine = torch.cat((mine, self.guard.check(now.number).view(1)))
         routed = collect_tallies(self.model, self.device)  # of all layers, those of other stages zero
         if routed is not None:
             mine = torch.cat((mine, routed.flatten()))
@@ -351,14 +366,17 @@ class Stepper:
 
     def _outcome(self, whole: Tensor, worst: Handle, routed: Tensor | None) -> _Outcome:
         """What follows from the sums over all ranks: square norm, loss, wishes to stop, counts shaped as `routed`."""
-        total = whole[:3].to(self._zero.dtype)
+        total, rest = whole[:3].to(self._zero.dtype), whole[3:]
         norm, loss, stop = total[0].sqrt(), total[1], total[2]
-        skip = (~torch.isfinite(total).all()).float()
-        counts = whole[3:].view_as(routed) if routed is not None else None
+        skip, corrupted = (~torch.isfinite(total).all()).float(), self._zero
+        if self.guard is not None:
+            corrupted, rest = self.guard.told(rest[0]), rest[1:]
+            skip = skip.maximum((corrupted > 0).float())
+        counts = rest.view_as(routed) if routed is not None else None
         clip = self.cfg.optim.clip
         factor = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else torch.ones_like(norm)
         factor = torch.where(skip.bool(), torch.ones_like(factor), factor)
-        return _Outcome(StepResult(loss, norm, skip, stop, worst, counts), factor)
+        return _Outcome(StepResult(loss, norm, skip, corrupted, stop, worst, counts), factor)
 
     def _commit(self, result: StepResult) -> None:
         self.committed = True

@@ -20,6 +20,7 @@ from ..parallel.record.device_clock import DeviceClock
 from ..parallel.record.files import RingFile
 from ..parallel.record.garbage import recorded_collections
 from .checkpoint.checkpointer import Checkpointer
+from .checkpoint.names import checkpoints
 from .checkpoint.same_run import RunProgress, facts, run_problems
 from .checkpoint.state import all_tensors
 from .data.loader import Loader, heldout_batches
@@ -31,6 +32,7 @@ from .metrics.readings.registry import Readings
 from .metrics.report import Report
 from .metrics.rows import RowExchange
 from .metrics.sinks import EventLog, SinkSet
+from .numerics.findings import conclude
 from .optim.learning_rate import learning_rate
 from .pipeline.programs import evaluation_program
 from .processes.signals import StopRequest
@@ -79,6 +81,10 @@ def row_exchange(session: Session, rings: Sequence[RingFile] = (), store: dist.S
 
 class DivergedError(RuntimeError):
     """Too many steps in a row had no finite gradient."""
+
+
+class CorruptedError(RuntimeError):
+    """Bits of the state or of a gradient have changed by themselves."""
 
 
 class Trainer:
@@ -151,6 +157,8 @@ class Trainer:
         self.checkpointer.load(path, tensors)
         self.optimizer.loaded(tensors)
         self.parts.replicas.sync_params()
+        if self.stepper.guard is not None:
+            self.stepper.guard.forget()
         was = RunProgress.of(state, path)
         self.step, self.tokens, self.skipped = was.step, was.tokens, was.skipped
         self.stepper.updates.fill_(float(was.updates))
@@ -248,8 +256,11 @@ class Trainer:
         result = issued.result
         with self._recorded(kinds.DRAIN):
             self._landed()
-            numbers = torch.stack([x.double() for x in (result.loss, result.grad_norm, result.skipped, result.stop)])
-            loss, norm, skipped, stop, *worst = torch.cat((numbers, result.worst.wait())).tolist()
+            told = (result.loss, result.grad_norm, result.skipped, result.corrupted, result.stop)
+            numbers = torch.stack([x.double() for x in told])
+            loss, norm, skipped, corrupted, stop, *worst = torch.cat((numbers, result.worst.wait())).tolist()
+        if corrupted:
+            raise self._corrupted(issued.step)
         before, self._clock = self._clock, time.monotonic_ns()
         seconds = max(self._clock - before, 1) / 1e9
         self._stopping = stop > 0
@@ -269,6 +280,17 @@ class Trainer:
                 f"{self._bad_steps} steps in a row had a NaN or infinite gradient (faults.max_bad_steps); "
                 f"lower optim.lr={self.cfg.optim.lr:g} or resume from an earlier checkpoint"
             )
+
+    def _corrupted(self, step: int) -> CorruptedError:
+        """Brings together where bits were found changed in a step; on all ranks."""
+        guard = self.stepper.guard
+        assert guard is not None  # nobody else finds any
+        found = conclude(step, self.mesh.gather_objects(guard.findings(step - 1)))
+        if self._outputs is not None:
+            for event in found.events():
+                self._outputs.events.log("numerics", **event)
+        saved = checkpoints(self.checkpointer.directory)
+        return CorruptedError(found.text(next((path for done, path in saved if done <= found.good), None)))
 
     def _landed(self) -> None:
         """On a GPU: waits until what was issued has run, in a way that an abort can end."""

@@ -149,6 +149,7 @@ def validate(config: Config, world_size: int | None = None) -> list[Problem]:
         *_schedule(config),
         *_data(config),
         *_run(config),
+        *_numerics(config),
     ]
     # A size that is out of its range makes the divisions by it meaningless; the range says enough.
     return ranges + [p for p in found if broken.isdisjoint(p.keys)]
@@ -375,3 +376,14 @@ def _limits(config: Config) -> list[Problem]:
             message = f"must be below {higher}={high:g}, got {low:g}; set {lower} below it, or a larger {higher}"
             problems.append(Problem(lower, message, (higher,)))
     return problems
+
+
+def _numerics(config: Config) -> list[Problem]:
+    p = config.parallel
+    if not config.faults.numerics.checksums or p.data.sharding != "fsdp" or (p.dp or 1) * p.cp == 1:
+        return []
+    message = (
+        "fsdp sums gradients in memory of its own, where nobody can look at them; set parallel.data.sharding=zero1, or "
+        "faults.numerics.replicas_every alone"
+    )
+    return [Problem("faults.numerics.checksums", message, ("parallel.data.sharding",))]

@@ -19,11 +19,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..checksum import ParameterMemory
 from ..comm.collectives import Handle, all_gather, all_reduce, reduce_scatter
 from ..comm.mesh import Axis
 from ..gradients import Slot, give_slot, route
 from ..sharding_rules import Partial, ReplicaFamily, Sharding
-from .protocol import SharedBucket, SharedMember, adopt
+from .protocol import BucketEvents, SharedBucket, SharedCopies, SharedMember, adopt
 
 _ALIGN = 16
 """Elements; every rank's share is a multiple, so that vectorised kernels start aligned."""
@@ -92,19 +93,21 @@ class Bucket:
         share = size // data.size if self.sharded else size
         self.start = data.rank * share if self.sharded else 0
         self.stop = self.start + share
-        self._slots = [self._adopt(member) for member in members]
+        self.events: BucketEvents | None = None
+        """Replaceable from outside: told when gradients are final, sent, and parameters whole."""
+        self.slots = [self._adopt(number, member) for number, member in enumerate(members)]
         self._missing = 0
         self._reducing: Handle | None = None
         self._gathering: Handle | None = None
         self.before_reduction: Callable[[Bucket], None] = lambda bucket: None
         """Replaceable from outside: called when the reduction is about to start."""
 
-    def _adopt(self, member: Member) -> Slot:
+    def _adopt(self, number: int, member: Member) -> Slot:
         view = self.flat[member.start : member.stop].view_as(member.param)
         if not self._adopts:
             view.copy_(member.param.data)
         member.param.data = view
-        slot = Slot(self.grads[member.start : member.stop].view_as(view), self._one_final)
+        slot = Slot(self.grads[member.start : member.stop].view_as(view), partial(self._one_final, number))
         give_slot(member.param, slot)
         route(member.param)
         return slot
@@ -113,20 +116,26 @@ class Bucket:
 
     def start_step(self, microbatches: int) -> None:
         """Before the first forward of a step. The reduction starts as soon as every gradient is final."""
-        self._missing, self._reducing = len(self._slots), None
-        for slot in self._slots:
+        self._missing, self._reducing = len(self.slots), None
+        for slot in self.slots:
             slot.start_step(microbatches)
+        if self.events is not None:
+            self.events.start_step()
 
-    def _one_final(self) -> None:
+    def _one_final(self, number: int) -> None:
+        if self.events is not None:
+            self.events.final(number)
         self._missing -= 1
         if self._missing == 0:
             self._launch()
 
     def _launch(self) -> None:
-        for slot in self._slots:
+        for slot in self.slots:
             if slot.fresh:  # no token reached the parameter in this step
                 slot.buffer.zero_()
         self.before_reduction(self)
+        if self.events is not None:
+            self.events.handed_over()
         if self.partial_axis.size == 1:
             self._reducing = self._reduce_over_data()
             return
@@ -183,12 +192,19 @@ class Bucket:
         if self._gathering is not None:
             self._gathering.wait()
             self._gathering = None
+            if self.events is not None:
+                self.events.gathered()
 
     def shared(self, key: str) -> SharedBucket:
         """How the data axis shares it; `key` names this rank's part."""
         axis = self.data if self.sharded else Axis.single("")
         members = tuple(SharedMember(m.name, m.sharding, m.start, m.param.numel()) for m in self.members)
         return SharedBucket(key, axis, self.stop - self.start, members)
+
+    def copies(self) -> SharedCopies:
+        """Who has the same parameters."""
+        places = tuple(ParameterMemory("parameter", m.name, self.flat[m.start : m.stop]) for m in self.members)
+        return SharedCopies((self.data, self.partial_axis), places)
 
     def owned_pieces(self) -> Iterator[tuple[Member, int, int, int]]:
         """(member, first and last element of the parameter, their place in the share) for what this rank owns."""

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ..comm.mesh import Mesh
 from ..kernels.precision import precise
 from ..sharding_rules import Sharding
+from .bucket_guard import BucketGuard
 from .buckets import Bucket, bucket_key, make_buckets
-from .protocol import OptimizerShard, ShardSlice, SharedBucket, adopt, partial_axes
+from .protocol import OptimizerShard, ShardSlice, SharedBucket, SharedCopies, adopt, partial_axes
 
 
 class FlatReplicas:
@@ -120,6 +121,17 @@ class FlatReplicas:
 
     def gather(self, bucket: int) -> None:
         self._buckets[bucket].gather()
+
+    def copies(self) -> list[SharedCopies]:
+        """What other ranks hold copies of: a bucket's replicas, and the ranks over which its gradients are partial."""
+        return [each.copies() for each in self._buckets if each.data.size * each.partial_axis.size > 1]
+
+    def guards(self) -> list[BucketGuard]:
+        """Of all buckets, which tell them from now on what happens."""
+        made = [BucketGuard(bucket) for bucket in self._buckets]
+        for bucket, guard in zip(self._buckets, made, strict=True):
+            bucket.events = guard
+        return made
 
     def pieces(self) -> Iterator[ShardSlice]:
         for i, bucket in enumerate(self._buckets):

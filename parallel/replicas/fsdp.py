@@ -16,11 +16,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+from ..checksum import ParameterMemory
 from ..comm import collectives
 from ..comm.collectives import Handle
 from ..comm.mesh import Axis, Mesh
 from ..sharding_rules import Sharding
-from .protocol import OptimizerShard, ShardSlice, adopt, partial_axes
+from .protocol import OptimizerShard, ShardSlice, SharedCopies, adopt, partial_axes
 
 
 class _Comm:
@@ -147,6 +148,15 @@ class FsdpReplicas:
 
     def gather(self, bucket: int) -> None:
         """Nothing to do: FSDP2 gathers before use."""
+
+    def copies(self) -> list[SharedCopies]:
+        """What the ranks over which its gradients are partial hold copies of; over the data axis there are none."""
+        found = []
+        for name, param in self._params():
+            axis, local = self._partial[self._where[name].partial], param.to_local().detach()
+            if axis.size > 1 and local.numel():
+                found.append(SharedCopies((Axis.single(""), axis), (ParameterMemory("parameter", name, local),)))
+        return found
 
     def _start(self, param: DTensor) -> int:
         """First element, within the tensor parallel slice, that this rank owns (FSDP2 cuts rows like chunk)."""

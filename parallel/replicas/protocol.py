@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..checksum import ParameterMemory
 from ..comm.mesh import Axis, Mesh
 from ..gradients import slot_of
 from ..sharding_rules import Partial, Sharding
@@ -92,6 +93,28 @@ class SharedBucket:
         return [border - member.start for border in range(first * self.share, member.start + member.count, self.share)]
 
 
+@dataclass(frozen=True)
+class SharedCopies:
+    """Parameters of which several ranks hold copies, equal to the bit when no gather is in flight.
+
+    Args:
+        axes: every rank of the first axis, on every rank of the second, holds them.
+        places: of this rank's copies, the same parameters in the same order on each.
+    """
+
+    axes: tuple[Axis, Axis]
+    places: tuple[ParameterMemory, ...]
+
+
+class BucketEvents(Protocol):
+    """Who is told when a bucket's memory may be changed and when not."""
+
+    def start_step(self) -> None: ...
+    def final(self, number: int) -> None: ...
+    def handed_over(self) -> None: ...
+    def gathered(self) -> None: ...
+
+
 class OtherSlices(ValueError):
     """What was kept of a model are not the slices that are wanted now."""
 
@@ -122,6 +145,7 @@ class Replicas(Protocol):
     def units(self, bucket: int) -> list[OptimizerShard]: ...
     def shared(self, bucket: int) -> SharedBucket | None: ...
     def gather(self, bucket: int) -> None: ...
+    def copies(self) -> list[SharedCopies]: ...
     def pieces(self) -> Iterator[ShardSlice]: ...
     def load(self, values: Iterable[tuple[str, Tensor]]) -> None: ...
     def sync_params(self) -> None: ...

@@ -172,6 +172,11 @@ WRONG += [
     (["memory.recompute=auto"], "memory.recompute", ["auto", "set hardware.memory_gib"]),
     (["memory.recompute=full", "memory.recompute_every=0"], "memory.recompute_every", ["at least 1", "0"]),
     (["memory.group=0"], "memory.group", ["at least 1 layer", "0"]),
+    (
+        ["faults.numerics.checksums=true", "parallel.data.sharding=fsdp", "parallel.dp=2"],
+        "faults.numerics.checksums",
+        ["fsdp", "zero1", "replicas_every"],
+    ),
     (["memory.group=2", "parallel.data.sharding=fsdp"], "memory.group", ["2: fsdp", "zero1"]),
 ]
 

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from ...configs.errors import Problem, UserError
+from ...parallel.checksum import ParameterMemory
 from ...parallel.comm.collectives import all_reduce
 from ...parallel.comm.mesh import Mesh
 from ...parallel.global_tensor import GlobalTensor, Placement
 from ...parallel.replicas.protocol import OptimizerShard, ShardSlice, SharedBucket
 from .coded import CodedBucket, CodedRun, coded_bucket
 from .optimizer import Rule, UpdatePiece, UpdateScalars
+from .plain import resting_masters
 from .quantiser import Blocks, Code
 
 CODES, SCALES = "codes", "scales"
@@ -149,6 +151,17 @@ class LowBitStates:
             codes[run.codes] = torch.where(skipped, codes[run.codes], found)
         kept = mine[f"{state}.{SCALES}"]
         kept.copy_(torch.where(skipped, kept, scales))
+
+    def resting(self, units: Mapping[str, OptimizerShard], slices: Sequence[ShardSlice]) -> list[ParameterMemory]:
+        places = resting_masters(units, slices)
+        for key, plan in self._plans.items():
+            mine = self.states[key]
+            for state in self._codes:
+                places += [ParameterMemory(state, run.name, mine[state][run.place]) for run in plan.plain]
+                for run in plan.coded[state]:
+                    places.append(ParameterMemory(f"{state}.{CODES}", run.name, mine[f"{state}.{CODES}"][run.codes]))
+                    places.append(ParameterMemory(f"{state}.{SCALES}", run.name, mine[f"{state}.{SCALES}"][run.scale]))
+        return places
 
     # Checkpoints ----------------------------------------------------------------------------------------------
 

@@ -18,17 +18,18 @@ ends its updates. One that broke off inside a unit goes on behind the last subgr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ...configs.schema import MemoryConfig
+from ...parallel.checksum import ParameterMemory
 from ...parallel.comm.host_memory import HostMemory
 from ...parallel.comm.lane import Lane, Pending
 from ...parallel.record.ring import Recorder
-from ...parallel.replicas.protocol import OptimizerShard, SharedBucket
+from ...parallel.replicas.protocol import OptimizerShard, ShardSlice, SharedBucket
 from .optimizer import Rule, UpdatePiece, UpdateScalars
 from .places import Fetched, StatePlace
 from .plain import PlainStates
@@ -157,6 +158,9 @@ class OffloadedStates(PlainStates):
         for group in self._groups[unit.key]:
             self._order.append(group)
             self._place.reserve([run.numel() * run.element_size() for run in self._runs(group).values()])
+
+    def resting(self, units: Mapping[str, OptimizerShard], slices: Sequence[ShardSlice]) -> list[ParameterMemory]:
+        return super().resting(units, slices) if self._place.direct else []
 
     def settle(self) -> None:
         for slot in (*self._device_slots, *self._host_slots):

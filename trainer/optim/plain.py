@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ...parallel.checksum import ParameterMemory
 from ...parallel.global_tensor import GlobalTensor
 from ...parallel.replicas.protocol import OptimizerShard, ShardSlice, SharedBucket
 from .optimizer import Rule, UpdatePiece, UpdateScalars
@@ -22,6 +23,15 @@ def stored_slices(slices: Iterable[ShardSlice], kinds: Mapping[str, Mapping[str,
         for kind, units in kinds.items()
         for piece in pieces
     }
+
+
+def resting_masters(units: Mapping[str, OptimizerShard], slices: Iterable[ShardSlice]) -> list[ParameterMemory]:
+    """Where this rank's masters lie; none, where the parameters themselves are updated."""
+    return [
+        ParameterMemory("master", piece.name, units[piece.unit].value[piece.at :][: piece.stop - piece.start])
+        for piece in slices
+        if units[piece.unit].rounded is not None
+    ]
 
 
 class PlainStates:
@@ -42,6 +52,14 @@ class PlainStates:
 
     def loaded(self, tensors: Mapping[str, GlobalTensor]) -> None:
         """Nothing to do: a checkpoint is read in place."""
+
+    def resting(self, units: Mapping[str, OptimizerShard], slices: Sequence[ShardSlice]) -> list[ParameterMemory]:
+        moments = [
+            ParameterMemory(state, piece.name, value[piece.at :][: piece.stop - piece.start])
+            for piece in slices
+            for state, value in self.states.get(piece.unit, {}).items()
+        ]
+        return resting_masters(units, slices) + moments
 
 
 class ResidentStates(PlainStates):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...configs.schema import AdamWConfig, MemoryConfig, OptimConfig
+from ...parallel.checksum import ParameterMemory
 from ...parallel.comm.mesh import Mesh
 from ...parallel.global_tensor import GlobalTensor
 from ...parallel.replicas.protocol import OptimizerShard, ShardSlice, SharedBucket
@@ -50,6 +51,16 @@ class Optimizer(Protocol):
 
     def close(self) -> None:
         """Ends what runs beside the step."""
+        ...
+
+    def resting(self, units: Mapping[str, OptimizerShard], slices: Sequence[ShardSlice]) -> list[ParameterMemory]:
+        """Masters and states as they lie in this process's memory between updates, the same memory every time; none, if
+        they lie elsewhere.
+
+        Args:
+            units: all, by key.
+            slices: of them.
+        """
         ...
 
     def stored(self, slices: Sequence[ShardSlice]) -> dict[str, GlobalTensor]:
