@@ -14,6 +14,7 @@ from ..configs.tables.families import BUILT_IN
 from ..configs.tables.imports import OPTION, import_modules
 from ..configs.tables.schedules import SCHEDULES
 from .mistakes import unknown_arguments, unknown_verb
+from .verbs.checkpoint import checkpoint_parser
 from .verbs.generate import generate_parser
 from .verbs.report import report_parser
 from .verbs.watch import watch_parser
@@ -120,6 +121,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     export_hf.add_argument("--dtype", choices=_DTYPES, help="type of the written tensors (as in the checkpoint)")
     export_hf.set_defaults(run=_export_hf)
     _observing_parsers(verbs, job)
+    checkpoint_parser(verbs.add_parser("checkpoint", help="List and verify checkpoints."))
     generate_parser(verbs.add_parser("generate", help="Text from a run, a checkpoint or a Hugging Face folder."))
     for verb, made in verbs.choices.items():
         if verb != "tokenize":

@@ -20,9 +20,12 @@ ROOMS = (
     "trainer.pipeline.programs",
     "trainer.pipeline.real_step",
     "trainer.run_folder",
+    "launch.verbs.checkpoint",
     "trainer.checkpoint.index",
+    "trainer.checkpoint.listing",
     "trainer.checkpoint.manifest",
     "trainer.checkpoint.names",
+    "trainer.checkpoint.verification",
     "trainer.data.indexed",
 )
 RUN_IT = {"parallel.pipeline.runtime", "parallel.pipeline.execute", "parallel.pipeline.saved"}

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -132,6 +133,8 @@ class Trainer:
         """Continues `eval.prompts`, where there are some."""
         self.step = self.tokens = self.skipped = 0
         """Since the start of training."""
+        self._evaluated: dict[str, Any] | None = None
+        """Step and loss of the last evaluation, on every rank."""
         self._bad_steps = 0
         self._stopping = False
         self._waiting: _Issued | None = None
@@ -175,6 +178,7 @@ class Trainer:
         updates = int(self.stepper.updates.item())
         done = RunProgress(self.step, updates, self.tokens, self.skipped)
         state = done.as_dict() | facts(self.cfg, self.data.fingerprint) | {"tokenizer": self.tokenizer.state}
+        state |= {} if self._evaluated is None else {"evaluation": self._evaluated}
         self.checkpointer.save(self.step, all_tensors(self.parts, self.optimizer), state)
 
     def train(self, outputs: Outputs | None, stop: StopRequest) -> bool:
@@ -352,6 +356,7 @@ class Trainer:
                 totals[1] += sum(batch.valid for batch in batches)
         all_reduce(totals, self.mesh.axis("world")).wait()
         loss = (totals[0] / totals[1]).item()
+        self._evaluated = {"step": self.step, "loss": loss} if math.isfinite(loss) else None
         if self._outputs is not None:
             self._outputs.events.log("evaluation", step=self.step, loss=loss, perplexity=math.exp(min(loss, 50)))
             self._outputs.sinks.add(Report.of(self.step, [(HELD_OUT_LOSS, loss)]))

@@ -68,15 +68,20 @@ def all_damaged(directory: Path, count: int) -> Problem:
     return Problem("checkpoint.resume", message)
 
 
-def _damage(path: Path, key: str) -> Problem | None:
+def visible_damage(path: Path) -> str | None:
     """What can be seen of damage without reading tensors."""
     try:
         manifest = read_manifest(path)
         _check_sizes(path, manifest)
         read_state(path, manifest)
     except Damaged as error:
-        return Problem(key, f"{path} is damaged: {error}")
+        return str(error)
     return None
+
+
+def _damage(path: Path, key: str) -> Problem | None:
+    reason = visible_damage(path)
+    return None if reason is None else Problem(key, f"{path} is damaged: {reason}")
 
 
 def _check_sizes(path: Path, manifest: Manifest) -> None:
@@ -91,7 +96,7 @@ def _check_sizes(path: Path, manifest: Manifest) -> None:
 
 def _state(path: Path) -> dict[str, Any] | None:
     """None where the checkpoint is damaged."""
-    return None if _damage(path, "") else read_state(path)
+    return None if visible_damage(path) else read_state(path)
 
 
 def _initial(cfg: Config, path: Path) -> list[Problem]:

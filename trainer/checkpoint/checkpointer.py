@@ -26,11 +26,12 @@ from ..processes.threads import Beside
 from . import files
 from .check import all_damaged, missing
 from .io import Save, read_full, read_together, write_full, write_together
-from .manifest import Damaged, damaged_files, is_finite, read_manifest, read_state, resume_order, verify
+from .manifest import Damaged, damaged_files, is_finite, read_manifest, read_state, resume_order
 from .names import step_folder
 from .stored import StoredTensor
 from .team import CheckpointError, Team
 from .tensors import PlannedFile, index_of, plan_files
+from .verification import verify
 from .writers import Holding, HostBuffers, Write, assign
 
 T = TypeVar("T")
@@ -357,7 +358,7 @@ class Checkpointer:
         order = sorted(known.files, key=lambda name: (-known.files[name].size, name))
         share = {name: known.files[name] for name in order[self._team.rank :: self._team.world]}
         parts = self._team.together("verifying", lambda: damaged_files(path, share))
-        problems = sorted(problem for part in parts for problem in part)
+        problems = sorted(problem for part in parts for problem in part.values())
         if not problems:
             state = self._team.first("verifying", lambda: _or_reason(read_state, path))
             problems = [state] if isinstance(state, str) else []

@@ -83,7 +83,7 @@ def write_together(team: Team, save: Save) -> Published:
             sums |= {name: write_file(tmp / name, content) for name, content in save.beside.items()}
         wrong = damaged_files(tmp, sums)
         if wrong:
-            raise Damaged(f"read back after writing: {'; '.join(wrong)}")
+            raise Damaged(f"read back after writing: {'; '.join(wrong.values())}")
         return sums, not_finite(save.writes, save.data)
 
     def complete() -> Published:
@@ -253,7 +253,7 @@ def read_full(path: Path, names: Sequence[str] | None = None) -> tuple[dict[str,
     read_from = {box.file for name in wanted for box in contents.tensors[name].boxes}
     problems = damaged_files(path, {name: contents.files[name] for name in read_from})
     if problems:
-        raise UserError(Problem(str(path), f"damaged checkpoint: {'; '.join(problems)}"))
+        raise UserError(Problem(str(path), f"damaged checkpoint: {'; '.join(problems.values())}"))
     found = {name: about for name, about in contents.tensors.items() if name in wanted}
     with refusing(path), TensorFiles(contents) as stored:
         for name, about in found.items():  # before memory is taken for shapes that nothing fills

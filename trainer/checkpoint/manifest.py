@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -253,8 +253,17 @@ def read_verified(folder: Path, name: str, known: FileSum, max_bytes: int = MAX_
     return data
 
 
-def damaged_files(folder: Path, files: Mapping[str, FileSum]) -> list[str]:
-    """What is wrong with each of `files`, read whole: missing, of another size, or with another checksum."""
+def damaged_files(
+    folder: Path, files: Mapping[str, FileSum], advance: Callable[[int], object] = bool
+) -> dict[str, str]:
+    """What is wrong with those of `files` that are not as they were written, read whole: missing, of another size, or
+    with another checksum.
+
+    Args:
+        folder: of the checkpoint.
+        files: of its manifest.
+        advance: told the bytes read since it was told last, from several threads.
+    """
 
     def problem(name: str) -> str | None:
         try:
@@ -269,19 +278,22 @@ def damaged_files(folder: Path, files: Mapping[str, FileSum]) -> list[str]:
             with os.fdopen(fd, "rb", buffering=0) as file:
                 size = os.fstat(fd).st_size
                 # A file of another size is not read: it may be very large.
-                found = _checksum(file) if size == files[name].size else FileSum(size, 0)
+                found = _checksum(file, advance) if size == files[name].size else FileSum(size, 0)
         except OSError as error:
             return f"{name} is not readable ({error.strerror})"
         return _difference(name, found, files[name])
 
-    return [found for found in map_threads(problem, sorted(files), _READERS) if found is not None]
+    names = sorted(files)
+    found = zip(names, map_threads(problem, names, _READERS), strict=True)
+    return {name: reason for name, reason in found if reason is not None}
 
 
-def _checksum(file: Any) -> FileSum:
+def _checksum(file: Any, advance: Callable[[int], object]) -> FileSum:
     size = crc = 0
     buffer = memoryview(bytearray(_CHUNK))
     while count := file.readinto(buffer):
         size, crc = size + count, zlib.crc32(buffer[:count], crc)
+        advance(count)
     return FileSum(size, crc)
 
 
@@ -291,17 +303,3 @@ def _difference(name: str, found: FileSum, known: FileSum) -> str | None:
     if found.crc32 != known.crc32:
         return f"{name} has checksum {found.crc32:08x} instead of {known.crc32:08x}"
     return None
-
-
-def verify(folder: Path) -> list[str]:
-    """Everything that is wrong with a checkpoint; empty: every byte is as it was written. For one process."""
-    if not folder.is_dir():
-        return [f"{folder} is not a folder"]
-    try:
-        manifest = read_manifest(folder)
-        problems = damaged_files(folder, manifest.files)
-        if not problems:
-            read_state(folder, manifest)
-        return problems
-    except Damaged as error:
-        return [str(error)]

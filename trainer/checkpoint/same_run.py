@@ -79,8 +79,16 @@ def facts(cfg: Config, fingerprint: str) -> dict[str, Any]:
         },
         "model": written["model"],
         "data": written["data"],
+        "layout": layout_of(cfg),
         **({"imports": list(cfg.origin.imports)} if cfg.origin.imports else {}),
     }
+
+
+def layout_of(cfg: Config) -> dict[str, Any]:
+    """The layout that a checkpoint was written by: for those who look at it, any other loads it too."""
+    p = cfg.parallel
+    degrees = {"dp": p.dp, "tp": p.tp, "pp": p.pp, "cp": p.cp, "ep": p.ep, "etp": p.etp}
+    return {**degrees, "sharding": p.data.sharding}
 
 
 def run_problems(state: Mapping[str, Any], cfg: Config, path: Path, fingerprint: str | None = None) -> list[Problem]:

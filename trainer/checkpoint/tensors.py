@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from ..processes.threads import map_threads
 from .format1 import decode_box
 from .index import Contents
 from .manifest import FORMAT, Damaged, FileSum, SummedFile
-from .stored import StoredBox, StoredTensor
+from .stored import BoxOverlap, StoredBox, StoredTensor, held_once
 from .writers import Write
 
 DTYPES = {
@@ -143,15 +142,6 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-@dataclass(frozen=True)
-class BoxOverlap:
-    """What one stored box gives to a box that is read."""
-
-    stored: StoredBox
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-
 class TensorFiles:
     """Reads the boxes of a checkpoint's tensors. Close it after use, or use it in a `with`.
 
@@ -182,21 +172,7 @@ class TensorFiles:
         Raises:
             Damaged: the checkpoint does not hold each of them exactly once.
         """
-        stored = self.contents.tensors[name]
-        low = np.array(offsets, np.int64)
-        high = low + np.array(sizes, np.int64)
-        firsts = np.array([b.offsets for b in stored.boxes], np.int64).reshape(len(stored.boxes), len(offsets))
-        lasts = firsts + np.array([b.sizes for b in stored.boxes], np.int64).reshape(firsts.shape)
-        firsts, lasts = np.maximum(firsts, low), np.minimum(lasts, high)
-        touching = np.flatnonzero((firsts < lasts).all(axis=1))
-        firsts, lasts = firsts[touching], lasts[touching]
-        held = sum(math.prod(int(n) for n in row) for row in lasts - firsts)
-        if held != math.prod(sizes) or _overlap(firsts, lasts):
-            raise Damaged(f"of the {math.prod(sizes)} elements of {name} at {offsets}, it does not hold each once")
-        return [
-            BoxOverlap(stored.boxes[int(i)], tuple(map(int, first)), tuple(map(int, last - first)))
-            for i, first, last in zip(touching, firsts, lasts, strict=True)
-        ]
+        return held_once(name, self.contents.tensors[name], offsets, sizes)
 
     def read(self, wanted: Mapping[str, GlobalTensor]) -> None:
         """Reads pieces in place, several boxes at a time.
@@ -269,12 +245,3 @@ class TensorFiles:
                 except JsonError as error:
                     raise Damaged(f"{name} is {error}") from None
             return self._open[name]
-
-
-def _overlap(firsts: np.ndarray[Any, Any], lasts: np.ndarray[Any, Any], rows: int = 256) -> bool:
-    """Whether any two of the boxes [first, last) share an element."""
-    for at in range(0, len(firsts), rows):
-        shared = (firsts[at : at + rows, None] < lasts[None]) & (firsts[None] < lasts[at : at + rows, None])
-        if int(shared.all(axis=2).sum()) > len(firsts[at : at + rows]):  # each shares all with itself
-            return True
-    return False

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...configs.errors import Problem, UserError
+from ..metrics.notices import SAY_EVERY_S, ProgressLine
 from .documents import Tally, read_documents
-from .encode import SAY_EVERY_S, ProgressLine, write_documents
+from .encode import write_documents
 from .files import no_text
 from .indexed import SCAN_BYTES, IndexedReader, IndexedWriter
 from .tokenizer import Tokenizer, coding, token_dtype

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -18,11 +17,11 @@ import numpy as np
 
 from ...configs.errors import Problem, UserError
 from ...configs.schema import TokenizerConfig
+from ..metrics.notices import ProgressLine
 from .documents import Document
 from .indexed import IndexedWriter
 from .tokenizer import Tokenizer, make_tokenizer
 
-SAY_EVERY_S = 3.0
 _BATCH_CHARS = 1 << 20
 
 
@@ -113,25 +112,3 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, chars = [], 0
     if batch:
         yield batch
-
-
-class ProgressLine:
-    """A line on stderr every few seconds while something long goes on; nothing at all when it is quick."""
-
-    def __init__(self, label: str, total: float, enabled: bool = True) -> None:
-        self._label, self._total, self._enabled = label, total, enabled
-        self._done = 0.0
-        self._started = self._said = time.monotonic()
-
-    def advance(self, size: float) -> None:
-        """Count `size` more bytes of input."""
-        self._done += size
-        now = time.monotonic()
-        if not self._enabled or now - self._said < SAY_EVERY_S:
-            return
-        self._said = now
-        rate = self._done / (now - self._started)
-        share = min(self._done / self._total, 1.0) if self._total else 1.0
-        left = max(self._total - self._done, 0.0) / rate
-        line = f"{self._label}: {share:.0%} of {self._total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, {left:.0f} s left"
-        print(line, file=sys.stderr, flush=True)

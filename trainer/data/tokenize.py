@@ -12,8 +12,9 @@ from pathlib import Path
 from ...configs.errors import Problem, UserError
 from ...configs.schema import TokenizerConfig
 from ...configs.tokenized import META_SUFFIX, Coding, token_prefix
+from ..metrics.notices import ProgressLine
 from .documents import Tally, read_documents
-from .encode import ProgressLine, write_documents
+from .encode import write_documents
 from .files import kind_notice, no_text, survey
 from .indexed import IndexedReader, IndexedWriter
 from .tokenizer import coding, make_tokenizer, token_dtype

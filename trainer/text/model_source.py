@@ -15,8 +15,8 @@ from ...models.hf.folder import Notice, load_hf, read_hf_config, to_stderr
 from ...models.transformer import Transformer
 from ...models.weights.vocab_padding import without_padding
 from ..checkpoint.checkpointer import read_full, verify
+from ..checkpoint.listing import checkpoints_of
 from ..checkpoint.manifest import MANIFEST
-from ..checkpoint.names import checkpoints
 from ..checkpoint.saved_model import model_config_from_state
 from ..run_folder import RunFile
 from .tokenizer_files import TokenizerFiles, of_checkpoint, of_folder
@@ -94,11 +94,8 @@ def find_checkpoint(path: Path, notice: Notice = to_stderr) -> Path:
         return path
     if not path.is_dir():
         raise UserError(Problem(str(path), "there is no such checkpoint, run or Hugging Face folder"))
-    folders = [path / RunFile.CHECKPOINTS, path]
-    if (path / RunFile.RESOLVED).is_file():
-        folders.append(_folder_of(path / RunFile.RESOLVED))
-    found = next((steps for folder in folders if (steps := checkpoints(folder))), [])
-    for _, checkpoint in found:
+    found = checkpoints_of(path)
+    for checkpoint in found:
         problems = verify(checkpoint)
         if not problems:
             return checkpoint
@@ -109,15 +106,3 @@ def find_checkpoint(path: Path, notice: Notice = to_stderr) -> Path:
         "this run has no checkpoint yet" if (path / RunFile.RESOLVED).is_file() else "holds neither a run nor a model"
     )
     raise UserError(Problem(str(path), f"{what}; name a run, a checkpoint or a Hugging Face folder"))
-
-
-def _folder_of(resolved: Path) -> Path:
-    """Where a run that says so puts its checkpoints."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        folder = OmegaConf.select(OmegaConf.load(resolved), "checkpoint.dir")
-    except (OSError, ValueError, OmegaConfBaseException):
-        return resolved.parent
-    return Path(folder) if isinstance(folder, str) else resolved.parent

@@ -18,11 +18,11 @@ from pentad.trainer.data import cache as cache_module
 from pentad.trainer.data.cache import tokenize_cached
 from pentad.trainer.data.dataset import open_data
 from pentad.trainer.data.documents import read_documents
-from pentad.trainer.data.encode import ProgressLine
 from pentad.trainer.data.files import stdlib_files, survey
 from pentad.trainer.data.indexed import IndexedReader
 from pentad.trainer.data.tokenize import tokenize
 from pentad.trainer.data.tokenizer import ByteTokenizer, FileTokenizer, make_tokenizer
+from pentad.trainer.metrics.notices import ProgressLine
 
 TEXTS = ["héllo", "wörld\nof two lines", "", "third ☃"]
 
