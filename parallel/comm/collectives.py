@@ -22,6 +22,7 @@ from torch import Tensor
 from . import shared_memory_collectives as local
 from .mesh import Axis
 from .shared_memory_collectives import Flight, sum_in_rank_order
+from .slow_copies import record_copies
 from .waiting import Abort, Transfer, Waiter
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -141,21 +142,23 @@ def _copied(kind: str, axis: Axis, x: Tensor, start: Callable[[], Flight], peer:
         if axis.recorder is not None:
             axis.recorder.waits(ticket)
         result = flight.finish()
-        _exit(axis, ticket, flight.arrived())
+        _exit(axis, ticket, flight)
         return result
 
     def done() -> bool:
-        if not flight.done():
-            return False
-        _exit(axis, ticket, flight.arrived())
-        return True
+        if landed := flight.done():
+            _exit(axis, ticket, flight)
+        return landed
 
     return Handle(x, finish, done)
 
 
-def _exit(axis: Axis, ticket: int, arrived: int = 0) -> None:
+def _exit(axis: Axis, ticket: int, flight: Flight | None = None) -> None:
+    """Closes an entry of the record; a flight tells when its last rank came, and which of its copies took long."""
     if axis.recorder is not None:
-        axis.recorder.exit(ticket, arrived=arrived)
+        axis.recorder.exit(ticket, arrived=flight.arrived() if flight is not None else 0)
+        if flight is not None:
+            record_copies(axis.recorder, axis.code, axis.ranks[0], flight.slow())
 
 
 def _gloo(x: Tensor) -> bool:

@@ -35,6 +35,7 @@ from torch import Tensor
 from .processes import PeerGone
 from .segment import Segment
 from .shared_memory_line import LINE_WORDS, Line, Peer
+from .slow_copies import SLOW_NS, SlowCopy
 from .waiting import Abort
 
 _COLLECTIVES, _TRANSFERS = 0, 1
@@ -241,6 +242,7 @@ class Exchange:
         self._posts: list[tuple[Line, int]] = []
         self._reads: list[tuple[Line, int]] = []
         self._missing = 0
+        self._slow: list[SlowCopy] = []
 
     def finish(self) -> None:
         """Returns when this rank has read what it needs, and the others have read this rank's."""
@@ -271,14 +273,22 @@ class Exchange:
                 self._axis.occupied(line)
         self._given = []
 
-    def one_read(self, posted: int, begun: int) -> None:
-        """A part was copied, which its owner had come to at `posted`; this rank began to copy at `begun`."""
+    def one_read(self, posted: int, begun: int, rank: int, nbytes: int) -> None:
+        """A part was copied, which its owner `rank` had come to at `posted`; this rank began to copy at `begun`."""
         self._missing -= 1
         self.arrived = max(self.arrived, posted)
+        ended = time.monotonic_ns()
+        if ended - begun >= SLOW_NS:
+            self._slow.append(SlowCopy(rank, nbytes, begun, ended, threading.get_ident()))
         if not self._missing and self._then is not None:
             then, self._then = self._then, None
             with torch.no_grad():
                 then(begun)
+
+    def take_slow(self) -> list[SlowCopy]:
+        """The copies that took long, once it is complete; each is handed out once."""
+        slow, self._slow = self._slow, []
+        return slow
 
     def complete(self) -> bool:
         """Whether all is read on both sides; reads what is there."""

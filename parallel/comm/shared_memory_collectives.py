@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 
 from .shared_memory import Exchange, LocalAxis, PeerTensor
+from .slow_copies import SlowCopy
 
 
 @dataclass(frozen=True)
 class Flight:
     """A collective in flight: `finish` returns the result, `done` says whether it would at once, `arrived` when the
-    last of its other ranks had come to it (monotonic ns), once it is done."""
+    last of its other ranks had come to it (monotonic ns), and `slow` which copies took long, each handed out once; both
+    once it is done."""
 
     finish: Callable[[], Tensor]
     done: Callable[[], bool]
     arrived: Callable[[], int]
+    slow: Callable[[], list[SlowCopy]]
 
 
 def _others(local: LocalAxis) -> list[int]:
@@ -36,7 +39,7 @@ def _flight(exchange: Exchange, result: Callable[[], Tensor]) -> Flight:
         exchange.finish()
         return result()
 
-    return Flight(finish, exchange.done, lambda: exchange.arrived)
+    return Flight(finish, exchange.done, lambda: exchange.arrived, exchange.take_slow)
 
 
 def all_gather(local: LocalAxis, x: Tensor, out: Tensor) -> Flight:
@@ -97,7 +100,12 @@ def all_reduce_in_two(local: LocalAxis, x: Tensor) -> Flight:
         gather.finish()
         return x
 
-    return Flight(finish, lambda: scatter.done() and gather.done(), lambda: max(scatter.arrived, gather.arrived))
+    return Flight(
+        finish,
+        lambda: scatter.done() and gather.done(),
+        lambda: max(scatter.arrived, gather.arrived),
+        lambda: scatter.take_slow() + gather.take_slow(),
+    )
 
 
 def all_to_all(

@@ -32,7 +32,7 @@ class LineReader(Protocol):
 
     what: str
 
-    def one_read(self, posted: int, begun: int) -> None: ...
+    def one_read(self, posted: int, begun: int, rank: int, nbytes: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Line:
         del self._coming[number]
         self._mine[_READ + _TURNED + slot] = begun
         self._mine[_READ + slot] = number + 1
-        exchange.one_read(since, begun)
+        exchange.one_read(since, begun, self.peer.rank, into.nbytes)
 
     def progress(self) -> bool:
         """Reads and shows what it can; whether there is more to come."""

@@ -64,7 +64,11 @@ PAIRS = CPU + 1
 """Attention pairs of the rank's own microbatches."""
 QUEUED = PAIRS + 1
 """How long the step's thread could run and had no core; 0 where the kernel does not tell."""
-DURATIONS = QUEUED + 1
+LINK_RANK = QUEUED + 1
+"""The rank out of whose memory this one copied longest in the step, counting copies of 0.2 ms and more; -1: none."""
+LINK_S = LINK_RANK + 1
+"""How long."""
+DURATIONS = LINK_S + 1
 """From here on: the mean length of each of the rank's kinds of operation, as `durations_of` lists them, without what
 they wait for other stages."""
 

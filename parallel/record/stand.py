@@ -8,6 +8,7 @@ from enum import StrEnum
 
 import numpy as np
 
+from . import kinds
 from .reader import RecordRing
 from .ring import BESIDE
 from .vitals import (
@@ -132,7 +133,8 @@ def read_stand(ring: RecordRing, words: memoryview | np.ndarray, now: int, host:
     """What a ring and its header say, at a time of its host's monotonic clock (ns)."""
     codes = {name: code for code, name in enumerate(ring.names)}
     entries = ring.entries
-    talks = entries[(entries["axis"] > 0) & (entries["kind"] != codes.get("wait", -1))]
+    parts = [codes.get(kind, -1) for kind in (kinds.WAIT, kinds.COPY)]
+    talks = entries[(entries["axis"] > 0) & ~np.isin(entries["kind"], parts)]
     last = entries[-1] if len(entries) else None
     step = int(entries["step"].max()) if last is not None else 0
     recent = talks[talks["step"] >= step - 1][-MOST_CALLS:]
@@ -177,8 +179,8 @@ def _entered(ring: RecordRing, talks: np.ndarray) -> dict[tuple[str, int, str, i
     found: dict[tuple[str, int, str, int], int] = {}
     if not len(talks):
         return found
-    kinds = {code for code, name in enumerate(ring.names) if name in TRANSFERS}
-    transfer = np.isin(talks["kind"], list(kinds))
+    transfers = [code for code, name in enumerate(ring.names) if name in TRANSFERS]
+    transfer = np.isin(talks["kind"], transfers)
     for rows, is_transfer in ((talks[~transfer], False), (talks[transfer], True)):
         names = ["axis", "group", "kind", "peer"] if is_transfer else ["axis", "group"]
         sorts, where = np.unique(rows[names], return_inverse=True)

@@ -20,6 +20,7 @@ from enum import StrEnum
 
 import numpy as np
 
+from .links import Link, blamed_link, delay_matrix, slow_links
 from .parts import AT, AXES, OWN, QUEUED, SECONDS, TimePart
 
 WINDOW = 20
@@ -41,7 +42,7 @@ class Reason(StrEnum):
     DATA = "data"
     """It waits for its loader."""
     NETWORK = "network"
-    """Its data move more slowly."""
+    """Its data move more slowly, to or from one rank (`StragglerVerdict.peer`) or all."""
     IMBALANCE = "imbalance"
     """It has more to do."""
     GC = "gc"
@@ -63,6 +64,7 @@ class StragglerVerdict:
         cost: by how much of themselves steps would be shorter without it.
         confirmed: it has been slow in three of four windows.
         scores: (ranks,) of all.
+        peer: the rank at the other end, where a link between two is slow and neither of them.
     """
 
     step: int
@@ -73,6 +75,7 @@ class StragglerVerdict:
     cost: float
     confirmed: bool
     scores: np.ndarray
+    peer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class _Window:
     causes: Mapping[Reason, np.ndarray]
     lost: np.ndarray
     """In which the thread did not run."""
+    links: Mapping[Link, float]
+    """The delay matrix."""
 
 
 class Stragglers:
@@ -136,10 +141,14 @@ class Stragglers:
         rank = int(np.argmin(np.where(confirmed, scores, scores + 2)) if confirmed.any() else np.argmin(scores))
         cost = self._cost(rank, window)
         if slow[rank]:
-            reason = self._reason(rank, window)
-            return StragglerVerdict(
-                number, rank, float(scores[rank]), float(z[rank]), reason, cost, bool(confirmed[rank]), scores
-            )
+            reason, peer, score, sure = self._reason(rank, window), None, float(scores[rank]), float(z[rank])
+            ends = [rank]
+            if reason == Reason.NETWORK:
+                rank, peer = self._link(rank, window, slow)
+                ends = [rank] if peer is None else [rank, peer]  # both suffer, in some windows one more than the other
+                cost = self._cost(rank, window, peer)
+            sure_of_it = bool(confirmed[ends].any())
+            return StragglerVerdict(number, rank, score, sure, reason, cost, sure_of_it, scores, peer)
         heavy = int(np.argmin(raw_scores))
         if raw_scores[heavy] < _SLOW_SCORE and self._work_of(window)[heavy] > 1 / _SLOW_SCORE:
             score, cost = float(raw_scores[heavy]), self._cost(heavy, window)
@@ -191,15 +200,26 @@ class Stragglers:
         excess[Reason.COMPUTE] -= max(excess[Reason.CONTENTION], 0.0)
         return max(excess, key=lambda reason: excess[reason])
 
+    def _link(self, rank: int, window: _Window, slow: np.ndarray) -> tuple[int, int | None]:
+        """Which rank to name for a slow network, and with a slow link its other end: in their order, so that they are
+        the same in every window."""
+        found = blamed_link(rank, slow_links(window.links, self._roles, window.seconds))
+        if found is None:
+            return rank, None
+        first, second = found
+        if second is None:
+            return first if slow[first] else rank, None
+        return min(first, second), max(first, second)
+
     def _others(self, rank: int) -> np.ndarray:
         same = self._roles == self._roles[rank] if not self._alone[rank] else np.ones(len(self._roles), bool)
         ranks = np.flatnonzero(same)
         return ranks[ranks != rank] if len(ranks) > 1 else ranks
 
-    def _cost(self, rank: int, window: _Window) -> float:
-        """What the rank's raw load exceeds the next one of its role by, over the step."""
-        others = self._others(rank)
-        if self._alone[rank] or not window.seconds:
+    def _cost(self, rank: int, window: _Window, peer: int | None = None) -> float:
+        """What the rank's raw load exceeds the next one of its role by, over the step; `peer` has the same trouble."""
+        others = [other for other in self._others(rank) if other != peer]
+        if self._alone[rank] or not window.seconds or not others:
             return 0.0
         return float(np.clip((window.raw[rank] - window.raw[others].max()) / window.seconds, 0, 1))
 
@@ -235,4 +255,5 @@ def _window(rows: np.ndarray, work: np.ndarray) -> _Window:
             for reason, values in causes.items()
         },
         lost=np.median(of(TimePart.CONTENTION), 0),
+        links=delay_matrix(rows),
     )

@@ -29,6 +29,8 @@ from .parts import (
     BLIND,
     CPU,
     DURATIONS,
+    LINK_RANK,
+    LINK_S,
     OWN,
     PAIRS,
     QUEUED,
@@ -58,7 +60,7 @@ _ROLES = {
     Role.MEMORY: TimePart.OFFLOAD,
     Role.UPDATE: TimePart.OPTIMIZER,
 }
-_TOP, _COLLECTIVE, _WAIT, _AGAIN, _GARBAGE, _NOTHING = range(6)
+_TOP, _COLLECTIVE, _WAIT, _AGAIN, _GARBAGE, _COPY, _NOTHING = range(7)
 _GC, _OTHER, _PP, _VOCABULARY, _BUBBLE, _STRAGGLER, _CONTENTION, _RECOMPUTE = (
     AT[part]
     for part in (
@@ -105,7 +107,7 @@ class _Codes:
 def _class_of(name: str) -> int:
     if name in KINDS or name in _SECTIONS:
         return _TOP
-    others = {kinds.WAIT: _WAIT, kinds.RECOMPUTE: _AGAIN, kinds.COLLECT: _GARBAGE}
+    others = {kinds.WAIT: _WAIT, kinds.RECOMPUTE: _AGAIN, kinds.COLLECT: _GARBAGE, kinds.COPY: _COPY}
     return others.get(name, _NOTHING if name in ("", kinds.MEMORY, kinds.WRITE, kinds.BARRIER) else _COLLECTIVE)
 
 
@@ -145,13 +147,14 @@ class _Entry(NamedTuple):
     op: int
     kind: int
     axis: int
+    peer: int
     flags: int
     waited: int
     arrived: int
     cpu: int
 
 
-_READ = struct.Struct("=Q8xqq32xiii16xiqqq8x")
+_READ = struct.Struct("=Q8xqq32xiii4xi8xiqqq8x")
 
 
 class StepReader:
@@ -238,9 +241,13 @@ class _Division:
         self._garbage: list[_Entry] = []
         self._jobs: list[_Entry] = []
         """What ran beside."""
+        self._copies: list[_Entry] = []
+        """Long copies of parts of collectives, whichever thread made them."""
         for entry in entries:
             kind = codes.kind[entry.kind]
-            if entry.flags & BESIDE:
+            if kind == _COPY and entry.start >= begin:
+                self._copies.append(entry)
+            elif entry.flags & BESIDE:
                 self._jobs.append(entry)
             elif (entry.waited or entry.start) < begin:
                 continue
@@ -261,6 +268,7 @@ class _Division:
         self._tops.sort(key=lambda top: top.start)
         self._starts = [top.start for top in self._tops]
         self._again = _outer(self._again)
+        self._waits += self._copies_at_launch()
         self._parts = [0.0] * len(TIME_PARTS)
 
     def row(self, place: tuple[int, ...], size: int) -> list[float]:
@@ -283,9 +291,29 @@ class _Division:
         row[CPU] = sum(top.cpu for top in self._tops) / 1e9
         row[_OTHER] += self._seconds - sum(row[:WAITS])
         row[SECONDS] = self._seconds
+        row[LINK_RANK], row[LINK_S] = self._slowest_link()
         row[OWN] = self._seconds - sum(row[WAITS:STEP]) - sum(row[part] for part in _NOT_OWN)
         self._set_durations(row, place)
         return row
+
+    def _copies_at_launch(self) -> list[tuple[int, _Entry]]:
+        """The step's own copies that lie in no wait: of what was there when this rank came to its collective."""
+        if not self._copies:
+            return []
+        begun = sorted((start, entry.end) for start, entry in self._waits)
+        found = []
+        for copy in self._copies:
+            at = bisect_right(begun, (copy.start, copy.end)) - 1
+            if not copy.flags & BESIDE and (at < 0 or begun[at][1] <= copy.start):
+                found.append((copy.start, copy))
+        return found
+
+    def _slowest_link(self) -> tuple[int, float]:
+        """The rank from which copies took longest, and how long in s; -1 without any."""
+        seconds: dict[int, float] = {}
+        for copy in self._copies:
+            seconds[copy.peer] = seconds.get(copy.peer, 0.0) + (copy.end - copy.start) / 1e9
+        return max(seconds.items(), key=lambda each: each[1], default=(-1, 0.0))
 
     def _holder(self, moment: int) -> _Top | None:
         """What is under way at the top at a moment."""
@@ -295,14 +323,15 @@ class _Division:
     def _wait(self, begun: int, entry: _Entry, row: list[float]) -> None:
         """Divides a wait into that for others and that for data on their way."""
         axis, length, top = self._codes.axis[entry.axis], entry.end - begun, self._holder(begun)
-        job = self._codes.kind[entry.kind] == _WAIT
+        kind = self._codes.kind[entry.kind]
+        job = kind == _WAIT
         of_stages = axis == _PP or (job and axis == _VOCABULARY) or (top is not None and self._codes.tail[top.kind])
-        blind = not job and not entry.arrived
+        blind = kind == _COLLECTIVE and not entry.arrived
         if job:
             for_others = self._of_job(begun, entry)
         elif blind:
             for_others = length if axis == _PP else 0
-        else:
+        else:  # a copy waits for nobody
             for_others = max(min(entry.arrived, entry.end) - begun, 0)
         self._parts[_BUBBLE if of_stages else _STRAGGLER] += for_others
         if blind and axis in _AXIS_AT:

@@ -22,7 +22,7 @@ from pentad.parallel.record.ring import HEADER_BYTES
 from pentad.parallel.record.vitals import OUT_WORD, TOLD_WORD
 from pentad.trainer.__main__ import main as rank_main
 from tests.jobs import DENSE
-from tests.launch.chaos.inject import KINDS, Fault, inject
+from tests.launch.chaos.inject import KINDS, SLOW, Fault, inject
 
 ALIVE_S, HANG_S, PAUSE_S = 2.5, 5.0, 8.0
 SMALL = [
@@ -39,6 +39,8 @@ LAYOUTS = {
         *("model.family=mixtral", "model.moe.experts=8", "model.moe.top_k=2"),
     ],
 }
+_STEPS = 85
+"""Of a job with a slow rank: four windows of 20 steps, whose rows are a step late, and some to spare."""
 WORLDS = {"tp2 pp2 dp2": 8, "ep4 cp2": 8, "tp2 dp2": 4}
 
 
@@ -54,6 +56,7 @@ class Outcome:
         over_s: from the fault to the end of all ranks.
         codes: exit codes by rank.
         left: what is still there and should not be.
+        stragglers: the events that name a slow rank.
     """
 
     verdict: Verdict | None
@@ -63,6 +66,7 @@ class Outcome:
     over_s: float
     codes: tuple[int, ...]
     left: tuple[str, ...]
+    stragglers: tuple[dict[str, Any], ...] = ()
 
 
 def draw(seed: int) -> tuple[str, Fault]:
@@ -71,7 +75,9 @@ def draw(seed: int) -> tuple[str, Fault]:
     kinds, layouts = list(KINDS), ["tp2 pp2 dp2", "ep4 cp2"]
     kind = kinds[seed % len(kinds)]
     layout = layouts[seed // len(kinds) % len(layouts)]
-    return layout, Fault(kind, draws.randrange(WORLDS[layout]), draws.randrange(2, 4), draws.randrange(12), "")
+    fault = Fault(kind, draws.randrange(WORLDS[layout]), draws.randrange(2, 4), draws.randrange(12), "")
+    # Every layout of eight ranks has something to say to the neighbour at any distance that is a power of two.
+    return layout, replace(fault, peer=fault.rank ^ draws.choice((1, 2, 4))) if kind == "slow link" else fault
 
 
 def run_job(folder: Path, layout: str, fault: Fault | None, *more: str, nodes: int = 1) -> Outcome:
@@ -82,7 +88,8 @@ def run_job(folder: Path, layout: str, fault: Fault | None, *more: str, nodes: i
     if fault is not None:
         fault = replace(fault, mark=str(mark))
     every = ["checkpoint.every=1"] if fault is not None and fault.kind == "writer" else []
-    argv = [DENSE, *SMALL, *LAYOUTS[layout], *every, f"runs_dir={folder}", *more]
+    slow = [f"train.steps={_STEPS}"] if fault is not None and fault.kind in SLOW else []
+    argv = [DENSE, *SMALL, *LAYOUTS[layout], *every, *slow, f"runs_dir={folder}", *more]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.worker_imports"])
     job = (argv, world, world // nodes, str(folder), port, fault, os.getpid())
@@ -115,8 +122,8 @@ def _rank(
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    if fault is not None and fault.rank == rank:
-        inject(fault)
+    if fault is not None and fault.touches(rank):
+        inject(fault, rank)
     code = 99
     try:
         code = rank_main(argv)
@@ -134,16 +141,25 @@ def _outcome(folder: Path, port: int, at: float, ended: float, codes: tuple[int,
         verdict = Verdict.load(json.loads((run / "record" / "verdict.json").read_text()))
     lines = (folder / "stderr").read_text().splitlines()
     causes = set(verdict.ranks) if verdict is not None else set()
+    stragglers = tuple(event for event in events_of(run) if event["event"] == "straggler")
+    named = [*([verdict.at] if verdict is not None else []), *(event["time"] for event in stragglers), ended]
     outs = [_out_s(ring) for ring in sorted((run / "record").glob("*.ring")) if read(ring).header.rank not in causes]
     return Outcome(
         verdict,
         lines[0] if lines else "",
-        (verdict.at if verdict is not None else ended) - at,
+        named[0] - at,
         max(outs, default=0.0),
         ended - at,
         codes,
         _left(folder, port),
+        stragglers,
     )
+
+
+def events_of(run: Path) -> list[dict[str, Any]]:
+    """What a run says in events.jsonl."""
+    file = run / "events.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _out_s(ring: Path) -> float:
@@ -172,8 +188,12 @@ def _free_port() -> int:
 
 
 def right(fault: Fault, outcome: Outcome) -> bool:
-    """Whether rank and class were named."""
+    """Whether rank and class were named; of a slow rank or link by the readings, while the job goes on to its end."""
     verdict = outcome.verdict
+    if fault.kind in SLOW:
+        named = {(event["rank"], event["peer"], event["reason"]) for event in outcome.stragglers}
+        ends = (min(fault.rank, fault.peer), max(fault.rank, fault.peer)) if fault.peer >= 0 else (fault.rank, None)
+        return verdict is None and not any(outcome.codes) and named == {(*ends, KINDS[fault.kind])}
     return verdict is not None and (verdict.kind, verdict.ranks) == (KINDS[fault.kind], (fault.rank,))
 
 
@@ -196,9 +216,10 @@ def main(argv: list[str]) -> None:
         }
         print("ok " if right(fault, outcome) else "BAD", about, {k: round(v, 3) for k, v in times.items()}, flush=True)
         verdict = outcome.verdict
-        if verdict is None or not right(fault, outcome) or outcome.left or outcome.first != f"error: {verdict.line}":
+        said = fault.kind in SLOW or (verdict is not None and outcome.first == f"error: {verdict.line}")
+        if not right(fault, outcome) or outcome.left or not said:
             print("    ", verdict and (verdict.kind, verdict.ranks, verdict.line), "|", outcome.first)
-            print("    ", outcome.left, flush=True)
+            print("    ", outcome.left, outcome.stragglers, flush=True)
     print(good, "of", last - first)
 
 

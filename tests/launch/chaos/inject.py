@@ -1,4 +1,5 @@
-"""Faults, brought into one rank of a real job: at its n-th communication of a step, in its data, in its writer."""
+"""Faults, brought into one rank of a real job: at its n-th communication of a step, in its data, in its writer; in its
+passes or in its transfers, where it is only to be slow."""
 
 from __future__ import annotations
 
@@ -23,11 +24,22 @@ KINDS = {
     "size": "other size",
     "receive": "receive without send",
     "writer": "checkpoint",
+    "slow 1.1": "compute",
+    "slow 1.3": "compute",
+    "slow 2": "compute",
+    "slow link": "network",
 }
-"""A fault, and what the watcher is to call it."""
+"""A fault, and what the watcher, or of a slow rank the readings, are to call it."""
+SLOW = ("slow 1.1", "slow 1.3", "slow 2", "slow link")
+"""Nobody dies of these: the job goes on, and says whom it waits for."""
 PAUSE = "pause"
 """Saves that take two seconds: no fault."""
 _LONG_S = 600.0
+_PASSES_S = 0.3
+"""What the passes of a step wait in every rank of a job with a slow one: on a machine with fewer cores than ranks the
+time of real passes is chance."""
+_LINK_S = 0.15
+"""What the copies of a step over a slow link take longer, in each direction."""
 _SKIPPED = ("all_gather", "reduce_scatter", "all_reduce")
 """Collectives without which a rank can go on, with wrong numbers of the right shape."""
 
@@ -42,6 +54,7 @@ class Fault:
         step: in which it happens (0-based).
         call: at which of the step's communications.
         mark: a file that then has the time.
+        peer: the rank at the other end of a slow link.
     """
 
     kind: str
@@ -49,10 +62,16 @@ class Fault:
     step: int
     call: int
     mark: str
+    peer: int = -1
+
+    def touches(self, rank: int) -> bool:
+        """Whether something is to be done in a rank's process."""
+        passes = self.kind in SLOW and self.kind != "slow link"
+        return passes or rank in (self.rank, self.peer)
 
 
-def inject(fault: Fault) -> None:
-    """Prepares the fault in this process, which is the victim."""
+def inject(fault: Fault, rank: int) -> None:
+    """Prepares the fault in this process, that of a rank which it touches."""
     once = threading.Lock()
 
     def begin() -> bool:
@@ -65,6 +84,10 @@ def inject(fault: Fault) -> None:
         _in_data(fault, begin)
     elif fault.kind == "writer":
         _in_writer(begin)
+    elif fault.kind == "slow link":
+        _in_link(fault.peer if rank == fault.rank else fault.rank, begin)
+    elif fault.kind in SLOW:
+        _in_passes(float(fault.kind.split()[1]) if rank == fault.rank else 1.0, begin)
     elif fault.kind == PAUSE:
         _in_writer(lambda: True, 2.0, "write")
     else:
@@ -102,6 +125,55 @@ def _in_writer(begin: Callable[[], bool], seconds: float = _LONG_S, only: str = 
         return together(self, what, slow)
 
     Team.together = stuck  # type: ignore[method-assign]
+
+
+def _in_passes(factor: float, begin: Callable[[], bool]) -> None:
+    """Every pass also waits, as for a device, and takes `factor` times as long as it would."""
+    from pentad.trainer import step as trainer_step
+
+    execute = trainer_step.execute
+
+    def slow(ops: Any, handlers: Any, *rest: Any) -> None:
+        wait = _PASSES_S / sum(op.kind.computes for op in ops)
+
+        def taking(handler: Callable[[Any], None]) -> Callable[[Any], None]:
+            def run(op: Any) -> None:
+                begun = time.thread_time()
+                handler(op)
+                own = time.thread_time() - begun
+                time.sleep(wait + (factor - 1) * (wait + own))
+
+            return run
+
+        if factor > 1:
+            begin()
+        execute(ops, {kind: taking(each) if kind.computes else each for kind, each in handlers.items()}, *rest)
+
+    trainer_step.execute = slow  # type: ignore[assignment]
+
+
+def _in_link(peer: int, begin: Callable[[], bool]) -> None:
+    """What comes from `peer` takes longer on its way: so much that a step loses the same over any link."""
+    from pentad.parallel.comm.processes import Process
+    from pentad.trainer.step import Stepper
+
+    read, run = Process.read, Stepper.run
+    copies = {"now": 0, "before": 0}
+
+    def slow(self: Process, *args: Any) -> None:
+        if self.rank == peer:
+            copies["now"] += 1
+            if copies["before"]:
+                time.sleep(_LINK_S / copies["before"])
+        read(self, *args)
+
+    def step(self: Stepper, *args: Any, **named: Any) -> Any:
+        begin()
+        copies.update(before=copies["now"], now=0)
+        return run(self, *args, **named)
+
+    Process.read = slow  # type: ignore[method-assign]
+    Stepper.run = step  # type: ignore[method-assign]
 
 
 def _in_communication(fault: Fault, begin: Callable[[], bool]) -> None:

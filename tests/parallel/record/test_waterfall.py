@@ -17,6 +17,8 @@ from pentad.parallel.record.parts import (
     BLIND,
     CPU,
     DURATIONS,
+    LINK_RANK,
+    LINK_S,
     OWN,
     PAIRS,
     SECONDS,
@@ -46,6 +48,7 @@ class Entry:
     arrived: int = 0
     cpu: int = 0
     beside: bool = False
+    peer: int = -1
 
 
 @dataclass
@@ -63,7 +66,7 @@ class Written:
         for entry in entries:
             writer = fork if entry.beside else r
             writer.op = entry.op
-            ticket = writer.enter(r.intern(entry.kind), axis=r.intern(entry.axis))
+            ticket = writer.enter(r.intern(entry.kind), axis=r.intern(entry.axis), peer=entry.peer)
             self.set(ticket, entry)
             tickets.append(ticket)
         return tickets
@@ -191,6 +194,27 @@ def test_nobody_knows_when_the_last_rank_came() -> None:
     assert row[BLIND + AXES.index(TimePart.EP)] == pytest.approx(30e-9)
     assert _parts(row) == {TimePart.COMPUTE: 20}
     assert row[: len(TIME_PARTS)].sum() + row[BLIND : BLIND + len(AXES)].sum() == pytest.approx(row[SECONDS])
+
+
+def test_a_long_copy_is_communication_wherever_it_was_made() -> None:
+    row = _read(
+        [
+            Entry("F", 0, 100, op=0, cpu=70),
+            Entry("all_gather", 8, 40, "tp", 0, waited=38, arrived=9),
+            Entry(kinds.COPY, 10, 30, "tp", 0, peer=1),  # of what was there when this rank came to its collective
+            Entry("all_gather", 50, 90, "ep", 0, waited=55, arrived=60),
+            Entry(kinds.COPY, 62, 85, "ep", 0, peer=3),  # inside the wait, which counts it
+            Entry(kinds.COPY, 5, 95, "data", 0, peer=2, beside=True),  # a lane's: the step's thread went on
+            Entry(kinds.COPY, -50, -10, "tp", -1, peer=5),  # of the step before
+        ],
+        0,
+        100,
+    )
+    expected = {TimePart.TP: 22, TimePart.STRAGGLER: 5, TimePart.EP: 30}
+    assert _parts(row) == {**expected, TimePart.COMPUTE: 43}
+    assert (row[LINK_RANK], row[LINK_S]) == (2, pytest.approx(90e-9))
+    clean = _read([Entry("F", 0, 100, op=0, cpu=100)], 0, 100)
+    assert (clean[LINK_RANK], clean[LINK_S]) == (-1, 0)
 
 
 def _random_step(draw: Random) -> Iterator[Entry]:

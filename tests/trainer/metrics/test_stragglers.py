@@ -14,12 +14,12 @@ from pentad.configs.schema import MoeConfig
 from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.record import kinds
 from pentad.parallel.record.files import RingFile
-from pentad.parallel.record.parts import AT, AXES, BLIND, TimePart
+from pentad.parallel.record.parts import AT, AXES, BLIND, DURATIONS, LINK_RANK, LINK_S, OWN, SECONDS, TimePart
 from pentad.parallel.record.ring import Recorder
 from pentad.trainer.metrics.readings.roles import grid, lines
 from pentad.trainer.metrics.readings.straggler import StragglerReading, roles
 from pentad.trainer.metrics.readings.waterfall import split_blind
-from pentad.trainer.metrics.rows import RowExchange
+from pentad.trainer.metrics.rows import RowExchange, StepRows
 from pentad.trainer.pipeline.programs import evaluation_program
 from tests.distributed import run_distributed
 from tests.rows import Watched, watched
@@ -59,7 +59,7 @@ def _clean(rank: int, world: int, name: str, steps: int, scale: float, slow: flo
             if step == steps // 3:
                 made.run.stepper.evaluate(made.run.batches(0)[0][:2], program)
             for rows in made.found[seen:]:
-                found.append(dict(reading.step(replace(DONE, step=rows.step + 1, rows=rows))))
+                found.append(dict(reading.step(replace(DONE, step=rows.step + 1, rows=rows, worst=(0.0,)))))
             seen = len(made.found)
         return found
 
@@ -77,6 +77,22 @@ def test_a_slow_rank_of_an_uneven_job_is_found() -> None:
     found = run_distributed(_clean, 4, uuid.uuid4().hex, 85, 15.0, 2.0, group=False, timeout_s=600)[0]
     (alert,) = [values["straggler_alert"] for values in found if values.get("straggler_alert")]
     assert alert.fields["rank"] == 1 and alert.fields["reason"] == "compute"
+
+
+def test_an_alert_of_a_slow_link_names_both_ends_once() -> None:
+    reading, found = StragglerReading(facts(job(dp=4))), []
+    draws = np.random.default_rng(5)
+    for step in range(1, 101):
+        rows = np.zeros((4, DURATIONS))
+        rows[:, OWN] = 0.1 + 0.002 * draws.standard_normal(4)
+        rows[:, SECONDS], rows[:, LINK_RANK] = 0.16, -1
+        for rank, peer in ((1, 3), (3, 1)):
+            rows[rank, [LINK_RANK, LINK_S, AT[TimePart.DP]]] = peer, 0.04, 0.04
+        values = reading.step(replace(DONE, step=step + 1, rows=StepRows(step, rows), worst=(0.0,)))
+        found += [values["straggler_alert"]] if values.get("straggler_alert") else []
+    (alert,) = found
+    assert (alert.fields["rank"], alert.fields["peer"], alert.fields["reason"]) == (1, 3, "network")
+    assert "(its link with rank 3)" in alert.text and alert.fields["cost"] == pytest.approx(0.25, abs=0.02)
 
 
 def test_ranks_of_a_stage_and_a_place_on_cp_are_compared() -> None:

@@ -147,6 +147,7 @@ class StragglerReading(Reading):
             "step": verdict.step,
             "rank": verdict.rank,
             "host": host,
+            "peer": verdict.peer,
             "score": round(verdict.score, 4),
             "z": round(verdict.z, 2),
             "reason": verdict.reason,
@@ -164,6 +165,7 @@ class StragglerReading(Reading):
             "rank": verdict.rank if verdict.reason is not None else None,
             "slowest_rank": int(verdict.scores.argmin()),
             "class": verdict.reason,
+            "peer": verdict.peer,
             "cost_pct": 100 * verdict.cost,
             "max_over_median": float(1 / verdict.scores.min()),
             "n_flagged": int(verdict.confirmed),
@@ -215,10 +217,15 @@ class StragglerReading(Reading):
         slower = 100 * (1 / verdict.score - 1)
         text = (
             f"straggler: rank {verdict.rank}{f' on {host}' if host else ''} is {slower:.0f}% slower than its peers "
-            f"({_WORDS[verdict.reason]}); steps would be {100 * verdict.cost:.0f}% shorter without it"
+            f"({_why(verdict)}); steps would be {100 * verdict.cost:.0f}% shorter without it"
         )
         fields = {key: value for key, value in self._seen(verdict).items() if key != "slower"} | {"host": host}
         return Alert(f"straggler: rank {verdict.rank}", text, "straggler", fields)
+
+
+def _why(verdict: StragglerVerdict) -> str:
+    assert verdict.reason is not None
+    return _WORDS[verdict.reason] if verdict.peer is None else f"its link with rank {verdict.peer}"
 
 
 _WORDS = {
