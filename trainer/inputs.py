@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,20 @@ from ..models.sequences import Inputs
 from ..parallel.comm.mesh import Mesh
 from ..parallel.context.layout import deal_of
 from ..parallel.kernels.mask import TokenLayout
+from ..parallel.labels import IGNORED
 from .data.dataset import Microbatch
+
+
+def own_mean(counted: Tensor, inputs: Sequence[Inputs]) -> Tensor:
+    """The mean loss of a rank's own tokens, in nats, () fp64; −∞, below all others', where none of them has one.
+
+    Args:
+        counted: () the sum of their losses, each times its microbatch's factor.
+        inputs: the microbatches, all with the same factor.
+    """
+    labels = [each.labels.view(-1, *each.tokens.shape)[0] for each in inputs if each.labels is not None]
+    tokens = torch.stack([(each != IGNORED).sum() for each in labels]).sum().double()
+    return torch.where(tokens > 0, counted.double() / (tokens * inputs[0].scale), -torch.inf)
 
 
 class InputMaker:

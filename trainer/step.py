@@ -39,7 +39,7 @@ from ..parallel.recompute import second_runs_in
 from ..parallel.record import kinds
 from ..parallel.vocab import Look
 from .data.dataset import Microbatch
-from .inputs import InputMaker
+from .inputs import InputMaker, own_mean
 from .metrics.live_bytes import LiveBytes
 from .numerics.guard import NumericsGuard
 from .optim.adamw_kernels import square_sum
@@ -65,7 +65,7 @@ class StepResult:
     stop: Tensor
     """Number of ranks that were asked to stop: all ranks see the same number after the same step."""
     worst: Handle
-    """The largest value over all ranks of each number that `run` was given to watch, fp64."""
+    """The largest over all ranks of each number that `run` was given to watch, and behind these of own losses; fp64."""
     moe: Tensor | None
     """What the routers counted in the step, over all ranks: (mixture-of-experts layers, `balance` columns)."""
 
@@ -91,6 +91,7 @@ class _Step:
         watched: see `Stepper.run`.
         outcome: none before the commit.
         updated: the buckets that were updated since.
+        own_loss: the mean over this rank's own tokens, −∞ where it counts none; none before the norm.
         sequences: what layers know of a microbatch, of the last one that passed a stage: its part-stages share it.
     """
 
@@ -101,6 +102,7 @@ class _Step:
     watched: Callable[[], Sequence[float]]
     outcome: _Outcome | None = None
     updated: set[int] = field(default_factory=set)
+    own_loss: Tensor | None = None
     sequences: tuple[int, Sequences] | None = None
 
 
@@ -346,7 +348,9 @@ class Stepper:
             for unit in self.replicas.units(bucket):
                 if unit.counted:
                     square = square + self._square_sum(unit.grad)
-        mine = torch.stack((square, self._counted(self._runtime), now.stop)).double()
+        counted = self._counted(self._runtime)
+        now.own_loss = own_mean(counted, now.inputs) if counted is not self._zero else counted.double() - torch.inf
+        mine = torch.stack((square, counted, now.stop)).double()
         if self.guard is not None:
             mine = torch.cat((mine, self.guard.check(now.number).view(1)))
         routed = collect_tallies(self.model, self.device)  # of all layers, those of other stages zero
@@ -362,6 +366,7 @@ class Stepper:
     def _own(self, step: _Step) -> Tensor:
         """What is watched of this rank. Filled in by kernels: a copy would make the host wait for the GPU."""
         own = [torch.full((), value, dtype=torch.float64, device=self.device) for value in step.watched()]
+        own += [step.own_loss] if own and step.own_loss is not None else []
         return torch.stack(own) if own else torch.empty(0, dtype=torch.float64, device=self.device)
 
     def _outcome(self, whole: Tensor, worst: Handle, routed: Tensor | None) -> _Outcome:

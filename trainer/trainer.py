@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,7 @@ class Trainer:
                 ceiling_tflops=self.peak.ceiling or self.peak.tflops,
                 program=self.program,
                 hosts=self.rows.hosts,
+                epoch=mesh.epoch,
             )
         )
         self.profiler = Profiler(cfg.log.profile, run_dir / RunFile.PROFILE, mesh.rank)
@@ -226,7 +227,7 @@ class Trainer:
             lr = learning_rate(cfg.optim.schedule, cfg.optim.lr, self.step, cfg.train.steps)
             valid, pairs = loader.counts
             with self.overlap.step():
-                mine = OnRank(step=self.step + 1, data_s=loader.wait_s)
+                mine = OnRank(step=self.step + 1, data_s=loader.wait_s, silent_s=self.vitals.longest_silence_s)
                 watched = partial(self.readings.watch, mine)
                 result = self.stepper.run(self.step, batches, valid, lr, stop=stop.requested, watched=watched)
         self.step += 1
@@ -262,7 +263,7 @@ class Trainer:
             self._landed()
             told = (result.loss, result.grad_norm, result.skipped, result.corrupted, result.stop)
             numbers = torch.stack([x.double() for x in told])
-            loss, norm, skipped, corrupted, stop, *worst = torch.cat((numbers, result.worst.wait())).tolist()
+            loss, norm, skipped, corrupted, stop, *worst, most = torch.cat((numbers, result.worst.wait())).tolist()
         if corrupted:
             raise self._corrupted(issued.step)
         before, self._clock = self._clock, time.monotonic_ns()
@@ -274,6 +275,7 @@ class Trainer:
             self._divide(issued, before)
             if self._outputs is not None:
                 done = self._done(issued, loss, norm, bool(skipped), seconds)
+                done = replace(done, loss_max_rank=most)
                 report = self.readings.step(done, worst)
                 self._outputs.sinks.log(report)
                 for alert in report.alerts:

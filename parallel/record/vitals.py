@@ -50,6 +50,8 @@ class Vitals:
 
     def __init__(self, words: memoryview) -> None:
         self._words = words
+        self._longest = -1
+        """Between two signs of life, in ns; -1: none has been given yet."""
         self._heard: _Heard | None = None
         now = _now()
         words[BEAT_WORD] = words[SINCE_WORD] = now
@@ -77,7 +79,9 @@ class Vitals:
 
     def beat(self) -> None:
         """A sign of life; looks at the abort word. For a thread of its own."""
-        now = self._words[BEAT_WORD] = _now()
+        now = _now()
+        self._longest = max(self._longest, now - self._words[BEAT_WORD])
+        self._words[BEAT_WORD] = now
         heard, told = self._heard, self._words[ABORT_WORD]
         if heard is None or told <= heard.epoch:
             return
@@ -87,6 +91,14 @@ class Vitals:
         elif now - heard.at > _CUT_NS:
             self._heard = None
             heard.cut()
+
+    def longest_silence_s(self) -> float:
+        """The longest time between two signs of life since this was asked last, the one that goes on included; 0: none
+        is given."""
+        if self._longest < 0:
+            return 0.0
+        longest, self._longest = self._longest, 0
+        return max(longest, _now() - self._words[BEAT_WORD]) / 1e9
 
     def failed(self) -> None:
         """This rank ends of an error, which it has written down."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -26,8 +27,8 @@ DONE = StepDone(
     pairs=6000.0,
     seconds=2.0,
 )
-WORST = (0.1, 1.5)
-"""Seconds of waiting for data, GiB of memory."""
+WORST = (0.1, 1.5, *[-math.inf] * 4, 0.03)
+"""Seconds of waiting for data, GiB of memory and what only a GPU knows, seconds without a sign of life."""
 _VALUES = {
     **{"step": 7, "loss": 2.5, "grad_norm": 1.25, "lr": 3e-4, "tokens": 1800, "skipped": 1, "done_pct": 70.0},
     **{"step_time_s": 2.0, "tokens_per_s": 400.0, "tokens_per_s_per_device": 100.0, "data_s": 0.1, "data_pct": 5.0},

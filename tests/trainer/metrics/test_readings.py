@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
@@ -20,11 +21,12 @@ from pentad.configs.errors import UserError
 from pentad.configs.schema import LogConfig, MemoryConfig, MoeConfig
 from pentad.models.costs.flops import step_flops
 from pentad.models.costs.recompute import flops_again
+from pentad.parallel.record.ring import Recorder
 from pentad.trainer.memory.estimate import per_rank
 from pentad.trainer.metrics.evaluation import HELD_OUT_LOSS, sample_metric
 from pentad.trainer.metrics.metric import Metric
 from pentad.trainer.metrics.readings import registry
-from pentad.trainer.metrics.readings.memory import peak_memory_gib
+from pentad.trainer.metrics.readings.memory import device_memory, peak_memory_gib
 from pentad.trainer.metrics.readings.protocol import OnRank, Reading, RunFacts, StepDone
 from pentad.trainer.metrics.readings.registry import BUILT_IN, Readings, register
 from tests.distributed import run_distributed
@@ -72,7 +74,33 @@ def test_an_unknown_peak_gives_no_utilization() -> None:
 
 
 def test_memory_of_this_process() -> None:
-    assert 0 < peak_memory_gib("cpu") < 1e4
+    assert 0 < peak_memory_gib() < 1e4
+
+
+def test_memory_of_a_device_by_its_allocators_counts() -> None:
+    keys = ("allocated_bytes.all.peak", "reserved_bytes.all.peak", "num_alloc_retries", "num_ooms")
+    stats = dict(zip(keys, (3 << 30, 4 << 30, 2, 1), strict=True))
+    assert device_memory(stats, 8 << 30) == (3.0, 37.5, 4.0, 2, 1)
+    shown = values(Readings(facts(), BUILT_IN).step(DONE, (0.1, *device_memory(stats, 8 << 30), 0.0)))
+    keys = ("memory_gib", "memory_pct", "memory_reserved_gib", "memory_retries", "memory_ooms", "hb_age_max_ms")
+    assert [shown[key] for key in keys] == [3.0, 37.5, 4.0, 2, 1, None]
+    cpu = values(read(facts()))
+    assert [cpu[key] for key in keys] == [1.5, None, None, None, None, pytest.approx(30.0)]
+    assert cpu["fault_epoch"] == 0 and values(read(replace(facts(), epoch=2)))["fault_epoch"] == 2
+
+
+def test_the_longest_silence_of_a_rank_is_asked_for_once() -> None:
+    vitals = Recorder(None, rank=0, world=1, entries=1).vitals
+    assert vitals.longest_silence_s() == 0, "it gives no signs of life"
+    vitals.beat()
+    time.sleep(0.05)
+    vitals.beat()
+    assert 0.05 <= vitals.longest_silence_s() < 5
+    before = time.monotonic()
+    vitals.beat()
+    assert vitals.longest_silence_s() <= time.monotonic() - before + 0.05
+    time.sleep(0.05)
+    assert vitals.longest_silence_s() >= 0.05, "the one that goes on counts"
 
 
 # A metric in a file of one's own ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pentad.trainer.processes.signals import StopRequest
 from pentad.trainer.trainer import Outputs
 from tests.distributed import run_distributed
 from tests.trainer.checkpoint.test_resume import text_job
-from tests.training import open_trainer
+from tests.training import Run, job, microbatches, open_trainer
 
 
 class Rows:
@@ -70,7 +70,7 @@ def _train_unlike(rank: int, world: int, cfg: Config, folder: Path) -> list[dict
         return batches
 
     Loader.__next__ = slow  # type: ignore[method-assign]
-    memory.peak_memory_gib = lambda device: 1.0 + 10 * rank
+    memory.peak_memory_gib = lambda: 1.0 + 10 * rank
     try:
         return _train(rank, world, cfg, folder)
     finally:
@@ -84,3 +84,30 @@ def test_memory_and_data_waits_are_those_of_the_worst_rank(tmp_path: Path) -> No
     cfg = replace(cfg, train=replace(cfg.train, steps=2))
     rows = run_distributed(_train_unlike, 2, cfg, tmp_path / "run", group=False)[0]
     assert [(row["memory_gib"], row["data_s"]) for row in rows] == [(11.0, 7.0)] * 2
+
+
+def _own_losses(rank: int, world: int, cfg: Config) -> list[float]:
+    """The mean loss, and the largest one of a rank."""
+    run = Run(rank, cfg, masked=True)
+    try:
+        result = run.stepper.run(0, *run.batches(0), run.cfg.optim.lr, watched=lambda: (0.0,))
+        return [float(result.loss), result.worst.wait().tolist()[-1]]
+    finally:
+        run.close()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}])
+def test_the_largest_loss_is_that_of_one_ranks_own_tokens(layout: dict[str, int]) -> None:
+    cfg = job(dp=2, **layout)
+    found = run_distributed(_own_losses, 4, cfg, group=False)
+    alone = Run(0, job(global_batch=4))
+    expected = []
+    for rank in range(2):
+        batches = microbatches(cfg, 0, rank, 2, masked=True)
+        result = alone.stepper.run(0, batches, sum(batch.valid for batch in batches), 0.0)
+        expected.append(float(result.loss))
+    alone.close()
+    assert abs(expected[0] - expected[1]) > 1e-3
+    for loss, most in found:
+        assert most == pytest.approx(max(expected), rel=1e-12) and min(expected) < loss < max(expected)

@@ -34,6 +34,12 @@ class ProgressReading(Reading):
             tracker="optim/grad_norm",
             column=Column("gnorm", 8, lambda norm: fixed(norm, 8, 3), colour="36", order=20),
         ),
+        Metric(
+            "loss_max_rank",
+            "the same over the tokens of one rank, of the rank where it is largest",
+            unit="nats",
+            tracker="loss/max_rank",
+        ),
         Metric("lr", "learning rate", tracker="optim/lr/all", column=Column("lr", 8, _rate, colour="90", order=30)),
         Metric("tokens", "since the start of training", tracker="progress/tokens"),
         Metric(
@@ -60,6 +66,7 @@ class ProgressReading(Reading):
         return {
             "step": done.step,
             "loss": done.loss,
+            "loss_max_rank": done.loss_max_rank,
             "grad_norm": done.grad_norm,
             "lr": done.lr,
             "tokens": done.tokens_seen,

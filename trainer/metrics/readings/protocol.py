@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ class RunFacts:
     """What the ranks of a pipeline do in a step."""
     hosts: Mapping[int, str] = field(default_factory=dict)
     """Where each rank is, as far as that is known."""
+    epoch: int = 0
+    """How many times the mesh was built anew since the job began."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ class OnRank:
     """1 for the first step of the training."""
     data_s: float
     """How long it waited for the loader."""
+    silent_s: Callable[[], float] = float
+    """Asked once: the longest time between two signs of life since the step before; 0: it gives none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,8 @@ class StepDone:
     """Optimizer steps done since the start of training, this one included."""
     loss: float
     """Mean over all valid tokens of the global batch, in nats."""
+    loss_max_rank: float | None = None
+    """The largest mean over a rank's own valid tokens, in nats; None where it is not known."""
     grad_norm: float
     """Global L2 norm before clipping."""
     lr: float

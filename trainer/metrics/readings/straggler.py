@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from ....parallel.record.stragglers import Reason, Stragglers, StragglerVerdict
 from ..heat_map import straggler_image
 from ..metric import Alert, Column, Metric, Picture
 from ..rows import StepRows
-from .protocol import Reading, RunFacts, StepDone
+from .protocol import OnRank, Reading, RunFacts, StepDone
 from .roles import expert_grid, grid
 from .routing import is_pictured
 
@@ -48,7 +48,8 @@ def roles(run: RunFacts) -> np.ndarray:
 
 
 class StragglerReading(Reading):
-    """The slowest rank of each window of 20 steps, an alert once it is confirmed, and how long the ranks wait."""
+    """The slowest rank of each window of 20 steps, an alert once it is confirmed, how long the ranks wait, and how long
+    one of them was silent."""
 
     metrics = (
         Metric(
@@ -68,6 +69,14 @@ class StragglerReading(Reading):
         Metric("ckpt_block_ms", "what a save took of the step", unit="ms", in_file=False, tracker="ckpt/block_ms"),
         Metric("ckpt_age_steps", "steps since the last save", in_file=False, tracker="ckpt/age_steps"),
         Metric(
+            "hb_age_max_ms",
+            "the longest time that a rank gave no sign of life; one is due every 20 ms",
+            unit="ms",
+            in_file=False,
+            tracker="hb/age_max_ms",
+        ),
+        Metric("fault_epoch", "how many times the ranks' mesh was built anew", in_file=False, tracker="fault/epoch"),
+        Metric(
             "straggler_alert",
             "a message, and an event, when a straggler is confirmed",
             in_file=False,
@@ -75,6 +84,8 @@ class StragglerReading(Reading):
             line=lambda _, alert: alert.text,
         ),
     )
+
+    watched = 1
 
     def __init__(self, run: RunFacts) -> None:
         super().__init__(run)
@@ -88,7 +99,15 @@ class StragglerReading(Reading):
         self._told: int | None = None
         self._saved: int | None = None
 
+    def watch(self, mine: OnRank) -> Sequence[float]:
+        return (mine.silent_s(),)
+
     def step(self, done: StepDone) -> Mapping[str, Any]:
+        silent = 1e3 * done.worst[0]
+        return {"hb_age_max_ms": silent or None, "fault_epoch": self.run.epoch, **self._compared(done)}
+
+    def _compared(self, done: StepDone) -> Mapping[str, Any]:
+        """What the ranks' rows tell."""
         self._routed[done.step] = done.routed
         for old in [step for step in self._routed if step < done.step - _REMEMBERED]:
             del self._routed[old]
