@@ -27,12 +27,14 @@ def run(small_run: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(run: Path) -> Path:
-    """The same run as if it had been killed in its 31st step, with its last line half written."""
+    """The same run as if a rank had been killed in its 31st step, with its last line half written."""
     copy = run.with_name("killed")
     shutil.copytree(run, copy)
     lines = (copy / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (copy / "metrics.jsonl").write_bytes(b"".join(lines[:30]) + lines[30][:50])
-    (copy / "events.jsonl").write_bytes((copy / "events.jsonl").read_bytes().splitlines(keepends=True)[0])
+    told = {"time": 1.7e9, "event": "verdict", "kind": "killed", "ranks": [1], "line": "rank 1 was killed by SIGKILL"}
+    start = (copy / "events.jsonl").read_bytes().splitlines(keepends=True)[0]
+    (copy / "events.jsonl").write_bytes(start + json.dumps(told | {"details": ["  rank 0: waited"]}).encode() + b"\n")
     ring = next((copy / "record").glob("rank-00001*"))
     ring.write_bytes(ring.read_bytes()[:9000])
     return copy
@@ -64,7 +66,7 @@ def test_of_several_runs_and_of_a_chosen_step(
     assert capsys.readouterr().out.strip() == str(out)
     whole, cut = read_page(out).content["runs"]
     assert whole["drawn_step"] == 40 and (cut["drawn_step"], cut["steps"]) == (None, 30)
-    assert "cut short" in cut["no_drawing"] and "killed" in cut["facts"]["state"]
+    assert "cut short" in cut["no_drawing"] and cut["facts"]["state"] == "ended by a fault"
     assert main(["report", str(run), "--out", str(out), "--step", "9999"]) == 2
     assert "--step: step 9999 is not whole in the record" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "nowhere")]) == 2
@@ -93,13 +95,18 @@ def test_in_a_browser(run: Path, killed: Path, tmp_path: Path) -> None:
         ):
             page.open(file, width, dark=dark)
             shown = _shown(page)
-            assert shown.keys() == CHARTS
+            assert shown.keys() == CHARTS | ({"verdict"} if file == both else set())
             assert all(points[0] > 0 for points in shown.values()), shown
             assert page.value("document.documentElement.scrollWidth <= innerWidth"), (file, width)
             lines = "[...document.querySelectorAll('path.line')].every(p => p.getBBox().width > 50)"
             assert page.value(lines), (file, width)
             spilt = "[...document.querySelectorAll('.card')].filter(c => c.getBoundingClientRect().right > innerWidth)"
             assert page.value(f"{spilt}.length") == 0
+        colour = "[...document.querySelectorAll('.verdict .line')].map(n => [n.textContent, getComputedStyle(n).color])"
+        assert page.value(colour) == [["rank 1 was killed by SIGKILL", "rgb(185, 28, 28)"]]
+        top, chart = (f"document.querySelector('{each}').getBoundingClientRect().top" for each in (".verdict", ".card"))
+        assert page.value(f"{top} < {chart}")
+        assert page.value("document.querySelectorAll('svg.chart .mark.verdict').length") > 0
         page.value("document.querySelectorAll('.axis-choice button')[1].click()")
         page.value("document.querySelector('button.run').click()")
         assert _shown(page)["loss"] == [30]  # of the second run alone

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pentad.configs.errors import UserError
+from pentad.parallel.record.files import RingFile, write_index
 from pentad.trainer.metrics.page import write_page
 from pentad.trainer.metrics.page.columns import MOST, line, mean_of, starts_of
 from pentad.trainer.metrics.page.write import page
@@ -86,6 +87,38 @@ def test_a_page_has_the_numbers_of_the_files(tmp_path: Path) -> None:
     assert [event["event"] for event in found["events"]["rows"]] == ["start", "evaluation", "start"]
     assert "program.json" in found["no_drawing"]
     assert all(address in ("", "data:,") for address in read.addresses)
+
+
+def test_what_ended_a_run_stands_at_its_top(tmp_path: Path) -> None:
+    verdict = {
+        "time": 1.7e9,
+        "event": "verdict",
+        "kind": "killed",
+        "ranks": [1],
+        "line": "rank 1 was killed",
+        "code": 137,
+    }
+    events = [
+        {"time": 1.6e9, "event": "start", "step": 0, "world": 2},
+        {"time": 1.65e9, "event": "straggler", "step": 2, "rank": 0, "peer": 1, "reason": "network"},
+        verdict | {"details": ["  rank 0: waited", EVIL]},
+    ]
+    run = folder(tmp_path / "run", [row(1), row(2), row(3)], events)
+    write_index(run, [RingFile(rank, f"node{rank}", f"/dev/shm/pentad-x-{rank}.ring", 1) for rank in range(2)])
+    (found,) = read_page(page([run])).content["runs"]
+    assert found["verdict"] == {
+        "kind": "killed", "ranks": [1], "hosts": ["node1"], "line": "rank 1 was killed", "time": 1.7e9, "step": 3,
+        "details": ["  rank 0: waited", EVIL],
+    }  # fmt: skip
+    assert found["alerts"] == [[2, "straggler: rank 0 (network, its link with rank 1)"]]
+    assert found["facts"]["state"] == "ended by a fault"
+    again = [*events, {"time": 1.8e9, "event": "start", "step": 3, "world": 2}]
+    for name, said in (("again", again), ("whole", [*again, {"time": 1.9e9, "event": "end", "step": 3}]), ("none", [])):
+        (other,) = read_page(page([folder(tmp_path / name, [row(1)], said)])).content["runs"]
+        assert other["verdict"] is None and other["facts"]["state"] != "ended by a fault"
+    odd = {"event": "verdict", "ranks": [True, "x", 5], "details": {}, "line": [EVIL], "time": EVIL}
+    (strange,) = read_page(page([folder(tmp_path / "odd", [], [odd], "name: odd\n")])).content["runs"]
+    assert (strange["verdict"]["ranks"], strange["verdict"]["details"], strange["verdict"]["step"]) == ([5], [], None)
 
 
 def test_a_long_run_keeps_its_peaks_and_stays_small(tmp_path: Path) -> None:

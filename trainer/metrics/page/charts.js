@@ -154,7 +154,7 @@ function range(lists) {
   return [low, high];
 }
 
-// Lines of {name, colour, xs, mean, low?, high?, dashed?}, points of {xs, ys, colour, name}, marks of {x, skip}.
+// Lines of {name, colour, xs, mean, low?, high?, dashed?}, points of {xs, ys, colour, name}, marks of {x, text, skip?, alert?, verdict?}.
 function lineChart(card, host, options) {
   const state = { log: false };
   const redraw = drawn(host, (width) => {
@@ -171,7 +171,7 @@ function lineChart(card, host, options) {
     f.y.positive = state.log;
     for (const mark of options.marks ? options.marks() : []) {
       if (mark.x === null || mark.x < xs[0] || mark.x > xs[1]) continue;
-      const line = shape("line", { class: mark.skip ? "mark skip" : "mark", x1: f.x(mark.x), x2: f.x(mark.x), y1: EDGE.top, y2: f.bottom });
+      const line = shape("line", { class: ["mark", ...["skip", "alert", "verdict"].filter((kind) => mark[kind])].join(" "), x1: f.x(mark.x), x2: f.x(mark.x), y1: EDGE.top, y2: f.bottom });
       line.append(shape("title", {}, mark.text));
       f.svg.append(line);
     }

@@ -45,6 +45,8 @@ function linesOf(key, extra) {
 function marks() {
   return RUNS.flatMap((run, i) => (shown[i] ? [
     ...run.restarts.map((step) => ({ x: atStep(run, step), text: `${run.name}: started again after step ${step}` })),
+    ...run.alerts.map(([step, text]) => ({ x: atStep(run, step), alert: true, text: `${run.name}: step ${step}: ${text}` })),
+    ...(run.verdict && run.verdict.step !== null ? [{ x: atStep(run, run.verdict.step), verdict: true, text: `${run.name}: ${run.verdict.line}` }] : []),
     ...run.skipped.map((step) => ({ x: atStep(run, step), skip: true, text: `${run.name}: step ${step} skipped` })),
   ] : []));
 }
@@ -80,6 +82,7 @@ function facts() {
   PAGE.append(make("h1", {}, RUNS.map((run) => run.name).join(" · ")));
   const steps = Math.max(...RUNS.map((run) => run.steps)), most = Math.max(...RUNS.map((run) => run.points));
   const thinned = steps > most ? ` ${short(steps)} steps are drawn as ${most} points: the mean, with the lowest and highest of the steps between as a band.` : "";
+  verdicts();
   PAGE.append(make("p", {}, `Medians without the first fifth of the steps.${thinned}`));
   if (!MANY) {
     const list = make("dl", { class: "facts" });
@@ -90,6 +93,19 @@ function facts() {
   const names = [...new Set(RUNS.flatMap((run) => Object.keys(run.facts)))];
   const rows = names.map((name) => [name, ...RUNS.map((run) => run.facts[name] || "–")]);
   PAGE.append(make("div", { class: "card" }, tableOf(["", ...RUNS.map((run) => run.name)], rows, true)));
+}
+
+// What ended a run that ended by a fault, before everything else.
+function verdicts() {
+  RUNS.filter((run) => run.verdict).forEach((run) => {
+    const told = run.verdict, ranks = told.ranks.join(", ");
+    const where = [`rank${told.ranks.length > 1 ? "s" : ""} ${ranks || "?"}`, ...(told.hosts.length ? [`on ${told.hosts.join(", ")}`] : []),
+      ...(told.step === null ? [] : [`after step ${short(told.step)}`]), ...(told.time === null ? [] : [new Date(1000 * told.time).toLocaleString()])];
+    const node = make("div", { class: "verdict", role: "alert", "data-chart": "verdict", "data-points": 1 + told.details.length },
+      make("h2", {}, `${MANY ? `${run.name}: ` : ""}${told.kind}`), make("p", { class: "line" }, told.line), make("p", {}, where.join(" · ")));
+    if (told.details.length) node.append(make("pre", {}, told.details.join("\n")));
+    PAGE.append(node);
+  });
 }
 
 function tableOf(titles, rows, heads) {

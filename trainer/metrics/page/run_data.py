@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ...run_folder import RunFile
 from ..readings.waterfall import ORDER
 from ..summary import objects_of
 from .columns import MOST, Columns, by_step, known_number, last_of, line, mean_of, most_of, rounded, starts_of
+from .verdict import alerts_of, verdict_of
 
 LINES = (
     "loss", "grad_norm", "lr", "tokens_per_s", "step_time_s", "mfu", "memory_gib", "memory_model_gib",
@@ -76,6 +77,7 @@ def run_data(run: Path) -> dict[str, Any]:
         "steps": len(columns.steps),
         "points": len(starts),
         **_marks(columns, events),
+        "verdict": verdict_of(run, events, int(columns.steps[-1]) if len(columns.steps) else None),
         "waterfall": _waterfall(by_step(falls)),
         "stragglers": _stragglers(by_step(windows)),
         "experts": _experts(by_step(experts)),
@@ -132,6 +134,8 @@ def _state(events: Sequence[Mapping[str, Any]], total: str, step: int) -> str:
         return "ended"
     if last == "stopped":
         return "stopped on request"
+    if last and events[-1].get("event") == "verdict":
+        return "ended by a fault"
     return "no end in its files: it still runs, or was killed" if last else "no start in its files"
 
 
@@ -168,7 +172,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _marks(columns: Columns, events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def _marks(columns: Columns, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Held-out losses, and the steps at which something happened."""
     held, restarts = [], []
     for event in by_step(e for e in events if e.get("event") == "evaluation"):
@@ -179,7 +183,12 @@ def _marks(columns: Columns, events: Iterable[Mapping[str, Any]]) -> dict[str, A
             restarts.append(step)
     skipped = np.nan_to_num(columns.values["skipped"])
     more = columns.steps[1:][np.diff(skipped) > 0] if len(skipped) > 1 else columns.steps[:0]
-    return {"held_out": _spaced(held), "restarts": _spaced(restarts), "skipped": _spaced(more.tolist())}
+    return {
+        "held_out": _spaced(held),
+        "restarts": _spaced(restarts),
+        "skipped": _spaced(more.tolist()),
+        "alerts": _spaced(alerts_of(events)),
+    }
 
 
 def _spaced(values: list[Any]) -> list[Any]:
