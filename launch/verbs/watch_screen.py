@@ -8,7 +8,7 @@ from typing import Any
 from ...trainer.metrics.formats import si
 from ...trainer.metrics.readings.straggler import slowest
 from ...trainer.metrics.readings.waterfall import waterfall_line
-from .watch_state import JobView, RankState, rank_words, state_of, waited_axis
+from .watch_state import JobView, RankState, rank_words, waited_axis
 
 Piece = tuple[str, str]
 """A text and its colour: green, blue, cyan, magenta, yellow, red, grey, bold or plain."""
@@ -22,6 +22,8 @@ COLOURS = {
     RankState.STARTING: "cyan",
     RankState.ENDING: "grey",
     RankState.DONE: "grey",
+    RankState.STEPS: "green",
+    RankState.QUIET: "yellow",
     RankState.UNSEEN: "grey",
 }
 """All others are red."""
@@ -36,6 +38,9 @@ _WORDS = {
     RankState.FAILED: "FAIL",
     RankState.FROZEN: "FROZ",
     RankState.LOST: "lost",
+    RankState.STEPS: "steps",
+    RankState.QUIET: "quiet",
+    RankState.BLAMED: "FAULT",
     RankState.UNSEEN: "?",
 }
 _EVENTS = 6
@@ -134,24 +139,23 @@ def _row_name(view: JobView, rank: int) -> str:
 
 
 def _cell(view: JobView, rank: int) -> Piece:
-    stand = view.stands.get(rank)
-    state = RankState.UNSEEN if stand is None else state_of(stand)
+    stand, state = view.stands.get(rank), view.state(rank)
     axis = "" if stand is None else waited_axis(stand)
     word = f"~{axis[:5]}" if axis else _WORDS.get(state, state.value)
     return f"{rank:>2} {word}", COLOURS.get(state, "red")
 
 
 def _cursor_words(view: JobView, cursor: int) -> str:
-    stand = view.stands.get(cursor)
-    return f"rank {cursor}: its ring is on another host" if stand is None else rank_words(stand, view.places)
+    if cursor in view.stands:
+        return rank_words(view.stands[cursor], view.places)
+    return view.far[cursor].words if cursor in view.far else f"rank {cursor}: nothing is known of it here"
 
 
 def _counts(view: JobView) -> list[list[Piece]]:
     """How many ranks are at what: the legend too."""
     counts: dict[tuple[str, str], int] = {}
     for rank in range(view.world):
-        stand = view.stands.get(rank)
-        state = RankState.UNSEEN if stand is None else state_of(stand)
+        stand, state = view.stands.get(rank), view.state(rank)
         axis = "" if stand is None else waited_axis(stand)
         key = f"{state.value}{f' for {axis} (~{axis[:5]})' if axis else ''}", COLOURS.get(state, "red")
         counts[key] = counts.get(key, 0) + 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from ..supervise.worker_files import read_places
 
 _NEWEST = 64
 """Entries of each ring that are looked at: those of the operation under way are among them."""
+_QUIET_S, _QUIET_STEPS = 10.0, 5.0
+"""A step that is not reported for so long, or for so many times its length, is late."""
 _AXES = ("tp", "cp", "dp", "pp")
 """From the fastest to the slowest of the mesh."""
 
@@ -41,6 +45,9 @@ class RankState(StrEnum):
     FROZEN = "frozen"
     FAILED = "failed"
     LOST = "lost a peer"
+    STEPS = "stepping elsewhere"
+    QUIET = "elsewhere, no step for long"
+    BLAMED = "blamed by its watcher"
     UNSEEN = "not seen here"
 
 
@@ -95,6 +102,52 @@ def rank_words(stand: Stand, places: Places) -> str:
 
 
 @dataclass(frozen=True)
+class FarRank:
+    """A rank whose ring cannot be read on this host, as far as the run's files tell.
+
+    Args:
+        state: in a word.
+        words: the same on one line.
+    """
+
+    state: RankState
+    words: str
+
+
+def far_ranks(
+    hosts: Mapping[int, str],
+    row: Mapping[str, Any],
+    age_s: float,
+    events: Sequence[Mapping[str, Any]],
+) -> dict[int, FarRank]:
+    """What metrics.jsonl and the watchers' verdict say of ranks on other hosts: a step is reported once all ranks have
+    done it.
+
+    Args:
+        hosts: of these ranks.
+        row: of the last step; empty: none has been reported.
+        age_s: of the last row.
+        events: of the run.
+    """
+    step, seconds = row.get("step"), row.get("step_time_s")
+    long_s = max(_QUIET_S, _QUIET_STEPS * seconds if isinstance(seconds, (int, float)) else 0.0)
+    last = next((e for e in reversed(events) if e.get("event") in ("start", "end", "stopped", "verdict")), {})
+    known = f"its last step is {step}, reported {age_s:.0f} s ago" if row else "no step has been reported yet"
+    found = {}
+    for rank, host in hosts.items():
+        state, more = RankState.STEPS if row and age_s <= long_s else RankState.QUIET, known
+        named = last.get("ranks") if last.get("event") == "verdict" else None
+        if isinstance(named, list) and rank in named:
+            state, more = RankState.BLAMED, str(last.get("line", ""))
+        elif last.get("event") in ("end", "stopped"):
+            state, more = RankState.DONE, "the run has ended"
+        elif last.get("event") == "verdict":
+            state, more = RankState.LOST, f"the run was ended by a fault of others: {last.get('line', '')}"
+        found[rank] = FarRank(state, f"rank {rank} on {host}: {state.value}, {more}; its ring is there")
+    return found
+
+
+@dataclass(frozen=True)
 class JobView:
     """One look at a job.
 
@@ -107,6 +160,7 @@ class JobView:
         places: words for operations.
         row: the last step's metrics.
         events: the newest.
+        far: the ranks that cannot be read here.
     """
 
     name: str
@@ -117,6 +171,13 @@ class JobView:
     places: Places
     row: Mapping[str, Any]
     events: Sequence[Mapping[str, Any]]
+    far: Mapping[int, FarRank] = field(default_factory=dict)
+
+    def state(self, rank: int) -> RankState:
+        """What a rank is at."""
+        if rank in self.stands:
+            return state_of(self.stands[rank])
+        return self.far[rank].state if rank in self.far else RankState.UNSEEN
 
 
 class JobReader:
@@ -133,8 +194,10 @@ class JobReader:
         self._folder = folder
         self._views: dict[int, RingView] = {}
         self._known: object = None
+        self._elsewhere: dict[int, str] = {}
+        """Hosts of the ranks that are not on this one."""
         self._open()
-        if not self._views:
+        if not self._views and not self._elsewhere:
             raise UserError(f"{folder}: none of the rings of its record can be read here")
 
     def _open(self) -> None:
@@ -152,7 +215,9 @@ class JobReader:
         for ring in indexed:
             if ring.epoch == newest and (view := RingView.open(self._folder, ring, newest=_NEWEST)) is not None:
                 self._views[view.rank] = view
-        self._world = max((view.ring.header.world for view in self._views.values()), default=0)
+        ranks, here = [ring for ring in indexed if ring.epoch == newest], socket.gethostname()
+        self._elsewhere = {ring.rank: ring.host for ring in ranks if ring.host != here}
+        self._world = max((view.ring.header.world for view in self._views.values()), default=len(ranks))
 
     def look(self) -> JobView:
         """Where everything stands now."""
@@ -161,17 +226,29 @@ class JobReader:
             rank: view.now((-1, -1)) if view.alive else view.post_mortem(self._folder)
             for rank, view in self._views.items()
         }
-        rows = newest_of(self._folder / RunFile.METRICS)
+        rows, events = newest_of(self._folder / RunFile.METRICS), newest_of(self._folder / RunFile.EVENTS)
+        row = rows[-1] if rows else {}
+        elsewhere = {rank: host for rank, host in self._elsewhere.items() if rank not in stands}
+        far = far_ranks(elsewhere, row, self._age_s(), events) if elsewhere else {}
         return JobView(
             name=self._folder.resolve().name,
             world=self._world,
-            alive=any(stand.condition not in _CONDITIONS for stand in stands.values()),
+            alive=any(stand.condition not in _CONDITIONS for stand in stands.values())
+            or any(each.state is RankState.STEPS for each in far.values()),
             sizes=_sizes(stands, self._world),
             stands=stands,
             places=read_places(self._folder, self._world),
-            row=rows[-1] if rows else {},
-            events=newest_of(self._folder / RunFile.EVENTS),
+            row=row,
+            events=events,
+            far=far,
         )
+
+    def _age_s(self) -> float:
+        """Since the last row was written."""
+        try:
+            return max(time.time() - (self._folder / RunFile.METRICS).stat().st_mtime, 0.0)
+        except OSError:
+            return 0.0
 
     def close(self) -> None:
         """Lets go of all files."""

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 
 from pentad.launch.cli import main
+from pentad.launch.verbs.watch_screen import plain_text, screen_lines
+from pentad.launch.verbs.watch_state import JobReader
 from pentad.parallel.record.files import RingFile, write_index
 from pentad.parallel.record.ring import Recorder, axis_members, create
 from pentad.parallel.record.vitals import BEAT_WORD
@@ -102,12 +104,44 @@ def test_one_look_on_paper(job: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "pp 0 dp 0": ["[", "0", "comp", "]", "1", "~tp"],
         "pp 0 dp 1": ["2", "data", "3", "save"],
         "pp 1 dp 0": ["4", "STOP", "5", "DEAD"],
-        "pp 1 dp 1": ["6", "done", "7", "?"],
+        "pp 1 dp 1": ["6", "done", "7", "steps"],
     }
     assert "rank 0 on" in out and "computing, in step 17" in out
-    assert "1 waiting for tp (~tp)" in out and "1 not seen here" in out
+    assert "1 waiting for tp (~tp)" in out and "1 stepping elsewhere" in out
     assert "\x1b" not in out and "step 10  check" in out
     assert {path: path.read_bytes() for path in before} == before, "it has written into a ring"
+
+
+def test_ranks_of_other_hosts_by_the_files_of_the_run(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def shown() -> tuple[str, str]:
+        view = JobReader(job).look()
+        return view.state(7).name, plain_text(screen_lines(view, 7))
+
+    metrics, events = job / "metrics.jsonl", job / "events.jsonl"
+    os.utime(metrics, (0, time.time() + 600))  # of a file system whose clock is ahead
+    state, text = shown()
+    assert state == "STEPS" and "rank 7 on elsewhere: stepping elsewhere, its last step is 16, reported 0 s ago" in text
+    os.utime(metrics, (0, time.time() - 3600))
+    state, text = shown()
+    assert state == "QUIET" and "no step for long, its last step is 16, reported 36" in text
+    for ranks, expected in (([7], "BLAMED"), ([5], "LOST")):
+        said = {"event": "verdict", "kind": "killed", "ranks": ranks, "line": f"rank {ranks[0]} was killed"}
+        events.write_text(json.dumps({"event": "start", "step": 0}) + "\n" + json.dumps(said) + "\n")
+        state, text = shown()
+        assert state == expected and f"rank {ranks[0]} was killed" in text
+    events.write_text(json.dumps({"event": "end", "step": 16}) + "\n")
+    assert shown()[0] == "DONE"
+    metrics.unlink()
+    events.unlink()
+    assert shown()[0] == "QUIET"
+
+
+def test_on_a_host_without_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_index(tmp_path, [RingFile(rank, f"node{rank}", f"/dev/shm/pentad-x-{rank}.ring", 1) for rank in range(2)])
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 2.5, "step_time_s": 50}\n')
+    assert main(["watch", str(tmp_path), "--once"]) == 0
+    out = capsys.readouterr().out
+    assert "running  2 ranks" in out and "2 stepping elsewhere" in out and "rank 0 on node0" in out
 
 
 def _read(terminal: int, until: str, seconds: float = 60.0) -> str:
