@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import os
 import select
+import signal
 import time
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from ...parallel.record.vitals import (
     TOLD_WORD,
     WATCHED_WORD,
 )
+from .memory_groups import MemoryGroup
 
 NEWEST = 16384
 """Entries of a ring that are looked at."""
@@ -76,6 +78,8 @@ class WatchedRank:
         self.told_lost = False
         self.ended = False
         self._cpu: dict[int, tuple[float, float]] = {}
+        self.memory = MemoryGroup.of(self.header.pid)
+        self._kills = self.memory.kills() if self.memory is not None else None
 
     @property
     def rank(self) -> int:
@@ -171,6 +175,12 @@ class WatchedRank:
             self.code = _exit_code(self.header.pid)
         return self.ended
 
+    def starved(self) -> str:
+        """What a rank that the kernel killed for lack of memory had too little of; empty: it did not die of that."""
+        if not self.ended or self.code not in (-signal.SIGKILL, None) or self.memory is None or self._kills is None:
+            return ""
+        return self.memory.limit_words() if (self.memory.kills() or 0) > self._kills else ""
+
     def state(self) -> str:
         """The kernel's letter for what the process does."""
         return process_state(self.header.pid)
@@ -184,7 +194,7 @@ class WatchedRank:
         if condition in (Condition.STOPPED, Condition.FROZEN):
             values["idle_s"] = now - self._heard
         values |= {"busy": busy[MAIN_THREAD_WORD], "data_busy": busy[DATA_THREAD_WORD]}
-        return Stand(**{**values, "code": self.code, "line": self.line})
+        return Stand(**{**values, "code": self.code, "line": self.line, "starved": self.starved()})
 
     def sample(self, now: float) -> None:
         """Notes the CPU time of its threads, for `stand` a moment later."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ...configs.strict_json import JsonError, expect_list, read_bytes
-from ...parallel.record.diagnosis import ENDED, FAILED, KILLED, LOST_NODE, Verdict, diagnose
+from ...parallel.record.diagnosis import ENDED, FAILED, KILLED, LOST_NODE, OUT_OF_MEMORY, Verdict, diagnose
 from ...parallel.record.files import RingFile, collect, record_folder
 from ...parallel.record.patience import Patience
 from ...parallel.record.reader import RecordError
@@ -228,7 +228,7 @@ class Watcher:
         verdict = diagnose(stands, places, impatient=impatient)
         if verdict is None:
             return
-        if self._link is None and verdict.kind not in (KILLED, ENDED, FAILED, LOST_NODE):
+        if self._link is None and verdict.kind not in (KILLED, OUT_OF_MEMORY, ENDED, FAILED, LOST_NODE):
             verdict = diagnose(self._with_stacks(stands), places, impatient=impatient) or verdict
         self._judged(verdict, seen)
 

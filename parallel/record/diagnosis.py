@@ -17,7 +17,7 @@ from .verdict_words import Places, detail_lines, hang_line
 
 KILLED, ENDED, LOST_NODE, STOPPED, FROZEN, FAILED = "killed", "ended", "lost node", "stopped", "frozen", "failed"
 HANG, LIVELOCK, DATA_STALL, DATA_LIVELOCK, CHECKPOINT = "hang", "livelock", "data stall", "data livelock", "checkpoint"
-DEADLOCK, LINK = "deadlock", "link"
+DEADLOCK, LINK, OUT_OF_MEMORY = "deadlock", "link", "out of memory"
 _SPINS = 0.6
 """Share of a core above which a thread that gets nowhere is busy rather than waiting."""
 
@@ -189,15 +189,22 @@ def _broken(broken: list[Stand], stands: Mapping[int, Stand], places: Places) ->
     order = [Condition.DEAD, Condition.FAILED, Condition.GONE, Condition.STOPPED, Condition.FROZEN]
     first = min((each.condition for each in broken), key=order.index)
     causes = [each for each in broken if each.condition is first]
+    causes = [each for each in causes if each.starved] or causes  # others may have died of its death
     code = causes[0].code or 0
     kind = {
-        Condition.DEAD: KILLED if code < 0 or causes[0].code is None else ENDED,
+        Condition.DEAD: _death(causes[0]),
         Condition.FAILED: FAILED,
         Condition.GONE: LOST_NODE,
         Condition.STOPPED: STOPPED,
         Condition.FROZEN: FROZEN,
     }[first]
     return _verdict(kind, causes, stands, places, 128 - code if code < 0 else code or 1)
+
+
+def _death(stand: Stand) -> str:
+    if stand.starved:
+        return OUT_OF_MEMORY
+    return KILLED if stand.code is None or stand.code < 0 else ENDED
 
 
 def _verdict(kind: str, causes: list[Stand], stands: Mapping[int, Stand], places: Places, code: int = 1) -> Verdict:

@@ -97,6 +97,7 @@ class Stand:
         busy: the share of a core that the main thread takes.
         code: exit code of a dead one, negative for a signal.
         line: the error of a failed one.
+        starved: of one that the kernel killed for lack of memory, what there was too little of.
         stack: Python's, innermost frame first.
     """
 
@@ -121,6 +122,7 @@ class Stand:
     busy: float = 0.0
     code: int | None = None
     line: str = ""
+    starved: str = ""
     stack: tuple[str, ...] = ()
 
     @property

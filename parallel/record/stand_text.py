@@ -10,7 +10,7 @@ from .stand import Call, Condition, Stand
 
 _PLAIN = ("rank", "pid", "code", "writer_stage")
 _NUMBERS = ("phase_s", "idle_s", "data_s", "data_busy", "writer_s", "busy")
-_TEXTS = ("host", "phase", "line")
+_TEXTS = ("host", "phase", "line", "starved")
 _FLAGS = ("late", "writer_waits")
 _MOST = 1 << 40
 
@@ -69,6 +69,7 @@ def load_stand(value: object) -> Stand:
         host=expect_text(known["host"], "host"),
         phase=expect_text(known["phase"], "phase"),
         line=expect_text(known["line"], "line"),
+        starved=expect_text(known["starved"], "starved"),
         late=known["late"] is True,
         writer_waits=known["writer_waits"] is True,
     )

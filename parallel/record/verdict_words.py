@@ -23,6 +23,8 @@ _PHASES = {
 ADVICE = {
     "killed": "look at the host's log (dmesg) for a lack of memory or a hardware error; go on with "
     "checkpoint.resume=latest, on another host if it comes again",
+    "out of memory": "raise the limit (memory.max of the control group; --mem of SLURM, --memory of docker), or need "
+    "less: a smaller train.micro_batch, memory.recompute, parallel.data.sharding; pentad check says what a rank needs",
     "ended": "something called exit in that rank; its own output says more; go on with checkpoint.resume=latest",
     "lost node": "look whether that host is up, and at its network; go on with checkpoint.resume=latest without it",
     "stopped": "kill -CONT wakes it; if nobody stopped it by hand, look for a debugger or the batch system's suspend",
@@ -111,6 +113,8 @@ def hang_line(kind: str, causes: Sequence[Stand], places: Places) -> str:
     idle = f"{first.idle_s:.1f} s"
     lines = {
         "killed": f"{who} {_killed(first, was)}{on}, {where}",
+        "out of memory": f"{who} {was} killed by the kernel's out-of-memory killer{on}, {where}, for {first.starved}: "
+        "raise it, lower train.micro_batch or set memory.recompute",
         "ended": f"{who} ended with exit code {first.code} and no message{on}, {where}",
         "lost node": f"{who}{on} cannot be reached any more: the node is down, or the way to it",
         "stopped": f"{who}{on} {was} stopped (SIGSTOP, or a debugger) {where}, {idle} ago",
