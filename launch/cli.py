@@ -131,7 +131,9 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
 def _observing_parsers(verbs: Any, job: Callable[[str, str], argparse.ArgumentParser]) -> None:
     """The commands that say how a job or a machine does."""
-    profile = job("profile", "Run a few steps and print their time by module, held against the roofline.")
+    profile = job(
+        "profile", "The time of a job's steps, which it runs, or of a run's, by module; held against the roofline."
+    )
     profile.add_argument("--json", action="store_true", help="one JSON object")
     profile.set_defaults(run=_profile)
 

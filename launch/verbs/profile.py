@@ -1,33 +1,51 @@
-"""`pentad profile`: the time of a job's steps by module, held against what the devices could do."""
+"""`pentad profile`: the time of a job's steps by module, held against what the devices could do; of a run what its own
+record has of that, by operation at least."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...configs import Config, UserError, load
+from ...configs import Config, Problem, UserError, load
 from ...parallel.record.files import read_index, read_ring
-from ...parallel.record.modules import by_module, recorded_steps
-from ...trainer.metrics.module_costs import module_work
+from ...parallel.record.modules import (
+    BACKWARD,
+    FORWARD,
+    WHOLE_BACKWARD,
+    WHOLE_FORWARD,
+    by_module,
+    operation_names,
+    recorded_steps,
+    whole_steps,
+)
+from ...parallel.record.reader import RecordError, RecordRing
+from ...parallel.record.verdict_words import Places
+from ...trainer.metrics.module_costs import Work, module_work
 from ...trainer.metrics.summary import lines_of
 from ...trainer.run_folder import RunFile
+from ..supervise.worker_files import read_places
 from .quietly import output_to_stderr
 
 _WARM_UP, _STEPS = 3, 5
+_LAST = 20
+"""Steps of a run's record that are averaged."""
+_BY_OPERATION = (
+    "by operation: its modules were not recorded (log.modules; pentad profile CONFIG runs some steps with them)"
+)
 
 
 def profile(config: str, overrides: Sequence[str], *, imports: Sequence[str] = (), as_json: bool = False) -> int:
-    """Runs a few steps of a job with its modules recorded, and prints where their time goes.
+    """Prints where the time of steps goes: of a run from its record, of a job by running some with modules recorded.
 
     Args:
         config: a run's folder, a YAML file, or the name of a job that comes with Pentad.
-        overrides: `key=value`.
+        overrides: `key=value`, of a job.
         imports: modules that every rank imports.
         as_json: one JSON object.
 
@@ -35,12 +53,38 @@ def profile(config: str, overrides: Sequence[str], *, imports: Sequence[str] = (
         The exit code of the job.
 
     Raises:
-        UserError: what is wrong with the config; the job's record does not hold the steps.
+        UserError: what is wrong with the config; the record does not hold whole steps.
     """
+    if Path(config).is_dir():
+        found, code = profile_of_run(Path(config), overrides), 0
+    else:
+        found, code = _of_job(config, overrides, imports)
+    if found is not None:
+        print(json.dumps(found, indent=2) if as_json else "\n".join(profile_lines(found)))
+    return code
+
+
+def profile_of_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What the record of a run tells: of the steps whose modules it has, else of its last ones by operation.
+
+    Raises:
+        UserError: the record has no whole step of all ranks; overrides, which change nothing of what has been.
+    """
+    resolved = run / RunFile.RESOLVED
+    if overrides:
+        message = f"{overrides[0]!r} changes nothing of a run that has been; give {resolved} to run its job anew"
+        raise UserError(Problem("overrides", message))
+    if not resolved.is_file():
+        raise UserError(Problem("RUN", f"{run} is no folder of a run: it has no {RunFile.RESOLVED}"))
+    try:
+        return measured(load(str(resolved), []), run)
+    except (OSError, RecordError) as error:
+        raise UserError(f"{run}: its record cannot be read ({error}); give {resolved} to run its job anew") from None
+
+
+def _of_job(config: str, overrides: Sequence[str], imports: Sequence[str]) -> tuple[dict[str, Any] | None, int]:
     from ..supervise.launcher import train
 
-    given = Path(config)
-    source = str(given / RunFile.RESOLVED) if (given / RunFile.RESOLVED).is_file() else config
     with tempfile.TemporaryDirectory(prefix="pentad-profile-") as folder:
         steps = list(range(_WARM_UP + 1, _WARM_UP + _STEPS + 1))
         own = [
@@ -50,31 +94,49 @@ def profile(config: str, overrides: Sequence[str], *, imports: Sequence[str] = (
             "checkpoint.every=0", "checkpoint.final=false", "checkpoint.resume=null", "eval.every=0",
             f"log.every={steps[-1]}",
         ]  # fmt: skip
-        cfg = load(source, own)
+        cfg = load(config, own)
         with output_to_stderr():
-            code = train(source, own, imports=imports)
+            code = train(config, own, imports=imports)
         if code:
-            return code
+            return None, code
         found = measured(cfg, Path(folder) / "profile")
-    print(json.dumps(found, indent=2) if as_json else "\n".join(profile_lines(found)))
-    return 0
+    if found["by"] != "module":
+        held = cfg.faults.record_entries
+        raise UserError(
+            Problem("faults.record_entries", f"{held} entries do not hold a step with its modules; raise it")
+        )
+    return found, 0
+
+
+def _common(rings: Sequence[RecordRing], steps_of: Callable[[RecordRing], list[int]]) -> list[int]:
+    """The steps that all ranks have."""
+    return sorted(set.intersection(*({*steps_of(ring)} for ring in rings))) if rings else []
 
 
 def measured(cfg: Config, run: Path) -> dict[str, Any]:
-    """What a run that has recorded its modules tells: means over its steps and ranks.
+    """What a run's record tells: means over steps and ranks.
 
     Raises:
-        UserError: its record has no entries of modules.
+        UserError: its record has no step of which all is there.
     """
-    rings = [read_ring(run, file) for file in read_index(run)]
-    steps = sorted(set.intersection(*({*recorded_steps(ring)} for ring in rings))) if rings else []
+    index = read_index(run)
+    newest = max((file.epoch for file in index), default=0)
+    rings = [read_ring(run, file) for file in index if file.epoch == newest]
+    whole = _common(rings, whole_steps)
+    modules = [step for step in _common(rings, recorded_steps) if step in whole]
+    steps = modules or whole[-_LAST:]
     if not steps:
-        raise UserError(f"the record of {run} has no step with modules; raise faults.record_entries")
+        held = max((len(whole_steps(ring)) for ring in rings), default=0)
+        raise UserError(
+            f"the record of {run} has no step of which all {len(rings)} ranks have everything (a rank has at most "
+            f"{held}); raise faults.record_entries={cfg.faults.record_entries} and run more than one step"
+        )
+    places = read_places(run, len(rings))
     sums: dict[str, float] = {}
     whole = 0.0
     for ring in rings:
         for step in steps:
-            parts, seconds = by_module(ring, step)
+            parts, seconds = by_module(ring, step, () if modules else _operations(places, ring.header.rank))
             whole += seconds
             for label, value in parts.items():
                 sums[label] = sums.get(label, 0.0) + value
@@ -88,12 +150,32 @@ def measured(cfg: Config, run: Path) -> dict[str, Any]:
         "recorded_s": whole / count,
         "peak_tflops": peak,
         "memory_gb_s": bandwidth / 1e9,
+        "steps": [step + 1 for step in steps],
+        "by": "module" if modules else "operation",
         "rows": _rows(cfg, {label: value / count for label, value in sums.items()}, peak, bandwidth),
     }
 
 
+def _operations(places: Places, rank: int) -> list[str]:
+    """Names for the operations of a rank; none where the run's program cannot be read."""
+    if not places.programs:
+        return []
+    return operation_names(places.programs[places.stage(rank)], staged=len(places.programs) > 1)
+
+
+def _work(cfg: Config) -> dict[str, Work]:
+    """By module, and of whole passes."""
+    found = module_work(cfg)
+    for label, way in ((WHOLE_FORWARD, FORWARD), (WHOLE_BACKWARD, BACKWARD)):
+        parts = [work for name, work in found.items() if name.startswith(way)]
+        found[label] = Work(sum(work.flops for work in parts), sum(work.nbytes for work in parts))
+    return found
+
+
 def _rows(cfg: Config, seconds: dict[str, float], peak: float | None, bandwidth: float) -> list[dict[str, Any]]:
-    work, whole = module_work(cfg), sum(seconds.values())
+    work, whole = _work(cfg), sum(seconds.values())
+    if "backward weights" in seconds:  # a pass in two, of which nobody knows what each half of it moves
+        del work[WHOLE_BACKWARD]
     rows = []
     for label in sorted(seconds, key=lambda label: -seconds[label]):
         row: dict[str, Any] = {"what": label, "seconds": seconds[label], "share": seconds[label] / whole}
@@ -124,7 +206,11 @@ def memory_rate() -> float:
 def profile_lines(found: dict[str, Any]) -> list[str]:
     """For people."""
     peak = f"peak {found['peak_tflops']:.4g} TFLOP/s, " if found["peak_tflops"] else ""
+    steps = found["steps"]
+    many = f"steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
+    by = "" if found["by"] == "module" else f", {_BY_OPERATION}"
     lines = [
+        f"{many}{by}",
         f"a step takes {1e3 * found['step_s']:.2f} ms; the rows, means of all ranks, sum to "
         f"{1e3 * found['recorded_s']:.2f} ms",
         f"{peak}memory {found['memory_gb_s']:.1f} GB/s",

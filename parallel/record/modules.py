@@ -1,12 +1,15 @@
-"""The time of a step by module, from the entries that `log.modules` has written into a rank's record."""
+"""The time of a step by module, from the entries that `log.modules` has written into a rank's record, else by
+operation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 
 from ..pipeline.needs import KINDS, Kinds
+from ..pipeline.program import Op
 from . import kinds
 from .reader import RecordRing
 from .ring import BESIDE
@@ -16,6 +19,8 @@ FORWARD, BACKWARD = "forward ", "backward "
 REST_FORWARD, REST_BACKWARD = FORWARD + "rest", BACKWARD + "rest"
 """Residual sums, embeddings, and what lies between modules."""
 OTHER = "other"
+WHOLE_FORWARD, WHOLE_BACKWARD = "forward", "backward"
+"""All of a pass, where nobody has recorded its modules."""
 
 _OPS = {
     Kinds.FORWARD: REST_FORWARD, Kinds.BACKWARD: REST_BACKWARD, Kinds.INPUT_GRAD: REST_BACKWARD,
@@ -36,7 +41,40 @@ def recorded_steps(ring: RecordRing) -> list[int]:
     return sorted({int(step) for step in ring.entries["step"][np.isin(ring.entries["kind"], codes)]})
 
 
-def by_module(ring: RecordRing, step: int) -> tuple[dict[str, float], float]:
+def whole_steps(ring: RecordRing) -> list[int]:
+    """The steps (from 0) of which the ring has everything, and in whose time no evaluation lies."""
+    entries, names = ring.entries[ring.entries["flags"] & BESIDE == 0], ring.names
+
+    def of(kind: str) -> np.ndarray:
+        return entries[entries["kind"] == (names.index(kind) if kind in names else -1)]
+
+    ends = dict(zip(of(kinds.DRAIN)["step"].tolist(), of(kinds.DRAIN)["end"].tolist(), strict=True))
+    begun = set(of(kinds.DATA)["step"].tolist())
+    pauses = of(kinds.EVALUATE)["start"].tolist()
+    return sorted(
+        step
+        for step, end in ends.items()
+        if end and step in begun and ends.get(step - 1) and not any(ends[step - 1] <= at < end for at in pauses)
+    )
+
+
+def operation_names(tokens: Sequence[str], *, staged: bool) -> list[str]:
+    """What the operations of a rank's program are called in a table, by their index.
+
+    Args:
+        tokens: of the program.
+        staged: whether there are several stages, to be told from each other.
+    """
+    whole = {REST_FORWARD: WHOLE_FORWARD, REST_BACKWARD: WHOLE_BACKWARD}
+    found = []
+    for op in map(Op.parse, tokens):
+        label = _OPS.get(op.kind, "pipeline")
+        label = whole.get(label, label)
+        found.append(f"{label} stage {op.stage}" if staged and op.kind.computes else label)
+    return found
+
+
+def by_module(ring: RecordRing, step: int, operations: Sequence[str] = ()) -> tuple[dict[str, float], float]:
     """Seconds of a step by module, collective and phase, and of the whole step; they sum to it.
 
     Each moment belongs to the innermost entry that is open then: a wait for a collective to the collective, the rest of
@@ -44,7 +82,8 @@ def by_module(ring: RecordRing, step: int) -> tuple[dict[str, float], float]:
 
     Args:
         ring: of a rank.
-        step: counted from 0, with entries of modules.
+        step: counted from 0, one of `recorded_steps`, or of `whole_steps`.
+        operations: names of the program's operations, for a step without entries of modules.
     """
     entries = ring.entries[ring.entries["flags"] & BESIDE == 0]
     names = ring.names
@@ -54,7 +93,8 @@ def by_module(ring: RecordRing, step: int) -> tuple[dict[str, float], float]:
     for entry in entries:
         name, axis = names[entry["kind"]], names[entry["axis"]]
         begun = entry["waited"] if entry["waited"] else entry["start"]
-        label = _label(name, axis, bool(entry["waited"]))
+        named = name in KINDS and 0 <= entry["op"] < len(operations)
+        label = operations[entry["op"]] if named else _label(name, axis, bool(entry["waited"]))
         if label is not None:
             spans.append((int(begun), int(entry["end"]), label))
     return _innermost([span for span in spans if start <= span[0] < end], start, end), (end - start) / 1e9

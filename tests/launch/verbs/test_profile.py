@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from pentad.launch.cli import main
+from tests.launch.verbs.conftest import STEPS
 
 JOB = """
 name: small
@@ -42,3 +46,37 @@ def test_the_rows_of_a_job_sum_to_its_step(tmp_path: Path) -> None:
         assert rows[name]["seconds"] > 0, sorted(rows)
     assert rows["forward ffn"]["bound"] in ("compute", "memory") and 0 < rows["forward ffn"]["of_roofline"] < 1
     assert found["memory_gb_s"] > 0.5 and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.distributed
+def test_a_run_is_read_from_its_own_record(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(small_run.rglob("*"))
+    assert main(["profile", str(small_run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["what"]: row for row in found["rows"]}
+    assert found["by"] == "operation" and len(found["steps"]) == 20
+    assert found["steps"][-1] == STEPS and not {21, 41} & {*found["steps"]}, "an evaluation lies in these"
+    assert sum(row["seconds"] for row in rows.values()) == pytest.approx(found["step_s"], rel=0.05)
+    lines = [json.loads(line) for line in (small_run / "metrics.jsonl").read_text().splitlines()]
+    own = [line["step_time_s"] for line in lines if line["step"] in found["steps"]]
+    assert found["recorded_s"] == pytest.approx(sum(own) / len(own), rel=0.05)
+    for name in ("forward stage 0", "forward stage 1", "backward stage 0", "backward stage 1", "optimizer", "data"):
+        assert rows[name]["seconds"] > 0, sorted(rows)
+    assert any(name.startswith("receive") for name in rows)
+    assert main(["profile", str(small_run)]) == 0
+    assert "by operation: its modules were not recorded" in capsys.readouterr().out
+    assert sorted(small_run.rglob("*")) == before, "nothing is written"
+
+
+@pytest.mark.distributed
+def test_what_a_record_cannot_tell_is_refused(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["profile", str(small_run), "train.steps=3"]) == 2
+    assert "changes nothing of a run that has been; give" in capsys.readouterr().err
+    assert main(["profile", str(tmp_path)]) == 2
+    assert "is no folder of a run" in capsys.readouterr().err
+    copy = tmp_path / "copy"
+    shutil.copytree(small_run, copy, ignore=shutil.ignore_patterns("*.ring"))
+    assert main(["profile", str(copy)]) == 2
+    assert "its record cannot be read" in capsys.readouterr().err
