@@ -20,6 +20,8 @@ from .step_time import step_time
 CERTAIN = 0.95
 """Share of the estimated activations and working memory that is needed for certain."""
 _WANTED = 3
+_FEWEST = 2
+"""That are a choice."""
 _TRIED = 40
 """Jobs that are looked at, at most, before the search goes straight down."""
 _ROUNDS = 16
@@ -95,8 +97,9 @@ def remedies(cfg: Config, available: float, wanted: int = _WANTED) -> list[Remed
     """The cheapest changes after each of which the job needs at most `available` bytes a rank, the cheapest first.
 
     Jobs are looked at in the order of the device time that a token takes in them, each one change away from one that
-    was looked at before, until enough of them fit. Where that leads too far, one way straight down is taken: the change
-    that is enough, else the one that lowers the need most; its end is returned even if it does not fit.
+    was looked at before, until enough of them fit. Where that leads too far to find a choice of them, one way straight
+    down is taken as well: the change that is enough, else the one that lowers the need most; its end is returned even
+    if it does not fit, where nothing does.
     """
     now = step_time(cfg).device_seconds_per_token
     found: list[Remedy] = []
@@ -121,7 +124,13 @@ def remedies(cfg: Config, available: float, wanted: int = _WANTED) -> list[Remed
                 heapq.heappush(queue, (slower, next(order), Remedy(changes, candidate, total, slower)))
     # What was seen and not come to.
     found += [each for _, _, each in sorted(queue) if each.changes and each.total <= available]
-    return _shortest(found)[:wanted] or _straight_down(cfg, available, now)[:wanted]
+    if len(found) >= _FEWEST:
+        return _shortest(found)[:wanted]
+    down = _straight_down(cfg, available, now)
+    if not found:
+        return down[:wanted]
+    enough = [each for each in down if each.total <= available]
+    return _shortest(sorted([*found, *enough], key=lambda each: each.slower))[:wanted]
 
 
 def _together(changes: tuple[Change, ...], change: Change) -> tuple[Change, ...]:
@@ -129,10 +138,10 @@ def _together(changes: tuple[Change, ...], change: Change) -> tuple[Change, ...]
 
 
 def _shortest(found: list[Remedy]) -> list[Remedy]:
-    """Without those that change more than another one that costs no more."""
+    """Without those that change the same as another one that costs no more, or more than it."""
     kept: list[Remedy] = []
     for each in found:
-        if not any(set(other.changes) < set(each.changes) for other in kept):
+        if not any(set(other.changes) <= set(each.changes) for other in kept):
             kept.append(each)
     return kept
 
