@@ -148,6 +148,8 @@ JOB: tuple[Inert[Config], ...] = (
     Inert(("data.tokenizer.eod",), ("data.tokenizer.path",), lambda c: c.data.tokenizer.path is None),
     Inert(("data.cache",), ("data.name",), lambda c: isinstance(c.data, TokenizedData)),
     Inert(("eval.steps",), ("eval.every",), lambda c: c.eval.every == 0),
+    Inert(("checkpoint.keep_best",), ("eval.every",), lambda c: c.eval.every == 0),
+    Inert(("checkpoint.keep_every", "checkpoint.keep_best"), ("checkpoint.keep",), lambda c: c.checkpoint.keep == 0),
     Inert(("eval.prompt_tokens",), ("eval.prompts",), lambda c: not c.eval.prompts),
     Inert(("faults.alive_s", "faults.hang_s", "faults.pause_s"), ("faults.watch",), lambda c: not c.faults.watch),
     Inert(

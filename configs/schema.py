@@ -208,6 +208,10 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only the one at the end."""
     keep: int = 2
     """Newest checkpoints kept; 0: all."""
+    keep_every: int = 0
+    """Those of steps that are multiples of it are kept for ever; 0: none for this reason."""
+    keep_best: int = 0
+    """How many of those with the lowest held-out loss after their own step are kept, too."""
     dir: Derived[str] = DERIVED
     """Folder of the checkpoints; derived: RUN/checkpoints."""
     resume: str | None = None

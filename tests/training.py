@@ -35,6 +35,7 @@ from pentad.configs.schema import (
 from pentad.parallel.comm.mesh import Mesh
 from pentad.parallel.record.ring import Recorder
 from pentad.trainer.checkpoint.checkpointer import Checkpointer
+from pentad.trainer.checkpoint.retention import Retention
 from pentad.trainer.data.dataset import Dataset, Microbatch, open_data
 from pentad.trainer.metrics.peak import Peak
 from pentad.trainer.session import Here, Session
@@ -186,7 +187,7 @@ def open_trainer(
         group=session.mesh.checkpoint_group,
         rank=rank,
         world=world_of(cfg),
-        keep=keep,
+        keep=Retention(keep),
         asynchronous=asynchronous,
         on_event=on_event,
     )

@@ -32,6 +32,7 @@ from ..parallel.record.stacks import show_stacks, stacks_file
 from ..parallel.record.vitals import Heart
 from .checkpoint.checkpointer import Checkpointer
 from .checkpoint.hugging_face import load_initial
+from .checkpoint.retention import Retention
 from .data.dataset import Dataset, open_data
 from .metrics.curves import draw_curves
 from .metrics.introduction import introduction
@@ -202,7 +203,7 @@ def _train(session: Session, run_dir: Path, start: Start, rows: RowExchange) -> 
         group=mesh.checkpoint_group,
         rank=mesh.rank,
         world=mesh.degrees.world,
-        keep=cfg.checkpoint.keep,
+        keep=Retention.of(cfg.checkpoint),
         asynchronous=cfg.checkpoint.asynchronous,
         on_event=report,
         abort=mesh.abort,

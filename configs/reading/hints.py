@@ -54,6 +54,8 @@ _KEYS: dict[str, str] = {
     "eval.steps": "eval_iters limit_val_batches",
     "checkpoint.every": "save_interval save_steps save_freq checkpoint_interval save_every",
     "checkpoint.keep": "save_total_limit keep_latest_k",
+    "checkpoint.keep_every": "keep_period save_retain_interval",
+    "checkpoint.keep_best": "save_top_k load_best_model_at_end",
     "checkpoint.dir": "save save_dir checkpoint_dir",
     "checkpoint.resume": "load resume_from_checkpoint resume_from",
     "checkpoint.init": "pretrained_model_name_or_path finetune init_from",

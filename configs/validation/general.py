@@ -81,6 +81,8 @@ _NOT_NEGATIVE = [
     "eval.every",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.keep_every",
+    "checkpoint.keep_best",
     "faults.numerics.replicas_every",
     "model.init_std",
     "model.mtp",

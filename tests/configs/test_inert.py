@@ -166,6 +166,8 @@ CASES: list[tuple[list[str], str, list[str], Observe | None]] = [
     ([], "data.tokenizer.eod=end", ["data.tokenizer.path=tokenizer.json"], None),
     (["data.name=bin", "data.paths=[tokens]"], "data.cache=elsewhere", ["data.name=text"], None),
     ([], "eval.steps=9", ["eval.every=1"], None),
+    ([], "checkpoint.keep_best=3", ["eval.every=1"], None),
+    (["checkpoint.keep=0"], "checkpoint.keep_every=4", ["checkpoint.keep=1"], None),
     (["eval.every=1"], "eval.prompt_tokens=9", ["eval.prompts=[a]"], None),
     (["faults.watch=false"], "faults.pause_s=400", ["faults.watch=true"], None),
     ([], "faults.numerics.replicas_every=2", ["parallel.tp=2"], None),

@@ -17,6 +17,7 @@ from pentad.models.hf.folder import load_hf, write_hf
 from pentad.models.transformer import Transformer
 from pentad.trainer.checkpoint.checkpointer import Checkpointer, read_full, write_full
 from pentad.trainer.checkpoint.hugging_face import Upcycle, export_hf, import_hf, load_initial
+from pentad.trainer.checkpoint.retention import Retention
 from pentad.trainer.checkpoint.saved_model import model_config_from_state
 from tests.distributed import run_distributed
 from tests.training import Run, job
@@ -87,7 +88,7 @@ def start(rank: int, world: int, cfg: Config, path: Path, upcycle: bool) -> tupl
         group=run.mesh.checkpoint_group if world > 1 else None,
         rank=rank,
         world=world,
-        keep=1,
+        keep=Retention(1),
         asynchronous=False,
         on_event=lambda event: None,
     )

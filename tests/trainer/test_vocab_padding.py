@@ -16,6 +16,7 @@ from pentad.models.hf.config_json import links
 from pentad.models.hf.folder import load_hf, write_hf
 from pentad.trainer.checkpoint.checkpointer import Checkpointer, read_full, write_full
 from pentad.trainer.checkpoint.hugging_face import export_hf, import_hf, load_initial
+from pentad.trainer.checkpoint.retention import Retention
 from tests.distributed import run_distributed
 from tests.training import TINY, Run, job
 
@@ -33,7 +34,13 @@ def trained(rank: int, world: int, cfg: Config, init: Path) -> tuple[list[float]
     run = Run(rank, cfg)
     group: Any = run.mesh.host_group if world > 1 else None
     checkpointer = Checkpointer(
-        init.parent / "run", group=group, rank=rank, world=world, keep=1, asynchronous=False, on_event=lambda _: None
+        init.parent / "run",
+        group=group,
+        rank=rank,
+        world=world,
+        keep=Retention(1),
+        asynchronous=False,
+        on_event=lambda _: None,
     )
     try:
         load_initial(init, run.parts, checkpointer)
@@ -73,7 +80,7 @@ def test_padding_is_never_predicted_and_cut_by_the_export(tmp_path: Path) -> Non
     cfg = job(model={"vocab": 64, "vocab_used": 61})
     run = Run(0, cfg)
     checkpointer = Checkpointer(
-        tmp_path / "run", group=None, rank=0, world=1, keep=1, asynchronous=False, on_event=lambda _: None
+        tmp_path / "run", group=None, rank=0, world=1, keep=Retention(1), asynchronous=False, on_event=lambda _: None
     )
     try:
         load_initial(tmp_path / "hf", run.parts, checkpointer)

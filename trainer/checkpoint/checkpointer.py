@@ -28,6 +28,7 @@ from .check import all_damaged, missing
 from .io import Save, read_full, read_together, write_full, write_together
 from .manifest import Damaged, damaged_files, is_finite, read_manifest, read_state, resume_order
 from .names import step_folder
+from .retention import Retention, retain
 from .stored import StoredTensor
 from .team import CheckpointError, Team
 from .tensors import PlannedFile, index_of, plan_files
@@ -57,10 +58,10 @@ class Checkpointer:
         group: a gloo process group over all ranks that nothing else uses (saving runs in a thread beside the step's
             communication); None for one process.
         rank, world: this process in the group.
-        keep: newest checkpoints kept; 0: all.
+        keep: which checkpoints stay when a new one is there.
         asynchronous: whether `save` returns when the tensors are copied, or when the checkpoint is published.
-        on_event: called on rank 0 with `checkpoint_saved`, `checkpoint_failed` and `checkpoint_damaged`; from the
-            writing thread, if `asynchronous`.
+        on_event: called on rank 0 with `checkpoint_saved`, `checkpoint_failed`, `checkpoint_damaged` and
+            `checkpoint_not_removed`; from the writing thread, if `asynchronous`.
         abort: ends the waits for the other ranks and for the thread that writes.
         recorder: of the rank.
     """
@@ -72,7 +73,7 @@ class Checkpointer:
         group: dist.ProcessGroup | None,
         rank: int,
         world: int,
-        keep: int,
+        keep: Retention,
         asynchronous: bool,
         on_event: Callable[[dict[str, Any]], None],
         abort: Abort | None = None,
@@ -199,11 +200,17 @@ class Checkpointer:
                 "it removes no older checkpoint, and checkpoint.resume=latest prefers the last one without"
             )
         if self._team.rank == 0:
-            try:
-                files.clean(self.directory)
-                files.retain(self.directory, save.folder, self._keep)
-            except OSError as error:
-                self._say(f"older checkpoints in {self.directory} could not be removed ({error})")
+            self._tidy(save.folder)
+
+    def _tidy(self, newest: Path) -> None:
+        """Removes what is not kept. What fails costs nothing but its room, and is tried again after the next save."""
+        try:
+            left = [*files.clean(self.directory), *retain(self.directory, newest, self._keep)]
+        except OSError as error:
+            left = [f"{self.directory} ({error})"]
+        for one in left:
+            self._tell("checkpoint_not_removed", reason=one)
+            self._say(f"could not be removed: {one}; it takes room, and costs nothing else")
 
     def _recorded(self, step: int) -> AbstractContextManager[object]:
         if self._recorder is None:

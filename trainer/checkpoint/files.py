@@ -1,4 +1,4 @@
-"""Checkpoints on disk: atomic publishing, retention, and what killed runs leave. No process groups here, and no torch.
+"""Checkpoints on disk: atomic publishing, and what killed runs leave. No process groups here, and no torch.
 
 checkpoints/
   step-00000010/            whole and verified, or it does not have this name
@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
-from .manifest import is_finite, sync_folder
-from .names import checkpoints
+from .manifest import sync_folder
 
 
 def temporary(folder: Path) -> Path:
@@ -34,54 +34,47 @@ def publish_folder(written: Path, folder: Path) -> None:
         os.rename(folder, old)  # killed between this and the next rename: `clean` brings it back
     os.rename(written, folder)
     sync_folder(folder.parent)
-    remove(old)
+    with suppress(OSError):  # it is published; `clean` tries again, and says so
+        remove(old)
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder, or the link to one, if it is there."""
+    """Removes a folder, or the link to one, if it is there.
+
+    Raises:
+        OSError: something of it could not be removed; the rest is gone.
+    """
     if folder.is_symlink():
         folder.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def clean(directory: Path) -> None:
-    """Undoes what killed runs left half done. Only while nobody writes there."""
-    if not directory.is_dir():
         return
+    failed: list[OSError] = []
+
+    def note(_: object, __: object, about: tuple[type[BaseException], BaseException, object]) -> None:
+        if isinstance(about[1], OSError) and not isinstance(about[1], FileNotFoundError):
+            failed.append(about[1])
+
+    shutil.rmtree(folder, onerror=note)  # pyright: ignore[reportDeprecated]  # onexc is of Python 3.12
+    if failed:
+        raise failed[0]
+
+
+def clean(directory: Path) -> list[str]:
+    """Undoes what killed runs left half done. Only while nobody writes there.
+
+    Returns:
+        What could not be undone and why, a line each.
+    """
+    problems: list[str] = []
+    if not directory.is_dir():
+        return problems
     for left in directory.glob(".step-*.old"):
         name = left.name.removeprefix(".").removesuffix(".old")
         if not (directory / name).exists():
             os.rename(left, directory / name)
     for pattern in (".step-*.tmp", ".step-*.trash", ".step-*.old"):
         for left in directory.glob(pattern):
-            remove(left)
-
-
-def retain(directory: Path, newest: Path, keep: int) -> list[Path]:
-    """Removes what is older than the `keep` newest up to `newest`, which was just verified; 0 keeps everything.
-
-    Checkpoints with NaN in them are counted for themselves. Those of later steps (of a run that was taken back to an
-    earlier step) are not touched and do not count.
-
-    Returns:
-        What was removed.
-    """
-    if keep <= 0:
-        return []
-    kept: dict[bool | None, int] = {}
-    removed: list[Path] = []
-    last = next(step for step, path in checkpoints(directory) if path == newest)
-    for step, path in checkpoints(directory):
-        if step > last:
-            continue
-        # Those with NaN never count in the place of good ones; what is damaged counts for nothing and stays.
-        finite = is_finite(path)
-        kept[finite] = kept.get(finite, 0) + 1
-        if finite is not None and kept[finite] > keep:
-            removed.append(path)
-    for path in removed:
-        # Under another name first: a half-removed checkpoint is never taken for a damaged one.
-        trash = path.with_name(f".{path.name}.trash")
-        os.rename(path, trash)
-        remove(trash)
-    return removed
+            try:
+                remove(left)
+            except OSError as error:
+                problems.append(f"{left} ({error})")
+    return problems

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,8 @@ def write_together(team: Team, save: Save) -> Published:
         return team.first(what, complete)
     except CheckpointError:
         if team.rank == 0:
-            files.remove(tmp)
+            with suppress(OSError):  # a storage that takes nothing may also give nothing back; `clean` tries again
+                files.remove(tmp)
         raise
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...configs.errors import Problem, UserError
-from ...configs.strict_json import JsonError, expect_int, expect_number, expect_object
+from ...configs.strict_json import JsonError, expect_int, expect_object
 from ..run_folder import RunFile
 from .check import visible_damage
 from .manifest import MANIFEST, read_manifest, read_state, resume_order
 from .names import checkpoints, step_of
+from .retention import held_out_loss
 
 _DEGREES = ("dp", "tp", "pp", "cp", "ep", "etp")
 
@@ -66,15 +66,6 @@ def listed_checkpoint(path: Path) -> ListedCheckpoint:
         held_out_loss(state),
         not manifest.not_finite,
     )
-
-
-def held_out_loss(state: Mapping[str, Any]) -> float | None:
-    """The loss of the evaluation that followed on a checkpoint's own step, if there was one."""
-    try:
-        found = expect_object(state.get("evaluation"), "evaluation", ("step", "loss"))
-        return expect_number(found["loss"], "loss") if found["step"] == state.get("step") else None
-    except JsonError:
-        return None
 
 
 def checkpoints_of(path: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ...configs.schema import Config
 from ..checkpoint.checkpointer import Checkpointer
 from ..checkpoint.hugging_face import load_initial
+from ..checkpoint.retention import Retention
 from ..processes.start import Start
 from ..run import arrive
 from ..run_folder import checkpoint_folder
@@ -51,7 +52,7 @@ def _answer(session: Session, folder: Path) -> None:
         group=mesh.checkpoint_group,
         rank=mesh.rank,
         world=mesh.degrees.world,
-        keep=0,
+        keep=Retention(),
         asynchronous=False,
         on_event=lambda _: None,
         abort=mesh.abort,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pentad.parallel.global_tensor import GlobalTensor, Placement
 from pentad.trainer.checkpoint.checkpointer import Checkpointer
+from pentad.trainer.checkpoint.retention import Retention
 
 # name: shape, dimension cut over tp (None: replicated), number of slices where fewer than tp
 SHAPES: dict[str, tuple[tuple[int, ...], int | None, int | None]] = {
@@ -100,7 +101,7 @@ def same(one: dict[str, GlobalTensor], other: dict[str, GlobalTensor]) -> bool:
 def checkpointer(
     directory: Path,
     *,
-    keep: int = 0,
+    keep: int | Retention = 0,
     asynchronous: bool = False,
     on_event: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Checkpointer:
@@ -112,7 +113,7 @@ def checkpointer(
         group=group if isinstance(group, dist.ProcessGroup) else None,
         rank=dist.get_rank() if team else 0,
         world=dist.get_world_size() if team else 1,
-        keep=keep,
+        keep=keep if isinstance(keep, Retention) else Retention(keep),
         asynchronous=asynchronous,
         on_event=on_event,
     )

@@ -19,6 +19,7 @@ from pentad.models.hf.config_json import links
 from pentad.models.hf.folder import hf_config, load_hf, model_config_from_hf, write_hf
 from pentad.trainer.checkpoint.checkpointer import Checkpointer, read_full, write_full
 from pentad.trainer.checkpoint.hugging_face import export_hf, import_hf, load_initial
+from pentad.trainer.checkpoint.retention import Retention
 from pentad.trainer.checkpoint.saved_model import check_same_model, model_config_from_state
 from tests.distributed import run_distributed
 from tests.training import job, open_session
@@ -164,7 +165,7 @@ def first_logits(rank: int, world: int, path: Path, config: ModelConfig, shardin
         group=group,
         rank=rank,
         world=world,
-        keep=1,
+        keep=Retention(1),
         asynchronous=False,
         on_event=lambda event: None,
     )
