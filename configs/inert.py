@@ -157,6 +157,7 @@ JOB: tuple[Inert[Config], ...] = (
         ("parallel.tp", "parallel.dp", "parallel.cp", "parallel.data.sharding"),
         lambda c: not _has_copies(c),
     ),
+    Inert(("faults.numerics.recompute",), ("memory.recompute",), lambda c: c.memory.recompute == "none"),
     Inert(("log.wandb_project",), ("log.wandb",), lambda c: not c.log.wandb),
 )
 """Keys of a whole job that more than its model decides about."""

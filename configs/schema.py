@@ -259,6 +259,14 @@ class NumericsConfig:
     checksums: bool = False
     """Checksums of every gradient from when it is final until it is sent, and of parameters, masters and moments from
     one update to the next."""
+    spikes: bool = True
+    """Say so, with the samples of the batch, when loss or gradient norm is far above the steps before."""
+    recompute: bool = False
+    """Compare what is made again in backward with what the forward pass made, to the bit; needs kernels that are
+    deterministic."""
+    canary: bool = False
+    """Before training, and after resuming, one step of a small model on every rank, whose bits all ranks on equal
+    devices must have in common."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,10 +34,10 @@ class RunLayers:
         if choice == "full":
             # What a router decides is kept: it could turn on the last bit of a score, and is counted once.
             seq = replace(seq, kept={}) if layer.moe is not None else seq
-            return run_again(partial(_run, layer, seq, draws), x)
+            return run_again(partial(_run, layer, seq, draws), x, name=f"layer {layer.index}")
         some = isinstance(choice, SomeTokens)
         parts = choice.parts if some else frozenset(choice)
-        with remaking(parts, dict.fromkeys(choice.cut, choice.blocks) if some else {}):
+        with remaking(parts, dict.fromkeys(choice.cut, choice.blocks) if some else {}, f"layer {layer.index}"):
             return layer(x, seq, draws)
 
 

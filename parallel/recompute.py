@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .fingerprints import PartPrints
 from .saved_tensors import Keeper, Strided, innermost, keeping
 from .token_blocks import TokenBlocks
 
@@ -107,6 +108,7 @@ class Rerun:
         inputs: its tensors.
         around: the keeper of these.
         blocks: the tokens that run a second time; none: all, or rows are no tokens.
+        name: of the part.
     """
 
     def __init__(
@@ -115,8 +117,11 @@ class Rerun:
         inputs: Sequence[Tensor],
         around: Keeper,
         blocks: TokenBlocks | None = None,
+        name: str = "",
     ) -> None:
         self._function, self._around, self._blocks = function, around, blocks
+        # Products of fewer rows may be summed in another order: what is made of some tokens alone has other bits.
+        self._prints = PartPrints.begin(name) if blocks is None else None
         self._round = _ROUND.get()
         self._inputs = [(around.pack(x.detach()), x.requires_grad) for x in inputs]
         self._given = addresses(inputs) if blocks is not None else frozenset()
@@ -131,6 +136,8 @@ class Rerun:
             outputs = self._function(*inputs)
         if self._blocks is not None:
             self._outputs = [Strided.of(y) for y in as_tuple(outputs)]
+        if self._prints is not None:
+            self._prints.give(as_tuple(outputs))
         return outputs
 
     def pack(self, tensor: Tensor) -> Any:
@@ -142,6 +149,8 @@ class Rerun:
         rows = None if self._blocks is None or not tensor.numel() else FirstRows.of(tensor, self._blocks, self._around)
         missing = Missing(self, rows)
         self._inside.append(weakref.ref(missing))
+        if self._prints is not None:
+            self._prints.save(tensor)
         return missing
 
     def unpack(self, held: Any) -> Tensor:
@@ -166,7 +175,10 @@ class Rerun:
         self._inputs.clear()
         wanted = [(missing, index, how) for each, index, how in self._returned if (missing := each()) is not None]
         given = addresses(inputs) if self._blocks is not None else frozenset()
-        second = _SecondRun(self._inside, self._whole, given, to_the_end=bool(wanted))
+        prints = self._prints  # what is compared includes what the part returns
+        second = _SecondRun(
+            self._inside, self._whole, given, to_the_end=bool(wanted) or prints is not None, prints=prints
+        )
         with torch.enable_grad(), keeping(second):
             try:
                 outputs = list(as_tuple(self._function(*inputs)))
@@ -174,6 +186,8 @@ class Rerun:
                 return
         del inputs
         second.check()
+        if prints is not None:
+            prints.given_again(outputs)
         for index in {index for _, index, _ in wanted}:
             # One after the other: what it was joined from goes before the next one is.
             outputs[index] = self._whole(outputs[index].detach(), self._rows.pop(index, None))
@@ -204,6 +218,7 @@ class _SecondRun:
         whole: a tensor of the first run, from that of the second one and what was kept.
         given: addresses of storages of which nothing was asked for.
         to_the_end: what the function returns is wanted too.
+        prints: of the first run, if what is saved is to be compared.
     """
 
     def __init__(
@@ -213,7 +228,9 @@ class _SecondRun:
         given: Set[int],
         *,
         to_the_end: bool,
+        prints: PartPrints | None = None,
     ) -> None:
+        self._prints = prints
         self._missing, self._at, self._whole, self._given = missing, 0, whole, given
         last = max((i for i, each in enumerate(missing) if each() is not None), default=-1)
         self._enough = None if to_the_end else last + 1
@@ -225,6 +242,8 @@ class _SecondRun:
             return None
         if self._at == len(self._missing):
             raise self._differs()
+        if self._prints is not None:
+            self._prints.saved_again(self._at, tensor)
         missing, self._at = self._missing[self._at](), self._at + 1
         if missing is not None:
             missing.fill(self._whole(tensor.detach(), missing.rows))
@@ -251,16 +270,17 @@ class PartKeeper:
         parts: their names.
         around: keeper of the rest.
         some: by name, the parts that are made again for some tokens.
+        name: of what they are parts of.
     """
 
-    def __init__(self, parts: frozenset[str], around: Keeper, some: Mapping[str, TokenBlocks]) -> None:
-        self.parts = parts
+    def __init__(self, parts: frozenset[str], around: Keeper, some: Mapping[str, TokenBlocks], name: str = "") -> None:
+        self.parts, self._name = parts, name
         self._around, self._some = around, some
         self._origins: dict[int, tuple[StorageWeakRef, Rerun, int]] = {}
 
     def run(self, part: str, function: Callable[..., T], inputs: Sequence[Tensor]) -> T:
         """Runs a part that is made again."""
-        rerun = Rerun(function, inputs, self, self._some.get(part))
+        rerun = Rerun(function, inputs, self, self._some.get(part), f"{part} of {self._name}")
         outputs = rerun.first(inputs)
         given = addresses(inputs)
         if part in self._some and len(addresses(as_tuple(outputs))) < len(as_tuple(outputs)):
@@ -312,15 +332,16 @@ def run_part(part: str, function: Callable[..., T], *inputs: Tensor) -> T:
 
 
 @contextmanager
-def remaking(parts: frozenset[str], some: Mapping[str, TokenBlocks] | None = None) -> Iterator[None]:
+def remaking(parts: frozenset[str], some: Mapping[str, TokenBlocks] | None = None, name: str = "") -> Iterator[None]:
     """Parts by these names inside this block are made again; so what reads their outputs must be inside too.
 
     Args:
         parts: their names.
         some: those of them that are made again for some tokens: all their tensors have rows that are tokens
             (`TokenBlocks`), and what the function makes of a token depends on no other one.
+        name: of what they are parts of.
     """
-    keeper = PartKeeper(parts, innermost(), some or {})
+    keeper = PartKeeper(parts, innermost(), some or {}, name)
     try:
         with keeping(keeper):
             yield
@@ -328,6 +349,6 @@ def remaking(parts: frozenset[str], some: Mapping[str, TokenBlocks] | None = Non
         keeper.close()
 
 
-def run_again(function: Callable[..., T], *inputs: Tensor) -> T:
-    """function(*inputs), all of which is made again in backward but what it returns."""
-    return Rerun(function, inputs, innermost()).first(inputs)
+def run_again(function: Callable[..., T], *inputs: Tensor, name: str = "") -> T:
+    """function(*inputs), all of which is made again in backward but what it returns; `name` says what it is."""
+    return Rerun(function, inputs, innermost(), name=name).first(inputs)

@@ -38,9 +38,9 @@ from pentad.trainer.checkpoint.checkpointer import Checkpointer
 from pentad.trainer.checkpoint.retention import Retention
 from pentad.trainer.data.dataset import Dataset, Microbatch, open_data
 from pentad.trainer.metrics.peak import Peak
+from pentad.trainer.outcome import StepResult
 from pentad.trainer.session import Here, Session
 from pentad.trainer.setup import mesh_of
-from pentad.trainer.step import StepResult
 from pentad.trainer.trainer import Trainer
 from tests.distributed import job_store
 

@@ -45,6 +45,7 @@ from .metrics.rows import RowExchange
 from .metrics.sinks import EventLog, make_sinks
 from .metrics.summary import summarize
 from .metrics.waterfall_picture import draw_straggler_map, draw_waterfall
+from .numerics.canary import canary, canary_lines, raise_if_wrong
 from .processes.meeting import Stopped
 from .processes.start import Start, soon
 from .processes.watch import WatchRequest, between_nodes
@@ -209,8 +210,7 @@ def _train(session: Session, run_dir: Path, start: Start, rows: RowExchange) -> 
         abort=mesh.abort,
         recorder=mesh.recorder,
     )
-    if cfg.faults.probe_at_start:
-        _probe(session, rows, events)
+    _try_out(session, rows, events)
     trainer = Trainer(session, checkpointer, run_dir=run_dir, rows=rows)
     found = checkpointer.find_resume(cfg.checkpoint.resume) if cfg.checkpoint.resume else None
     if found is not None:
@@ -251,12 +251,31 @@ def _train(session: Session, run_dir: Path, start: Start, rows: RowExchange) -> 
         _close(cfg, run_dir, trainer.step, began_at, finished)
 
 
+def _try_out(session: Session, rows: RowExchange, events: EventLog | None) -> None:
+    """What the job wants to know of its devices before it trains on them."""
+    faults = session.cfg.faults
+    if faults.numerics.canary:
+        _canary(session, events)
+    if faults.probe_at_start:
+        _probe(session, rows, events)
+
+
 def _probe(session: Session, rows: RowExchange, events: EventLog | None) -> None:
     """Tries out products and links; the first rank says what was found."""
     found = probe(session.mesh, session.device, DTYPES[session.cfg.train.dtype], rows.hosts)
     if events is not None:
         print("\n".join(probe_lines(found)), flush=True)
         events.log("probe", **found.event)
+
+
+def _canary(session: Session, events: EventLog | None) -> None:
+    """Ends the job if a rank computes other bits than the others."""
+    found = canary(session.mesh, session.device, DTYPES[session.cfg.train.dtype])
+    if events is not None:
+        events.log("canary", kinds=found.kinds, suspects=list(found.suspects), found=list(found.lines))
+    raise_if_wrong(found)
+    if events is not None:
+        print("\n".join(canary_lines(found)), flush=True)
 
 
 def _tokenizer(cfg: Config, found: Path | None) -> TokenizerFiles:

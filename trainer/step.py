@@ -15,8 +15,8 @@ the gathers of parameters are not: those are handed out anew when the next sessi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -30,6 +30,7 @@ from ..models.sequences import Inputs, Sequences
 from ..models.stages import run_stage
 from ..parallel.comm.collectives import Handle, all_reduce
 from ..parallel.comm.mesh import Mesh
+from ..parallel.fingerprints import fingerprinting
 from ..parallel.pipeline.execute import Handler, execute
 from ..parallel.pipeline.kind import Kind
 from ..parallel.pipeline.needs import Kinds
@@ -42,41 +43,14 @@ from .data.dataset import Microbatch
 from .inputs import InputMaker, own_mean
 from .metrics.live_bytes import LiveBytes
 from .numerics.guard import NumericsGuard
+from .numerics.loss_table import loss_table
 from .optim.adamw_kernels import square_sum
 from .optim.optimizer import UpdateScalars
 from .optim.states import Optimizer
+from .outcome import Outcome, StepResult, outcome_of
 from .pipeline.host_copies import HostCopies
 from .pipeline.vocab_passes import BalancedVocabulary
 from .setup import DTYPES, Parts
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Scalars on the device."""
-
-    loss: Tensor
-    """Mean loss over all valid tokens of the global batch."""
-    grad_norm: Tensor
-    """Global norm of the gradient, before clipping."""
-    skipped: Tensor
-    """1 where the gradient was not finite, or bits had changed by themselves, and nothing was updated."""
-    corrupted: Tensor
-    """Places, over all ranks and steps, whose bits were found changed by themselves."""
-    stop: Tensor
-    """Number of ranks that were asked to stop: all ranks see the same number after the same step."""
-    worst: Handle
-    """The largest over all ranks of each number that `run` was given to watch, and behind these of own losses; fp64."""
-    moe: Tensor | None
-    """What the routers counted in the step, over all ranks: (mixture-of-experts layers, `balance` columns)."""
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What all ranks know of a step once it has committed."""
-
-    result: StepResult
-    factor: Tensor
-    """Of the gradients."""
 
 
 @dataclass
@@ -89,6 +63,7 @@ class _Step:
         lr: learning rate.
         stop: 1 where this rank was asked to stop.
         watched: see `Stepper.run`.
+        losses: of the microbatches, where this rank counts them; none before the last backward pass.
         outcome: none before the commit.
         updated: the buckets that were updated since.
         own_loss: the mean over this rank's own tokens, −∞ where it counts none; none before the norm.
@@ -100,7 +75,8 @@ class _Step:
     lr: float
     stop: Tensor
     watched: Callable[[], Sequence[float]]
-    outcome: _Outcome | None = None
+    losses: Sequence[Tensor] = ()
+    outcome: Outcome | None = None
     updated: set[int] = field(default_factory=set)
     own_loss: Tensor | None = None
     sequences: tuple[int, Sequences] | None = None
@@ -219,7 +195,11 @@ class Stepper:
         if self.guard is not None:
             self.guard.begin(step)
         self.replicas.start_step(len(batches))
-        with nullcontext() if self.live is None else self.live.watching(), second_runs_in(self._remaking):
+        with (
+            nullcontext() if self.live is None else self.live.watching(),
+            second_runs_in(self._remaking),
+            self._printed(),
+        ):
             count = None if self.live is None else self.live.count
             execute(self.ops, self._handlers, self.mesh.recorder, count)
         with self.mesh.recorder.span(self._settling):
@@ -262,6 +242,24 @@ class Stepper:
         self.replicas.clear()
         return replace(left.outcome.result, worst=Handle(self._own(left)))
 
+    @contextmanager
+    def repeated(self, step: int, batches: Sequence[Microbatch], valid: int) -> Iterator[list[Tensor]]:
+        """Inside the block a step has run again, on all ranks, up to the gradient's norm: sums of gradients are where
+        they were in the step. Nothing of it is kept. Arguments as of `run`.
+
+        Yields:
+            The microbatches' losses, where this rank counts them.
+        """
+        self._begin(step, batches, 1.0 / max(valid, 1))
+        self.replicas.start_step(len(batches))
+        ops = tuple(op for op in self.ops if op.kind not in (Kinds.NORM, Kinds.OPTIMIZE, Kinds.GATHER))
+        execute(ops, self._handlers, self.mesh.recorder)
+        self._runtime.finish()
+        yield self._losses(self._runtime)
+        collect_tallies(self.model, self.device)  # and forget it
+        self.replicas.clear()
+        self._step = None
+
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Microbatch], program: Program, look: Look | None = None) -> Tensor:
         """The summed loss of this rank's microbatches; 0 on the ranks that do not count it.
@@ -284,8 +282,11 @@ class Stepper:
             runtime.finish()
         finally:
             self._show(None)
-        counted, self._step = self._counted(runtime), None
-        return counted
+        losses, self._step = self._losses(runtime), None
+        return self._sum(losses)
+
+    def _printed(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.guard is None else fingerprinting(self.guard.prints)
 
     def _show(self, look: Look | None) -> None:
         self.model.head_op.look = look
@@ -318,12 +319,13 @@ class Stepper:
         if step >= 0:
             self.mesh.recorder.step = step
 
-    def _counted(self, runtime: Runtime) -> Tensor:
-        """What this rank adds to the loss: every token's loss enters the global sum once."""
+    def _losses(self, runtime: Runtime) -> list[Tensor]:
+        """What this rank adds to the loss, by microbatch: every token's loss enters the global sum once."""
         losses = runtime.losses()
-        if not losses or self.mesh.axis("tp").rank or (self.parts.pipeline.split.balanced and self.rank):
-            return self._zero
-        return torch.stack(losses).sum()
+        return [] if self.mesh.axis("tp").rank or (self.parts.pipeline.split.balanced and self.rank) else losses
+
+    def _sum(self, losses: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(losses)).sum() if losses else self._zero
 
     # Stages ---------------------------------------------------------------------------------------------------
 
@@ -348,8 +350,9 @@ class Stepper:
             for unit in self.replicas.units(bucket):
                 if unit.counted:
                     square = square + self._square_sum(unit.grad)
-        counted = self._counted(self._runtime)
-        now.own_loss = own_mean(counted, now.inputs) if counted is not self._zero else counted.double() - torch.inf
+        now.losses = self._losses(self._runtime)
+        counted = self._sum(now.losses)
+        now.own_loss = own_mean(counted, now.inputs) if now.losses else counted.double() - torch.inf
         mine = torch.stack((square, counted, now.stop)).double()
         if self.guard is not None:
             mine = torch.cat((mine, self.guard.check(now.number).view(1)))
@@ -360,28 +363,17 @@ class Stepper:
         own = self._own(now)
         worst = all_reduce(own, self.mesh.axis("world"), "max") if len(own) else Handle(own)
         whole = all_reduce(mine, self.mesh.axis("world")).wait()
-        now.outcome = self._outcome(whole, worst, routed)
+        clip, dtype = self.cfg.optim.clip, self._zero.dtype
+        now.outcome = outcome_of(whole, worst, routed, self.guard, clip=clip, dtype=dtype)
         self._commit(now.outcome.result)
 
     def _own(self, step: _Step) -> Tensor:
         """What is watched of this rank. Filled in by kernels: a copy would make the host wait for the GPU."""
         own = [torch.full((), value, dtype=torch.float64, device=self.device) for value in step.watched()]
         own += [step.own_loss] if own and step.own_loss is not None else []
-        return torch.stack(own) if own else torch.empty(0, dtype=torch.float64, device=self.device)
-
-    def _outcome(self, whole: Tensor, worst: Handle, routed: Tensor | None) -> _Outcome:
-        """What follows from the sums over all ranks: square norm, loss, wishes to stop, counts shaped as `routed`."""
-        total, rest = whole[:3].to(self._zero.dtype), whole[3:]
-        norm, loss, stop = total[0].sqrt(), total[1], total[2]
-        skip, corrupted = (~torch.isfinite(total).all()).float(), self._zero
-        if self.guard is not None:
-            corrupted, rest = self.guard.told(rest[0]), rest[1:]
-            skip = skip.maximum((corrupted > 0).float())
-        counts = rest.view_as(routed) if routed is not None else None
-        clip = self.cfg.optim.clip
-        factor = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else torch.ones_like(norm)
-        factor = torch.where(skip.bool(), torch.ones_like(factor), factor)
-        return _Outcome(StepResult(loss, norm, skip, corrupted, stop, worst, counts), factor)
+        if not own:
+            return torch.empty(0, dtype=torch.float64, device=self.device)
+        return torch.cat((torch.stack(own), loss_table(step.losses, len(step.inputs), self.mesh, self.device)))
 
     def _commit(self, result: StepResult) -> None:
         self.committed = True
@@ -394,7 +386,7 @@ class Stepper:
         assert now.outcome is not None
         self._update(op.index, now, now.outcome)
 
-    def _update(self, bucket: int, step: _Step, outcome: _Outcome, *, alone: bool = False) -> None:
+    def _update(self, bucket: int, step: _Step, outcome: Outcome, *, alone: bool = False) -> None:
         now = UpdateScalars(step.lr, outcome.factor, outcome.result.skipped, self.updates)
         self.optimizer.step(self.replicas.units(bucket), now, alone=alone)
         step.updated.add(bucket)

@@ -21,9 +21,9 @@ from ..parallel.record.device_clock import DeviceClock
 from ..parallel.record.files import RingFile
 from ..parallel.record.garbage import recorded_collections
 from .checkpoint.checkpointer import Checkpointer
-from .checkpoint.names import checkpoints
 from .checkpoint.same_run import RunProgress, facts, run_problems
 from .checkpoint.state import all_tensors
+from .data.dataset import Microbatch
 from .data.loader import Loader, heldout_batches
 from .metrics.evaluation import HELD_OUT_LOSS, on_one_line, sample_metric
 from .metrics.module_spans import ModuleSpans
@@ -33,13 +33,15 @@ from .metrics.readings.registry import Readings
 from .metrics.report import Report
 from .metrics.rows import RowExchange
 from .metrics.sinks import EventLog, SinkSet
-from .numerics.findings import conclude
+from .numerics.bad_steps import NON_FINITE, BadSteps
+from .numerics.corrupted import corrupted_error
+from .numerics.loss_table import loss_shares
 from .optim.learning_rate import learning_rate
+from .outcome import StepResult
 from .pipeline.programs import evaluation_program
 from .processes.signals import StopRequest
 from .run_folder import RunFile
 from .session import Session
-from .step import StepResult
 from .text.samples import PromptSampler
 from .text.tokenizer_files import TokenizerFiles
 
@@ -59,10 +61,15 @@ class _Issued:
     step: int
     result: StepResult
     lr: float
+    batches: Sequence[Microbatch]
+    """This rank's own."""
     valid: int
     pairs: float
-    own_pairs: float
-    """Attention pairs of this rank's own microbatches."""
+
+    @property
+    def own_pairs(self) -> float:
+        """Attention pairs of this rank's own microbatches."""
+        return sum(batch.pairs for batch in self.batches)
 
 
 def row_exchange(session: Session, rings: Sequence[RingFile] = (), store: dist.Store | None = None) -> RowExchange:
@@ -78,14 +85,6 @@ def row_exchange(session: Session, rings: Sequence[RingFile] = (), store: dist.S
         rings=rings,
         store=store,
     )
-
-
-class DivergedError(RuntimeError):
-    """Too many steps in a row had no finite gradient."""
-
-
-class CorruptedError(RuntimeError):
-    """Bits of the state or of a gradient have changed by themselves."""
 
 
 class Trainer:
@@ -108,7 +107,7 @@ class Trainer:
         self.overlap, self.device, self.checkpointer = session.overlap, session.device, checkpointer
         self.vitals = session.mesh.recorder.vitals
         cfg, mesh = self.cfg, self.mesh
-        self.dp = mesh.axis("dp")
+        self.dp, self._cp = mesh.axis("dp"), mesh.axis("cp").size
         microbatches = self.program.microbatches
         self._evaluation = evaluation_program(cfg, self.parts.pipeline, microbatches) if cfg.eval.every else None
         self.peak = session.peak
@@ -124,6 +123,7 @@ class Trainer:
                 program=self.program,
                 hosts=self.rows.hosts,
                 epoch=mesh.epoch,
+                locate=self.data.places,
             )
         )
         self.profiler = Profiler(cfg.log.profile, run_dir / RunFile.PROFILE, mesh.rank)
@@ -136,7 +136,7 @@ class Trainer:
         """Since the start of training."""
         self._evaluated: dict[str, Any] | None = None
         """Step and loss of the last evaluation, on every rank."""
-        self._bad_steps = 0
+        self._bad = BadSteps(cfg, self.stepper, self.rows.hosts)
         self._stopping = False
         self._waiting: _Issued | None = None
         self._outputs: Outputs | None = None
@@ -233,7 +233,7 @@ class Trainer:
         self.step += 1
         if self.device.type == "cuda":
             self._drain()  # the previous step's numbers: the host stays one step ahead of the device
-        self._waiting = _Issued(self.step, result, lr, valid, pairs, sum(batch.pairs for batch in batches))
+        self._waiting = _Issued(self.step, result, lr, batches, valid, pairs)
         if self.device.type == "cpu" or self._due(cfg.eval.every) or self._due(cfg.checkpoint.every):
             self._drain()
         if self._due(cfg.eval.every):
@@ -263,9 +263,12 @@ class Trainer:
             self._landed()
             told = (result.loss, result.grad_norm, result.skipped, result.corrupted, result.stop)
             numbers = torch.stack([x.double() for x in told])
-            loss, norm, skipped, corrupted, stop, *worst, most = torch.cat((numbers, result.worst.wait())).tolist()
+            loss, norm, skipped, corrupted, stop, *rest = torch.cat((numbers, result.worst.wait())).tolist()
         if corrupted:
-            raise self._corrupted(issued.step)
+            tell = self._outputs.events.log if self._outputs is not None else None
+            raise corrupted_error(self.stepper.guard, self.mesh, issued.step, self.checkpointer.directory, tell)
+        watched = self.readings.watched
+        worst, most, table = rest[:watched], rest[watched], rest[watched + 1 :]
         before, self._clock = self._clock, time.monotonic_ns()
         seconds = max(self._clock - before, 1) / 1e9
         self._stopping = stop > 0
@@ -274,29 +277,34 @@ class Trainer:
         with self._recorded(kinds.REPORT):
             self._divide(issued, before)
             if self._outputs is not None:
-                done = self._done(issued, loss, norm, bool(skipped), seconds)
+                done = self._done(issued, loss, norm, bool(skipped), seconds, loss_shares(table, self._cp))
                 done = replace(done, loss_max_rank=most)
                 report = self.readings.step(done, worst)
                 self._outputs.sinks.log(report)
-                for alert in report.alerts:
-                    self._outputs.events.log(alert.event, **alert.fields)
-        self._bad_steps = self._bad_steps + 1 if skipped else 0
-        if self._bad_steps >= self.cfg.faults.max_bad_steps:
-            raise DivergedError(
-                f"{self._bad_steps} steps in a row had a NaN or infinite gradient (faults.max_bad_steps); "
-                f"lower optim.lr={self.cfg.optim.lr:g} or resume from an earlier checkpoint"
-            )
+                self._tell(report)
+        if skipped:
+            self._look_into(issued)
+        else:
+            self._bad.good()
 
-    def _corrupted(self, step: int) -> CorruptedError:
-        """Brings together where bits were found changed in a step; on all ranks."""
-        guard = self.stepper.guard
-        assert guard is not None  # nobody else finds any
-        found = conclude(step, self.mesh.gather_objects(guard.findings(step - 1)))
+    def _tell(self, report: Report) -> None:
+        """Alerts become events."""
         if self._outputs is not None:
-            for event in found.events():
-                self._outputs.events.log("numerics", **event)
-        saved = checkpoints(self.checkpointer.directory)
-        return CorruptedError(found.text(next((path for done, path in saved if done <= found.good), None)))
+            for alert in report.alerts:
+                self._outputs.events.log(alert.event, **alert.fields)
+
+    def _look_into(self, issued: _Issued) -> None:
+        """After a bad step: where it began, and whether it is the last one."""
+        if self._device_clock is not None:
+            self._device_clock.end_step(self.step - 1)
+        with self._recorded(kinds.EVALUATE), self.vitals.phase("evaluation"):
+            alert = self._bad.bad(issued.step - 1, issued.batches, issued.valid)
+        if alert is not None and self._outputs is not None:
+            report = Report.of(issued.step, [(NON_FINITE, alert)])
+            self._outputs.sinks.add(report)
+            self._tell(report)
+        self._clock = time.monotonic_ns()
+        self._bad.check()
 
     def _landed(self) -> None:
         """On a GPU: waits until what was issued has run, in a way that an abort can end."""
@@ -316,7 +324,9 @@ class Trainer:
             self.rows.step(issued.step - 1, *window, self._pairs_before)
         self._pairs_before = issued.own_pairs
 
-    def _done(self, issued: _Issued, loss: float, norm: float, skipped: bool, seconds: float) -> StepDone:
+    def _done(
+        self, issued: _Issued, loss: float, norm: float, skipped: bool, seconds: float, losses: tuple[float, ...]
+    ) -> StepDone:
         moe = issued.result.moe
         return StepDone(
             step=issued.step,
@@ -330,6 +340,7 @@ class Trainer:
             valid=issued.valid,
             pairs=issued.pairs,
             seconds=seconds,
+            losses=losses,
             routed=None if moe is None else moe.cpu().numpy(),
             rows=self.rows.collect(issued.step),
         )

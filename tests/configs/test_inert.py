@@ -171,6 +171,7 @@ CASES: list[tuple[list[str], str, list[str], Observe | None]] = [
     (["eval.every=1"], "eval.prompt_tokens=9", ["eval.prompts=[a]"], None),
     (["faults.watch=false"], "faults.pause_s=400", ["faults.watch=true"], None),
     ([], "faults.numerics.replicas_every=2", ["parallel.tp=2"], None),
+    ([], "faults.numerics.recompute=true", ["memory.recompute=full"], None),
     ([], "log.wandb_project=mine", ["log.wandb=true"], None),
 ]
 

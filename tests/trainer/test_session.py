@@ -20,9 +20,10 @@ from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.pipeline.program import Op
 from pentad.trainer.data.dataset import Dataset
 from pentad.trainer.metrics.peak import Peak
+from pentad.trainer.outcome import StepResult
 from pentad.trainer.pipeline.programs import evaluation_program
 from pentad.trainer.session import Here, Session, SessionState
-from pentad.trainer.step import Stepper, StepResult
+from pentad.trainer.step import Stepper
 from tests.distributed import run_distributed
 from tests.training import job, make_here, microbatches, world_of
 

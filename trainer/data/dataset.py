@@ -89,7 +89,7 @@ class Split:
         """Global microbatch i of a step: its sequences [i b, (i + 1) b). Raises UserError for an id >= vocab."""
         first = step * global_batch + microbatch_index * micro_batch
         samples = np.arange(first, first + micro_batch)
-        source, starts = self._locate(samples)
+        source, starts = self.locate(samples)
         rows = np.empty((micro_batch, self.seq_len + 1), np.int64)
         for s in np.unique(source):
             at = source == s
@@ -135,7 +135,7 @@ class Split:
         size = global_batch * self.seq_len
         if not self.document_mask:
             return size, global_batch * self._mean(self._whole)
-        source, starts = self._locate(np.arange(step * global_batch, (step + 1) * global_batch))
+        source, starts = self.locate(np.arange(step * global_batch, (step + 1) * global_batch))
         valid = size
         found: list[tuple[Boundaries, int]] = []
         for s in np.unique(source):
@@ -144,7 +144,8 @@ class Split:
             valid -= len(found[-1][0].offset)
         return valid, self._mean(lambda reach: sum(pair_sum(cuts, n, self.seq_len, reach) for cuts, n in found))
 
-    def _locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each sequence (n,), by its number, and its first token there (n,)."""
         source, window = self.sampler.locate(samples)
         return source, window * self.seq_len
 
@@ -174,6 +175,11 @@ class Dataset:
     documents: int
     fingerprint: str
     sources: tuple[str, ...] = ()
+
+    def places(self, samples: Sequence[int]) -> list[tuple[str, int]]:
+        """The source, by name, that each sequence of the training comes from, and its first token there."""
+        source, first = self.train.locate(np.asarray(samples))
+        return [(self.sources[s], start) for s, start in zip(source.tolist(), first.tolist(), strict=True)]
 
 
 def open_data(

@@ -140,10 +140,11 @@ class MeasuredPeaks:
 
 
 def _measurement(dtype: str, ranks: int) -> str:
-    return f"{_processor()}, {dtype}, {ranks} ranks of {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {dtype}, {ranks} ranks of {torch.get_num_threads()} threads"
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The model of this machine's processors."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

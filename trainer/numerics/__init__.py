@@ -1,1 +1,1 @@
-"""Guards of numbers: bits that changed by themselves are found before an update uses them, and said where."""
+"""Guards of numbers: bits that changed by themselves, and numbers that are not finite, are found and said where."""

@@ -18,8 +18,8 @@ class ChangedBits:
 
     Args:
         rank, host: that hold it.
-        what: "parameter", "gradient", "master", or the name of a state.
-        name: of the parameter.
+        what: "parameter", "gradient", "master", the name of a state, or "recomputed".
+        name: of the parameter, or what was recomputed.
         window: when.
     """
 
@@ -49,6 +49,25 @@ class DifferentCopies:
 
 
 @dataclass(frozen=True)
+class RemadeTensor:
+    """A tensor that was made otherwise in the second run of a part.
+
+    Args:
+        part: of a layer.
+        number: of the tensor among those of the part, in the order in which they are made.
+        tensor: the same in words.
+        turn: the how many-th microbatch of the rank, from 0 on.
+        microbatch: of the global batch.
+    """
+
+    part: str
+    number: int
+    tensor: str
+    turn: int
+    microbatch: int
+
+
+@dataclass(frozen=True)
 class RankFindings:
     """What one rank has to say when bits were found changed.
 
@@ -57,6 +76,7 @@ class RankFindings:
         changed: inside the windows of its checksums.
         copies: of parameters that differ from some other rank's.
         good: updates after which the state was found good, as far as this rank can tell.
+        remade: what second runs made otherwise.
     """
 
     rank: int
@@ -64,6 +84,7 @@ class RankFindings:
     changed: tuple[ChangedBits, ...] = ()
     copies: tuple[DifferentCopies, ...] = ()
     good: int = 0
+    remade: tuple[RemadeTensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,10 +127,11 @@ class Corruption:
 
 
 def conclude(step: int, ranks: Iterable[RankFindings]) -> Corruption:
-    """What follows from every rank's findings: places of changed bits, and the minority among differing copies."""
+    """What follows from every rank's findings: places of changed bits, the first tensors of a part that were made
+    otherwise, and the minority among differing copies."""
     everyone = sorted(ranks, key=lambda each: each.rank)
     hosts = {each.rank: each.host for each in everyone}
-    places = [place for each in everyone for place in each.changed]
+    places = [place for each in everyone for place in each.changed] + _first_remade(everyone)
     known = {(place.rank, place.name) for place in places}
     told: dict[tuple[tuple[int, ...], tuple[str, ...]], dict[int, tuple[int, ...]]] = defaultdict(dict)
     for each in everyone:
@@ -128,6 +150,26 @@ def conclude(step: int, ranks: Iterable[RankFindings]) -> Corruption:
                 differs = f"differs from that of rank {', '.join(map(str, sorted(others)))}"
                 places.append(ChangedBits(rank, hosts[rank], "parameter", name, differs))
     return Corruption(step, tuple(places), min(each.good for each in everyone), undecided)
+
+
+def _first_remade(ranks: Iterable[RankFindings]) -> list[ChangedBits]:
+    """Of each part, in each turn, the tensor that was the first to differ on any rank: what ranks exchange inside a
+    part carries it to others, where later tensors differ."""
+    found: dict[tuple[str, int], list[tuple[RankFindings, RemadeTensor]]] = defaultdict(list)
+    for each in ranks:
+        for remade in each.remade:
+            found[remade.part, remade.turn].append((each, remade))
+    places = []
+    for members in found.values():
+        first = min(remade.number for _, remade in members)
+        for each, remade in members:
+            if remade.number == first:
+                name, when = (
+                    f"{remade.tensor} of {remade.part}",
+                    f"made otherwise in its second run, microbatch {remade.microbatch}",
+                )
+                places.append(ChangedBits(each.rank, each.host, "recomputed", name, when))
+    return places
 
 
 def _minority(sums: dict[int, int]) -> list[int]:

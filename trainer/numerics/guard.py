@@ -16,13 +16,14 @@ from torch import Tensor
 from ...configs.schema import Config
 from ...parallel.checksum import ChecksumWindow, ParameterMemory
 from ...parallel.comm.mesh import Mesh
+from ...parallel.fingerprints import Fingerprints
 from ...parallel.replicas.bucket_guard import BucketGuard
 from ...parallel.replicas.flat import FlatReplicas
 from ..checkpoint.state import units_by_key
 from ..optim.states import Optimizer
 from ..setup import Parts
 from .copies import CopyComparison
-from .findings import ChangedBits, RankFindings
+from .findings import ChangedBits, RankFindings, RemadeTensor
 
 
 class _StateWindows:
@@ -76,6 +77,8 @@ class NumericsGuard:
         if self._every:
             self._copies = CopyComparison(parts.replicas, mesh.rank, parts.device)
         self._windows = _StateWindows(parts, optimizer) if numerics.checksums else None
+        self.prints = Fingerprints(mesh.recorder) if numerics.recompute else None
+        """Of parts that run a second time."""
         self._open = False
         self._first: int | None = None
         """Updates before the first step that was guarded."""
@@ -86,7 +89,7 @@ class NumericsGuard:
     def of(cfg: Config, parts: Parts, optimizer: Optimizer, mesh: Mesh) -> NumericsGuard | None:
         """The guard that the job wants."""
         numerics = cfg.faults.numerics
-        if not numerics.replicas_every and not numerics.checksums:
+        if not numerics.replicas_every and not numerics.checksums and not numerics.recompute:
             return None
         return NumericsGuard(cfg, parts, optimizer, mesh)
 
@@ -94,6 +97,8 @@ class NumericsGuard:
         """Before a step (from 0 on), which may be the first one."""
         if self._first is None:
             self._first = step
+        if self.prints is not None:
+            self.prints.begin(step)
         if self._windows is not None and not self._open:
             self._replicas.wait_gathers()
             for window in self._windows.states:
@@ -111,6 +116,8 @@ class NumericsGuard:
             self._windows.close()
         if self._copies is not None and step % self._every == 0:
             found = found + self._copies.compare()
+        if self.prints is not None:
+            found = found + self.prints.differing
         return found
 
     def told(self, found: Tensor) -> Tensor:
@@ -146,7 +153,9 @@ class NumericsGuard:
             if state:
                 good.append(max(step - 1, first))
             changed += state
-        return RankFindings(self._mesh.rank, socket.gethostname(), tuple(changed), copies, min(good))
+        return RankFindings(
+            self._mesh.rank, socket.gethostname(), tuple(changed), copies, min(good), self._remade(step)
+        )
 
     def _changed(self, windows: list[ChecksumWindow], when: str) -> list[ChangedBits]:
         host = socket.gethostname()
@@ -154,3 +163,13 @@ class NumericsGuard:
             window.places[number] for window in windows for number in torch.nonzero(window.changed).view(-1).tolist()
         ]
         return [ChangedBits(self._mesh.rank, host, place.what, place.name, when) for place in places]
+
+    def _remade(self, step: int) -> tuple[RemadeTensor, ...]:
+        """What second runs of a step made otherwise."""
+        if self.prints is None:
+            return ()
+        dp = self._mesh.axis("dp")
+        return tuple(
+            RemadeTensor(each.part, each.number, each.tensor, each.microbatch, each.microbatch * dp.size + dp.rank)
+            for each in self.prints.mismatches(step)
+        )

@@ -13,8 +13,9 @@ from pentad.configs.schema import CheckpointConfig, Config, FaultsConfig
 from pentad.trainer.checkpoint import io
 from pentad.trainer.checkpoint.checkpointer import CheckpointError, verify
 from pentad.trainer.checkpoint.names import checkpoints
+from pentad.trainer.numerics.bad_steps import DivergedError
 from pentad.trainer.processes.signals import StopRequest
-from pentad.trainer.trainer import DivergedError, Outputs, Trainer
+from pentad.trainer.trainer import Outputs, Trainer
 from tests.trainer.checkpoint.test_resume import Curve, text_job
 from tests.training import open_trainer
 
@@ -85,8 +86,11 @@ def test_a_run_with_nan_in_its_parameters_leaves_the_last_good_checkpoint(tmp_pa
         for param in trainer.parts.model.layers.parameters():
             param.view(-1)[0] = float("nan")
     curve.events.clear()
-    with pytest.raises(DivergedError):
+    with pytest.raises(
+        DivergedError, match=r"3 steps in a row .* it began in step 3: NaN in the parameter layers\.0\."
+    ):
         _train(trainer, curve)
+    assert _steps(curve, "non_finite") == [3]
     trainer.checkpointer.close()
     assert _steps(curve, "checkpoint_saved") == [4]
     assert good in [path for _, path in checkpoints(tmp_path / "checkpoints")] and verify(good) == []

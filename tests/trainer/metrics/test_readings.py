@@ -29,6 +29,7 @@ from pentad.trainer.metrics.readings import registry
 from pentad.trainer.metrics.readings.memory import device_memory, peak_memory_gib
 from pentad.trainer.metrics.readings.protocol import OnRank, Reading, RunFacts, StepDone
 from pentad.trainer.metrics.readings.registry import BUILT_IN, Readings, register
+from pentad.trainer.numerics.bad_steps import NON_FINITE
 from tests.distributed import run_distributed
 from tests.trainer.checkpoint.test_resume import text_job
 from tests.trainer.metrics.reports import DONE, facts, read, values
@@ -284,7 +285,10 @@ def test_what_fails_of_pentads_own_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 def test_the_documented_tables_are_those_of_the_metrics() -> None:
     metrics = Readings(facts(job(model={"moe": MoeConfig(experts=4)})), BUILT_IN).metrics
     for in_file, section in ((True, "## metrics.jsonl"), (False, "### Beside the file")):
-        wanted = [*metrics, *([] if in_file else [HELD_OUT_LOSS, replace(sample_metric(0), tracker="samples/N")])]
+        wanted = [
+            *metrics,
+            *([] if in_file else [HELD_OUT_LOSS, NON_FINITE, replace(sample_metric(0), tracker="samples/N")]),
+        ]
         expected = [_row(metric) for metric in wanted if metric.in_file == in_file]
         text = DOCS.split(f"{section}\n")[1].split("\n#")[0]
         assert [line for line in text.splitlines() if line.startswith("| `")] == expected

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pentad.configs.schema import Config
 from pentad.parallel.replicas.buckets import Bucket
@@ -18,7 +18,7 @@ from pentad.trainer.checkpoint.state import units_by_key
 from pentad.trainer.numerics.findings import Corruption, conclude
 from tests.training import Run
 
-KINDS = ("gradient", "parameter", "master", "moment")
+KINDS = ("gradient", "parameter", "master", "moment", "recomputed")
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ def _flipping(run: Run, flip: Flip, flipped: list[Flipped]) -> AbstractContextMa
     draws = random.Random(flip.seed)
     if flip.kind == "gradient":
         return _before_sending(draws, flipped)
+    if flip.kind == "recomputed":
+        return _in_a_part(run, draws, flipped)
     return _in_the_state(lambda: _flip_state(run, flip.kind, draws), draws, flipped)
 
 
@@ -115,6 +117,26 @@ def _before_sending(draws: random.Random, flipped: list[Flipped]) -> Iterator[No
 
     with patch.object(Bucket, "_launch", launch):
         yield
+
+
+@contextmanager
+def _in_a_part(run: Run, draws: random.Random, flipped: list[Flipped]) -> Iterator[None]:
+    """In what a module makes, in one of the two runs of one of the microbatches."""
+    layers = run.parts.model.layers
+    layer = draws.choice(list(layers))
+    module = layers[layer].get_submodule(draws.choice(("attention_norm", "attention", "ffn_norm")))
+    at, passes = draws.randrange(2 * run.stepper.program.microbatches), iter(range(1 << 30))
+
+    def flip(module: nn.Module, given: object, made: Tensor) -> None:
+        if next(passes) == at:
+            flip_bit(made.data, draws)  # not seen by autograd, as a fault is not
+            flipped.append(Flipped("recomputed", f"layer {layer}"))
+
+    handle = module.register_forward_hook(flip)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -35,6 +35,8 @@ class RunFacts:
     """Where each rank is, as far as that is known."""
     epoch: int = 0
     """How many times the mesh was built anew since the job began."""
+    locate: Callable[[Sequence[int]], Sequence[tuple[str, int]]] | None = None
+    """Of sequences' run-wide numbers: the source that each comes from, and its first token there; None without data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,8 @@ class StepDone:
     """Unmasked attention pairs of one layer, the mean over those with softmax attention, of the global batch."""
     seconds: float
     """Between the moments when the previous step's numbers and this one's were known, without an evaluation."""
+    losses: tuple[float, ...] = ()
+    """What each microbatch of the global batch adds to the loss, in order; empty where that is not known."""
     routed: np.ndarray | None = None
     """(layers with experts, columns) of what the routers counted, summed over all ranks: `models.routing.tally_fields`,
     then how often each choice was taken. None for a model without experts."""

@@ -16,6 +16,7 @@ from .progress import ProgressReading
 from .protocol import OnRank, Reading, RunFacts, StepDone
 from .routing import RoutingReading
 from .speed import SpeedReading
+from .spikes import SpikeReading
 from .straggler import StragglerReading
 from .utilization import UtilizationReading
 from .waterfall import WaterfallReading
@@ -27,6 +28,7 @@ BUILT_IN: tuple[type[Reading], ...] = (
     MemoryReading,
     WaterfallReading,
     StragglerReading,
+    SpikeReading,
     RoutingReading,
 )
 _registered: list[type[Reading]] = []
@@ -94,6 +96,11 @@ class Readings:
     def metrics(self) -> tuple[Metric, ...]:
         """Of all readings."""
         return tuple(metric for kept in self._kept for metric in kept.metrics)
+
+    @property
+    def watched(self) -> int:
+        """How many numbers `watch` returns."""
+        return sum(kept.kind.watched for kept in self._kept)
 
     def watch(self, mine: OnRank) -> list[float]:
         """The numbers of this rank whose largest over all ranks `step` wants: as many on every rank."""

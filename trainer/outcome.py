@@ -1,0 +1,72 @@
+"""What all ranks know of a step once it has committed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..parallel.comm.collectives import Handle
+from .numerics.guard import NumericsGuard
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Scalars on the device."""
+
+    loss: Tensor
+    """Mean loss over all valid tokens of the global batch."""
+    grad_norm: Tensor
+    """Global norm of the gradient, before clipping."""
+    skipped: Tensor
+    """1 where the gradient was not finite, or bits had changed by themselves, and nothing was updated."""
+    corrupted: Tensor
+    """Places, over all ranks and steps, whose bits were found changed by themselves."""
+    stop: Tensor
+    """Number of ranks that were asked to stop: all ranks see the same number after the same step."""
+    worst: Handle
+    """The largest over all ranks of each number that `Stepper.run` was given to watch, fp64; where there are any,
+    behind these of own losses, and of the `loss_table`."""
+    moe: Tensor | None
+    """What the routers counted in the step, over all ranks: (mixture-of-experts layers, `balance` columns)."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result, and what the update needs besides."""
+
+    result: StepResult
+    factor: Tensor
+    """Of the gradients."""
+
+
+def outcome_of(
+    whole: Tensor,
+    worst: Handle,
+    routed: Tensor | None,
+    guard: NumericsGuard | None,
+    *,
+    clip: float,
+    dtype: torch.dtype,
+) -> Outcome:
+    """What follows from the sums over all ranks.
+
+    Args:
+        whole: (n,) square norm, loss, wishes to stop, with a guard what it found, then the counts of `routed`.
+        worst: see `StepResult`.
+        routed: shaped as the routers' counts; none: a dense model.
+        guard: of this rank.
+        clip: of the norm; 0: none.
+        dtype: of the results.
+    """
+    total, rest = whole[:3].to(dtype), whole[3:]
+    norm, loss, stop = total[0].sqrt(), total[1], total[2]
+    skip, corrupted = (~torch.isfinite(total).all()).float(), torch.zeros_like(norm)
+    if guard is not None:
+        corrupted, rest = guard.told(rest[0]), rest[1:]
+        skip = skip.maximum((corrupted > 0).float())
+    counts = rest.view_as(routed) if routed is not None else None
+    factor = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else torch.ones_like(norm)
+    factor = torch.where(skip.bool(), torch.ones_like(factor), factor)
+    return Outcome(StepResult(loss, norm, skip, corrupted, stop, worst, counts), factor)
