@@ -160,7 +160,10 @@ def _operations(places: Places, rank: int) -> list[str]:
     """Names for the operations of a rank; none where the run's program cannot be read."""
     if not places.programs:
         return []
-    return operation_names(places.programs[places.stage(rank)], staged=len(places.programs) > 1)
+    try:
+        return operation_names(places.programs[places.stage(rank)], staged=len(places.programs) > 1)
+    except ValueError:  # a program of another version, or of somebody's own operations
+        return []
 
 
 def _work(cfg: Config) -> dict[str, Work]:

@@ -64,6 +64,9 @@ def operation_names(tokens: Sequence[str], *, staged: bool) -> list[str]:
     Args:
         tokens: of the program.
         staged: whether there are several stages, to be told from each other.
+
+    Raises:
+        ValueError: a token is no operation.
     """
     whole = {REST_FORWARD: WHOLE_FORWARD, REST_BACKWARD: WHOLE_BACKWARD}
     found = []
@@ -93,8 +96,9 @@ def by_module(ring: RecordRing, step: int, operations: Sequence[str] = ()) -> tu
     for entry in entries:
         name, axis = names[entry["kind"]], names[entry["axis"]]
         begun = entry["waited"] if entry["waited"] else entry["start"]
-        named = name in KINDS and 0 <= entry["op"] < len(operations)
-        label = operations[entry["op"]] if named else _label(name, axis, bool(entry["waited"]))
+        op = int(entry["op"])
+        named = name in KINDS and 0 <= op < len(operations)
+        label = operations[op] if named else _label(name, axis, bool(entry["waited"]))
         if label is not None:
             spans.append((int(begun), int(entry["end"]), label))
     return _innermost([span for span in spans if start <= span[0] < end], start, end), (end - start) / 1e9

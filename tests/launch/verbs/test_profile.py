@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from pentad.launch.cli import main
+from pentad.launch.verbs.profile import _rows
+from pentad.models.costs.flops import flops_per_step
 from tests.launch.verbs.conftest import STEPS
+from tests.training import job
 
 JOB = """
 name: small
@@ -80,3 +83,15 @@ def test_what_a_record_cannot_tell_is_refused(
     shutil.copytree(small_run, copy, ignore=shutil.ignore_patterns("*.ring"))
     assert main(["profile", str(copy)]) == 2
     assert "its record cannot be read" in capsys.readouterr().err
+
+
+def test_whole_passes_are_held_against_the_roofline() -> None:
+    cfg = job(dp=2)
+    tokens, pairs = 8 * 16, 8 * 16**2 / 2
+    seconds = {"forward": 1.0, "backward": 2.0, "other": 0.5}
+    rows = {row["what"]: row for row in _rows(cfg, seconds, 1.0, 1e9)}
+    flops = 1e12 * (rows["forward"]["tflops"] + 2 * rows["backward"]["tflops"])
+    assert flops == pytest.approx(flops_per_step(cfg.model, tokens, pairs) / 2)
+    assert rows["forward"]["bound"] in ("compute", "memory") and "bound" not in rows["other"]
+    split = {row["what"]: row for row in _rows(cfg, seconds | {"backward weights": 1.0}, 1.0, 1e9)}
+    assert "bound" in split["forward"] and "bound" not in split["backward"]

@@ -11,7 +11,7 @@ import pytest
 from pentad.configs.schema import MoeConfig
 from pentad.models.costs.flops import flops_per_step
 from pentad.parallel.record import kinds, reader
-from pentad.parallel.record.modules import by_module, recorded_steps
+from pentad.parallel.record.modules import by_module, operation_names, recorded_steps, whole_steps
 from pentad.trainer.metrics.module_costs import Work, module_work
 from pentad.trainer.metrics.module_spans import ModuleSpans
 from tests.training import Run, job
@@ -58,6 +58,23 @@ def test_the_parts_sum_to_the_step_and_recording_them_changes_nothing(name: str,
     assert 0.001 <= parts["other"] < seconds
     # A second run passes through the modules again, and is theirs; none is left open over the step's end.
     assert not [ring.name(e["kind"]) for e in ring.open() if ring.name(e["kind"]).startswith("forward")]
+
+
+def test_a_step_without_modules_is_divided_by_operation(tmp_path: Path) -> None:
+    _losses("recomputed", tmp_path / "plain.ring", ())
+    ring, run = reader.read(tmp_path / "plain.ring"), Run(0, job(**JOBS["recomputed"]))
+    names = operation_names([str(op) for op in run.stepper.ops], staged=False)
+    run.close()
+    assert whole_steps(ring) == [1, 2, 3], "of the first one it is not known when it began"
+    parts, seconds = by_module(ring, 2, names)
+    assert sum(parts.values()) == pytest.approx(seconds, rel=1e-6)
+    assert {"forward", "backward", kinds.RECOMPUTE, "optimizer", "data", "report", "other"} <= parts.keys()
+    spent = [ring.entries[[ring.name(kind) == token for kind in ring.entries["kind"]]] for token in ("F", "BW")]
+    for label, entries in zip(("forward", "backward"), spent, strict=True):
+        mine = entries[entries["step"] == 2]
+        own = (mine["end"] - mine["start"]).sum() / 1e9
+        again = parts[kinds.RECOMPUTE] if label == "backward" else 0.0
+        assert parts[label] + again == pytest.approx(own, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", JOBS)

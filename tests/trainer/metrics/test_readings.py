@@ -80,7 +80,7 @@ def test_memory_of_this_process() -> None:
 
 def test_memory_of_a_device_by_its_allocators_counts() -> None:
     keys = ("allocated_bytes.all.peak", "reserved_bytes.all.peak", "num_alloc_retries", "num_ooms")
-    stats = dict(zip(keys, (3 << 30, 4 << 30, 2, 1), strict=True))
+    stats: dict[str, int] = dict(zip(keys, (3 << 30, 4 << 30, 2, 1), strict=True))
     assert device_memory(stats, 8 << 30) == (3.0, 37.5, 4.0, 2, 1)
     shown = values(Readings(facts(), BUILT_IN).step(DONE, (0.1, *device_memory(stats, 8 << 30), 0.0)))
     keys = ("memory_gib", "memory_pct", "memory_reserved_gib", "memory_retries", "memory_ooms", "hb_age_max_ms")

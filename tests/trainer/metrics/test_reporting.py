@@ -98,7 +98,7 @@ def _own_losses(rank: int, world: int, cfg: Config) -> list[float]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}])
-def test_the_largest_loss_is_that_of_one_ranks_own_tokens(layout: dict[str, int]) -> None:
+def test_the_largest_loss_is_that_of_one_ranks_own_tokens(layout: dict[str, Any]) -> None:
     cfg = job(dp=2, **layout)
     found = run_distributed(_own_losses, 4, cfg, group=False)
     alone = Run(0, job(global_batch=4))
