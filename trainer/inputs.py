@@ -25,7 +25,7 @@ def own_mean(counted: Tensor, inputs: Sequence[Inputs]) -> Tensor:
         counted: () the sum of their losses, each times its microbatch's factor.
         inputs: the microbatches, all with the same factor.
     """
-    labels = [each.labels.view(-1, *each.tokens.shape)[0] for each in inputs if each.labels is not None]
+    labels = [each.labels.reshape(-1, *each.tokens.shape)[0] for each in inputs if each.labels is not None]
     tokens = torch.stack([(each != IGNORED).sum() for each in labels]).sum().double()
     return torch.where(tokens > 0, counted.double() / (tokens * inputs[0].scale), -torch.inf)
 

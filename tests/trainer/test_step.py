@@ -12,6 +12,7 @@ from pentad.parallel.pipeline.program import Op, Program, update
 from pentad.parallel.record import reader
 from pentad.trainer.pipeline.programs import Pipeline, training_program
 from tests.distributed import run_distributed
+from tests.rows import without_copies
 from tests.training import Run, curve, job
 
 
@@ -52,7 +53,7 @@ def _recorded(rank: int, world: int, path: str) -> list[dict]:
             "bytes": int(e["nbytes"]),
             "closed": bool(e["end"] >= e["start"] > 0),
         }
-        for e in ring.entries
+        for e in without_copies(ring)
     ]
     program = [str(op) for op in run.stepper.ops]
     run.close()

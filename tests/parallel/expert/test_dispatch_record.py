@@ -19,6 +19,7 @@ from pentad.parallel.record import reader
 from pentad.parallel.record.ring import Recorder
 from tests.distributed import run_distributed
 from tests.parallel.expert.world import E, H, K, N, Tokens, open_mesh, tokens_of
+from tests.rows import without_copies
 
 pytestmark = pytest.mark.distributed
 CHUNKS = 3
@@ -74,9 +75,9 @@ def _work(rank: int, world: int, path: str, etp: int, jobs: list[Job]) -> list[l
     mesh.close()
     ring = reader.read(file)
     assert not len(ring.open())
-    ends = [*begun[1:], ring.header.next_ticket]
+    ends, entries = [*begun[1:], ring.header.next_ticket], without_copies(ring)
     return [
-        [(ring.name(e["kind"]), ring.name(e["dtype"]), int(e["nbytes"])) for e in ring.entries if a <= e["ticket"] < b]
+        [(ring.name(e["kind"]), ring.name(e["dtype"]), int(e["nbytes"])) for e in entries if a <= e["ticket"] < b]
         for a, b in zip(begun, ends, strict=True)
     ]
 

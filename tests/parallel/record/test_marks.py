@@ -15,6 +15,7 @@ from pentad.parallel.record import kinds, reader
 from pentad.parallel.record.garbage import recorded_collections
 from pentad.parallel.record.ring import BESIDE, Recorder
 from tests.distributed import job_store, run_distributed
+from tests.rows import without_copies
 
 _LATE_S = 0.2
 
@@ -56,17 +57,11 @@ def test_a_long_collection_of_garbage_is_recorded(tmp_path: Path) -> None:
     assert (ring.entries["end"] - ring.entries["start"] >= 200_000).all()
 
 
-def _collectives(ring: Path) -> np.ndarray:
-    """The entries without those of copies that took long, as any may on a busy machine."""
-    found = reader.read(ring)
-    return found.entries[np.array([found.name(kind) != kinds.COPY for kind in found.entries["kind"]], bool)]
-
-
 def _until_waiting(folder: Path, *others: int, entries: int) -> None:
     """Returns when these ranks wait in the last of so many entries."""
     for other in others:
         while True:
-            found = _collectives(folder / f"{other}.ring")
+            found = without_copies(reader.read(folder / f"{other}.ring"))
             if len(found) == entries and found[-1]["waited"]:
                 break
             time.sleep(0.001)
@@ -98,7 +93,7 @@ def _late(rank: int, world: int, folder: Path) -> dict[str, list[float]]:
         time.sleep(_LATE_S)
         send(small, axis, 0).wait()
     mesh.close()
-    entries = _collectives(folder / f"{rank}.ring")
+    entries = without_copies(reader.read(folder / f"{rank}.ring"))
     waited, arrived, end = (entries[name].astype(np.float64) / 1e9 for name in ("waited", "arrived", "end"))
     return {
         "kept": (entries["waited"] > 0).tolist(),
