@@ -293,8 +293,10 @@ class OffloadedStates(PlainStates):
             names = ("value", "grad", *rule.names)
             there = {name: torch.zeros(count, dtype=_type(name, rule, unit), device=where) for name in names}
             here = {name: torch.zeros(count, dtype=_type(name, rule, unit), device=cpu) for name in names}
-            scalars = [torch.ones((), dtype=unit.grad.dtype, device=where) for _ in range(3)]
-            now = UpdateScalars(0.0, *scalars)
+            factor = torch.ones((), dtype=unit.grad.dtype, device=where)
+            # Not skipped: a kernel that skips has nothing to do, and says nothing about its time.
+            skip, updates = torch.zeros((), device=where), torch.ones((), device=where)
+            now = UpdateScalars(0.0, factor, skip, updates)
             best = float("inf")
             for _ in range(2):  # the first also makes what is made once
                 begun = time.monotonic()
