@@ -277,6 +277,9 @@ class FaultsConfig:
     """Consecutive steps skipped for a NaN or infinite gradient before the run stops."""
     timeout_s: float = 600.0
     """Seconds that a collective may wait before the run stops with an error."""
+    stop_code: int = 0
+    """Exit code of a run that a signal has stopped before its last step, and that has saved: by it a batch script knows
+    that the job is to go on later, as that of `pentad slurm` does with 75."""
     record_entries: int = 65536
     """Entries of each rank's record ring."""
     probe_at_start: bool = False

@@ -17,6 +17,7 @@ from .mistakes import unknown_arguments, unknown_verb
 from .verbs.checkpoint import checkpoint_parser
 from .verbs.generate import generate_parser
 from .verbs.report import report_parser
+from .verbs.slurm import slurm_parser, slurm_run
 from .verbs.watch import watch_parser
 
 _OVERRIDES = "config keys to change, e.g. train.steps=100 parallel.tp=2"
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args = _parse(argv)
+        args.argv = argv
         if args.run is not _train:  # which lets the ranks of a launcher do it, one of which speaks for all
             import_modules(getattr(args, "imports", ()))
         return args.run(args)
@@ -120,6 +122,9 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     export_hf.add_argument("out", metavar="OUT", help="a new folder")
     export_hf.add_argument("--dtype", choices=_DTYPES, help="type of the written tensors (as in the checkpoint)")
     export_hf.set_defaults(run=_export_hf)
+    made = job("slurm", "Write a job's batch script for SLURM, submit it, follow it, end it.")
+    slurm_parser(made)
+    made.set_defaults(run=slurm_run)
     _observing_parsers(verbs, job)
     checkpoint_parser(verbs.add_parser("checkpoint", help="List and verify checkpoints."))
     generate_parser(verbs.add_parser("generate", help="Text from a run, a checkpoint or a Hugging Face folder."))

@@ -8,6 +8,7 @@ from ..configs.errors import nearest
 
 _ELSEWHERE = {
     "train": "run launch fit pretrain finetune start resume",
+    "slurm": "sbatch submit srun salloc queue",
     "check": "validate dry-run dryrun test plan estimate memory",
     "show": "config print keys list",
     "flops": "params parameters count mfu",

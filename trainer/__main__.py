@@ -42,7 +42,8 @@ def main(
         watch: asked for a watcher of this node; none: one is started.
 
     Returns:
-        The exit code: 0, 2 for a user's mistake, 1 for any other error, 128 + n for signal n before the first step.
+        The exit code: 0, 2 for a user's mistake, 1 for any other error; for signal n `faults.stop_code`, or 128 + n
+        where that is 0 and no step was begun.
     """
     # Before torch is imported: what its threads write about the end of a peer, a stack of C++ addresses, would bury the
     # line of ours that names the rank and the reason.
@@ -103,7 +104,7 @@ def _run(
         return 130
     except Stopped:
         start.meeting.tell("asked to stop before the first step", user=True)
-        return 128 + start.stop.number
+        return (cfg.faults.stop_code if cfg is not None else 0) or 128 + start.stop.number
     except Exception as error:
         failure = start.report(error, cfg, everywhere=loading)
         _tell_launcher(error, failure)

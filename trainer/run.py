@@ -69,7 +69,7 @@ def run(cfg: Config, start: Start) -> int:
         start: how the rank was started.
 
     Returns:
-        0 when training went to its end or stopped cleanly.
+        0 when training went to its end, `faults.stop_code` when it was stopped cleanly before.
 
     Raises:
         Exception: what ended the job on this rank; it was told to `start` before anything was closed.
@@ -78,12 +78,12 @@ def run(cfg: Config, start: Start) -> int:
     with ExitStack() as open_things:
         try:
             here = arrive(cfg, start, ranks, open_things)
-            _in_mesh(cfg, start, ranks, here, open_things)
+            finished = _in_mesh(cfg, start, ranks, here, open_things)
         except Exception as error:
             if not isinstance(error, Stopped):
                 start.report(error, cfg)  # closing takes seconds, and makes other ranks fail
             raise
-    return 0
+    return 0 if finished else cfg.faults.stop_code
 
 
 def arrive(cfg: Config, start: Start, ranks: Ranks, open_things: ExitStack) -> Here:
@@ -144,7 +144,8 @@ def _about(cfg: Config) -> str:
     return json.dumps({key: hashlib.sha256(repr(part).encode()).hexdigest()[:8] for key, part in parts.items()})
 
 
-def _in_mesh(cfg: Config, start: Start, ranks: Ranks, here: Here, open_things: ExitStack) -> None:
+def _in_mesh(cfg: Config, start: Start, ranks: Ranks, here: Here, open_things: ExitStack) -> bool:
+    """Trains, and keeps the record; whether training went to its end."""
     run_dir, rings = run_folder(cfg), list[RingFile]()
 
     def met(mesh: Mesh) -> None:
@@ -165,7 +166,7 @@ def _in_mesh(cfg: Config, start: Start, ranks: Ranks, here: Here, open_things: E
             peak=partial(_peak, cfg, here.device, MeasuredPeaks(run_dir / RunFile.PEAKS)),
             outer=open_things,
         )
-        _train(session, run_dir, start, row_exchange(session, rings, here.store))
+        finished = _train(session, run_dir, start, row_exchange(session, rings, here.store))
         session.mesh.barrier()  # every ring is complete
         here.recorder.close()
         session.mesh.barrier()  # and says so: a copy of one that does not is of a rank that died
@@ -178,6 +179,7 @@ def _in_mesh(cfg: Config, start: Start, ranks: Ranks, here: Here, open_things: E
     if ranks.local_rank == 0:
         with or_without(str(files.record_folder(run_dir))):
             files.collect(run_dir, rings, remove=True)
+    return finished
 
 
 def _open_data(cfg: Config, here: Here) -> Dataset:
@@ -191,7 +193,7 @@ def _open_data(cfg: Config, here: Here) -> Dataset:
     )
 
 
-def _train(session: Session, run_dir: Path, start: Start, rows: RowExchange) -> None:
+def _train(session: Session, run_dir: Path, start: Start, rows: RowExchange) -> bool:
     cfg, mesh, parts = session.cfg, session.mesh, session.parts
     events = EventLog(run_dir / RunFile.EVENTS) if mesh.is_first else None
 
@@ -249,6 +251,7 @@ def _train(session: Session, run_dir: Path, start: Start, rows: RowExchange) -> 
             outputs.events.close()
     if outputs is not None:
         _close(cfg, run_dir, trainer.step, began_at, finished)
+    return finished
 
 
 def _try_out(session: Session, rows: RowExchange, events: EventLog | None) -> None:

@@ -71,6 +71,8 @@ _POSITIVE = [
     "faults.max_bad_steps",
     "faults.record_entries",
 ]
+STOP_CODES = range(3, 128)
+"""What `faults.stop_code` may be besides 0: 1 and 2 are errors, those from 128 on are signals."""
 _NOT_NEGATIVE = [
     "data.prefetch",
     "train.seed",
@@ -355,6 +357,9 @@ def _run(config: Config) -> list[Problem]:
         message = f"is {target!r}; give a port from 1 to 65535, or a file whose name ends in .prom"
         problems.append(Problem("log.prometheus", message))
     problems += _limits(config)
+    if config.faults.stop_code and config.faults.stop_code not in STOP_CODES:
+        message = f"{config.faults.stop_code} means something else; set 0, or one from 3 to 127"
+        problems.append(Problem("faults.stop_code", message))
     c = config.checkpoint
     if c.init is not None and c.resume is not None and c.resume != "latest":
         message = "checkpoint.init and a path in checkpoint.resume exclude each other; set one of them to null"

@@ -16,6 +16,7 @@ from ...trainer.preflight import preflight
 from ...trainer.processes.launchers import place
 from ...trainer.run_folder import FRESH, claim, run_folder
 from .supervisor import keep_record, supervise
+from .worker_files import STOPPED
 
 _MALLOC = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184"
 
@@ -30,7 +31,8 @@ def train(config: str, overrides: Sequence[str], *, fresh: bool = False, imports
         imports: modules that this process and every rank imports before the config is read.
 
     Returns:
-        The exit code: 0 after the last step or a clean stop, 2 for a user's mistake, the failing rank's otherwise.
+        The exit code: 0 after the last step, `faults.stop_code` after a clean stop before it, 2 for a user's mistake,
+        the failing rank's otherwise.
 
     Raises:
         UserError: what is wrong with the config, before anything is started.
@@ -48,7 +50,8 @@ def train(config: str, overrides: Sequence[str], *, fresh: bool = False, imports
         worker = ["-m", "pentad.launch.supervise.worker", folder, *import_arguments(), config, *overrides]
         try:
             environment = rank_environment(ranks, cuda=cuda)
-            return supervise(Path(folder), ranks, worker, environment, watch=cfg.faults.watch)
+            code = supervise(Path(folder), ranks, worker, environment, watch=cfg.faults.watch)
+            return code or (cfg.faults.stop_code if (Path(folder) / STOPPED).exists() else 0)
         finally:
             keep_record(run_folder(cfg), Path(folder))
 

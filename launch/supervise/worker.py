@@ -13,13 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ...configs import Config
+from ...configs.validation.general import STOP_CODES
 from ...parallel.comm.process_ids import ProcessId
 from ...trainer.__main__ import main
 from ...trainer.processes.failure import Failure
 from ...trainer.processes.leaving import leave
 from ...trainer.processes.start import Start
 from ...trainer.processes.watch import WatchRequest
-from .worker_files import WATCH, publish_text
+from .worker_files import STOPPED, WATCH, publish_text
 
 
 def work(folder: Path, argv: list[str], job: Callable[[Config, Start], int] | None = None) -> int:
@@ -34,9 +35,13 @@ def work(folder: Path, argv: list[str], job: Callable[[Config, Start], int] | No
         publish_text(folder / WATCH, request.dump())
 
     try:
-        return main(argv, failed, job, watch)
+        code = main(argv, failed, job, watch)
     finally:
         (folder / f"left.{rank}").touch()
+    if code in STOP_CODES:
+        (folder / STOPPED).touch()
+        return 0  # to the agent, for which every other code is a failure
+    return code
 
 
 if __name__ == "__main__":

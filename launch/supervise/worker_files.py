@@ -13,6 +13,8 @@ WATCH = "watch"
 """What the watcher is asked to watch."""
 VERDICT = "verdict.json"
 """Why the job ends, as the watcher says."""
+STOPPED = "stopped"
+"""A rank was stopped before its last step: the job leaves with `faults.stop_code`."""
 
 
 def publish_text(file: Path, text: str) -> None:

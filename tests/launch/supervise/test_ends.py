@@ -76,14 +76,18 @@ def test_a_killed_rank_is_named_first_and_the_others_leave_and_keep_their_record
     assert not list(Path("/dev/shm").glob(f"pentad-a-*-{environments[0]['MASTER_PORT']}-?.ring"))
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample(2)
 @pytest.mark.distributed
+@pytest.mark.parametrize("code", [0, 75])
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
-def test_a_rank_that_a_batch_system_warns_stops_the_job_and_it_saves(tmp_path: Path, number: signal.Signals) -> None:
-    with _training(*_ranks(tmp_path / "a"), tmp_path / "a") as ranks:
+def test_a_rank_that_a_batch_system_warns_stops_the_job_and_it_saves(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    commands, environments = _ranks(tmp_path / "a")
+    with _training([[*c, f"faults.stop_code={code}"] for c in commands], environments, tmp_path / "a") as ranks:
         ranks[1].send_signal(number)
         errors = [rank.communicate(timeout=100)[1] for rank in ranks]
-    assert ([rank.returncode for rank in ranks], errors) == ([0, 0, 0], ["", "", ""])
+    assert ([rank.returncode for rank in ranks], errors) == ([code] * 3, ["", "", ""])
     assert checkpoints(tmp_path / "a" / "checkpoints")
 
 
