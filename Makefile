@@ -9,7 +9,7 @@ ROOMS := configs parallel models trainer launch
 LINK_ROOMS = mkdir -p $(VENV)/rooms/pentad \
 	&& for room in $(ROOMS); do ln -sfn "$(CURDIR)/$$room" $(VENV)/rooms/pentad/$$room; done
 
-.PHONY: demo test test-all fuzz lint format clean
+.PHONY: demo test test-all test-slurm fuzz lint format clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/pentad train --fresh demo
@@ -22,6 +22,11 @@ test: $(VENV)/dev.stamp
 
 test-all: $(VENV)/dev.stamp
 	$(PYTEST)
+
+# Jobs on a real SLURM of four emulated nodes, which is installed from Debian's packages; needs root.
+test-slurm: $(VENV)/dev.stamp
+	command -v slurmctld >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; }
+	$(BIN)/python -m pytest -q tests/slurm
 
 # Random jobs under random layouts, held against one process, for so many minutes; goes on where it stopped.
 fuzz: $(VENV)/dev.stamp
