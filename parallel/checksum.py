@@ -23,8 +23,8 @@ def words(x: Tensor) -> tuple[Tensor, ...]:
     raw = x.detach().view(-1).view(torch.uint8)
     head = min(-raw.storage_offset() % _WORD, raw.numel())
     body = head + (raw.numel() - head) // _WORD * _WORD
-    parts = (raw[:head], raw[head:body].view(torch.int64), raw[body:])
-    return tuple(part for part in parts if part.numel()) or (raw,)
+    whole = raw[head:body].view(torch.int64) if body > head else raw[:0]
+    return tuple(part for part in (raw[:head], whole, raw[body:]) if part.numel()) or (raw,)
 
 
 def sum_words(parts: Sequence[Tensor]) -> Tensor:

@@ -36,7 +36,7 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
             keys["memory.group"] = draws.choice([1, 1, 2, 3])
     keys |= _optimizer(draws)
     keys["checkpoint.asynchronous"] = draws.maybe(0.5)
-    keys |= _guards(draws)
+    keys |= _guards(draws, sums=keys["parallel.data.sharding"] != "fsdp")
     keys["data.prefetch"] = draws.choice([0, 1, 2, 4])
     if keys.get("memory.offload_activations", "none") != "none" and draws.maybe(0.5):
         keys["memory.host_gib"] = draws.choice([1e-6, 1e-5, 1e-4])  # of kilobytes
@@ -44,9 +44,10 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
     return world, keys
 
 
-def _guards(draws: Draws) -> Keys:
-    """None of them changes the training."""
+def _guards(draws: Draws, *, sums: bool) -> Keys:
+    """None of them changes a bit of the training; what one finds here is a false alarm, and ends the run."""
     keys = {"recompute": draws.maybe(0.3), "canary": draws.maybe(0.2), "spikes": draws.maybe(0.8)}
+    keys |= {"replicas_every": draws.pick({0: 2, 1: 1, 2: 1}), "checksums": sums and draws.maybe(0.4)}
     return {f"faults.numerics.{key}": value for key, value in keys.items()}
 
 

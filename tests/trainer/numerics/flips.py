@@ -6,19 +6,22 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pentad.configs.schema import Config
 from pentad.parallel.replicas.buckets import Bucket
-from pentad.parallel.replicas.flat import FlatReplicas
 from pentad.trainer.checkpoint.state import units_by_key
 from pentad.trainer.numerics.findings import Corruption, conclude
+from pentad.trainer.session import Session
 from tests.training import Run
 
 KINDS = ("gradient", "parameter", "master", "moment", "recomputed")
+"""What has windows. "copied" is a parameter that is whole on several ranks beside the data axis."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Flip:
     """One bit that flips.
 
     Args:
-        kind: of `KINDS`.
+        kind: of `KINDS`, or "copied".
         rank: on which.
         step: in which, from 0 on.
         seed: of the place, the element, the bit and the moment.
@@ -80,7 +83,7 @@ def train_with_flip(rank: int, world: int, cfg: Config, flip: Flip | None) -> To
     try:
         for step in range(cfg.train.steps):
             mine = flip is not None and (flip.rank, flip.step) == (rank, step)
-            with _flipping(run, flip, flipped) if flip is not None and mine else nullcontext():
+            with flipping(run, flip, flipped) if flip is not None and mine else nullcontext():
                 result = run.issue(step)
             if float(result.corrupted):
                 assert run.stepper.guard is not None
@@ -91,14 +94,14 @@ def train_with_flip(rank: int, world: int, cfg: Config, flip: Flip | None) -> To
         run.close()
 
 
-def _flipping(run: Run, flip: Flip, flipped: list[Flipped]) -> AbstractContextManager[None]:
+def flipping(run: Run | Session, flip: Flip, flipped: list[Flipped]) -> AbstractContextManager[None]:
     """While it is open, one step of the rank has the flip, once."""
     draws = random.Random(flip.seed)
     if flip.kind == "gradient":
         return _before_sending(draws, flipped)
     if flip.kind == "recomputed":
         return _in_a_part(run, draws, flipped)
-    return _in_the_state(lambda: _flip_state(run, flip.kind, draws), draws, flipped)
+    return _in_the_state(type(run.parts.replicas), lambda: _flip_state(run, flip.kind, draws), draws, flipped)
 
 
 @contextmanager
@@ -120,7 +123,7 @@ def _before_sending(draws: random.Random, flipped: list[Flipped]) -> Iterator[No
 
 
 @contextmanager
-def _in_a_part(run: Run, draws: random.Random, flipped: list[Flipped]) -> Iterator[None]:
+def _in_a_part(run: Run | Session, draws: random.Random, flipped: list[Flipped]) -> Iterator[None]:
     """In what a module makes, in one of the two runs of one of the microbatches."""
     layers = run.parts.model.layers
     layer = draws.choice(list(layers))
@@ -140,24 +143,27 @@ def _in_a_part(run: Run, draws: random.Random, flipped: list[Flipped]) -> Iterat
 
 
 @contextmanager
-def _in_the_state(flip: Callable[[], Flipped], draws: random.Random, flipped: list[Flipped]) -> Iterator[None]:
+def _in_the_state(
+    kind: type, flip: Callable[[], Flipped], draws: random.Random, flipped: list[Flipped]
+) -> Iterator[None]:
     """Between a step's first microbatch and its update."""
     at = draws.choice(("begin_microbatch", "reduce"))
-    then, skipped = getattr(FlatReplicas, at), iter((at == "begin_microbatch",))
+    then, skipped = getattr(kind, at), iter((at == "begin_microbatch",))
 
-    def wrapped(replicas: FlatReplicas, *args: int) -> None:
+    def wrapped(replicas: Any, *args: int) -> None:
         if not next(skipped, False) and not flipped:
             flipped.append(flip())
         then(replicas, *args)
 
-    with patch.object(FlatReplicas, at, wrapped):
+    with patch.object(kind, at, wrapped):
         yield
 
 
-def _flip_state(run: Run, kind: str, draws: random.Random) -> Flipped:
-    if kind == "parameter":
-        name, param = draws.choice(list(run.parts.model.named_parameters()))
-        flip_bit(param.data, draws)
+def _flip_state(run: Run | Session, kind: str, draws: random.Random) -> Flipped:
+    if kind in ("parameter", "copied"):
+        params = run.parts.model.named_parameters()
+        name, param = draws.choice([(n, p) for n, p in params if kind == "parameter" or run.parts.where[n].partial])
+        flip_bit(param.to_local() if isinstance(param, DTensor) else param.data, draws)
         return Flipped("parameter", name)
     units, piece = units_by_key(run.parts.replicas), draws.choice(list(run.parts.replicas.pieces()))
     part = slice(piece.at, piece.at + piece.stop - piece.start)
