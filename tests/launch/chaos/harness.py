@@ -39,8 +39,8 @@ LAYOUTS = {
         *("model.family=mixtral", "model.moe.experts=8", "model.moe.top_k=2"),
     ],
 }
-_STEPS = 85
-"""Of a job with a slow rank: four windows of 20 steps, whose rows are a step late, and some to spare."""
+_STEPS = 105
+"""Of a job with a slow rank: five windows of 20 steps, whose rows are a step late, and some to spare."""
 WORLDS = {"tp2 pp2 dp2": 8, "ep4 cp2": 8, "tp2 dp2": 4}
 
 

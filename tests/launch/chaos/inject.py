@@ -35,7 +35,7 @@ SLOW = ("slow 1.1", "slow 1.3", "slow 2", "slow link")
 PAUSE = "pause"
 """Saves that take two seconds: no fault."""
 _LONG_S = 600.0
-_PASSES_S = 0.3
+_PASSES_S = 0.6
 """What the passes of a step wait in every rank of a job with a slow one: on a machine with fewer cores than ranks the
 time of real passes is chance."""
 _LINK_S = 0.15
