@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +34,7 @@ from .metrics.report import Report
 from .metrics.rows import RowExchange
 from .metrics.sinks import EventLog, SinkSet
 from .numerics.bad_steps import NON_FINITE, BadSteps
-from .numerics.corrupted import corrupted_error
+from .numerics.corrupted import check_before_save, corrupted_error
 from .numerics.loss_table import loss_shares
 from .optim.learning_rate import learning_rate
 from .outcome import StepResult
@@ -170,6 +170,7 @@ class Trainer:
     def save(self) -> None:
         """Saves the state after `self.step` steps."""
         self._drain()
+        check_before_save(self.stepper.guard, self.mesh, self.step, self.checkpointer.directory, self._event)
         with self._recorded(kinds.SAVE), self.vitals.phase("save"):
             self._save()
 
@@ -265,8 +266,7 @@ class Trainer:
             numbers = torch.stack([x.double() for x in told])
             loss, norm, skipped, corrupted, stop, *rest = torch.cat((numbers, result.worst.wait())).tolist()
         if corrupted:
-            tell = self._outputs.events.log if self._outputs is not None else None
-            raise corrupted_error(self.stepper.guard, self.mesh, issued.step, self.checkpointer.directory, tell)
+            raise corrupted_error(self.stepper.guard, self.mesh, issued.step, self.checkpointer.directory, self._event)
         watched = self.readings.watched
         worst, most, table = rest[:watched], rest[watched], rest[watched + 1 :]
         before, self._clock = self._clock, time.monotonic_ns()
@@ -305,6 +305,11 @@ class Trainer:
             self._tell(report)
         self._clock = time.monotonic_ns()
         self._bad.check()
+
+    @property
+    def _event(self) -> Callable[..., None] | None:
+        """Logs an event, on the rank that reports."""
+        return self._outputs.events.log if self._outputs is not None else None
 
     def _landed(self) -> None:
         """On a GPU: waits until what was issued has run, in a way that an abort can end."""

@@ -32,10 +32,11 @@ ROUTED: dict[str, Any] = {
 }
 CODED = AdamWConfig(lr=3e-3, schedule=ConstantSchedule(), states="int4", states_above=500)
 ON_HOST = {"offload_optimizer": "host", "optimizer_subgroup_mib": 0.01, "optimizer_stride": 2}
+GUARDED = {"replicas_every": 1, "checksums": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank, accumulation": {"global_batch": 6},
-    "tp 2, dp 2, zero1, bf16": {"tp": 2, "dp": 2, "sharding": "zero1", "dtype": "bf16"},
-    "dp 2, ep 2, selection bias": {"dp": 2, "ep": 2, "model": ROUTED},
+    "tp 2, dp 2, zero1, bf16": {"tp": 2, "dp": 2, "sharding": "zero1", "dtype": "bf16", "numerics": GUARDED},
+    "dp 2, ep 2, selection bias": {"dp": 2, "ep": 2, "model": ROUTED, "numerics": GUARDED},
     "pp 2, split backward": {"pp": 2, "pipeline": {"schedule": "zb-h1"}},
     "pp 2, balanced vocabulary": {"pp": 2, "pipeline": {"schedule": "gis", "vocab": "balanced"}},
     "pp 2, activations on the host": {"pp": 2, "pipeline": {"schedule": "gis"}, "offload": "all", "seq_len": 64},

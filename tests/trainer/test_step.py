@@ -86,8 +86,9 @@ def test_the_record_of_a_step(tmp_path):
             assert numbers == list(range(len(numbers)))
 
 
-def test_a_step_never_waits_for_the_device(monkeypatch):
-    run = Run(0, job(dtype="bf16"))
+@pytest.mark.parametrize("checksums", [False, True])
+def test_a_step_never_waits_for_the_device(monkeypatch, checksums: bool):
+    run = Run(0, job(dtype="bf16", numerics={"checksums": checksums}))
     run.step(0)
 
     def forbidden(*_: object) -> None:

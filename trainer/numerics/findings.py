@@ -103,12 +103,14 @@ class Corruption:
     good: int
     undecided: bool = field(default=False)
 
-    def text(self, checkpoint: Path | None) -> str:
+    def text(self, checkpoint: Path | None, *, saving: bool = False) -> str:
         """In one line.
 
         Args:
             checkpoint: the newest one from before.
+            saving: it was found when the state before the step was to be saved.
         """
+        when = f"after step {self.step - 1}, before saving" if saving else f"in step {self.step} before its update"
         shown = "; ".join(map(str, self.places[:SHOWN]))
         more = f"; and {len(self.places) - SHOWN} more places (events.jsonl)" if len(self.places) > SHOWN else ""
         which = "; two copies cannot tell which is right: faults.numerics.checksums can" if self.undecided else ""
@@ -117,7 +119,7 @@ class Corruption:
         else:
             then = f"go on from the newest checkpoint from before, without that device: checkpoint.resume={checkpoint}"
         return (
-            f"bits changed by themselves, found in step {self.step} before its update: {shown}{more}{which}; "
+            f"bits changed by themselves, found {when}: {shown}{more}{which}; "
             f"the state after step {self.good} was the last found good; {then}"
         )
 
@@ -132,7 +134,7 @@ def conclude(step: int, ranks: Iterable[RankFindings]) -> Corruption:
     everyone = sorted(ranks, key=lambda each: each.rank)
     hosts = {each.rank: each.host for each in everyone}
     places = [place for each in everyone for place in each.changed] + _first_remade(everyone)
-    known = {(place.rank, place.name) for place in places}
+    known = {(place.rank, place.name) for place in places if place.what == "parameter"}
     told: dict[tuple[tuple[int, ...], tuple[str, ...]], dict[int, tuple[int, ...]]] = defaultdict(dict)
     for each in everyone:
         for copies in each.copies:

@@ -82,6 +82,8 @@ class NumericsGuard:
         self._open = False
         self._first: int | None = None
         """Updates before the first step that was guarded."""
+        self._saved = 0
+        """Updates before the newest checkpoint for which nothing was found."""
         self._none = torch.zeros((), dtype=torch.float64, device=parts.device)
         self._all = self._none
 
@@ -107,18 +109,31 @@ class NumericsGuard:
 
     def check(self, step: int) -> Tensor:
         """Before the update of a step: how many places of this rank have other bits than they should, fp64 ()."""
+        found = self._look(copies=self._every > 0 and step % self._every == 0)
+        if self._windows is not None:
+            self._windows.close()
+        if self.prints is not None:
+            found = found + self.prints.differing
+        return found
+
+    def check_at_rest(self) -> Tensor:
+        """Before the state is saved: the same of the state, which stays under guard, and of all copies; fp64 ()."""
+        return self._look(copies=self._every > 0)
+
+    def _look(self, *, copies: bool) -> Tensor:
         found = self._none
         if self._windows is not None:
             for window in self._windows.states:
                 window.check()
             windows = self._windows.states + self._windows.gradients
             found = found + torch.cat([window.changed for window in windows]).sum()
-            self._windows.close()
-        if self._copies is not None and step % self._every == 0:
+        if self._copies is not None and copies:
             found = found + self._copies.compare()
-        if self.prints is not None:
-            found = found + self.prints.differing
         return found
+
+    def saved(self, step: int) -> None:
+        """No rank has found anything in the state after so many updates, which is saved."""
+        self._saved = step
 
     def told(self, found: Tensor) -> Tensor:
         """All that all ranks have found since the start (), with that of the step: whoever trains on does not update,
@@ -140,10 +155,11 @@ class NumericsGuard:
     def findings(self, step: int) -> RankFindings:
         """What this rank knows of what was found in a step (from 0 on)."""
         first = self._first or 0
+        known = max(first, self._saved)
         copies = self._copies.different() if self._copies is not None else ()
         good = [step]
         if copies:
-            good.append(max(step - self._every, first))
+            good.append(max(step - self._every, known))
         changed: list[ChangedBits] = []
         if self._windows is not None:
             sent = f"changed between its last addition and its collective in step {step + 1}"
@@ -151,7 +167,7 @@ class NumericsGuard:
             changed += self._changed(self._windows.gradients, sent)
             state = self._changed(self._windows.states, f"changed between {since} and the update of step {step + 1}")
             if state:
-                good.append(max(step - 1, first))
+                good.append(max(step - 1, known))
             changed += state
         return RankFindings(
             self._mesh.rank, socket.gethostname(), tuple(changed), copies, min(good), self._remade(step)

@@ -101,7 +101,7 @@ def flipping(run: Run | Session, flip: Flip, flipped: list[Flipped]) -> Abstract
         return _before_sending(draws, flipped)
     if flip.kind == "recomputed":
         return _in_a_part(run, draws, flipped)
-    return _in_the_state(type(run.parts.replicas), lambda: _flip_state(run, flip.kind, draws), draws, flipped)
+    return _in_the_state(type(run.parts.replicas), lambda: flip_state(run, flip.kind, draws), draws, flipped)
 
 
 @contextmanager
@@ -159,7 +159,8 @@ def _in_the_state(
         yield
 
 
-def _flip_state(run: Run | Session, kind: str, draws: random.Random) -> Flipped:
+def flip_state(run: Run | Session, kind: str, draws: random.Random) -> Flipped:
+    """Flips a bit of the state now."""
     if kind in ("parameter", "copied"):
         params = run.parts.model.named_parameters()
         name, param = draws.choice([(n, p) for n, p in params if kind == "parameter" or run.parts.where[n].partial])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pentad.trainer.numerics.corrupted import CorruptedError
 from pentad.trainer.processes.signals import StopRequest
 from pentad.trainer.trainer import Outputs
 from tests.distributed import run_distributed
-from tests.trainer.numerics.flips import KINDS, Flip, Told, flipping, train_with_flip
+from tests.trainer.numerics.flips import KINDS, Flip, Told, flip_state, flipping, train_with_flip
 from tests.training import job, open_trainer, world_of
 
 GUARDED: dict[str, Any] = {"steps": 3, "dtype": "bf16"}
@@ -77,14 +78,18 @@ def test_the_rank_whose_copy_differs_is_named_without_checksums(layout: str) -> 
     assert flip.rank in {place.rank for place in found.places}
 
 
-def _whole_run(rank: int, world: int, cfg: Config, flip: Flip, folder: str) -> str:
-    """What ends a run with a checkpoint after every step."""
+def _whole_run(rank: int, world: int, cfg: Config, flip: Flip, folder: str, at_rest: bool) -> str:
+    """What ends a run with a checkpoint after every step. `at_rest`: it flips between the step and the checkpoint."""
     session, trainer = open_trainer(rank, cfg, Path(folder))
     run = trainer.stepper.run
 
     def stepped(step: int, *args: Any, **given: Any) -> Any:
         if (rank, step) != (flip.rank, flip.step):
             return run(step, *args, **given)
+        if at_rest:
+            result = run(step, *args, **given)
+            flip_state(session, flip.kind, random.Random(flip.seed))
+            return result
         with flipping(session, flip, []):
             return run(step, *args, **given)
 
@@ -100,17 +105,22 @@ def _whole_run(rank: int, world: int, cfg: Config, flip: Flip, folder: str) -> s
 
 
 @pytest.mark.distributed
-def test_a_run_ends_with_one_line_that_names_the_place_and_the_checkpoint_from_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_rest", [False, True])
+def test_a_run_ends_with_one_line_that_names_the_place_and_the_checkpoint_from_before(
+    tmp_path: Path, at_rest: bool
+) -> None:
     cfg = job(dp=2, steps=5, model={"vocab": 320}, numerics={"checksums": True})
     cfg = replace(cfg, checkpoint=replace(cfg.checkpoint, every=1))
-    lines = run_distributed(_whole_run, 2, cfg, Flip("moment", 1, 3, 0), str(tmp_path), group=False)
+    lines = run_distributed(_whole_run, 2, cfg, Flip("moment", 1, 3, 0), str(tmp_path), at_rest, group=False)
     assert lines[0] == lines[1]
     assert "\n" not in lines[0]
-    assert "found in step 4 before its update: exp_avg" in lines[0] and "on rank 1 (" in lines[0]
-    assert "changed between the update of step 3 and the update of step 4" in lines[0]
-    # The checkpoint after step 3 may hold it.
-    assert "after step 2 was the last found good" in lines[0]
-    assert f"checkpoint.resume={tmp_path}/checkpoints/step-00000002" in lines[0]
+    when, last = ("after step 4, before saving", 4) if at_rest else ("in step 4 before its update", 3)
+    assert f"found {when}: exp_avg" in lines[0] and "on rank 1 (" in lines[0]
+    assert f"changed between the update of step {last} and the update of step {last + 1}" in lines[0]
+    # What is saved was looked at before: the checkpoint after step 3 is good, one after step 4 was not written.
+    assert "after step 3 was the last found good" in lines[0]
+    assert f"checkpoint.resume={tmp_path}/checkpoints/step-00000003" in lines[0]
+    assert max(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == "step-00000003"
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     (event,) = [event for event in events if event["event"] == "numerics"]
-    assert (event["rank"], event["step"], event["good_step"]) == (1, 4, 2)
+    assert (event["rank"], event["step"], event["good_step"]) == (1, 4 + at_rest, 3)
