@@ -108,3 +108,28 @@ def test_random_tokens_in_a_training_are_found_and_their_microbatches_named() ->
     assert alert.fields["step"] == 120
     first, second, _ = alert.fields["microbatches"]
     assert {first["microbatch"], second["microbatch"]} == {1, 3} and {first["dp_rank"], second["dp_rank"]} == {1}
+
+
+def _shares(rank: int, world: int, wanted: dict[str, Any]) -> tuple[float, ...]:
+    """What each microbatch of a step adds to its loss."""
+    run = Run(rank, job(**wanted))
+    try:
+        batches, valid = run.batches(0)
+        result = run.stepper.run(0, batches, valid, 1e-2, watched=lambda: (0.0,))
+        return loss_shares(result.worst.wait().tolist()[2:], run.mesh.axis("cp").size)
+    finally:
+        run.close()
+
+
+@pytest.mark.distributed
+def test_what_a_microbatch_adds_to_the_loss_is_the_same_in_every_layout() -> None:
+    (alone,) = run_distributed(_shares, 1, {}, group=False)
+    assert len(alone) == 4 == len(set(alone))
+    layouts: tuple[dict[str, Any], ...] = (
+        {"tp": 2, "pp": 2},
+        {"cp": 2, "dp": 2},
+        {"pp": 2, "pipeline": {"vocab": "balanced"}},
+    )
+    for wanted in layouts:
+        for shares in run_distributed(_shares, job(**wanted).parallel.ranks, wanted, group=False):
+            assert shares == pytest.approx(alone, rel=1e-11), wanted
