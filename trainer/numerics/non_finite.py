@@ -107,7 +107,7 @@ def _bad_parameter(parts: Parts, rank: int) -> NonFinite | None:
 
 def local_part(x: Tensor) -> Tensor:
     """What this rank has of a parameter (…), FSDP2's too."""
-    return x.tolocal_part() if hasattr(x, "to_local") else x  # type: ignore[operator]
+    return x.to_local() if hasattr(x, "to_local") else x  # type: ignore[operator]
 
 
 def _seen(stepper: Stepper, seen: Seen, batches: Sequence[Microbatch]) -> NonFinite:

@@ -38,7 +38,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 QUICK = {
     ("tp pp", "output"),
     ("split", "gradient"),
-    ("cp", "parameter"),
+    ("fsdp", "parameter"),
     ("vocabulary", "gradient"),
     ("ep", "output"),
 }
