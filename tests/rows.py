@@ -19,8 +19,7 @@ from pentad.parallel.record.files import RingFile
 from pentad.parallel.record.reader import RecordRing
 from pentad.trainer.metrics.readings.protocol import RunFacts
 from pentad.trainer.metrics.rows import RowExchange, StepRows
-from pentad.trainer.session import Session
-from pentad.trainer.trainer import row_exchange
+from pentad.trainer.session import Session, row_exchange
 from tests.training import Run
 
 

@@ -50,12 +50,12 @@ from .processes.meeting import Stopped
 from .processes.start import Start, soon
 from .processes.watch import WatchRequest, between_nodes
 from .run_folder import RunFile, checkpoint_folder, run_folder
-from .session import Here, Session
+from .session import Here, Session, row_exchange
 from .setup import DTYPES, Ranks, make_recorder, prepare_device, record_stem
 from .text.prompts import make_coder
 from .text.samples import PromptSampler
 from .text.tokenizer_files import TokenizerFiles, of_checkpoint, of_job
-from .trainer import Outputs, Trainer, row_exchange
+from .trainer import Outputs, Trainer
 
 _WATCHER_S = 30.0
 """For the watcher to be there; it starts with the ranks, and is much faster."""

@@ -27,12 +27,14 @@ from ..configs.schema import Config
 from ..parallel.comm.collectives import all_reduce
 from ..parallel.comm.mesh import Mesh
 from ..parallel.pipeline.program import Program
+from ..parallel.record.files import RingFile
 from ..parallel.record.ring import Recorder
 from ..parallel.replicas.protocol import OtherSlices
 from .data.dataset import Dataset
 from .memory.copies import copies_of
 from .memory.plan import decided
 from .metrics.peak import Peak
+from .metrics.rows import RowExchange
 from .optim.places import StatePlace, make_place
 from .optim.states import Optimizer, make_optimizer
 from .overlap import ChunkSearch, OverlapTuner
@@ -316,3 +318,18 @@ def _stepper(
     if state is not None:
         made.updates = state.updates
     return made
+
+
+def row_exchange(session: Session, rings: Sequence[RingFile] = (), store: dist.Store | None = None) -> RowExchange:
+    """What brings the session's rows of parts to its first rank, by way of the ranks' rings and the job's store."""
+    mesh = session.mesh
+    return RowExchange(
+        mesh.recorder,
+        mesh.rank,
+        mesh.degrees.world,
+        session.stepper.ops,
+        pipelined=mesh.degrees.pp > 1,
+        epoch=mesh.epoch,
+        rings=rings,
+        store=store,
+    )

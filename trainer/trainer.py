@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..configs.errors import UserError
 from ..parallel.comm.collectives import all_reduce
 from ..parallel.record import kinds
 from ..parallel.record.device_clock import DeviceClock
-from ..parallel.record.files import RingFile
 from ..parallel.record.garbage import recorded_collections
 from .checkpoint.checkpointer import Checkpointer
+from .checkpoint.last_save import still_written, wait_for_last
 from .checkpoint.same_run import RunProgress, facts, run_problems
 from .checkpoint.state import all_tensors
 from .data.dataset import Microbatch
@@ -32,6 +31,7 @@ from .metrics.readings.protocol import OnRank, RunFacts, StepDone
 from .metrics.readings.registry import Readings
 from .metrics.report import Report
 from .metrics.rows import RowExchange
+from .metrics.save_alerts import save_alerts
 from .metrics.sinks import EventLog, SinkSet
 from .numerics.bad_steps import NON_FINITE, BadSteps
 from .numerics.corrupted import check_before_save, corrupted_error
@@ -41,7 +41,7 @@ from .outcome import StepResult
 from .pipeline.programs import evaluation_program
 from .processes.signals import StopRequest
 from .run_folder import RunFile
-from .session import Session
+from .session import Session, row_exchange
 from .text.samples import PromptSampler
 from .text.tokenizer_files import TokenizerFiles
 
@@ -70,21 +70,6 @@ class _Issued:
     def own_pairs(self) -> float:
         """Attention pairs of this rank's own microbatches."""
         return sum(batch.pairs for batch in self.batches)
-
-
-def row_exchange(session: Session, rings: Sequence[RingFile] = (), store: dist.Store | None = None) -> RowExchange:
-    """What brings the session's rows of parts to its first rank, by way of the ranks' rings and the job's store."""
-    mesh = session.mesh
-    return RowExchange(
-        mesh.recorder,
-        mesh.rank,
-        mesh.degrees.world,
-        session.stepper.ops,
-        pipelined=mesh.degrees.pp > 1,
-        epoch=mesh.epoch,
-        rings=rings,
-        store=store,
-    )
 
 
 class Trainer:
@@ -167,12 +152,19 @@ class Trainer:
         self.step, self.tokens, self.skipped = was.step, was.tokens, was.skipped
         self.stepper.updates.fill_(float(was.updates))
 
-    def save(self) -> None:
-        """Saves the state after `self.step` steps."""
+    def save(self, *, waits: bool = True) -> None:
+        """Saves the state after `self.step` steps.
+
+        Args:
+            waits: for the save before; else this one is passed over while any rank still writes that.
+        """
         self._drain()
         check_before_save(self.stepper.guard, self.mesh, self.step, self.checkpointer.directory, self._event)
         with self._recorded(kinds.SAVE), self.vitals.phase("save"):
-            self._save()
+            if waits or not still_written(self.checkpointer, self.mesh.axis("world"), self.device):
+                self._save()
+            else:
+                self.checkpointer.pass_over(self.step)
 
     def _save(self) -> None:
         if self.checkpointer.newest == self.step:
@@ -213,9 +205,18 @@ class Trainer:
         self.parts.replicas.wait_gathers()
         if cfg.checkpoint.final or stopped or self._due(cfg.checkpoint.every):
             self.save()
-        with self.vitals.phase("save"):
-            self.checkpointer.wait()
+        try:
+            with self.vitals.phase("save"):
+                wait_for_last(self.checkpointer, self.step)
+        finally:
+            self._tell_of_saves()
         return not stopped
+
+    def _tell_of_saves(self) -> None:
+        """Tells trackers of saves that failed, and of those that were passed over."""
+        unheard = self.checkpointer.telling.unheard()
+        if unheard and self._outputs is not None:
+            self._outputs.sinks.add(save_alerts(self.step, unheard))
 
     def _one(self, loader: Loader, stop: StopRequest) -> bool:
         cfg = self.cfg
@@ -244,7 +245,7 @@ class Trainer:
                 self._evaluate()
             self._clock = time.monotonic_ns()
         if self._due(cfg.checkpoint.every) and self.step < cfg.train.steps:
-            self.save()
+            self.save(waits=False)
         return self._stopping
 
     def _recorded(self, kind: str) -> AbstractContextManager[object]:
@@ -282,6 +283,7 @@ class Trainer:
                 report = self.readings.step(done, worst)
                 self._outputs.sinks.log(report)
                 self._tell(report)
+                self._tell_of_saves()
         if skipped:
             self._look_into(issued)
         else:

@@ -21,7 +21,6 @@ from ...parallel.comm.waiting import Abort, Aborted
 from ...parallel.global_tensor import GlobalTensor
 from ...parallel.record import kinds
 from ...parallel.record.ring import Recorder
-from ..metrics.notices import warn
 from ..processes.threads import Beside
 from . import files
 from .check import all_damaged, missing
@@ -31,6 +30,7 @@ from .names import step_folder
 from .retention import Retention, retain
 from .stored import StoredTensor
 from .team import CheckpointError, Team
+from .telling import Telling
 from .tensors import PlannedFile, index_of, plan_files
 from .verification import verify
 from .writers import Holding, HostBuffers, Write, assign
@@ -60,8 +60,8 @@ class Checkpointer:
         rank, world: this process in the group.
         keep: which checkpoints stay when a new one is there.
         asynchronous: whether `save` returns when the tensors are copied, or when the checkpoint is published.
-        on_event: called on rank 0 with `checkpoint_saved`, `checkpoint_failed`, `checkpoint_damaged` and
-            `checkpoint_not_removed`; from the writing thread, if `asynchronous`.
+        on_event: called on rank 0 with `checkpoint_saved`, `checkpoint_failed`, `checkpoint_skipped`,
+            `checkpoint_damaged` and `checkpoint_not_removed`; from the writing thread, if `asynchronous`.
         abort: ends the waits for the other ranks and for the thread that writes.
         recorder: of the rank.
     """
@@ -84,12 +84,14 @@ class Checkpointer:
         self.directory = Path(directory)
         vitals = self._vitals = recorder.vitals if recorder is not None else None
         self._team = Team(group, rank, world, abort, bool if vitals is None else vitals.meets)
-        self._keep, self._on_event = keep, on_event
+        self._keep, self.telling = keep, Telling(on_event, first=rank == 0)
         self._recorder = recorder.fork() if recorder is not None else None
         self._writer = Beside("checkpoint") if asynchronous else None
         self.beside: Mapping[str, bytes] = {}
         """Small files that every checkpoint has beside its tensors, by name; rank 0's are written."""
         self._newest: int | None = None
+        self._writing: tuple[int, float] | None = None
+        """Step of the save that was begun last, and when."""
         self._error: CheckpointError | None = None
         self._holdings: dict[str, Holding] | None = None
         self._layout = _Layout([], [], {}, HostBuffers([], pinned=False))
@@ -102,6 +104,20 @@ class Checkpointer:
         """
         self._join()
         return self._newest
+
+    @property
+    def busy(self) -> bool | None:
+        """Whether this rank still writes the last save; None, on all ranks alike: none was begun beside the step."""
+        return None if self._writer is None or self._writing is None else not self._writer.idle
+
+    def pass_over(self, step: int) -> None:
+        """Says that a step is not saved, because a save before it is still being written."""
+        before, began = self._writing or (step, time.monotonic())
+        reason = f"the save of step {before} is still being written, for {time.monotonic() - began:.1f} s"
+        self.telling.event("checkpoint_skipped", step=step, path=str(step_folder(self.directory, step)), reason=reason)
+        self.telling.say(
+            f"step {step} is not saved: {reason}; a larger checkpoint.every, or faster storage, saves each in time"
+        )
 
     # Saving -----------------------------------------------------------------------------------------------------
 
@@ -134,7 +150,7 @@ class Checkpointer:
         save = Save(
             folder, layout.writes, layout.buffers.tensors, layout.files, layout.index, kept, problem, beside=self.beside
         )
-        blocked = time.monotonic() - started
+        blocked, self._writing = time.monotonic() - started, (step, started)
         # Until it is known to have ended well: a writer without memory cannot even say what is wrong.
         self._newest = None
         self._error = CheckpointError(f"saving {folder}: the writing thread ran out of memory")
@@ -192,10 +208,12 @@ class Checkpointer:
         seconds = round(time.monotonic() - started, 3)
         about = {"step": step, "path": str(save.folder)}
         bad = {"not_finite": list(done.not_finite)} if done.not_finite else {}
-        self._tell("checkpoint_saved", **about, bytes=done.size, seconds=seconds, blocked_s=round(blocked, 3), **bad)
+        self.telling.event(
+            "checkpoint_saved", **about, bytes=done.size, seconds=seconds, blocked_s=round(blocked, 3), **bad
+        )
         if bad:
             first, more = done.not_finite[0], len(done.not_finite) - 1
-            self._say(
+            self.telling.say(
                 f"step {step} is saved with NaN or infinite values in {first}{f' and {more} more' if more else ''}; "
                 "it removes no older checkpoint, and checkpoint.resume=latest prefers the last one without"
             )
@@ -209,8 +227,8 @@ class Checkpointer:
         except OSError as error:
             left = [f"{self.directory} ({error})"]
         for one in left:
-            self._tell("checkpoint_not_removed", reason=one)
-            self._say(f"could not be removed: {one}; it takes room, and costs nothing else")
+            self.telling.event("checkpoint_not_removed", reason=one)
+            self.telling.say(f"could not be removed: {one}; it takes room, and costs nothing else")
 
     def _recorded(self, step: int) -> AbstractContextManager[object]:
         if self._recorder is None:
@@ -220,20 +238,8 @@ class Checkpointer:
 
     def _failed(self, step: int, folder: Path, error: CheckpointError) -> None:
         self._newest, self._error = None, error
-        self._tell("checkpoint_failed", step=step, path=str(folder), reason=str(error))
-        self._say(f"step {step} is not saved: {error}; what was saved before is untouched")
-
-    def _tell(self, event: str, **about: Any) -> None:
-        if self._team.rank != 0:
-            return
-        try:
-            self._on_event({"event": event, **about})
-        except Exception as error:  # the disk that has no room for a checkpoint has none for the event either
-            self._say(f"{event} could not be noted ({error})")
-
-    def _say(self, text: str) -> None:
-        if self._team.rank == 0:
-            warn(text)
+        self.telling.event("checkpoint_failed", step=step, path=str(folder), reason=str(error))
+        self.telling.say(f"step {step} is not saved: {error}; what was saved before is untouched")
 
     def _join(self) -> None:
         if self._writer is not None:
@@ -322,8 +328,8 @@ class Checkpointer:
                 self._say_passed_over(found, path)
                 return path
             reason = "; ".join(problems)
-            self._tell("checkpoint_damaged", path=str(path), reason=reason)
-            self._say(f"{path} is damaged, using the one before: {reason}")
+            self.telling.event("checkpoint_damaged", path=str(path), reason=reason)
+            self.telling.say(f"{path} is damaged, using the one before: {reason}")
         if found:
             raise UserError(all_damaged(self.directory, len(found)))
         return None
@@ -349,7 +355,7 @@ class Checkpointer:
         newer = [path for path in found if path.name > chosen.name] if self._team.rank == 0 else []
         bad = [path for path in newer if is_finite(path) is False]
         if bad:
-            self._say(
+            self.telling.say(
                 f"{bad[0]} holds NaN or infinite values; going on from {chosen}, unless checkpoint.resume names it"
             )
 

@@ -87,6 +87,11 @@ class Beside:
         self._idle.clear()
         self._jobs.put(job)
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is no job."""
+        return self._idle.is_set()
+
     def join(self, abort: Abort | None = None) -> None:
         """Returns when there is no job any more, or raises what `abort` does."""
         if abort is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,11 @@ import torch
 
 from pentad.configs.schema import CheckpointConfig, Config, FaultsConfig
 from pentad.trainer.checkpoint import io
+from pentad.trainer.checkpoint import manifest as checkpoint_manifest
 from pentad.trainer.checkpoint.checkpointer import CheckpointError, verify
 from pentad.trainer.checkpoint.names import checkpoints
+from pentad.trainer.metrics.metric import Alert
+from pentad.trainer.metrics.report import Report
 from pentad.trainer.numerics.bad_steps import DivergedError
 from pentad.trainer.processes.signals import StopRequest
 from pentad.trainer.trainer import Outputs, Trainer
@@ -70,10 +75,79 @@ def test_a_last_save_that_fails_is_an_error_after_all_steps(tmp_path: Path, monk
     monkeypatch.setattr(io, "write_files", full)
     for final in (True, False):
         curve = Curve()
-        with pytest.raises(CheckpointError, match="No space left"):
+        with pytest.raises(CheckpointError, match=r"came to step 4, and its last save failed: .*No space left"):
             _train(_trainer(_cfg(tmp_path, final=final), tmp_path / "checkpoints", curve), curve)
         assert _steps(curve, "checkpoint_failed") == [2, 4]
         assert [row[0] for row in curve.rows] == [1, 2, 3, 4]
+
+
+class _Alerted(Curve):
+    """Remembers alerts too, and opens a gate when a step is reported."""
+
+    def __init__(self, gate: threading.Event, at: int) -> None:
+        super().__init__()
+        self.alerts: list[Alert] = []
+        self._gate, self._at = gate, at
+
+    def log(self, found: Report | str, **fields: Any) -> None:
+        super().log(found, **fields)
+        if isinstance(found, Report) and found.step == self._at:
+            self._gate.set()
+
+    def add(self, report: Report) -> None:
+        self.alerts += report.alerts
+
+
+def test_a_storage_that_hangs_costs_the_saves_that_come_meanwhile_and_not_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, gate = io.write_files, threading.Event()
+    curve = _Alerted(gate, 7)
+
+    def hung(*args: Any) -> Any:
+        assert gate.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(io, "write_files", hung)
+    assert _train(_trainer(_cfg(tmp_path, steps=8), tmp_path / "checkpoints", curve), curve)
+    assert [row[0] for row in curve.rows] == list(range(1, 9))
+    assert _steps(curve, "checkpoint_skipped") == [4, 6] and _steps(curve, "checkpoint_saved") == [2, 8]
+    said = [line for line in capsys.readouterr().err.splitlines() if "is not saved" in line]
+    assert len(said) == 2 and "step 4 is not saved: the save of step 2 is still being written, for " in said[0]
+    assert [(alert.title, alert.event) for alert in curve.alerts] == [
+        ("checkpoint of step 4", "checkpoint_skipped"),
+        ("checkpoint of step 6", "checkpoint_skipped"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(28, "No space left"), (30, "Read-only"), (13, "Permission denied"), (5, "Input/output")]
+)
+def test_no_storage_that_refuses_stops_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    """At the first folder, at a write or at the rename: nothing is left behind, and every step is done."""
+    for place in ("mkdir", "write", "rename"):
+        curve, folder = _Alerted(threading.Event(), 9), tmp_path / place
+        folder.mkdir()
+        trainer = _trainer(_cfg(folder), folder / "checkpoints", curve)
+
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            if place == "mkdir":
+                patch.setattr(Path, "mkdir", refuse)
+            elif place == "write":
+                patch.setattr(checkpoint_manifest.SummedFile, "write", refuse)
+            else:
+                patch.setattr(os, "rename", refuse)
+            with pytest.raises(CheckpointError, match=words):
+                _train(trainer, curve)
+        assert [row[0] for row in curve.rows] == [1, 2, 3, 4]
+        assert _steps(curve, "checkpoint_failed") == [2, 4] and len(curve.alerts) == 2 and words in curve.alerts[0].text
+        left = folder / "checkpoints"
+        assert not left.exists() or not list(left.iterdir())
 
 
 def test_a_run_with_nan_in_its_parameters_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
