@@ -126,7 +126,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     slurm_parser(made)
     made.set_defaults(run=slurm_run)
     _observing_parsers(verbs, job)
-    checkpoint_parser(verbs.add_parser("checkpoint", help="List and verify checkpoints."))
+    checkpoint_parser(verbs.add_parser("checkpoint", help="List, verify, reshard and average checkpoints."))
     generate_parser(verbs.add_parser("generate", help="Text from a run, a checkpoint or a Hugging Face folder."))
     for verb, made in verbs.choices.items():
         if verb != "tokenize":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,79 @@ def checkpoint_parser(parser: argparse.ArgumentParser) -> None:
         )
         made.add_argument("--json", action="store_true", help="one JSON object a checkpoint, a line each")
         made.set_defaults(run=run)
+
+    resharding = verbs.add_parser("reshard", help="write a checkpoint as other ranks would have written it")
+    resharding.add_argument("source", metavar="SOURCE", help="one checkpoint")
+    resharding.add_argument("target", metavar="TARGET", help="a new folder")
+    resharding.add_argument(
+        "--layout", metavar="dp=N", required=True, help="the files of N replicas; any layout loads them"
+    )
+    resharding.set_defaults(run=reshard_checkpoint)
+    averaging = verbs.add_parser("average", help="the mean of checkpoints of one model")
+    averaging.add_argument(
+        "sources", metavar="SOURCE", nargs="+", help="checkpoints; of a run, or a folder, all of them"
+    )
+    averaging.add_argument("--out", metavar="TARGET", required=True, help="a new folder")
+    averaging.add_argument("--weights", metavar="W,W,…", help="of each source (all alike); divided by their sum")
+    averaging.add_argument(
+        "--keep-state", action="store_true", help="keep moments and progress of the last one (weights alone)"
+    )
+    averaging.set_defaults(run=average_checkpoints)
+
+
+def reshard_checkpoint(args: argparse.Namespace) -> int:
+    """Writes a checkpoint as other ranks would have, and prints where.
+
+    Raises:
+        UserError: a wrong layout or source, or a target that is there already.
+    """
+    key, _, value = args.layout.partition("=")
+    if key != "dp" or not value.isdecimal() or not 1 <= int(value) <= 99_999:
+        message = f"cannot write as {args.layout}; give dp=N, the number of ranks whose files it becomes, from 1 on"
+        raise UserError(Problem("--layout", f"{message} (any layout loads them)"))
+    given = sources([args.source])
+    if len(given) > 1:
+        raise UserError(Problem(args.source, f"holds {len(given)} checkpoints; name one, such as {given[-1]}"))
+    from ...trainer.checkpoint.rewrite import reshard
+
+    return _said(args.target, lambda: reshard(given[0], Path(args.target), int(value), _advance(given)))
+
+
+def average_checkpoints(args: argparse.Namespace) -> int:
+    """Writes the mean of checkpoints, and prints where.
+
+    Raises:
+        UserError: sources that do not belong together, wrong weights, or a target that is there already.
+    """
+    try:
+        weights = None if args.weights is None else [float(word) for word in args.weights.split(",")]
+    except ValueError:
+        raise UserError(Problem("--weights", f"{args.weights} is not a list of numbers, such as 1,2,1")) from None
+    given = sources(args.sources)
+    from ...trainer.checkpoint.rewrite import average
+
+    target, keep, advance = Path(args.out), args.keep_state, _advance(given)
+    return _said(args.out, lambda: average(given, target, weights, keep_state=keep, advance=advance))
+
+
+def _said(target: str, write: Callable[[], int]) -> int:
+    from ...trainer.checkpoint.team import CheckpointError
+
+    try:
+        print(f"{target}: {_size(write())}")
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _advance(given: Sequence[Path]) -> Callable[[int], object]:
+    from ...trainer.metrics.notices import ProgressLine
+
+    nbytes = sum(file.stat().st_size for path in given for file in path.iterdir() if file.is_file())
+    return ProgressLine(
+        f"reading {len(given)} checkpoints" if len(given) > 1 else f"reading {given[0]}", nbytes
+    ).advance
 
 
 def verify_checkpoints(args: argparse.Namespace) -> int:
@@ -114,10 +188,8 @@ def sources(given: Sequence[str]) -> list[Path]:
 
 def _read_whole(path: Path) -> Verification:
     from ...trainer.checkpoint.verification import verification
-    from ...trainer.metrics.notices import ProgressLine
 
-    nbytes = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-    return verification(path, ProgressLine(f"reading {path}", nbytes).advance)
+    return verification(path, _advance([path]))
 
 
 def _row(one: ListedCheckpoint, verified: bool, latest: bool) -> tuple[str, ...]:

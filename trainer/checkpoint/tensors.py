@@ -131,13 +131,13 @@ def write_files(folder: Path, files: Sequence[PlannedFile], data: Sequence[Tenso
         with SummedFile(folder / file.name) as out:
             out.write(file.header)
             for number in file.members:
-                out.write(_bytes(data[number]))
+                out.write(memory_of(data[number]))
             return out.finish()
 
     return dict(zip((file.name for file in files), map_threads(write, files, _THREADS), strict=True))
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def memory_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the host."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
@@ -216,7 +216,7 @@ class TensorFiles:
         span = 1 + sum((size - 1) * stride for size, stride in zip(out.shape, strides, strict=True))
         start = box.start + dtype.itemsize * sum(at * stride for at, stride in zip(inner, strides, strict=True))
         if span == out.numel() and out.is_contiguous() and out.device.type == "cpu" and out.dtype == dtype:
-            self._fill(box.file, start, _bytes(out))
+            self._fill(box.file, start, memory_of(out))
             return
         cut = next((dim for dim, size in enumerate(out.shape) if size > 1), None)
         if span * dtype.itemsize > _STAGE_BYTES and cut is not None:
@@ -226,7 +226,7 @@ class TensorFiles:
             self._read_rows(box, dtype, later, strides, out.narrow(cut, half, out.shape[cut] - half))
             return
         stage = torch.empty(span, dtype=dtype)
-        self._fill(box.file, start, _bytes(stage))
+        self._fill(box.file, start, memory_of(stage))
         out.copy_(stage.as_strided(tuple(out.shape), strides))
 
     def _fill(self, file: str, start: int, memory: memoryview) -> None:
