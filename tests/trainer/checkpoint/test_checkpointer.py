@@ -9,6 +9,7 @@ import resource
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from pentad.trainer.checkpoint.checkpointer import CheckpointError, read_full, v
 from pentad.trainer.checkpoint.index import read_contents
 from pentad.trainer.checkpoint.team import Team
 from tests.distributed import run_distributed
-from tests.trainer.checkpoint.layouts import checkpointer, global_values, pieces, same
+from tests.trainer.checkpoint.layouts import checkpointer, global_values, killed_before_change, pieces, same
 
 pytestmark = pytest.mark.distributed
 
@@ -193,6 +194,34 @@ def test_a_rank_killed_while_writing_costs_only_that_checkpoint(tmp_path: Path) 
     assert saver.find_resume("latest") == tmp_path / "step-00000001"
     values = global_values(1)
     whole, _ = read_full(tmp_path / "step-00000001")
+    assert all(torch.equal(whole[n], values[n]) for n in values)
+
+
+def _killed_at_a_change(rank: int, world: int, folder: Path, victim: int, number: int) -> None:
+    saver = checkpointer(folder)
+    saver.save(1, pieces("zero1", 1, rank, world, global_values(1)), {})
+    if rank == victim:
+        killed_before_change(number)
+    saver.save(2, pieces("zero1", 1, rank, world, global_values(2)), {})
+    if rank == victim:
+        (folder / f"through-{number}").touch()
+        os._exit(0)  # what it was counted for is over
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("number", range(1, 24, 2))
+def test_a_rank_killed_at_any_change_of_the_disk_leaves_the_old_or_the_new_checkpoint(
+    tmp_path: Path, victim: int, number: int
+) -> None:
+    with suppress(RuntimeError):
+        run_distributed(_killed_at_a_change, 2, tmp_path, victim, number)
+    found = checkpointer(tmp_path).find_resume("latest")
+    assert found is not None and verify(found) == []
+    step = int(found.name.removeprefix("step-"))
+    assert step == 2 or not (tmp_path / f"through-{number}").exists(), "a save that got through is there"
+    values = global_values(step)
+    whole, _ = read_full(found)
     assert all(torch.equal(whole[n], values[n]) for n in values)
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from pentad.trainer.checkpoint import manifest as checkpoint_manifest
 from pentad.trainer.checkpoint import tensors as checkpoint_tensors
 from pentad.trainer.checkpoint.checkpointer import CheckpointError, read_full, verify, write_full
 from pentad.trainer.checkpoint.writers import Extent, Holding, Write, assign
-from tests.trainer.checkpoint.layouts import checkpointer, global_values, pieces, same
+from tests.trainer.checkpoint.layouts import checkpointer, global_values, killed_before_change, pieces, same
 
 
 def _tensors(value: float) -> dict[str, GlobalTensor]:
@@ -138,22 +137,7 @@ def _killed_at(count: int, save: Callable[[], None]) -> bool:
     """Runs `save` in a child killed before its count-th change of the disk; False: it got through."""
     child = os.fork()
     if child == 0:
-        left = count
-
-        def counted(fn: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                nonlocal left
-                left -= 1
-                if left <= 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return fn(*args, **kwargs)
-
-            return call
-
-        for name in ("fsync", "rename", "mkdir", "unlink", "rmdir"):
-            setattr(os, name, counted(getattr(os, name)))
-        writer = checkpoint_manifest.SummedFile
-        writer.write = counted(writer.write)  # pyright: ignore
+        killed_before_change(count)
         try:
             save()
             os._exit(0)
