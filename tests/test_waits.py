@@ -121,12 +121,15 @@ WAITS = {
     "trainer/session.py": {"_model": HANDLE},
     "trainer/setup.py": {"buckets_per_rank": HANDLE},
     "trainer/trainer.py": {"Trainer.train": ABORT, "": HANDLE},
+    "launch/slurm/queue.py": {"": LAUNCHER},
+    "launch/slurm/snapshot.py": {"": LAUNCHER},
     "launch/supervise/agent.py": {"": LAUNCHER},
     "launch/supervise/supervisor.py": {"": LAUNCHER},
     "launch/supervise/watch_link.py": {"": LAUNCHER},
     "launch/supervise/watched.py": {"": LAUNCHER},
     "launch/supervise/watcher.py": {"": LAUNCHER},
     "launch/verbs/diagnose.py": {"": LAUNCHER},
+    "launch/verbs/slurm.py": {"": LAUNCHER},
 }
 """File, then function or class (empty: all others of the file): why its waits can be left."""
 
