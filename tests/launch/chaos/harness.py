@@ -87,7 +87,8 @@ def run_job(folder: Path, layout: str, fault: Fault | None, *more: str, nodes: i
     port, mark, world = _free_port(), folder / "mark", WORLDS[layout]
     if fault is not None:
         fault = replace(fault, mark=str(mark))
-    every = ["checkpoint.every=1"] if fault is not None and fault.kind == "writer" else []
+    # Only the last save of a run waits for one that hangs.
+    every = ["checkpoint.every=1", "train.steps=6"] if fault is not None and fault.kind == "writer" else []
     slow = [f"train.steps={_STEPS}"] if fault is not None and fault.kind in SLOW else []
     argv = [DENSE, *SMALL, *LAYOUTS[layout], *every, *slow, f"runs_dir={folder}", *more]
     context = multiprocessing.get_context("forkserver")
@@ -139,7 +140,8 @@ def _outcome(folder: Path, port: int, at: float, ended: float, codes: tuple[int,
     verdict = None
     if (run / "record" / "verdict.json").exists():
         verdict = Verdict.load(json.loads((run / "record" / "verdict.json").read_text()))
-    lines = (folder / "stderr").read_text().splitlines()
+    # Notices, of saves that are passed over, come while the job goes on.
+    lines = [line for line in (folder / "stderr").read_text().splitlines() if not line.startswith("pentad: ")]
     causes = set(verdict.ranks) if verdict is not None else set()
     stragglers = tuple(event for event in events_of(run) if event["event"] == "straggler")
     named = [*([verdict.at] if verdict is not None else []), *(event["time"] for event in stragglers), ended]
