@@ -23,7 +23,7 @@ STOP_CODE = 75
 LOG, RANK_LOG = "job.log", "rank-%t.log"
 FIRST_RANK_LOG = "rank-0.log"
 CANCELLED, FAULTS = "cancelled", "faults"
-SCRIPT, CONFIG, CODE = "job.sbatch", "config.yaml", "code"
+SCRIPT, CONFIG, CODE = "job.sbatch", "job.yaml", "code"
 
 _BODY = r"""
 # The ranks get the signals of SLURM themselves; this script only waits for them.

@@ -22,6 +22,8 @@ from .worker_files import VERDICT
 POLL_S = 0.05
 GRACE_S = 10.0
 """Seconds between a rank's failure and the end of those that wait for it in a collective."""
+_DYING_S = 5.0
+"""For what was killed to be gone: the kernel first gives its memory back."""
 _CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
 """How a rank ends that was asked to, or that gave up waiting for another."""
 
@@ -175,6 +177,9 @@ def _kill(agent: subprocess.Popen[bytes], folder: Path) -> None:
     with suppress(ProcessLookupError):
         os.killpg(agent.pid, signal.SIGKILL)
     agent.wait()
+    until = time.monotonic() + _DYING_S
+    while time.monotonic() < until and any(process.alive for process in processes(folder).values()):
+        time.sleep(POLL_S)
 
 
 def _signal_ranks(folder: Path, number: signal.Signals) -> set[int]:

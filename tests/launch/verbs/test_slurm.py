@@ -34,7 +34,7 @@ def test_a_written_job_holds_all_that_it_needs(cluster: StandInCluster, capsys: 
     assert main([*_JOB, *_SHAPE]) == 0
     folder = Path("runs/a/slurm/0001").resolve()
     assert str(folder / "job.sbatch") in capsys.readouterr().out and not cluster.calls
-    given = load(str(folder / "config.yaml"), world_size=2)
+    given = load(str(folder / "job.yaml"), world_size=2)
     assert given == load(DENSE, _JOB[2:], world_size=2)
     assert "faults.stop_code=75" in (text := (folder / "job.sbatch").read_text()) and "checkpoint.resume=latest" in text
     # The copy is what a rank of the job imports, not what is installed.

@@ -91,7 +91,8 @@ def _own_losses(rank: int, world: int, cfg: Config) -> list[float]:
     run = Run(rank, cfg, masked=True)
     try:
         result = run.stepper.run(0, *run.batches(0), run.cfg.optim.lr, watched=lambda: (0.0,))
-        return [float(result.loss), result.worst.wait().tolist()[-1]]
+        _, most, *_ = result.worst.wait().tolist()
+        return [float(result.loss), most]
     finally:
         run.close()
 
