@@ -11,6 +11,7 @@ It starts the ranks with srun, one task each, and decides by srun's exit code wh
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ step --ntasks={nodes} --ntasks-per-node=1 {check} || {{ say "a node is not as it
 
 while :; do
     [ -e "$folder/{cancelled}" ] && {{ say "cancelled"; exit 0; }}
-    step --kill-on-bad-exit=0 --open-mode=append --output="$folder/{rank_log}" {ranks}
+    step --kill-on-bad-exit=0 --open-mode=append --output={rank_log} {ranks}
     code=$?
     case "$code" in
         0) say "done"; exit 0 ;;
@@ -115,12 +116,12 @@ def batch_script(request: SlurmRequest, facts: ScriptFacts) -> str:
         "account": request.account,
         "qos": request.qos,
         "chdir": facts.work,
-        "output": facts.folder / LOG,
+        "output": str(facts.folder / LOG).replace("%", "%%"),  # sbatch puts numbers in place of %j and its like
         "open-mode": "append",
         "signal": f"USR1@{request.notice}" if request.notice else None,
     }
     lines = ["#!/bin/bash", f"# Written by: {' '.join(facts.command.split())}"]
-    lines += [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
+    lines += [f"#SBATCH {_quoted(f'--{key}={value}')}" for key, value in options.items() if value is not None]
     lines += ["#SBATCH --requeue", *(f"#SBATCH {option}" for option in request.sbatch)]
     inside = _inside(request, facts)
     rank = ["-m", "pentad.trainer", *facts.options, str(facts.folder / CONFIG), *facts.overrides]
@@ -135,12 +136,19 @@ def batch_script(request: SlurmRequest, facts: ScriptFacts) -> str:
         check=shlex.join([*inside, facts.python, *check]),
         ranks=shlex.join([*inside, facts.python, *rank]),
         cancelled=CANCELLED,
-        rank_log=RANK_LOG,
+        rank_log=shlex.quote(f"{facts.folder}/".replace("%", "%%")) + RANK_LOG,
         first=FIRST_RANK_LOG,
         faults=FAULTS,
         stop=STOP_CODE,
     )
     return "\n".join(lines) + "\n" + body
+
+
+def _quoted(option: str) -> str:
+    """An option as sbatch reads it in a script, where it knows quotes as a shell does."""
+    if re.fullmatch(r"[\w@%+=:,./-]+", option):
+        return option
+    return '"' + option.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _environment(request: SlurmRequest) -> str:

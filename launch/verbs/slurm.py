@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -28,7 +30,8 @@ from ..slurm.snapshot import job_folders, next_folder, take_snapshot
 
 _JOB = "job"
 """The file in a job's folder that names its number in the queue."""
-_LOOK_S = 1.0
+_LOOK_S, _ASK_S = 1.0, 5.0
+"""Between two looks at the output, and two questions to SLURM, which has others to serve."""
 
 
 def slurm_parser(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +100,15 @@ def _write(cfg: Config, args: argparse.Namespace) -> Path:
         raise UserError(earlier)
     given = given_yaml(args.config, args.overrides)
     folder = next_folder(run_folder(cfg).resolve())
+    try:
+        return _fill(folder, cfg, args, request, given)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f"{folder} cannot be written ({error}); set another name= or runs_dir=") from None
+
+
+def _fill(folder: Path, cfg: Config, args: argparse.Namespace, request: SlurmRequest, given: str) -> Path:
+    """Writes what the job is started from; the folder."""
     (folder / CONFIG).write_text(given)
     version = take_snapshot(folder)
     resume = [] if cfg.checkpoint.resume else ["checkpoint.resume=latest"]
@@ -159,10 +171,13 @@ def _follow(folder: Path) -> int:
     """Prints what the job's first rank does, and every change of its state, until it is over; Ctrl-C only leaves."""
     job = _number_of(folder)
     logs = [_Tail(folder / LOG), _Tail(folder / FIRST_RANK_LOG)]
-    said = ""
+    said, asked = "", -math.inf
+    found = reason = ""
     try:
         while True:
-            found, reason = queue.state(job)
+            if time.monotonic() - asked >= _ASK_S:
+                found, reason = queue.state(job)
+                asked = time.monotonic()
             if (line := f"job {job}: {found}{f' ({reason})' if reason else ''}") != said:
                 print(line, flush=True)
                 said = line

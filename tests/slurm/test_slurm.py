@@ -25,7 +25,7 @@ pytestmark = [
 ]
 STEPS = 60
 _JOB = [
-    "name=a", "parallel.tp=2", "parallel.dp=2", "train.micro_batch=1", "train.global_batch=2", "train.seq_len=32",
+    "name=a job", "parallel.tp=2", "parallel.dp=2", "train.micro_batch=1", "train.global_batch=2", "train.seq_len=32",
     "model.layers=2", "model.hidden=32", "model.ffn=64", "train.dtype=fp64", "hardware.peak_tflops=0.05",
     f"train.steps={STEPS}", "checkpoint.every=5", "eval.every=0",
 ]  # fmt: skip
@@ -47,7 +47,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     folder = tmp_path_factory.mktemp("alone")
     alone = [*_JOB, "parallel.tp=1", "parallel.dp=1", f"runs_dir={folder}", "checkpoint.every=0"]
     _pentad({**os.environ, "OMP_NUM_THREADS": "1"}, folder, "train", DENSE, *alone)
-    return _losses(folder / "a")
+    return _losses(folder / "a job")
 
 
 def _pentad(environment: dict[str, str], work: Path, *arguments: str) -> str:
@@ -69,7 +69,7 @@ class _Job:
         self._cluster, self._work = cluster, work
         self._environment = {**cluster.environment, "OMP_NUM_THREADS": "1"}
         self._slurm("--nodes", "4", "--ranks-per-node", "1", "--notice", "0", "--submit")
-        self.run = work / "runs" / "a"
+        self.run = work / "runs" / "a job"
         self.folder = self.run / "slurm" / "0001"
         self.number = (self.folder / "job").read_text().strip()
 
@@ -137,4 +137,4 @@ def test_ranks_need_no_torchrun_under_srun(cluster: Cluster, undisturbed: list[f
         assert process.wait(timeout=300) == 0
     finally:
         process.send_signal(signal.SIGKILL)
-    assert _losses(tmp_path / "runs" / "a") == pytest.approx(undisturbed, rel=1e-11)
+    assert _losses(tmp_path / "runs" / "a job") == pytest.approx(undisturbed, rel=1e-11)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def fixed(value: float, width: int, digits: int) -> str:
@@ -50,3 +51,10 @@ def duration(seconds: float) -> str:
     if days < 100:
         return f"{days}d{whole % 86400 // 3600:02d}h"
     return f"{days}d" if days < 10000 else ">9999d"
+
+
+def numbers(values: Sequence[int]) -> str:
+    """12-15, or 12, 14, 15."""
+    if len(values) > 1 and list(values) == list(range(values[0], values[0] + len(values))):
+        return f"{values[0]}-{values[-1]}"
+    return ", ".join(map(str, values))

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...configs.schema import Config
 from ..data.dataset import Microbatch
+from ..metrics.formats import numbers
 from ..metrics.metric import Alert, Metric
 from ..step import Stepper
 from .non_finite import NonFinite, find_non_finite
@@ -79,7 +80,7 @@ def _words(found: NonFinite, hosts: Mapping[int, str]) -> str:
     host = f" on {hosts[found.rank]}" if found.rank in hosts else ""
     where = f"rank {found.rank}{host}, stage {found.stage}"
     if found.microbatch >= 0:
-        where += f", microbatch {found.microbatch} (samples {_span(found.samples)})"
+        where += f", microbatch {found.microbatch} (samples {numbers(found.samples)})"
     what = f"{found.value} first in the {found.tensor} of {found.module}" if found.module else found.value
     if found.during == "parameters":
         what = f"{found.value} in the parameter {found.module}.{found.tensor}"
@@ -95,13 +96,6 @@ _DURING = {
     "backward": ", backward pass",
     "gradient": ", summed over the ranks",
 }
-
-
-def _span(samples: Sequence[int]) -> str:
-    """12-15, or 12, 14, 15."""
-    if len(samples) > 1 and list(samples) == list(range(samples[0], samples[0] + len(samples))):
-        return f"{samples[0]}-{samples[-1]}"
-    return ", ".join(map(str, samples))
 
 
 def _fields(found: NonFinite | None, hosts: Mapping[int, str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ _REQUEST = SlurmRequest(nodes=4, gpus_per_node=8)
 def _facts(folder: Path) -> ScriptFacts:
     return ScriptFacts(
         name="job",
-        folder=folder / "it's here",
+        folder=folder / 'it\'s 100% "here"',
         run=folder / "run",
         checkpoints=folder / "run" / "checkpoints",
         work=folder,
@@ -44,7 +45,7 @@ def test_what_is_asked_for_stands_in_the_options() -> None:
         sbatch=("--constraint=h200",),
     )
     text = batch_script(request, _facts(Path("/shared")))
-    options = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")]
+    options = [shlex.split(line, comments=False)[1][2:] for line in text.splitlines() if line.startswith("#SBATCH")]
     assert options == [
         "job-name=job",
         "nodes=4",
@@ -56,7 +57,7 @@ def test_what_is_asked_for_stands_in_the_options() -> None:
         "account=us",
         "qos=high",
         "chdir=/shared",
-        "output=/shared/it's here/job.log",
+        'output=/shared/it\'s 100%% "here"/job.log',
         "open-mode=append",
         "signal=USR1@60",
         "requeue",

@@ -11,6 +11,7 @@ import pytest
 
 from pentad.configs import load
 from pentad.launch.cli import main
+from pentad.launch.verbs import slurm
 from tests.jobs import DENSE
 from tests.launch.slurm.cluster import StandInCluster
 
@@ -45,7 +46,10 @@ def test_a_written_job_holds_all_that_it_needs(cluster: StandInCluster, capsys: 
     assert main([*_JOB, *_SHAPE]) == 0 and Path("runs/a/slurm/0002/job.sbatch").exists()
 
 
-def test_a_job_is_submitted_followed_and_ended(cluster: StandInCluster, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_job_is_submitted_followed_and_ended(
+    cluster: StandInCluster, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "_ASK_S", 0.0)
     assert main([*_JOB, *_SHAPE, "--submit"]) == 0
     folder = Path("runs/a/slurm/0001")
     assert cluster.calls == [f"sbatch --parsable {folder.resolve()}/job.sbatch"]

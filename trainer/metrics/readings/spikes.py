@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from ..formats import numbers
 from ..metric import Alert, Metric
 from .protocol import Reading, RunFacts, StepDone
 
@@ -109,7 +110,7 @@ class SpikeReading(Reading):
         )
         text = f"spike: {what}; samples {first}-{first + batch - 1}"
         if worst:
-            text += f", most of it in {_span(worst[0]['samples'])} (microbatch {worst[0]['microbatch']})"
+            text += f", most of it in {numbers(worst[0]['samples'])} (microbatch {worst[0]['microbatch']})"
         fields = {
             "step": done.step,
             **{
@@ -137,7 +138,3 @@ class SpikeReading(Reading):
 
 
 _NAMES = {"loss": "loss", "grad_norm": "gradient norm"}
-
-
-def _span(samples: Sequence[int]) -> str:
-    return f"{samples[0]}-{samples[-1]}" if len(samples) > 1 else str(samples[0])
