@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ...configs.strict_json import JsonError, expect_int, expect_object, read_bytes, read_json
 from ...parallel.comm.process_ids import ProcessId
+from ...parallel.comm.processes import Identity, children, runs
 from ...parallel.record.diagnosis import FAILED, Verdict
 from ...trainer.processes.failure import Failure
 from ...trainer.processes.signals import STOPS, heeded
@@ -173,12 +174,19 @@ def _stop(agent: subprocess.Popen[bytes], folder: Path, ranks: int) -> None:
 
 
 def _kill(agent: subprocess.Popen[bytes], folder: Path) -> None:
-    _signal_ranks(folder, signal.SIGKILL)
+    """Kills agent and ranks, also those that have only just started and have not left their process id yet."""
+    with suppress(ProcessLookupError):
+        os.kill(agent.pid, signal.SIGSTOP)  # it starts no more of them
+    ranks = {Identity(process.pid, process.started) for process in processes(folder).values() if process.alive}
+    ranks.update(children(agent.pid))
+    for rank in ranks:
+        with suppress(ProcessLookupError):
+            os.kill(rank.pid, signal.SIGKILL)
     with suppress(ProcessLookupError):
         os.killpg(agent.pid, signal.SIGKILL)
     agent.wait()
     until = time.monotonic() + _DYING_S
-    while time.monotonic() < until and any(process.alive for process in processes(folder).values()):
+    while time.monotonic() < until and any(runs(rank) for rank in ranks):
         time.sleep(POLL_S)
 
 

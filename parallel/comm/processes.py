@@ -78,6 +78,17 @@ def ancestors(pid: int) -> list[Identity]:
     return found
 
 
+def children(pid: int) -> list[Identity]:
+    """Processes that this one has started and that have not ended; none on a system without /proc."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(PeerGone):
+            fields = _stat(int(folder.name))
+            if int(fields[_PARENT]) == pid and fields[0] not in ("Z", "X"):
+                found.append(Identity(int(folder.name), int(fields[_START])))
+    return found
+
+
 def common_ancestor(chains: Sequence[Sequence[Identity]]) -> Identity | None:
     """The nearest process that is in every chain of ancestors."""
     rest = [set(chain) for chain in chains[1:]]

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from pentad.configs import UserError, load
+from pentad.configs.strict_json import expect_int, expect_object, read_json
 from pentad.launch.cli import main
 from pentad.launch.supervise import launcher as launch
 from pentad.launch.supervise.supervisor import processes, supervise
+from pentad.parallel.comm.process_ids import ProcessId
 from pentad.trainer import devices
 from pentad.trainer.__main__ import main as run_rank
 from tests.jobs import DENSE
@@ -82,6 +84,16 @@ def test_what_the_watcher_says_comes_first_and_ends_the_job_at_once(
     assert time.monotonic() - begin < 60
     assert capfd.readouterr().err.splitlines() == ["error: rank 1 has not come on for 60.0 s", "  rank 0: waited"]
     assert not any(process.alive for process in processes(tmp_path).values())
+
+
+@pytest.mark.distributed
+def test_a_rank_that_has_not_announced_itself_is_ended_with_the_job(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert _supervise(tmp_path, "unannounced") == 1
+    assert capfd.readouterr().err.splitlines() == ["error: rank 1 has not come on for 60.0 s"]
+    begun = expect_object(read_json(tmp_path / "begun.0"), "a process", ("pid", "started", "boot"))
+    assert not ProcessId(expect_int(begun["pid"], "pid"), expect_int(begun["started"], "started")).alive
 
 
 @pytest.mark.distributed

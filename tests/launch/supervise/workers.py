@@ -68,6 +68,18 @@ def _judged(folder: Path, rank: str) -> int:
     return 3
 
 
+def _unannounced(folder: Path, rank: str) -> int:
+    """The watcher says that rank 1 hangs, before the other has come so far as to leave its process id."""
+    publish_text(folder / f"{'pid' if rank == '1' else 'begun'}.{rank}", json.dumps(asdict(ProcessId.current())))
+    if rank == "1":
+        while not (folder / "begun.0").exists():
+            time.sleep(0.01)
+        said = Verdict("hang", (1,), "rank 1 has not come on for 60.0 s", (), 3, 1, time.time())
+        publish_text(folder / VERDICT, json.dumps(said.as_dict()))
+    time.sleep(600)
+    return 3
+
+
 def _orphan(folder: Path, rank: str) -> int:
     signal_self_when_orphaned(signal.SIGTERM)
     return _train_until_stopped(folder, rank)
@@ -89,6 +101,7 @@ def main() -> int:
         "outlive": _outlive,
         "orphan": _orphan,
         "judged": _judged,
+        "unannounced": _unannounced,
     }
     return behaviours[how](folder, os.environ["RANK"])
 
