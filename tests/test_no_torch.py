@@ -27,6 +27,7 @@ ROOMS = (
     "trainer.checkpoint.names",
     "trainer.checkpoint.verification",
     "trainer.data.indexed",
+    "trainer.recovery.plan",
 )
 RUN_IT = {"parallel.pipeline.runtime", "parallel.pipeline.execute", "parallel.pipeline.saved"}
 """Modules of these rooms that move tensors."""

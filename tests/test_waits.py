@@ -107,6 +107,7 @@ WAITS = {
     "trainer/pipeline/rates.py": {"agreed_rates": HANDLE, "_seconds": DEVICE},
     "trainer/processes/meeting.py": {"": START},
     "trainer/processes/orphans.py": {"": NOBODY},
+    "trainer/processes/run_lock.py": {"FolderLock._beat": NOBODY, "_flock": FILES},
     "trainer/processes/start.py": {"soon": "the last thing of a rank that fails, or for the watcher to be there"},
     "trainer/processes/watch.py": {"between_nodes": "the key is there: rank 0 set it before the ranks came together"},
     "trainer/processes/threads.py": {
@@ -116,8 +117,8 @@ WAITS = {
         "Beside.close": NEVER,
         "_serve": NOBODY,
     },
+    "trainer/recovery/plan.py": {"Membership.wait": "between two meshes, for the watcher, which ends it in any case"},
     "trainer/run.py": {"": HANDLE, "_in_mesh": ABORT},
-    "trainer/run_lock.py": {"FolderLock._beat": NOBODY, "_flock": FILES},
     "trainer/session.py": {"_model": HANDLE},
     "trainer/setup.py": {"buckets_per_rank": HANDLE},
     "trainer/trainer.py": {"": HANDLE},

@@ -21,7 +21,7 @@ from ..configs.schema import Config
 from ..configs.strict_json import JsonError, open_regular, parse_json
 from ..configs.tables.schedules import is_program
 from .checkpoint.names import checkpoints
-from .run_lock import FolderLock, attempts, lock_folder
+from .processes.run_lock import FolderLock, attempts, lock_folder
 
 FRESH = "--fresh"
 _TAIL_BYTES = 1 << 16

@@ -19,10 +19,10 @@ import pytest
 from pentad.configs import Config, UserError, load
 from pentad.launch.cli import main as command
 from pentad.parallel.comm.process_ids import ProcessId
-from pentad.trainer import run_lock
 from pentad.trainer.__main__ import main
+from pentad.trainer.processes import run_lock
+from pentad.trainer.processes.run_lock import LOCK, STALE_S, Holder, lock_folder
 from pentad.trainer.run_folder import RunFile, claim
-from pentad.trainer.run_lock import LOCK, STALE_S, Holder, lock_folder
 from tests.jobs import DENSE
 from tests.launch.test_bad_input import SMALL
 from tests.test_packages import ROOMS, ROOT
@@ -30,7 +30,7 @@ from tests.test_packages import ROOMS, ROOT
 _HOLD = """
 import sys
 from pathlib import Path
-from pentad.trainer.run_lock import lock_folder
+from pentad.trainer.processes.run_lock import lock_folder
 lock = lock_folder(Path(sys.argv[1]), "name", "go away")
 print("held", flush=True)
 sys.stdin.read()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from ...configs import Config, hide
 from ...parallel.record.vitals import Vitals
+from ..recovery.plan import Membership
 from ..run_folder import run_folder
 from .failure import Failure, failure_of, print_failure, write_failure
 from .meeting import Meeting
@@ -37,6 +38,8 @@ class Start:
     """Asks for a watcher of this node."""
     vitals: Vitals | None = None
     """This rank's signs of life, once it has a record that somebody watches."""
+    membership: Membership | None = None
+    """From where this rank learns who is in the next mesh; none: a fault ends the job."""
     failure: Failure | None = field(default=None)
     """Of this rank, once it was told."""
 

@@ -20,9 +20,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..configs.errors import Problem, UserError
-from ..configs.strict_json import JsonError, expect_int, expect_object, expect_text, parse_json
-from ..parallel.comm.process_ids import ProcessId, boot_id
+from ...configs.errors import Problem, UserError
+from ...configs.strict_json import JsonError, expect_int, expect_object, expect_text, parse_json
+from ...parallel.comm.process_ids import ProcessId, boot_id
 
 LOCK = ".lock"
 BEAT_S = 30.0
