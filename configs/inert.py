@@ -152,6 +152,7 @@ JOB: tuple[Inert[Config], ...] = (
     Inert(("checkpoint.keep_every", "checkpoint.keep_best"), ("checkpoint.keep",), lambda c: c.checkpoint.keep == 0),
     Inert(("eval.prompt_tokens",), ("eval.prompts",), lambda c: not c.eval.prompts),
     Inert(("faults.alive_s", "faults.hang_s", "faults.pause_s"), ("faults.watch",), lambda c: not c.faults.watch),
+    Inert(("faults.spares",), ("faults.recover",), lambda c: not c.faults.recover),
     Inert(
         ("faults.numerics.replicas_every",),
         ("parallel.tp", "parallel.dp", "parallel.cp", "parallel.data.sharding"),

@@ -294,6 +294,12 @@ class FaultsConfig:
     run's own pauses took, where that is more; derived: timeout_s / 10, at least 10."""
     pause_s: Derived[float] = DERIVED
     """The same in the first step, in an evaluation or a save; derived: timeout_s / 2."""
+    recover: bool = False
+    """Go on without an end of the job when ranks die, hang or fail: others take their places, and nothing that was
+    committed is lost."""
+    spares: int = 0
+    """recover: processes per node that are ready to take a lost rank's place at once; without one, a new process is
+    started."""
     numerics: NumericsConfig = field(default_factory=NumericsConfig)
     """Guards against bits that change by themselves."""
 

@@ -38,6 +38,9 @@ def missing_devices(cfg: Config) -> list[Problem]:
     wants_apex = getattr(cfg.optim, "impl", "auto") == "apex"
     wants_deepep = cfg.model.moe.experts > 0 and cfg.model.moe.dispatcher == "deepep" and cfg.parallel.ep > 1
     wants_norms = cfg.model.norm_impl == "apex"
+    if cfg.faults.recover and cfg.train.device == "auto" and visible_gpus():
+        message = "true is for CPUs so far, and GPUs are visible; set train.device=cpu, or faults.recover=false"
+        return [Problem("faults.recover", message, ("train.device",))]
     if cfg.train.device == "cpu" or not (cfg.train.device == "cuda" or wants_apex or wants_norms or wants_deepep):
         return []
     problems = []

@@ -14,6 +14,7 @@ from ..tokenized import META_SUFFIX
 from ..vocabulary import indivisible_vocab, padded
 from .context import validate_context
 from .divisible import indivisible
+from .faults import fault_problems
 from .kernels import validate_kernels
 from .memory import validate_memory
 from .moe import validate_moe
@@ -71,8 +72,6 @@ _POSITIVE = [
     "faults.max_bad_steps",
     "faults.record_entries",
 ]
-STOP_CODES = range(3, 128)
-"""What `faults.stop_code` may be besides 0: 1 and 2 are errors, those from 128 on are signals."""
 _NOT_NEGATIVE = [
     "data.prefetch",
     "train.seed",
@@ -86,6 +85,7 @@ _NOT_NEGATIVE = [
     "checkpoint.keep_every",
     "checkpoint.keep_best",
     "faults.numerics.replicas_every",
+    "faults.spares",
     "model.init_std",
     "model.mtp",
     "model.mtp_loss",
@@ -153,7 +153,7 @@ def validate(config: Config, world_size: int | None = None) -> list[Problem]:
         *_schedule(config),
         *_data(config),
         *_run(config),
-        *_numerics(config),
+        *fault_problems(config),
     ]
     # A size that is out of its range makes the divisions by it meaningless; the range says enough.
     return ranges + [p for p in found if broken.isdisjoint(p.keys)]
@@ -356,10 +356,6 @@ def _run(config: Config) -> list[Problem]:
     if target is not None and not (1 <= int(target) <= 65535 if target.isdecimal() else target.endswith(".prom")):
         message = f"is {target!r}; give a port from 1 to 65535, or a file whose name ends in .prom"
         problems.append(Problem("log.prometheus", message))
-    problems += _limits(config)
-    if config.faults.stop_code and config.faults.stop_code not in STOP_CODES:
-        message = f"{config.faults.stop_code} means something else; set 0, or one from 3 to 127"
-        problems.append(Problem("faults.stop_code", message))
     c = config.checkpoint
     if c.init is not None and c.resume is not None and c.resume != "latest":
         message = "checkpoint.init and a path in checkpoint.resume exclude each other; set one of them to null"
@@ -371,26 +367,3 @@ def _run(config: Config) -> list[Problem]:
         message = "true needs a model with experts; set model.moe.experts"
         problems.append(Problem("checkpoint.upcycle", message, ("model.moe.experts",)))
     return problems
-
-
-def _limits(config: Config) -> list[Problem]:
-    """Whoever waits must not give up before it is known for whom: each limit is below the next."""
-    names = ("faults.alive_s", "faults.hang_s", "faults.pause_s", "faults.timeout_s")
-    values = [value_of(config, name) for name in names]
-    problems = []
-    for lower, higher, low, high in zip(names, names[1:], values, values[1:], strict=False):
-        if low is not None and high is not None and low >= high and config.faults.watch:
-            message = f"must be below {higher}={high:g}, got {low:g}; set {lower} below it, or a larger {higher}"
-            problems.append(Problem(lower, message, (higher,)))
-    return problems
-
-
-def _numerics(config: Config) -> list[Problem]:
-    p = config.parallel
-    if not config.faults.numerics.checksums or p.data.sharding != "fsdp" or (p.dp or 1) * p.cp == 1:
-        return []
-    message = (
-        "fsdp sums gradients in memory of its own, where nobody can look at them; set parallel.data.sharding=zero1, or "
-        "faults.numerics.replicas_every alone"
-    )
-    return [Problem("faults.numerics.checksums", message, ("parallel.data.sharding",))]

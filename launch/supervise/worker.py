@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ...configs import Config
-from ...configs.validation.general import STOP_CODES
+from ...configs.validation.faults import STOP_CODES
 from ...parallel.comm.process_ids import ProcessId
 from ...trainer.__main__ import main
 from ...trainer.processes.failure import Failure

@@ -177,6 +177,15 @@ WRONG += [
         "faults.numerics.checksums",
         ["fsdp", "zero1", "replicas_every"],
     ),
+    (["faults.spares=-1"], "faults.spares", ["at least 0", "-1"]),
+    (["faults.recover=true", "faults.watch=false"], "faults.recover", ["watcher", "set faults.watch=true"]),
+    (["faults.recover=true", "train.device=cuda"], "faults.recover", ["CPUs", "train.device=cpu"]),
+    (["faults.recover=true", "parallel.data.sharding=fsdp"], "faults.recover", ["fsdp", "zero1"]),
+    (
+        ["faults.recover=true", "memory.offload_optimizer=disk", "memory.offload_disk=/tmp"],
+        "faults.recover",
+        ["from files", "memory.offload_optimizer=host"],
+    ),
     (["memory.group=2", "parallel.data.sharding=fsdp"], "memory.group", ["2: fsdp", "zero1"]),
 ]
 

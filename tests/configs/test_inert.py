@@ -169,6 +169,7 @@ CASES: list[tuple[list[str], str, list[str], Observe | None]] = [
     ([], "checkpoint.keep_best=3", ["eval.every=1"], None),
     (["checkpoint.keep=0"], "checkpoint.keep_every=4", ["checkpoint.keep=1"], None),
     (["eval.every=1"], "eval.prompt_tokens=9", ["eval.prompts=[a]"], None),
+    ([], "faults.spares=1", ["faults.recover=true"], None),
     (["faults.watch=false"], "faults.pause_s=400", ["faults.watch=true"], None),
     ([], "faults.numerics.replicas_every=2", ["parallel.tp=2"], None),
     ([], "faults.numerics.recompute=true", ["memory.recompute=full"], None),
