@@ -35,7 +35,10 @@ _JOB = [
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     found = Cluster(tmp_path_factory.mktemp("slurm"), 4)
     try:
-        found.start()
+        try:
+            found.start()
+        except (OSError, subprocess.SubprocessError, TimeoutError) as error:
+            pytest.skip(f"SLURM's daemons do not come up here: {error}")
         yield found
     finally:
         found.stop()
