@@ -9,6 +9,8 @@ import os
 import select
 import signal
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ...parallel.comm.process_ids import ProcessId
@@ -226,6 +228,23 @@ class WatchedRank:
         os.close(self._fd)
         if self.pidfd is not None:
             os.close(self.pidfd)
+
+
+def still_standing(stands: Mapping[int, Stand], ranks: Mapping[int, WatchedRank]) -> dict[int, Stand]:
+    """The same, but of ranks that have come on since they were looked at none is late: on a busy machine that takes a
+    while, and who was waited for may have come meanwhile.
+
+    Args:
+        stands: of ranks of this node.
+        ranks: those of this node.
+    """
+    found, now = dict(stands), time.monotonic()
+    for number, stand in stands.items():
+        rank = ranks[number]
+        rank.look(now)
+        if stand.condition is Condition.RUNS and rank.idle_s(now) < stand.idle_s:
+            found[number] = replace(stand, idle_s=rank.idle_s(now), late=False)
+    return found
 
 
 def process_state(pid: int) -> str:

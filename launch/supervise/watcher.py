@@ -36,7 +36,7 @@ from ...trainer.processes.orphans import signal_self_when_orphaned
 from ...trainer.processes.watch import WatchRequest
 from ...trainer.run_folder import RunFile
 from .watch_link import End, WatchLink
-from .watched import WatchedRank
+from .watched import WatchedRank, still_standing
 from .worker_files import VERDICT, WATCH, publish_text, read_places
 
 LOOK_S = 0.04
@@ -220,7 +220,7 @@ class Watcher:
         for number, rank in self.ranks.items():
             with contextlib.suppress(OSError, RecordError):
                 stands[number] = rank.stand(now, conditions.get(number, Condition.RUNS))
-        return stands
+        return still_standing(stands, self.ranks)
 
     def _decide(self, stands: dict[int, Stand], impatient: bool) -> None:
         seen = self._seen or time.time()
@@ -229,8 +229,9 @@ class Watcher:
         if verdict is None:
             return
         if self._link is None and verdict.kind not in (KILLED, OUT_OF_MEMORY, ENDED, FAILED, LOST_NODE):
-            verdict = diagnose(self._with_stacks(stands), places, impatient=impatient) or verdict
-        self._judged(verdict, seen)
+            verdict = diagnose(still_standing(self._with_stacks(stands), self.ranks), places, impatient=impatient)
+        if verdict is not None:
+            self._judged(verdict, seen)
 
     def _with_stacks(self, stands: dict[int, Stand]) -> dict[int, Stand]:
         """Where the ranks stand, with Python's stacks of those that can show them."""

@@ -33,7 +33,7 @@ class _Deviation:
 
 def find_astray(stands: Mapping[int, Stand], places: Places) -> tuple[tuple[int, ...], str, str] | None:
     """The ranks that went astray first, what sort of fault that is, and a line; None: all make the same calls."""
-    found: list[_Deviation] = []
+    found = list(_other_receives(stands, places))
     stages: dict[int, list[Stand]] = {}
     for stand in stands.values():
         stages.setdefault(places.stage(stand.rank), []).append(stand)
@@ -43,6 +43,31 @@ def find_astray(stands: Mapping[int, Stand], places: Places) -> tuple[tuple[int,
             found += _compare(alike, step, before=step - 1 in steps, places=places)
     first = min(found, key=lambda each: each.at, default=None)
     return None if first is None else (first.ranks, first.kind, first.line)
+
+
+def _other_receives(stands: Mapping[int, Stand], places: Places) -> Iterator[_Deviation]:
+    """Receives of a size that is not sent: what is sent there is for another one, which comes later or never."""
+    sent = {
+        (stand.rank, call.peer, call.axis, call.group, call.seq): call
+        for stand in stands.values()
+        for call in stand.calls
+        if call.kind == "send"
+    }
+    for stand in stands.values():
+        for call in stand.calls:
+            other = sent.get((call.peer, stand.rank, call.axis, call.group, call.seq))
+            if call.kind != "receive" or other is None or other.nbytes == call.nbytes:
+                continue
+            usual = {each.nbytes for each in stand.calls if each.key == call.key and each is not call}
+            if call.nbytes in usual and other.nbytes not in usual:
+                mistaken, at, kind = stands[call.peer], other.at, OTHER_SIZE
+                what = f"made {call_words(other)}, where {call.nbytes} bytes are due"
+            else:
+                mistaken, at, kind = stand, call.at, UNSENT
+                what = f"waits for a {call_words(call)} that nobody sends: what comes has {other.nbytes} bytes"
+            on = f" on {mistaken.host}" if mistaken.host else ""
+            line = f"{ranks_words((mistaken.rank,))}{on}, {_where(call, stand.rank, places)}, {what}"
+            yield _Deviation(at, (mistaken.rank,), kind, line)
 
 
 def _alike(peers: Sequence[Stand]) -> Iterator[list[Stand]]:

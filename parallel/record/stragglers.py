@@ -1,11 +1,11 @@
 """Which rank holds the others up, why, and how sure that is. From the rows of `parts.py`; no torch.
 
 A rank's *load* in a step is what makes the others wait for it: the time that it was busy itself, per unit of the work
-that was given to it, and its waits for data, collections of garbage and moving data. Loads are compared between ranks
-of the same role, over the medians of windows:
+that was given to it as far as time follows work (`peers.share_by_work`), and its waits for data, collections of garbage
+and moving data. Loads are compared between ranks of the same role, over the medians of windows:
 
     score   the median of its peers over its own: 1 as fast as they are, 0.5 half as fast
-    z       how far that lies outside what the steps scatter anyway
+    z       how far that lies outside what it scatters against its peers in the same steps anyway
 
 Unlike with scores against the fastest rank (NVIDIA's resiliency extension), one lucky rank makes nobody slow; and a
 rank that is slow because it was given more to do is an imbalance, for which no rank is to blame.
@@ -22,6 +22,7 @@ import numpy as np
 
 from .links import Link, blamed_link, delay_matrix, slow_links
 from .parts import AT, AXES, OWN, QUEUED, SECONDS, TimePart
+from .peers import median_of_others, share_by_work
 
 WINDOW = 20
 """Steps."""
@@ -122,10 +123,21 @@ class Stragglers:
         self._work.append(work)
         if len(self._rows) < self._window:
             return None
-        window = _window(np.stack(self._rows), np.stack(self._work))
+        rows, work = np.stack(self._rows), np.stack(self._work)
         self._rows.clear()
         self._work.clear()
-        return self._judge(number, window)
+        return self._judge(number, self._window_of(rows, work))
+
+    def _window_of(self, rows: np.ndarray, work: np.ndarray) -> _Window:
+        """The medians of (steps, ranks, numbers) and (steps, ranks)."""
+        if (work == work[:, :1]).all():
+            return _window(rows, work, self._roles)
+        # What time follows work is learned from all ranks, and then again from those that are not in question.
+        share = share_by_work(rows[..., OWN], work, self._roles)
+        load, reference = self._compared(_window(rows, 1 + share * (work - 1), self._roles).load, keep=False)
+        suspect = int(np.argmax(load / np.maximum(reference, 1e-12)))
+        share = share_by_work(rows[..., OWN], work, self._roles, without=suspect)
+        return _window(rows, 1 + share * (work - 1), self._roles)
 
     def _judge(self, number: int, window: _Window) -> StragglerVerdict:
         load, reference = self._compared(window.load)
@@ -161,8 +173,7 @@ class Stragglers:
         reference, found = np.ones(len(load)), load.copy()
         for role in np.unique(self._roles[~self._alone]):
             ranks = np.flatnonzero(self._roles == role)
-            for rank in ranks:
-                reference[rank] = np.median(load[ranks[ranks != rank]])
+            reference[ranks] = median_of_others(load[ranks])
         if self._alone.any() and keep:
             if self._first is None:
                 self._first = load.copy()
@@ -227,8 +238,8 @@ class Stragglers:
         return np.divide(window.raw, window.load, out=np.ones_like(window.raw), where=window.load > 0)
 
 
-def _window(rows: np.ndarray, work: np.ndarray) -> _Window:
-    """The medians of (steps, ranks, numbers) and (steps, ranks)."""
+def _window(rows: np.ndarray, work: np.ndarray, roles: np.ndarray) -> _Window:
+    """The medians of (steps, ranks, numbers); `work` (steps, ranks): what the ranks' own time is divided by."""
 
     def of(part: TimePart) -> np.ndarray:
         return rows[..., AT[part]]
@@ -248,7 +259,7 @@ def _window(rows: np.ndarray, work: np.ndarray) -> _Window:
     return _Window(
         load=median,
         raw=np.median(raw, 0),
-        scatter=_MAD * np.median(np.abs(load - median), 0),
+        scatter=_scatter(load, roles),
         seconds=float(np.median(rows[..., SECONDS].mean(1))),
         causes={
             reason: np.mean(values, 0) if reason == Reason.GC else np.median(values, 0)
@@ -257,3 +268,18 @@ def _window(rows: np.ndarray, work: np.ndarray) -> _Window:
         lost=np.median(of(TimePart.CONTENTION), 0),
         links=delay_matrix(rows),
     )
+
+
+def _scatter(load: np.ndarray, roles: np.ndarray) -> np.ndarray:
+    """(ranks,) what the loads (steps, ranks) scatter against those of their peers in the same step: what slows all of
+    them in a step says nothing about any. Of a rank without peers, against the others, each over its own median."""
+    usual = np.median(load, 0)
+    against = load - usual
+    if load.shape[1] > 1:
+        relative = load / np.where(usual > 0, usual, 1.0)
+        against = (relative - median_of_others(relative)) * usual
+    for role in np.unique(roles):
+        ranks = np.flatnonzero(roles == role)
+        if len(ranks) > 1:
+            against[:, ranks] = load[:, ranks] - median_of_others(load[:, ranks])
+    return _MAD * np.median(np.abs(against - np.median(against, 0)), 0)

@@ -49,7 +49,7 @@ class StepRows:
     rows: np.ndarray
 
 
-def _open_schedule() -> int | None:
+def open_schedule() -> int | None:
     """What the kernel counts of this very thread; none where it does not."""
     try:
         return os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
@@ -107,7 +107,7 @@ class RowExchange:
         self._headers = {other: map_header(rings[other]) for other in wanted if other != rank}
         self._headers[rank] = recorder.memory[:HEADER_BYTES]
         self._prefix = f"rows-{epoch}"
-        self._schedule = _open_schedule()
+        self._schedule = open_schedule()
         self._queued = queued_ns(self._schedule)
         self._own: StepRows | None = None
         self._far: dict[int, dict[int, np.ndarray]] = {}

@@ -128,19 +128,21 @@ def _in_writer(begin: Callable[[], bool], seconds: float = _LONG_S, only: str = 
 
 
 def _in_passes(factor: float, begin: Callable[[], bool]) -> None:
-    """Every pass also waits, as for a device, and takes `factor` times as long as it would."""
+    """Every pass also waits, as for a device, and takes `factor` times as long as it would: what the thread computes,
+    and what it waits for a core, as on a machine with fewer cores than ranks it does for as long again."""
     from pentad.trainer import step as trainer_step
+    from pentad.trainer.metrics.rows import open_schedule, queued_ns
 
-    execute = trainer_step.execute
+    execute, schedule = trainer_step.execute, open_schedule()
 
     def slow(ops: Any, handlers: Any, *rest: Any) -> None:
         wait = _PASSES_S / sum(op.kind.computes for op in ops)
 
         def taking(handler: Callable[[Any], None]) -> Callable[[Any], None]:
             def run(op: Any) -> None:
-                begun = time.thread_time()
+                begun, queued = time.thread_time(), queued_ns(schedule)
                 handler(op)
-                own = time.thread_time() - begun
+                own = time.thread_time() - begun + (queued_ns(schedule) - queued) / 1e9
                 time.sleep(wait + (factor - 1) * (wait + own))
 
             return run

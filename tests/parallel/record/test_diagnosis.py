@@ -98,8 +98,8 @@ class _Rank:
 def _is_met(ranks: list[_Rank], call: Call, me: int) -> bool:
     """Whether all have come to a call."""
     if call.peer >= 0:
-        other = "receive" if call.kind == "send" else "send"
-        return call.kind == "send" or ranks[call.peer].counts.get((call.axis, other), 0) > call.seq
+        sent = [c for c in ranks[call.peer].calls if (c.kind, c.axis, c.seq) == ("send", call.axis, call.seq)]
+        return call.kind == "send" or any(c.nbytes == call.nbytes for c in sent)
     theirs = [c for r in _members(me, call.axis) for c in ranks[r].calls if (c.key, c.seq) == (call.key, call.seq)]
     # Where sizes differ, whoever reads gives up.
     return len(theirs) == len(_members(me, call.axis)) and len({c.nbytes for c in theirs}) == 1
@@ -188,6 +188,18 @@ def test_another_size_is_told_from_the_peers() -> None:
         verdict = diagnose(stands, PLACES, impatient=True)
         assert verdict is not None
         assert (verdict.kind, verdict.ranks) == ("other size", (victim,)), (victim, place, verdict)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("send", "other size"), ("receive", "receive without send")])
+def test_of_a_transfer_whose_ends_differ_the_one_is_named_that_was_otherwise_before(kind: str, said: str) -> None:
+    for victim, place in ((v, p) for v in range(WORLD) for p, call in enumerate(_program(v)) if call.kind == kind):
+        stands = {stand.rank: stand for stand in _play("size", victim, 1, place, victim)}
+        gave_up = victim if kind == "receive" else victim ^ (TP * DP)  # whoever reads
+        stands[gave_up] = replace(stands[gave_up], condition=Condition.LOST)
+        stands = {rank: replace(stand, late=False) for rank, stand in stands.items()}
+        verdict = diagnose(stands, PLACES)
+        assert verdict is not None
+        assert (verdict.kind, verdict.ranks) == (said, (victim,)), (victim, place, verdict)
 
 
 def test_ranks_that_wait_for_one_that_may_take_its_time_are_not_hung() -> None:

@@ -86,6 +86,17 @@ def test_more_work_is_an_imbalance_and_slow_work_is_not() -> None:
     assert slow.rank == 0 and slow.reason == Reason.COMPUTE and slow.confirmed
 
 
+def test_time_that_does_not_follow_the_work_makes_nobody_slow_and_hides_nobody() -> None:
+    draws = np.random.default_rng(7)
+    stragglers, found = Stragglers([0] * 8), []
+    for step in range(100):
+        work = np.array([1.1, 0.8, 0.85, 1.1, 1.3, 0.8, 1.05, 1.0]) + 0.1 * draws.standard_normal(8)
+        verdict = stragglers.step(step + 1, _rows(draws, _slow(8, 6, 1.1)), work)
+        found += [] if verdict is None else [verdict]
+    assert [(verdict.rank, verdict.reason) for verdict in found] == [(6, Reason.COMPUTE)] * 5
+    assert found[-1].confirmed and np.delete(found[-1].scores, 6).min() > 0.97
+
+
 @pytest.mark.parametrize(
     ("cause", "reason"),
     [("data", Reason.DATA), ("dp", Reason.NETWORK), ("gc", Reason.GC), ("contention", Reason.CONTENTION)],
