@@ -12,6 +12,7 @@ ROOMS = (
     "configs",
     "models.costs",
     "parallel.pipeline",
+    "launch.supervise.guardian",
     "launch.supervise.watcher",
     "launch.verbs.diagnose",
     "parallel.record",

@@ -125,6 +125,7 @@ WAITS = {
     "launch/slurm/queue.py": {"": LAUNCHER},
     "launch/slurm/snapshot.py": {"": LAUNCHER},
     "launch/supervise/agent.py": {"": LAUNCHER},
+    "launch/supervise/fork_server.py": {"": LAUNCHER},
     "launch/supervise/supervisor.py": {"": LAUNCHER},
     "launch/supervise/watch_link.py": {"": LAUNCHER},
     "launch/supervise/watched.py": {"": LAUNCHER},

@@ -47,7 +47,7 @@ def train(config: str, overrides: Sequence[str], *, fresh: bool = False, imports
     cuda = uses_gpus(cfg, ranks)
     claim(cfg, fresh=fresh, config=config).close()  # rank 0 takes the folder again, and keeps it while it lives
     with tempfile.TemporaryDirectory(prefix="pentad-") as folder:
-        worker = ["-m", "pentad.launch.supervise.worker", folder, *import_arguments(), config, *overrides]
+        worker = ["pentad.launch.supervise.worker", folder, *import_arguments(), config, *overrides]
         try:
             environment = rank_environment(ranks, cuda=cuda)
             code = supervise(Path(folder), ranks, worker, environment, watch=cfg.faults.watch)

@@ -30,42 +30,47 @@ _CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
 
 
 def supervise(folder: Path, ranks: int, worker: list[str], env: dict[str, str], *, watch: bool = False) -> int:
-    """Starts the ranks through torchrun's agent, passes signals on, and says why they failed if they did.
+    """Starts the ranks through torchrun's agent, passes signals on, and says why they failed if they did. Where the
+    system has what it needs for that, the agent's children are guardians, and one process forks all ranks.
 
     Args:
         folder: an empty folder, shared with agent and ranks.
         ranks: how many.
-        worker: arguments of the Python interpreter that make a rank (`launch.supervise.worker`).
+        worker: module and arguments that make a rank (`launch.supervise.worker`).
         env: its environment.
         watch: whether a watcher looks after them.
 
     Returns:
         The exit code of the whole job.
     """
-    with _caught_signals() as caught, _watcher(folder, watch) as watcher:
-        command = [sys.executable, "-m", "pentad.launch.supervise.agent", str(folder), str(ranks), *worker]
+    with _caught_signals() as caught, _watcher(folder, watch) as watcher, _fork_server(folder, env) as forks:
+        guardian = ["pentad.launch.supervise.guardian", str(folder)] if forks is not None else []
+        command = ["-m", "pentad.launch.supervise.agent", str(folder), str(ranks), "-m", *guardian, *worker]
         # A session of its own: Ctrl-C reaches only this process, which decides who gets it.
-        agent = subprocess.Popen(command, env=env, start_new_session=True)
+        agent = subprocess.Popen([sys.executable, *command], env=env, start_new_session=True)
         ended: set[int] = set()
         try:
-            ended = _wait(agent, folder, ranks, caught)
+            ended = _wait(agent, forks, folder, ranks, caught)
         finally:
             if agent.poll() is None:
                 if watcher is not None:
                     watcher.kill()  # it must not take what follows for a fault
-                _kill(agent, folder)
+                _kill(agent, forks, folder)
         verdict = _verdict(folder)
         if verdict is not None and len(caught) < 2:
             return _judged(folder, verdict)
         if agent.returncode == 0:
             return 0
-        if agent.returncode < 0 and len(caught) < 2:
-            return _without_agent(folder, -agent.returncode, caught)
+        for process, what in ((forks, "the ranks' fork server"), (agent, "torchrun's agent, which starts the ranks,")):
+            if process is not None and (process.poll() or 0) < 0 and len(caught) < 2:
+                return _without(what, folder, -process.returncode, caught)
     exits = {rank: code for rank, code in _exits(folder).items() if rank not in ended}
     return _account(folder, exits, agent.returncode, caught)
 
 
-def _wait(agent: subprocess.Popen[bytes], folder: Path, ranks: int, caught: list[int]) -> set[int]:
+def _wait(
+    agent: subprocess.Popen[bytes], forks: subprocess.Popen[bytes] | None, folder: Path, ranks: int, caught: list[int]
+) -> set[int]:
     """Until the agent ends or has to be killed.
 
     Returns:
@@ -80,6 +85,8 @@ def _wait(agent: subprocess.Popen[bytes], folder: Path, ranks: int, caught: list
             if handled > 1:
                 return ended
             _stop(agent, folder, ranks)
+        if forks is not None and forks.poll() is not None:
+            agent.send_signal(signal.SIGQUIT)  # it starts nothing more, and ends
         if not said and (verdict := _verdict(folder)) is not None:
             said, deadline = True, time.monotonic() + GRACE_S
             _say(verdict)
@@ -105,6 +112,22 @@ def _watcher(folder: Path, wanted: bool) -> Iterator[subprocess.Popen[bytes] | N
         yield process
     finally:
         process.kill()
+        process.wait()
+
+
+@contextmanager
+def _fork_server(folder: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes] | None]:
+    """The process that forks the ranks, inside the block; none that it has forked is there after it."""
+    if sys.platform != "linux":
+        yield None
+        return
+    command = [sys.executable, "-m", "pentad.launch.supervise.fork_server", str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -139,10 +162,11 @@ def _judged(folder: Path, verdict: Verdict) -> int:
     return first.exit_code if first is not None else verdict.code
 
 
-def _without_agent(folder: Path, number: int, caught: list[int]) -> int:
-    """After somebody killed the agent: its ranks notice, save and end. Waits for them; the job's exit code."""
+def _without(what: str, folder: Path, number: int, caught: list[int]) -> int:
+    """After somebody killed the agent or the ranks' parent: the ranks notice, save and end. Waits for them; the job's
+    exit code."""
     name = signal.Signals(number).name
-    message = f"torchrun's agent, which starts the ranks, was killed by {name}; the ranks save and end"
+    message = f"{what} was killed by {name}; the ranks save and end"
     print(f"error: {message}; go on with checkpoint.resume=latest", file=sys.stderr, flush=True)
     asked = len(caught)
     while any(process.alive for process in processes(folder).values()):
@@ -173,18 +197,21 @@ def _stop(agent: subprocess.Popen[bytes], folder: Path, ranks: int) -> None:
         agent.send_signal(signal.SIGQUIT)
 
 
-def _kill(agent: subprocess.Popen[bytes], folder: Path) -> None:
+def _kill(agent: subprocess.Popen[bytes], forks: subprocess.Popen[bytes] | None, folder: Path) -> None:
     """Kills agent and ranks, also those that have only just started and have not left their process id yet."""
-    with suppress(ProcessLookupError):
-        os.kill(agent.pid, signal.SIGSTOP)  # it starts no more of them
+    parents = [process for process in (agent, forks) if process is not None]
+    for process in parents:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGSTOP)  # it starts no more of them
     ranks = {Identity(process.pid, process.started) for process in processes(folder).values() if process.alive}
-    ranks.update(children(agent.pid))
+    ranks.update(child for process in parents for child in children(process.pid))
     for rank in ranks:
         with suppress(ProcessLookupError):
             os.kill(rank.pid, signal.SIGKILL)
-    with suppress(ProcessLookupError):
-        os.killpg(agent.pid, signal.SIGKILL)
-    agent.wait()
+    for process in parents:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     until = time.monotonic() + _DYING_S
     while time.monotonic() < until and any(runs(rank) for rank in ranks):
         time.sleep(POLL_S)

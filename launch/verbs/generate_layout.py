@@ -42,7 +42,6 @@ def answers_in_layout(run: Path, checkpoint: Path, prompts: list[list[int]], tex
         (folder / REQUEST).write_text(json.dumps({"prompts": texts, "count": count}))
         ranks = world_size(cfg)
         worker = [
-            "-m",
             "pentad.launch.supervise.sample_worker",
             str(folder / "ranks"),
             *import_arguments(),

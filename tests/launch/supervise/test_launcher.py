@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def _supervise(folder: Path, how: str) -> int:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return supervise(folder, 2, ["-m", "tests.launch.supervise.workers", str(folder), how], environment)
+    return supervise(folder, 2, ["tests.launch.supervise.workers", str(folder), how], environment)
 
 
 @pytest.mark.sample(1)
@@ -97,19 +97,21 @@ def test_a_rank_that_has_not_announced_itself_is_ended_with_the_job(
 
 
 @pytest.mark.distributed
-def test_ranks_save_and_are_waited_for_when_the_agent_is_killed(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("module", "words"), [("agent", "torchrun's agent"), ("fork_server", "fork server")])
+def test_ranks_save_and_are_waited_for_when_what_started_them_is_killed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, module: str, words: str
 ) -> None:
-    agents: list[subprocess.Popen[Any]] = []
+    started: list[subprocess.Popen[Any]] = []
 
-    def remembered(*args: Any, **named: Any) -> subprocess.Popen[Any]:
-        agents.append(_POPEN(*args, **named))
-        return agents[-1]
+    def remembered(command: list[str], **named: Any) -> subprocess.Popen[Any]:
+        process = _POPEN(command, **named)
+        started.extend([process] if f"pentad.launch.supervise.{module}" in command else [])
+        return process
 
     def kill_when_ready() -> None:
         for _ in range(600):
             if len(list(tmp_path.glob("pid.*[0-9]"))) == 2:
-                agents[0].kill()
+                started[0].kill()
                 return
             time.sleep(0.05)
 
@@ -117,7 +119,7 @@ def test_ranks_save_and_are_waited_for_when_the_agent_is_killed(
     threading.Thread(target=kill_when_ready, daemon=True).start()
     assert _supervise(tmp_path, "orphan") == 128 + signal.SIGKILL
     (line,) = capfd.readouterr().err.splitlines()
-    assert "agent" in line and "killed by SIGKILL" in line and "checkpoint.resume=latest" in line
+    assert words in line and "killed by SIGKILL" in line and "checkpoint.resume=latest" in line
     assert sorted(file.name for file in tmp_path.glob("saved.*")) == ["saved.0", "saved.1"]
 
 

@@ -1,0 +1,229 @@
+"""A node's fork server: `python -m pentad.launch.supervise.fork_server FOLDER`.
+
+It imports torch and all of Pentad once, and forks ranks from what it is then: a rank is there in 10 ms instead of
+seconds of a core's time each. Until it forks it starts no thread, touches no device and runs no parallel loop, none of
+which would survive a fork; what depends on the environment when a library is loaded (OMP_NUM_THREADS, GLIBC_TUNABLES)
+must be in its own. It is the parent of the ranks, and tells each rank's guardian how the rank has ended.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import runpy
+import select
+import signal
+import sys
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ...configs.strict_json import JsonError, expect_int, expect_list, expect_object, expect_text, parse_json
+from ...trainer.processes.leaving import leave
+from .fork_protocol import Wire, listen
+
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
+_WARM = ("pentad.trainer.run", "pentad.launch.supervise.worker")
+"""What every rank imports."""
+_KEPT_S = 1.0
+"""For which a process that has ended is not reaped: its node's watcher reads there how it ended."""
+_LOOK_S = 1.0
+
+
+@dataclass(eq=False)
+class Child:
+    """A process that was forked, and the guardian that waits for it.
+
+    Args:
+        pid: its id.
+        wire: to its guardian; None: that is gone.
+        stopped: whether it was asked to stop.
+        ended: when it was seen to have ended.
+    """
+
+    pid: int
+    wire: Wire | None
+    stopped: bool = False
+    ended: float = field(default=0.0)
+
+    def send(self, number: int) -> None:
+        """Sends it a signal."""
+        self.stopped = self.stopped or number in (signal.SIGTERM, signal.SIGQUIT)
+        if not self.ended:
+            os.kill(self.pid, number)  # ours and not reaped: nobody else has this id
+
+
+class _Forked(Exception):
+    """Raised in the new process, which leaves all of the server behind."""
+
+    def __init__(self, request: _Request, streams: list[int]) -> None:
+        super().__init__()
+        self.request, self.streams = request, streams
+
+
+class ForkServer:
+    """Forks for whoever asks in a folder, until the one that has started this process is gone and all have ended.
+
+    Args:
+        folder: of the job on this node.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._listener = listen(folder)
+        self._parent = os.getppid()
+        self._wires: list[Wire] = []
+        self._children: list[Child] = []
+        self._woken, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(write)
+
+    def run(self) -> None:
+        """Serves.
+
+        Raises:
+            _Forked: in each new process.
+        """
+        while self._children or os.getppid() == self._parent:
+            wait_s = _KEPT_S / 4 if any(child.ended for child in self._children) else _LOOK_S
+            ready, _, _ = select.select([self._listener, self._woken, *self._wires], [], [], wait_s)
+            if self._woken in ready:
+                os.read(self._woken, 4096)
+            if self._listener in ready:
+                self._wires.append(Wire(self._listener.accept()[0]))
+            for wire in [wire for wire in self._wires if wire in ready]:
+                try:
+                    for message in wire.read():
+                        self._hear(wire, expect_object(parse_json(message), "a message"))
+                except (ConnectionError, JsonError):
+                    self._lost(wire)
+            self._look()
+
+    def _hear(self, wire: Wire, message: dict[str, Any]) -> None:
+        if "run" in message:
+            child = Child(self._fork(_Request.load(message), wire), wire)
+            self._children.append(child)
+            return
+        number = expect_int(expect_object(message, "a message", ("signal",))["signal"], "signal", 1, 64)
+        for child in self._children:
+            if child.wire is wire:
+                child.send(number)
+
+    def _lost(self, wire: Wire) -> None:
+        """A guardian is gone: its rank saves and ends, or ends at once if it was asked to already."""
+        self._wires.remove(wire)
+        wire.close()
+        for child in self._children:
+            if child.wire is wire:
+                child.wire = None
+                child.send(signal.SIGKILL if child.stopped else signal.SIGTERM)
+
+    def _look(self) -> None:
+        """Tells guardians whose ranks have ended, and reaps these a little later."""
+        now = time.monotonic()
+        for child in list(self._children):
+            if not child.ended:
+                found = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if found is None:
+                    continue
+                child.ended = now
+                if child.wire is not None:
+                    child.wire.send(code=found.si_status if found.si_code == os.CLD_EXITED else -found.si_status)
+            elif now - child.ended > _KEPT_S:
+                os.waitpid(child.pid, 0)
+                self._children.remove(child)
+
+    def _fork(self, request: _Request, wire: Wire) -> int:
+        """The new process's id."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # none of its signals is to meet our handlers
+        pid = os.fork()
+        if not pid:
+            raise _Forked(request, wire.fds)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+        return pid
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is to run.
+
+    Args:
+        command: module and arguments.
+        env, cwd, cpus: of the process.
+    """
+
+    command: list[str]
+    env: dict[str, str]
+    cwd: str
+    cpus: list[int]
+
+    @staticmethod
+    def load(message: dict[str, Any]) -> _Request:
+        known = expect_object(message, "a request", ("run", "env", "cwd", "cpus"))
+        return _Request(
+            [expect_text(each, "an argument") for each in expect_list(known["run"], "run")],
+            {name: expect_text(value, name) for name, value in expect_object(known["env"], "env").items()},
+            expect_text(known["cwd"], "cwd"),
+            [expect_int(each, "a CPU", 0) for each in expect_list(known["cpus"], "cpus")],
+        )
+
+
+def _run(forked: _Forked) -> NoReturn:
+    """Makes this process, just forked, `python -m` of the request."""
+    code: object = 1
+    try:
+        _settle(forked)
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as left:
+        code = left.code
+    except BaseException:
+        traceback.print_exc()
+    leave(code if isinstance(code, int) else int(code is not None))
+
+
+def _settle(forked: _Forked) -> None:
+    """Gives this process what is its own, and lets go of what is the server's."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, *_STOPS):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for place, stream in enumerate(forked.streams):
+        os.dup2(stream, place)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=stream is sys.stderr or os.isatty(1))  # pyright: ignore
+    request = forked.request
+    os.environ.clear()
+    os.environ.update(request.env)
+    with suppress(OSError):  # CPUs that were taken away meanwhile
+        os.sched_setaffinity(0, request.cpus)
+    os.chdir(request.cwd)
+    sys.argv = request.command
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+
+
+def main(folder: Path) -> int:
+    """Imports, and serves the folder."""
+    for number in _STOPS:  # it ends with its ranks, and not before
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for module in _WARM:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # a rank's collections need not walk what was imported, nor copy its pages
+    try:
+        ForkServer(folder).run()
+    except _Forked as forked:
+        new = forked
+    else:
+        return 0
+    _run(new)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
