@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..parallel.kernels.upload import upload
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -35,12 +37,12 @@ class Draws:
             return x
         dropped = self._uniform(x, branch + 1) < self.rate
         # Not times a tensor of 0 and 1 / (1 − rate): in half precision that would round the factor of all elements.
-        return (x / (1 - self.rate)).masked_fill(dropped.to(x.device), 0)
+        return (x / (1 - self.rate)).masked_fill(upload(dropped, x.device), 0)
 
     def jitter(self, x: Tensor, width: float, layer: int) -> Tensor:
         """x (n, h), each element times a number between 1 − width and 1 + width."""
         noise = self._uniform(x, layer, 1) * (2 * width) + (1 - width)
-        return x * noise.to(x.device, x.dtype)
+        return x * upload(noise, x.device).to(x.dtype)
 
     def _uniform(self, x: Tensor, *key: int) -> Tensor:
         """Numbers from 0 to 1 for x, on the host."""

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from ..configs.schema import ModelConfig
 from ..parallel.kernels.precision import precise
+from ..parallel.kernels.upload import upload
 from ..parallel.recompute import run_part
 from .functional import swiglu
 from .linear import Linear, project
@@ -353,7 +354,8 @@ class LinearAttention(nn.Module):
         """x (N, h) → (N, h)."""
         q, k, v, g, gate = run_part("attention", partial(self.heads, seq.batch), x)
         documents, joined = (
-            None if y is None else y.to(x.device) for y in (seq.layout.mine.documents, seq.layout.joined)
+            None if y is None else seq.layout.once(upload, y, x.device)
+            for y in (seq.layout.mine.documents, seq.layout.joined)
         )
         y = gated_linear_attention(q, k, v, g, documents, joined, chunk=self.chunk, neighbours=self.neighbours)
         y = run_part("norm", self.head_norm, y)

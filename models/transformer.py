@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..configs.schema import ModelConfig
 from ..parallel.kernels.mask import TokenLayout
+from ..parallel.kernels.upload import Constant, upload
 from ..parallel.recompute import run_part
 from ..parallel.vocab import Look, look_up, whole_vocabulary
 from .attention import Attention
@@ -123,7 +124,10 @@ class Transformer(nn.Module):
         self.embedding_op, self.head_op = whole_vocabulary(cfg.vocab, cfg.used_vocab)
         self.run_layer: RunLayer = run_layer
         turning = cfg.mla.rope_dim if cfg.mla.kv_rank else cfg.head_dim
-        self._frequencies = frequencies(cfg.rope, turning) if cfg.position == "rope" else None
+        self._frequencies: tuple[Constant, float] | None = None
+        if cfg.position == "rope":
+            freq, factor = frequencies(cfg.rope, turning)
+            self._frequencies = Constant(freq), factor
 
     @property
     def embed_weight(self) -> Tensor:
@@ -144,13 +148,13 @@ class Transformer(nn.Module):
         if self._frequencies is not None:
             where = torch.arange(length, device=tokens.device) if positions is None else positions
             freq, factor = self._frequencies
-            cos, sin = angles(freq.to(tokens.device), factor, where, dtype)
+            cos, sin = angles(freq.on(tokens.device), factor, where, dtype)
         layout = inputs.layout or TokenLayout.whole(length, inputs.documents)
         rows = places = None
         if self.cfg.moe.experts:
             sequence = torch.arange(batch, device=tokens.device)[:, None]
             whole = layout.length
-            everywhere = sequence * whole + layout.mine.order.to(tokens.device)
+            everywhere = sequence * whole + layout.once(upload, layout.mine.order, tokens.device)
             places = self.embedding_op.local_tokens(everywhere.reshape(-1))
             rows = places // whole
         return Sequences(batch, length, cos, sin, layout, rows, inputs.share, places=places)

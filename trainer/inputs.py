@@ -14,6 +14,7 @@ from ..models.sequences import Inputs
 from ..parallel.comm.mesh import Mesh
 from ..parallel.context.layout import deal_of
 from ..parallel.kernels.mask import TokenLayout
+from ..parallel.kernels.upload import upload
 from ..parallel.labels import IGNORED
 from .data.dataset import Microbatch
 
@@ -55,21 +56,22 @@ class InputMaker:
         """
         share = self.cfg.train.micro_batch / self.cfg.train.global_batch if step >= 0 else 0.0
         depth = self.cfg.model.mtp
-        labels = ahead(batch.labels, depth) if depth and step >= 0 else batch.labels
+        # What the device computes with: only that, in few copies. Documents stay here, where masks are planned.
+        tokens, labels = upload(batch.tokens, self.device), upload(batch.labels, self.device)
+        positions = None if batch.positions is None else upload(batch.positions, self.device)
+        labels = ahead(labels, depth) if depth and step >= 0 else labels
         layout = self._layout(batch)
         if layout is None:
-            # Documents stay on the host, where masks are planned.
-            moved, draws = batch.to(self.device), self._draws(batch, step, torch.arange(batch.tokens.numel()))
-            labels = labels.to(self.device)
-            return Inputs(moved.tokens, labels, scale, moved.positions, batch.documents, draws, share)
+            draws = self._draws(batch, step, torch.arange(batch.tokens.numel()))
+            return Inputs(tokens, labels, scale, positions, batch.documents, draws, share)
         order = layout.mine.order.expand(len(batch.tokens), -1)
-        positions = order if batch.positions is None else batch.positions.gather(1, order)
         places = order + torch.arange(len(order))[:, None] * batch.tokens.shape[1]
+        mine = layout.once(upload, layout.mine.order, self.device).expand(len(batch.tokens), -1)
         return Inputs(
-            batch.tokens.gather(1, order).to(self.device),
-            labels.gather(-1, order.expand(labels.shape[:-1] + order.shape[-1:])).to(self.device),
+            tokens.gather(1, mine),
+            labels.gather(-1, mine.expand(labels.shape[:-1] + mine.shape[-1:])),
             scale,
-            positions.to(self.device),
+            mine if positions is None else positions.gather(1, mine),
             None,  # the layout has them
             self._draws(batch, step, places.reshape(-1)),
             share,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.mask import TokenIndex
+from ..kernels.upload import upload
 
 
 class GatheredTokens:
@@ -54,7 +55,7 @@ class GatheredTokens:
             place = self._place
             consecutive = torch.equal(place, torch.arange(place.shape[1]).expand_as(place))
             by_rank = place.argsort(1).unflatten(1, (self._ranks, -1)).transpose(0, 1)
-            self._indices[device] = None if consecutive else by_rank.contiguous().to(device)
+            self._indices[device] = None if consecutive else upload(by_rank.contiguous(), device)
         return self._indices[device]
 
 

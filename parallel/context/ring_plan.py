@@ -21,14 +21,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.mask import Mask, TokenIndex, TokenLayout
+from ..kernels.mask import Mask, Remembers, TokenIndex, TokenLayout
+from ..kernels.upload import upload
 
 _NEVER = 1 << 62
 """Order of a row that only fills up a batch: no query comes after it."""
 
 
 @dataclass(frozen=True)
-class RowSelection:
+class RowSelection(Remembers):
     """Some of n rows of each sequence, in their order, in equally many columns.
 
     Args:
@@ -68,7 +69,7 @@ class RowSelection:
         """(B, n, …) → (B, count, …); a view where rows are neighbours; anything in the padding."""
         if self.index is None:
             return x[:, self.start : self.start + self.count]
-        index = self.index.to(x.device)
+        index = self.once(upload, self.index, x.device)
         if len(index) == 1:
             return x.index_select(1, index[0])
         return x[torch.arange(len(x), device=x.device)[:, None], index]
@@ -76,11 +77,11 @@ class RowSelection:
     def put(self, x: Tensor, part: Tensor, *, add: bool = False) -> None:
         """Writes, or adds, (B, count, …) without the padding into the rows of x (B, n, …)."""
         if self.filled is not None:
-            sequences, columns, rows = (y.to(x.device) for y in self.filled)
+            sequences, columns, rows = (self.once(upload, y, x.device) for y in self.filled)
             # Padding points at some row too: written there, it would overwrite or add to a real one.
             part, at = part[sequences, columns], (sequences, rows)
         elif self.index is not None:
-            index = self.index.to(x.device)
+            index = self.once(upload, self.index, x.device)
             at = (torch.arange(len(x), device=x.device)[:, None], index.expand(len(x), -1))
         else:
             at = (slice(None), slice(self.start, self.start + self.count))

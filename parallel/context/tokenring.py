@@ -25,6 +25,7 @@ from ..comm.mesh import Axis, Mesh
 from ..kernels.attention import differentiable
 from ..kernels.interfaces import AttentionCall, LocalAttention
 from ..kernels.merge import merge_, row_sums
+from ..kernels.upload import upload
 from .packed_tensors import Like, PackedTensors
 from .ring_plan import RingPlan, RingPlans, RowSelection
 from .ring_transfer import Lines, RingTransfer, finish
@@ -186,7 +187,7 @@ def _differentiate(
             sums, delta, x, theirs = (stop.used.take(part) for part in parts)
             if stop.used.padding is not None:
                 # The probabilities of what only fills up are 0 then.
-                sums = sums.masked_fill(stop.used.padding.to(sums.device)[..., None], float("inf"))
+                sums = sums.masked_fill(stop.used.once(upload, stop.used.padding, sums.device)[..., None], float("inf"))
             y = _stand_in(theirs, delta).to(x.dtype)
             dx, dkeys, dvalues = course.local.backward(
                 theirs, x, k[:, keys], v[:, keys], y, sums.transpose(1, 2), course.table.masks[step], course.scale

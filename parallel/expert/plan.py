@@ -19,6 +19,7 @@ from torch import Tensor
 from ..comm.collectives import all_gather, all_to_all
 from ..comm.mesh import Axis
 from ..grouped_projection import Groups
+from ..kernels.upload import upload
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def by_capacity(ids: Tensor, capacity: int, experts: int, ep: Axis, etp: Axis, c
     spans = [(low, high - low) for low, high in pairwise(bounds)]
     base = [(experts - 1) * low + c for low, width in spans for c in range(low, low + width)]
     stride = [width for _, width in spans for _ in range(width)]
-    table = torch.tensor([base, stride]).to(device, non_blocking=True)
+    table = upload(torch.tensor([base, stride]), device)
     fits = (key >= 0) & (position < capacity)
     at = position.clamp(max=capacity - 1)
     row = torch.where(fits, table[0].index_select(0, at) + key * table[1].index_select(0, at), -1)
@@ -171,7 +172,7 @@ def _sorted(ids: Tensor, experts: int, sizes: list[int]) -> tuple[Tensor, Tensor
     if len(sizes) > 1:
         chunk = torch.repeat_interleave(
             torch.arange(len(sizes), device=ids.device),
-            torch.tensor(sizes).to(ids.device, non_blocking=True),
+            upload(torch.tensor(sizes), ids.device),
             output_size=ids.shape[0],
         )
         keys = keys + chunk.unsqueeze(1) * width

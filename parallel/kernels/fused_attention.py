@@ -19,6 +19,7 @@ from .fused_kernels import Kernel
 from .mask import Mask, TokenIndex
 from .merge import merge
 from .precision import precise
+from .upload import upload
 
 _MASKED_ROWS = 512
 """Queries per block with a mask."""
@@ -119,8 +120,8 @@ def _sequence(rows: TokenIndex, index: int) -> TokenIndex:
 
 
 def _on(rows: TokenIndex, device: torch.device) -> TokenIndex:
-    documents = None if rows.documents is None else rows.documents.to(device)
-    return TokenIndex(rows.order.to(device), documents)
+    documents = None if rows.documents is None else upload(rows.documents, device)
+    return TokenIndex(upload(rows.order, device), documents)
 
 
 def _device_mask(queries: TokenIndex, keys: TokenIndex, window: int | None, device: torch.device) -> Mask:

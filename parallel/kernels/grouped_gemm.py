@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ...configs.errors import UserError
 from ...configs.validation.kernels import bmm_problem, grouped_mm_problem
+from .upload import upload
 from .weight_products import add, add_product, add_products, is_exact
 
 _NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -39,10 +40,7 @@ class Groups:
     def ends(self, device: torch.device) -> Tensor:
         """(E,) int32 on the device: the last row + 1 of each expert; copied there once."""
         if device not in self._ends:
-            ends = torch.tensor(self.counts).cumsum(0).int()
-            if device.type == "cuda":
-                ends = ends.pin_memory().to(device, non_blocking=True)
-            self._ends[device] = ends
+            self._ends[device] = upload(torch.tensor(self.counts).cumsum(0).int(), device)
         return self._ends[device]
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class _Remembers:
+class Remembers:
     """Keeps what follows from it and all layers need to know."""
 
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -61,7 +61,7 @@ class TokenIndex:
 
 
 @dataclass(frozen=True)
-class TokenLayout(_Remembers):
+class TokenLayout(Remembers):
     """How the tokens of a microbatch are dealt out: every rank of the context axis knows every rank's rows.
 
     Args:
@@ -87,7 +87,7 @@ class TokenLayout(_Remembers):
         """This rank's rows."""
         return self.ranks[self.rank]
 
-    @property
+    @cached_property
     def joined(self) -> Tensor | None:
         """(B,) whether this rank's first tokens go on with documents of the rank before; none: all do, or no such rank.
 
@@ -104,7 +104,7 @@ def _whole(length: int) -> TokenLayout:
 
 
 @dataclass(frozen=True)
-class Mask(_Remembers):
+class Mask(Remembers):
     """Which keys each query may see: those not after it, at most `window` back, of its own document.
 
     Args:

@@ -41,15 +41,6 @@ class Microbatch:
     valid: int
     pairs: float
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Microbatch:
-        """The same microbatch with its tensors on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=non_blocking)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        return dataclasses.replace(self, **moved)
-
     def pin(self) -> Microbatch:
         """The same microbatch in page-locked memory, from which copies to a GPU overlap with compute."""
         return dataclasses.replace(
