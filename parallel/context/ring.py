@@ -27,7 +27,7 @@ from ...configs.schema_parallel import ContextConfig
 from ..comm.collectives import Handle, receive, send
 from ..comm.mesh import Axis, Mesh
 from ..kernels.attention import differentiable
-from ..kernels.interfaces import AttentionCall, LocalAttention
+from ..kernels.interfaces import AttentionCall, LocalAttention, to_be_summed
 from ..kernels.merge import merge_
 from ..kernels.precision import precise
 from .packed_tensors import PackedTensors
@@ -220,7 +220,7 @@ def _differentiate(course: _Direction, saved: _Saved, dq: Tensor, dk: Tensor, dv
             rows = slice(*stop.mine)
             x, theirs, y, sums = saved.q[:, rows], saved.dout[:, rows], saved.out[:, rows], saved.lse[:, :, rows]
             mask = course.table.masks[step]
-            part, *made = course.local.backward(theirs, x, keys, values, y, sums, mask, course.scale)
+            part, *made = to_be_summed(course.local, theirs, x, keys, values, y, sums, mask, course.scale)
             dq[:, rows] += part
             del keys, values, part
         del block

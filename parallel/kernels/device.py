@@ -75,7 +75,7 @@ class Cpu:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv in lse's precision."""
+        """dq, dk, dv, in the operands' type or in lse's."""
         return self.best(q, v, mask).backward(dout, q, k, v, out, lse, mask, scale)
 
     def best(self, q: Tensor, v: Tensor, mask: Mask) -> LocalAttention:
@@ -102,7 +102,7 @@ class Cuda:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv in lse's precision."""
+        """dq, dk, dv, in the operands' type or in lse's."""
         return self._best(q, v).backward(dout, q, k, v, out, lse, mask, scale)
 
     def _best(self, q: Tensor, v: Tensor) -> LocalAttention:

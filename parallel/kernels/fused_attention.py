@@ -124,6 +124,15 @@ def _on(rows: TokenIndex, device: torch.device) -> TokenIndex:
     return TokenIndex(upload(rows.order, device), documents)
 
 
+def _is_whole(found: list[Piece], q: Tensor, k: Tensor) -> bool:
+    """Whether one block without a mask is all there is: q (B, n, H, d) to k (B, m, K, d)."""
+    if len(found) != 1:
+        return False
+    piece = found[0]
+    rows, keys, sequences = piece.last - piece.first, piece.high - piece.low, piece.end - piece.sequence
+    return not piece.masked and (sequences, rows, keys) == (len(q), q.shape[1], k.shape[1])
+
+
 def _device_mask(queries: TokenIndex, keys: TokenIndex, window: int | None, device: torch.device) -> Mask:
     return Mask(_on(queries, device), _on(keys, device), window)
 
@@ -158,10 +167,13 @@ class Fused:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv in lse's precision."""
+        """dq, dk, dv: of one block as its kernel makes them, of several in lse's precision."""
+        found = mask.once(pieces, mask.queries, mask.keys, mask.window, len(q))
+        if _is_whole(found, q, k):
+            return self.plain.backward(dout, q, k, v, out, lse, found[0].causal, None, scale)
         dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
-        for piece in mask.once(pieces, mask.queries, mask.keys, mask.window, len(q)):
+        for piece in found:
             batch = slice(piece.sequence, piece.end)
             rows, keys = (batch, slice(piece.first, piece.last)), (batch, slice(piece.low, piece.high))
             block = lse[batch, :, piece.first : piece.last]

@@ -25,9 +25,25 @@ class LocalAttention(Protocol):
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv in lse's precision, of these keys' part: `out` and `lse` are those of each query over all keys,
-        wherever these are."""
+        """dq, dk, dv, in the operands' type or in lse's, of these keys' part: `out` and `lse` are those of each query
+        over all keys, wherever these are."""
         ...
+
+
+def to_be_summed(
+    local: LocalAttention,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Mask,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of `local.backward` in lse's precision, to which those of other keys or queries can be added."""
+    dq, dk, dv = local.backward(dout, q, k, v, out, lse, mask, scale)
+    return dq.to(lse.dtype), dk.to(lse.dtype), dv.to(lse.dtype)
 
 
 @dataclass(frozen=True)
