@@ -123,6 +123,7 @@ JOB: tuple[Inert[Config], ...] = (
         lambda c: c.memory.recompute not in ("full", "selective"),
     ),
     Inert(("memory.token_share",), ("memory.recompute",), lambda c: c.memory.recompute not in ("selective", "auto")),
+    Inert(("parallel.data.deepspeed",), ("parallel.data.sharding",), lambda c: c.parallel.data.sharding != "deepspeed"),
     Inert(("parallel.data.bucket_mib",), ("parallel.data.sharding",), lambda c: c.parallel.data.sharding == "fsdp"),
     Inert(
         ("memory.optimizer_stride",),

@@ -17,6 +17,7 @@ from .tables.schedules import is_program
 
 PATHS = (
     "runs_dir",
+    "parallel.data.deepspeed.config",
     "parallel.pipeline.schedule",
     "data.paths",
     "data.weights",
@@ -94,6 +95,10 @@ def _missing(config: Config) -> Iterator[Problem]:
     schedule = config.parallel.pipeline.schedule
     if config.parallel.pp > 1 and schedule is not None and is_program(schedule) and not os.path.isfile(schedule):
         yield _no_file("parallel.pipeline.schedule", schedule)
+    sharing = config.parallel.data
+    own = sharing.deepspeed.config if sharing.sharding == "deepspeed" else None
+    if own is not None and not os.path.isfile(own):
+        yield _no_file("parallel.data.deepspeed.config", own)
     tokenizer = data.tokenizer.path
     if tokenizer is not None and not isinstance(data, TokenizedData) and not os.path.isfile(tokenizer):
         yield _no_tokenizer(tokenizer)

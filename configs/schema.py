@@ -24,7 +24,14 @@ from .schema_data import (
     TokenizerConfig,
 )
 from .schema_model import LinearAttentionConfig, MlaConfig, ModelConfig, MoeConfig, RopeConfig, RouterConfig
-from .schema_parallel import ContextConfig, DataParallelConfig, MemoryConfig, ParallelConfig, PipelineConfig
+from .schema_parallel import (
+    ContextConfig,
+    DataParallelConfig,
+    DeepSpeedConfig,
+    MemoryConfig,
+    ParallelConfig,
+    PipelineConfig,
+)
 from .tables.derived import DERIVED, Derived
 
 __all__ = [
@@ -41,6 +48,7 @@ __all__ = [
     "CosineSchedule",
     "DataConfig",
     "DataParallelConfig",
+    "DeepSpeedConfig",
     "EvalConfig",
     "FaultsConfig",
     "HardwareConfig",

@@ -12,13 +12,30 @@ from .tables.schedules import PROGRAM_SUFFIX, SCHEDULES
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeepSpeedConfig:
+    """What DeepSpeed's engine does; unused with another parallel.data.sharding."""
+
+    stage: Literal[1, 2, 3] | None = None
+    """ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 parameters too; none: that of `config`, else 2."""
+    offload: Literal["none", "optimizer", "all"] | None = None
+    """optimizer: masters and moments lie on the host and are updated there; all (stage 3): parameters lie there too;
+    none: what `config` says, else nothing."""
+    config: str | None = None
+    """Your own DeepSpeed configuration (JSON), which the keys of the job must agree with; `auto` there leaves it to
+    them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataParallelConfig:
     """How replicas share parameters, gradients and optimizer states."""
 
-    sharding: Literal["ddp", "zero1", "fsdp"] = "zero1"
-    """ddp: everything replicated; zero1: optimizer states sharded; fsdp: parameters and gradients too (FSDP2)."""
+    sharding: Literal["ddp", "zero1", "fsdp", "deepspeed"] = "zero1"
+    """ddp: everything replicated; zero1: optimizer states sharded; fsdp: parameters and gradients too (FSDP2);
+    deepspeed: what DeepSpeed's engine shards."""
     bucket_mib: float = 32.0
     """Size of a gradient bucket in MiB of parameters; one bucket is one collective."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """DeepSpeed's engine."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,6 +86,7 @@ WAITS = {
     "parallel/record/files.py": {"sweep": FILES},
     "parallel/record/ring.py": {"_allocate": FILES},
     "parallel/record/vitals.py": {"Heart.close": SHORT, "Heart._run": NOBODY},
+    "parallel/replicas/deepspeed_comm.py": {"": HANDLE},
     "parallel/replicas/fsdp.py": {"": HANDLE},
     "trainer/checkpoint/checkpointer.py": {"Checkpointer._join": ABORT},
     "trainer/checkpoint/team.py": {"Team._wait": ABORT + "; torch's wait follows the completion"},

@@ -18,6 +18,7 @@ from pentad.configs.schema import (
     ConstantSchedule,
     ContextConfig,
     DataParallelConfig,
+    DeepSpeedConfig,
     EvalConfig,
     FaultsConfig,
     HardwareConfig,
@@ -74,6 +75,7 @@ def job(
     memory: dict[str, Any] | None = None,
     sharding: str = "ddp",
     bucket_mib: float = 0.02,
+    deepspeed: dict[str, Any] | None = None,
     optim: str | OptimConfig = "adamw",
     numerics: dict[str, Any] | None = None,
     **train: Any,
@@ -92,7 +94,11 @@ def job(
             etp=etp,
             cp=cp,
             context=ContextConfig(**{"method": "allgather", "placement": "zigzag", **(context or {})}),
-            data=DataParallelConfig(sharding=sharding, bucket_mib=bucket_mib),  # type: ignore[arg-type]
+            data=DataParallelConfig(
+                sharding=sharding,  # type: ignore[arg-type]
+                bucket_mib=bucket_mib,
+                deepspeed=DeepSpeedConfig(**(deepspeed or {})),
+            ),
             pipeline=PipelineConfig(**{"schedule": "1f1b", "chunks": 1, **(pipeline or {})}),
         ),
         memory=MemoryConfig(

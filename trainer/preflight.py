@@ -44,7 +44,14 @@ def preflight(cfg: Config, *, memory: bool = True) -> None:
     Raises:
         UserError: every problem found.
     """
-    problems = [*missing_packages(cfg.log), *missing_devices(cfg), *_folders(cfg), *_disk(cfg), *data_problems(cfg)]
+    problems = [
+        *missing_packages(cfg.log),
+        *_no_deepspeed(cfg),
+        *missing_devices(cfg),
+        *_folders(cfg),
+        *_disk(cfg),
+        *data_problems(cfg),
+    ]
     problems += [*checkpoint_problems(cfg), *_program_problems(cfg)]
     if not problems:
         problems += tier_problems(cfg)
@@ -98,6 +105,14 @@ def missing_packages(cfg: LogConfig) -> list[Problem]:
         for key, (package, extra, without) in _PACKAGES.items()
         if wanted[key] and importlib.util.find_spec(package) is None
     ]
+
+
+def _no_deepspeed(cfg: Config) -> list[Problem]:
+    """That DeepSpeed is asked for and not installed."""
+    key = "parallel.data.sharding"
+    if cfg.parallel.data.sharding != "deepspeed" or importlib.util.find_spec("deepspeed") is not None:
+        return []
+    return [Problem(key, "is deepspeed, which is not installed; install pentad[deepspeed] or set zero1 or fsdp")]
 
 
 def _folders(cfg: Config) -> list[Problem]:

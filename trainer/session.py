@@ -300,7 +300,9 @@ def _stepper(
     peak: Peak | None,
 ) -> Stepper:
     fixed = cfg.train.deterministic
-    optimizer = make_optimizer(cfg.optim, parts.device, place, cfg.memory, mesh=mesh, fixed=fixed)
+    optimizer = make_optimizer(
+        cfg.optim, parts.device, place, cfg.memory, mesh=mesh, fixed=fixed, replicas=parts.replicas
+    )
     if state is not None:
         optimizer.states = state.moments
     replicas = parts.replicas

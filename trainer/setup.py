@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,16 +11,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..configs.errors import Problem, UserError
+from ..configs.reading.deepspeed import engine_config
 from ..configs.schema import Config
 from ..models.mla import LatentAttention
 from ..models.norms import LayerNorm, RmsNorm
 from ..models.parallelize import build_model, initial_values, set_overlap_chunks
+from ..models.sequences import Inputs
 from ..models.transformer import Transformer
 from ..parallel.comm.collectives import all_gather
 from ..parallel.comm.mesh import Degrees, Mesh
 from ..parallel.gradients import WeightGradients, slot_of
 from ..parallel.kernels.fused_norms import apex_norms
 from ..parallel.record import ring
+from ..parallel.replicas.deepspeed import DeepSpeedReplicas
 from ..parallel.replicas.flat import FlatReplicas
 from ..parallel.replicas.protocol import OtherSlices, Replicas, ShardSlice, adopt, expect_uses
 from ..parallel.sharding_rules import Sharding
@@ -129,6 +132,11 @@ class Parts:
     """In which the model holds its parameters."""
 
     @property
+    def engine(self) -> Callable[[Inputs], Tensor] | None:
+        """What is called in place of the whole model, where data parallelism prepares the backward pass in there."""
+        return self.replicas.engine if isinstance(self.replicas, DeepSpeedReplicas) else None
+
+    @property
     def buffers(self) -> dict[str, Tensor]:
         """What the model keeps beside its parameters, by global name."""
         names = self.model.state_dict().keys()
@@ -223,19 +231,7 @@ def make_model(
     if kept is not None and (kept.dtype, kept.where) != (held, where):
         raise OtherSlices("the parameters are cut in another way")
     memory = None if kept is None else kept.memory
-    if fsdp:
-        replicas = _fsdp(model, where, mesh, dtype, memory)
-    else:
-        replicas = FlatReplicas(
-            model,
-            where,
-            mesh,
-            sharded=cfg.parallel.data.sharding == "zero1",
-            bucket_mib=cfg.parallel.data.bucket_mib,
-            kept=memory,
-            masters=None if place is None else place.allocate,
-        )
-        _expect_uses(model, mesh)
+    replicas = _replicas(cfg, model, where, mesh, dtype, memory, place, fsdp=fsdp)
     _use_norms(cfg, model, device)
     if cfg.model.moe.experts and cfg.model.moe.overlap_chunks != "auto":
         set_overlap_chunks(model, cfg.model.moe.overlap_chunks)
@@ -245,6 +241,37 @@ def make_model(
     else:
         replicas.load(initial_values(model, where, cfg.train.seed))
     return parts
+
+
+def _replicas(
+    cfg: Config,
+    model: Transformer,
+    where: dict[str, Sharding],
+    mesh: Mesh,
+    dtype: torch.dtype,
+    memory: dict[str, Tensor] | None,
+    place: StatePlace | None,
+    *,
+    fsdp: bool,
+) -> Replicas:
+    """The model's data parallelism, which takes over `memory` of another one, where there is some."""
+    if fsdp:
+        return _fsdp(model, where, mesh, dtype, memory)
+    if cfg.parallel.data.sharding == "deepspeed":
+        if memory is not None:
+            raise OtherSlices("DeepSpeed's engine takes over no memory")
+        return DeepSpeedReplicas(model, where, mesh, engine_config(cfg))
+    replicas = FlatReplicas(
+        model,
+        where,
+        mesh,
+        sharded=cfg.parallel.data.sharding == "zero1",
+        bucket_mib=cfg.parallel.data.bucket_mib,
+        kept=memory,
+        masters=None if place is None else place.allocate,
+    )
+    _expect_uses(model, mesh)
+    return replicas
 
 
 def _fsdp(

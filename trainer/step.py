@@ -332,6 +332,8 @@ class Stepper:
     def _forward(self, stage: int, index: int, x: Tensor | None) -> Tensor:
         self.replicas.begin_microbatch()
         split, inputs = self.parts.pipeline.split, self.inputs(index)
+        if self.parts.engine is not None:
+            return self.parts.engine(inputs)
         if len(split.layers) == 1:
             return run_stage(self.model, split, stage, x, inputs, self.dtype)
         kept = self._now.sequences

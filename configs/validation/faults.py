@@ -33,11 +33,12 @@ def _limits(config: Config) -> list[Problem]:
 
 def _numerics(config: Config) -> list[Problem]:
     p = config.parallel
-    if not config.faults.numerics.checksums or p.data.sharding != "fsdp" or (p.dp or 1) * p.cp == 1:
+    theirs = p.data.sharding if p.data.sharding in ("fsdp", "deepspeed") else ""
+    if not config.faults.numerics.checksums or not theirs or (p.dp or 1) * p.cp == 1:
         return []
     message = (
-        "fsdp sums gradients in memory of its own, where nobody can look at them; set parallel.data.sharding=zero1, or "
-        "faults.numerics.replicas_every alone"
+        f"{theirs} sums gradients in memory of its own, where nobody can look at them; set "
+        "parallel.data.sharding=zero1, or faults.numerics.replicas_every alone"
     )
     return [Problem("faults.numerics.checksums", message, ("parallel.data.sharding",))]
 
@@ -46,9 +47,15 @@ def _recovery(config: Config) -> list[Problem]:
     """What a job with `faults.recover` cannot be: its ranks leave a mesh and go on in the next with what they have."""
     if not config.faults.recover:
         return []
+    sharding = config.parallel.data.sharding
     rows = (
         ("faults.watch", "true", not config.faults.watch, "needs the watcher, which sees who is lost"),
-        ("parallel.data.sharding", "zero1", config.parallel.data.sharding == "fsdp", "cannot re-form fsdp's groups"),
+        (
+            "parallel.data.sharding",
+            "zero1",
+            sharding in ("fsdp", "deepspeed"),
+            f"cannot re-form {sharding}'s groups",
+        ),
         (
             "memory.offload_optimizer",
             "host",

@@ -13,6 +13,7 @@ from ..schema_data import TokenizedData
 from ..tokenized import META_SUFFIX
 from ..vocabulary import indivisible_vocab, padded
 from .context import validate_context
+from .deepspeed import validate_deepspeed
 from .divisible import indivisible
 from .faults import fault_problems
 from .kernels import validate_kernels
@@ -149,6 +150,7 @@ def validate(config: Config, world_size: int | None = None) -> list[Problem]:
         *validate_context(config),
         *validate_kernels(config),
         *validate_memory(config),
+        *validate_deepspeed(config),
         *_batches(config),
         *_schedule(config),
         *_data(config),

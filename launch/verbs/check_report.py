@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...configs import Config, Problem, UserError
+from ...configs.reading.deepspeed import zero_offload, zero_stage
 from ...configs.schema import AdamWConfig
 from ...configs.tables.layer_parts import LAYER_PARTS
 from ...models.costs.flops import CONVENTION, flops_per_token, flops_per_token_full_attention, parameter_count
@@ -166,6 +167,10 @@ def _precision(cfg: Config) -> str:
     sharded = cfg.parallel.data.sharding
     over = _sharded_over(cfg) if sharded != "ddp" else ""
     states = f"{cfg.optim.name} in {_kept(cfg, precise)}{over}"
+    if sharded == "deepspeed":
+        kinds = ("states", "states and gradients", "parameters, gradients and states")[zero_stage(cfg) - 1]
+        where = {"none": "", "optimizer": ", states on the host", "all": ", all on the host"}[zero_offload(cfg)]
+        return f"DeepSpeed ZeRO {zero_stage(cfg)}: {kinds}{over}, fp32 masters, gathered in {cfg.train.dtype}{where}"
     if sharded == "fsdp":
         return f"{precise} masters{over}, gathered in {cfg.train.dtype}; {states}"
     masters = f"masters in {precise}{over}, " if cfg.train.dtype == "bf16" else ""

@@ -223,7 +223,7 @@ def _kept(kept: Mapping[str, Tensor], key: str, size: int, like: nn.Parameter) -
     return adopt(kept, key, (size,), like.dtype, like.device)
 
 
-def _decays(name: str, sharding: Sharding) -> bool:
+def decays(name: str, sharding: Sharding) -> bool:
     """Matrices do; vectors do not, nor the biases of experts, which are stacked."""
     return len(sharding.placement.global_shape) > 1 and not name.endswith("bias")
 
@@ -253,7 +253,7 @@ def make_buckets(
         buckets.append(make(kind, open_kinds.pop(kind), data=axes[0], partial=axes[1], flat=flat))
 
     for name, param, sharding in reversed(params):
-        kind = BucketKind(sharding.family, sharding.partial, decay=_decays(name, sharding))
+        kind = BucketKind(sharding.family, sharding.partial, decay=decays(name, sharding))
         members = open_kinds.setdefault(kind, [])
         members.append((name, param, sharding))
         if sum(p.numel() * p.element_size() for _, p, _ in members) >= bucket_bytes:

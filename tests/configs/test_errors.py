@@ -189,6 +189,24 @@ WRONG += [
     (["memory.group=2", "parallel.data.sharding=fsdp"], "memory.group", ["2: fsdp", "zero1"]),
 ]
 
+_SHARDING = "parallel.data.sharding"
+_DS, _ENGINE = [f"{_SHARDING}=deepspeed"], "parallel.data.deepspeed"
+WRONG += [
+    ([*_DS, "parallel.tp=1", "parallel.pp=2"], _SHARDING, ["deepspeed", "parallel.pp=2", "zero1"]),
+    ([*_DS, "model.moe.experts=8"], _SHARDING, ["deepspeed", "experts=8", "zero1"]),
+    ([*_DS, "parallel.tp=4", "parallel.dp=1"], _SHARDING, ["parallel.dp=1 x parallel.cp=1", "zero1"]),
+    ([*_DS, "train.dtype=fp64"], "train.dtype", ["deepspeed has no fp64", "bf16"]),
+    ([*_DS, "optim.states=int8"], "optim.states", ["int8", "deepspeed", "bf16"]),
+    ([*_DS, "memory.offload_optimizer=host"], "memory.offload_optimizer", ["host", f"{_ENGINE}.offload=optimizer"]),
+    ([*_DS, "memory.offload_activations=all"], "memory.offload_activations", ["all", "deepspeed", "zero1"]),
+    ([*_DS, "memory.group=2"], "memory.group", ["2: deepspeed", "zero1"]),
+    ([*_DS, "faults.numerics.checksums=true"], "faults.numerics.checksums", ["deepspeed", "zero1"]),
+    ([*_DS, "faults.recover=true"], "faults.recover", ["deepspeed", "zero1"]),
+    ([*_DS, f"{_ENGINE}.offload=all"], f"{_ENGINE}.offload", ["stage 3 only", "this is 2", "stage=3"]),
+    ([*_DS, f"{_ENGINE}.stage=0"], f"{_ENGINE}.stage", ["1, 2, 3", "0"]),
+    ([*_DS, f"{_ENGINE}.config=/no/ds.json"], f"{_ENGINE}.config", ["no such file", "/no/ds.json"]),
+]
+
 
 _EIGHT = ["model.moe.experts=8"]
 _MOE, _ROUTER = "model.moe", "model.moe.router"

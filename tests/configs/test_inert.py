@@ -155,6 +155,12 @@ CASES: list[tuple[list[str], str, list[str], Observe | None]] = [
     (["parallel.pp=2"], f"{PIPE}.vocab_barriers=2", [f"{PIPE}.vocab=balanced"], program),
     ([], f"{CTX}.method=allgather", ["parallel.cp=2"], context),
     (["parallel.data.sharding=fsdp"], "parallel.data.bucket_mib=0.01", ["parallel.data.sharding=zero1"], None),
+    (
+        ["train.dtype=fp32", "parallel.dp=2"],
+        "parallel.data.deepspeed.stage=3",
+        ["parallel.data.sharding=deepspeed"],
+        None,
+    ),
     ([], "memory.host_gib=2", ["memory.offload_activations=all"], None),
     (["memory.offload_activations=all"], "memory.offload_disk=/tmp", ["memory.host_gib=2"], None),
     ([], "memory.optimizer_stride=2", ["memory.offload_optimizer=host"], None),

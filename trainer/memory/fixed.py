@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...configs import Config
+from ...configs.reading.deepspeed import zero_offload, zero_stage
 from ...configs.schema import CODED_STATES, AdamWConfig, SgdConfig
 from ...models.costs.parts import Part
 from ...models.costs.tensors import Cut, Group, ParameterTensor, parameter_tensors
@@ -123,6 +124,8 @@ def held(cfg: Config, pipeline: Pipeline, rank: int, each: float | None = None) 
         return Held(int(each * local), 0, 0, 0, 0, 0, (), local, experts)
     if cfg.parallel.data.sharding == "fsdp" and cfg.parallel.dp * cfg.parallel.cp > 1:
         return _sharded(cfg, tensors, local, experts)
+    if cfg.parallel.data.sharding == "deepspeed":
+        return _engine(cfg, tensors, local)
     width = WIDTHS[cfg.train.dtype]
     precise, buckets = max(4, width), flat_buckets(cfg, tensors)
     whole, shares = (sum(each) for each in ([b.elements for b in buckets], [b.share for b in buckets]))
@@ -150,9 +153,6 @@ def _sharded(cfg: Config, tensors: Sequence[ParameterTensor], local: int, expert
     t, share = cfg.train, cfg.parallel.dp * cfg.parallel.cp
     width, precise = WIDTHS[t.dtype], max(4, WIDTHS[t.dtype])
     kept = local * precise
-    inside = [tensor for tensor in tensors if tensor.group[0] not in ("begin", "end")]
-    layers = {tensor.group[1] for tensor in inside}
-    sizes = [sum(tensor.elements for tensor in inside if tensor.group[1] == layer) for layer in layers]
     accumulates = t.global_batch > t.micro_batch * cfg.parallel.dp
     states, away = state_bytes(cfg, local // share), cfg.memory.offload_optimizer
     return Held(
@@ -160,13 +160,45 @@ def _sharded(cfg: Config, tensors: Sequence[ParameterTensor], local: int, expert
         gradients=kept if accumulates else kept // share,
         masters=0,
         states=0 if away != "none" else states,
-        gathered=(min(2, len(sizes)) * max(sizes, default=0) + local - sum(sizes)) * width,
+        gathered=_gathered(tensors) * width,
         update=0,
         buckets=(),
         local=local,
         experts=experts,
         host=states if away == "host" else 0,
         disk=states if away == "disk" else 0,
+    )
+
+
+def _gathered(tensors: Sequence[ParameterTensor]) -> int:
+    """Elements that are whole at a time: of the layer in use and the next one, and of what is outside the layers."""
+    inside = [tensor for tensor in tensors if tensor.group[0] not in ("begin", "end")]
+    layers = {tensor.group[1] for tensor in inside}
+    sizes = [sum(tensor.elements for tensor in inside if tensor.group[1] == layer) for layer in layers]
+    outside = sum(tensor.elements for tensor in tensors) - sum(sizes)
+    return min(2, len(sizes)) * max(sizes, default=0) + outside
+
+
+def _engine(cfg: Config, tensors: Sequence[ParameterTensor], local: int) -> Held:
+    """DeepSpeed: of each kind of tensor all or a share, by its stage, with a copy of fp32 parameters as masters (not
+    with ZeRO 3); gathered layers as FSDP2's, and on the host what it offloads."""
+    width, stage, away = WIDTHS[cfg.train.dtype], zero_stage(cfg), zero_offload(cfg)
+    share = -(-local // (cfg.parallel.dp * cfg.parallel.cp))
+    masters = 0 if width == 4 and stage == 3 else 4 * share
+    states, gradients = state_bytes(cfg, share), 4 * (local if stage == 1 else share)
+    parameters = width * (share if stage == 3 else local)
+    optimizer = away != "none"
+    return Held(
+        parameters=0 if away == "all" else parameters,
+        gradients=0 if optimizer and stage > 1 else gradients,
+        masters=0 if optimizer else masters,
+        states=0 if optimizer else states,
+        gathered=_gathered(tensors) * width if stage == 3 else 0,
+        update=0,
+        buckets=(),
+        local=local,
+        experts=0,
+        host=(masters + states + 4 * share) * optimizer + parameters * (away == "all"),
     )
 
 

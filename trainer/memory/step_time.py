@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...configs import Config
+from ...configs.reading.deepspeed import zero_stage
 from ...models.costs.flops import layer_flops
 from ...models.costs.times import Rates
 from ...parallel.pipeline.simulate import simulate
@@ -88,6 +89,6 @@ def _replica_s(cfg: Config, pipeline: Pipeline, microbatches: int) -> float:
         return 0.0
     local, share = max(held(cfg, pipeline, rank).local for rank in range(p.pp)), (replicas - 1) / replicas
     link = _LINK if p.tp * replicas <= _NODE else _NETWORK
-    if p.data.sharding == "fsdp":
+    if p.data.sharding == "fsdp" or (p.data.sharding == "deepspeed" and zero_stage(cfg) == 3):
         return microbatches * 3 * local * width * share / link
     return local * share * (max(4, width) + width) / link

@@ -12,7 +12,9 @@ from ...configs.schema import AdamWConfig, MemoryConfig, OptimConfig
 from ...parallel.checksum import ParameterMemory
 from ...parallel.comm.mesh import Mesh
 from ...parallel.global_tensor import GlobalTensor
-from ...parallel.replicas.protocol import OptimizerShard, ShardSlice, SharedBucket
+from ...parallel.replicas.deepspeed import DeepSpeedReplicas
+from ...parallel.replicas.protocol import OptimizerShard, Replicas, ShardSlice, SharedBucket
+from .deepspeed import DeepSpeedStates
 from .low_bit import LowBitStates
 from .offload import OffloadedStates
 from .optimizer import UpdateScalars, make_rule
@@ -88,6 +90,7 @@ def make_optimizer(
     *,
     mesh: Mesh | None = None,
     fixed: bool = False,
+    replicas: Replicas | None = None,
 ) -> Optimizer:
     """The optimizer that the config names.
 
@@ -98,11 +101,14 @@ def make_optimizer(
         memory: how it goes about a place; none: the defaults.
         mesh: of this rank; none: nothing is coded, and no wait recorded.
         fixed: the same updates are made on the same device in every run.
+        replicas: whose units are updated; none: those of one rank alone.
 
     Raises:
         UserError: optim.impl asks for something that is not installed.
     """
     rule = make_rule(cfg, device)
+    if isinstance(replicas, DeepSpeedReplicas):
+        return DeepSpeedStates({"cpu": make_rule(cfg, torch.device("cpu")), device.type: rule}, replicas)
     if isinstance(cfg, AdamWConfig) and cfg.states in FORMATS:
         if mesh is None:
             raise ValueError("coded moments belong to the ranks of a mesh")
