@@ -97,7 +97,7 @@ def _run(
             if alone:
                 preflight(cfg)
             held.push(claim(cfg, fresh=start.fresh, config=start.config, env=start.env))
-        from .run import run  # after the configuration is known to be good: importing torch takes seconds
+        from .job.run import run  # after the configuration is known to be good: importing torch takes seconds
 
         return (job or run)(cfg, start)
     except KeyboardInterrupt:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..parallel.comm.collectives import Handle
+from .data.dataset import Microbatch
 from .numerics.guard import NumericsGuard
 
 
@@ -30,6 +32,24 @@ class StepResult:
     behind these of own losses, and of the `loss_table`."""
     moe: Tensor | None
     """What the routers counted in the step, over all ranks: (mixture-of-experts layers, `balance` columns)."""
+
+
+@dataclass(frozen=True)
+class IssuedStep:
+    """A step whose numbers may still be on their way from the device."""
+
+    step: int
+    result: StepResult
+    lr: float
+    batches: Sequence[Microbatch]
+    """This rank's own."""
+    valid: int
+    pairs: float
+
+    @property
+    def own_pairs(self) -> float:
+        """Attention pairs of this rank's own microbatches."""
+        return sum(batch.pairs for batch in self.batches)
 
 
 @dataclass(frozen=True)

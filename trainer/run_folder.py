@@ -123,6 +123,23 @@ def claim(
         return held.pop_all()
 
 
+def hold(cfg: Config, env: Mapping[str, str]) -> ExitStack:
+    """Takes the folders of a run that goes on, in the place of a process that held them and is gone.
+
+    Returns:
+        As `claim`.
+
+    Raises:
+        UserError: another job holds one.
+    """
+    run, directory = run_folder(cfg), checkpoint_folder(cfg)
+    with ExitStack() as held:
+        _take(held, run, "name", _OTHER_NAME, env)
+        if not _within(directory, run):
+            _take(held, directory, "checkpoint.dir", _OTHER_FOLDER, env)
+        return held.pop_all()
+
+
 def used_folder(cfg: Config) -> Problem | None:
     """Why `claim` would refuse the job its folder because of an earlier run, without taking it."""
     run, directory = run_folder(cfg), checkpoint_folder(cfg)

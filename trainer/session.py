@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,18 @@ class Here:
     recorder: Recorder
 
 
+class Restore(Protocol):
+    """Brings ranks of which some come anew to the state of one step; all call both, in this order."""
+
+    def meet(self, mesh: Mesh, peak: Peak | None, search: ChunkSearch | None) -> tuple[Peak | None, ChunkSearch | None]:
+        """What all ranks have of these, given what this one has."""
+        ...
+
+    def fill(self, stepper: Stepper) -> None:
+        """Fills this rank's state, all of it but what follows from the rest."""
+        ...
+
+
 @dataclass(frozen=True)
 class SessionState:
     """What a session leaves to the next one of the same process. Its tensors change as soon as that one trains."""
@@ -86,7 +99,7 @@ class Session:
         mesh, parts, stepper: of this rank.
         data: opened, where the job reads some.
         peak: of one device, where somebody wants it.
-        before: of the session before.
+        search: for the number of chunks, begun in a session before.
         place: of masters and moments.
         closing: closes what is open.
     """
@@ -101,14 +114,14 @@ class Session:
         *,
         data: Dataset | None,
         peak: Peak | None,
-        before: SessionState | None,
+        search: ChunkSearch | None,
         place: _HeldPlace,
         closing: ExitStack,
     ) -> None:
         self.cfg, self.ranks, self.mesh, self.parts, self.stepper = cfg, ranks, mesh, parts, stepper
         self.optimizer, self.program, self.device = stepper.optimizer, stepper.program, parts.device
         self.data, self.peak = data, peak
-        self.overlap = OverlapTuner(cfg, parts, mesh, before.search if before is not None else None)
+        self.overlap = OverlapTuner(cfg, parts, mesh, search)
         self._place, self._closing = place, closing
 
     @staticmethod
@@ -124,6 +137,7 @@ class Session:
         data: Callable[[], Dataset] | None = None,
         peak: Callable[[Mesh], Peak] | None = None,
         stepper: MakeStepper = Stepper,
+        restore: Restore | None = None,
         outer: ExitStack | None = None,
     ) -> Session:
         """Meets the other ranks and makes this one ready to train. All call it with the same arguments but `here`,
@@ -139,6 +153,8 @@ class Session:
             met: called when the ranks have met, before anything is built.
             data, peak: make them, where `state` brings none.
             stepper: makes the stepper, of the job's program.
+            restore: brings all ranks to the state of one step. With it some ranks may come without a `state`: nothing
+                is drawn for them.
             outer: closes the session if opening it fails, in its own time; without it that is done at once.
 
         Raises:
@@ -154,19 +170,16 @@ class Session:
             mesh = _meet(cfg, slots, epoch, here, closing)
             if met is not None:
                 met(mesh)
-            opened = state.data if state is not None else None
-            if opened is None and data is not None:
-                opened = mesh.abort.beside("opening the data", data)
-            parts = _model(cfg, mesh, here.device, state, place.held)
-            measured = state.peak if state is not None else None
+            opened = _data(mesh, state, data)
+            measured, search = _known(mesh, state, restore)
             if measured is None and peak is not None:
                 measured = peak(mesh)
+            parts = _model(cfg, mesh, here.device, state, place.held, joins=restore is not None)
             made = _stepper(cfg, parts, mesh, state, place.held, stepper, trains=trains, peak=measured)
             closing.push(_Leaving(mesh, parts, made))
-            if state is not None:
-                parts.replicas.sync_params()
+            _go_on(made, state, restore)
             return Session(
-                cfg, slots, mesh, parts, made, data=opened, peak=measured, before=state, place=place, closing=closing
+                cfg, slots, mesh, parts, made, data=opened, peak=measured, search=search, place=place, closing=closing
             )
         except BaseException:
             if outer is None:
@@ -264,18 +277,18 @@ def _meet(cfg: Config, slots: tuple[int, ...], epoch: int, here: Here, closing: 
 
 
 def _model(
-    cfg: Config, mesh: Mesh, device: torch.device, state: SessionState | None, place: StatePlace | None
+    cfg: Config, mesh: Mesh, device: torch.device, state: SessionState | None, place: StatePlace | None, *, joins: bool
 ) -> Parts:
     """This rank's part of the model, if the ranks' states, or that there are none, fit together."""
     parts, wrong = None, ""
     try:
-        parts = make_model(cfg, mesh, device, state.model if state is not None else None, place)
+        parts = make_model(cfg, mesh, device, state.model if state is not None else None, place, draws=not joins)
     except OtherSlices as error:
         wrong = str(error)
     mine = torch.tensor([state is not None, bool(wrong)], dtype=torch.float64, device=device)
     having, differing = (int(each) for each in all_reduce(mine, mesh.axis("world")).wait().tolist())
     world = mesh.degrees.world
-    if parts is not None and having in (0, world) and not differing:
+    if parts is not None and (joins or having in (0, world)) and not differing:
         return parts
     wrong = wrong or ("" if state is not None else "it has none")
     raise UserError(
@@ -286,6 +299,29 @@ def _model(
             "checkpoint.resume=latest",
         )
     )
+
+
+def _data(mesh: Mesh, state: SessionState | None, make: Callable[[], Dataset] | None) -> Dataset | None:
+    """The data of the session before, or newly opened."""
+    if state is not None and state.data is not None:
+        return state.data
+    return None if make is None else mesh.abort.beside("opening the data", make)
+
+
+def _known(mesh: Mesh, state: SessionState | None, restore: Restore | None) -> tuple[Peak | None, ChunkSearch | None]:
+    """What was measured and searched in sessions before, the same on all ranks."""
+    mine = (state.peak, state.search) if state is not None else (None, None)
+    return mine if restore is None else restore.meet(mesh, *mine)
+
+
+def _go_on(stepper: Stepper, state: SessionState | None, restore: Restore | None) -> None:
+    """What the ranks do together with the states that they bring."""
+    if state is None and restore is None:
+        return
+    stepper.optimizer.agree()
+    if restore is not None:
+        restore.fill(stepper)
+    stepper.replicas.sync_params()
 
 
 def _stepper(
@@ -309,8 +345,6 @@ def _stepper(
     for bucket in range(replicas.buckets) if trains else ():
         for unit in replicas.units(bucket):
             optimizer.prepare(unit, replicas.shared(bucket))
-    if state is not None:
-        optimizer.agree()
     microbatches = cfg.train.global_batch // (cfg.train.micro_batch * mesh.axis("dp").size)
     copies = None
     if offloads(cfg):

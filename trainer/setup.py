@@ -197,7 +197,13 @@ class KeptModel:
 
 
 def make_model(
-    cfg: Config, mesh: Mesh, device: torch.device, kept: KeptModel | None = None, place: StatePlace | None = None
+    cfg: Config,
+    mesh: Mesh,
+    device: torch.device,
+    kept: KeptModel | None = None,
+    place: StatePlace | None = None,
+    *,
+    draws: bool = True,
 ) -> Parts:
     """Builds, cuts and initialises the model, then applies data parallelism.
 
@@ -207,6 +213,7 @@ def make_model(
         device: where its part is.
         kept: of a former mesh; then nothing is drawn.
         place: of masters; none: the device.
+        draws: gives the parameters their first values, where none are kept.
 
     Raises:
         OtherSlices: this rank's part is of other slices than `kept`.
@@ -238,9 +245,14 @@ def make_model(
     parts = Parts(model, where, replicas, device, pipeline, _stores(model, pipeline, stages), held)
     if kept is not None:
         kept.fill(parts)
-    else:
-        replicas.load(initial_values(model, where, cfg.train.seed))
+    elif draws:
+        draw(parts, cfg)
     return parts
+
+
+def draw(parts: Parts, cfg: Config) -> None:
+    """Gives parameters and masters the values that they have before the first step."""
+    parts.replicas.load(initial_values(parts.model, parts.where, cfg.train.seed))
 
 
 def _replicas(

@@ -131,8 +131,8 @@ class Stepper:
         recorder = mesh.recorder
         self._remaking = partial(recorder.span, recorder.intern(kinds.RECOMPUTE), on_device=True)
         self._settling = recorder.intern(kinds.SETTLE)
-        self.committed = False
-        """Whether the step that began last has committed, and so is not to be repeated."""
+        self.result: StepResult | None = None
+        """Of the step that began last, once it has committed and so is not to be repeated."""
         self.spent = False
         """Whether the mesh may still bring something of a step that was left half-way."""
 
@@ -191,7 +191,7 @@ class Stepper:
             RuntimeError: the step before was left half-way.
         """
         self._begin(step, batches, 1.0 / max(valid, 1), lr, stop, watched)
-        self.committed = False
+        self.result = None
         if self.guard is not None:
             self.guard.begin(step)
         self.replicas.start_step(len(batches))
@@ -210,17 +210,23 @@ class Stepper:
         assert outcome is not None  # the program was checked: it has one NORM
         return outcome.result
 
-    def reset(self) -> StepResult | None:
+    def reset(self, *, lost: bool = False) -> StepResult | None:
         """After a step or evaluation that was left half-way: as before it, or, where it had committed, as after it.
 
         Waits for nobody. Gathers of parameters that were under way are forgotten: a session that goes on from here
         hands them out anew.
+
+        Args:
+            lost: the mesh is given up, whatever was under way.
 
         Returns:
             The result of a step that had committed; `worst` is then this rank's own. None: repeat it.
         """
         left, self._step = self._step, None
         if left is None:
+            if lost:
+                self.spent = self.mesh.degrees.world > 1
+                self.replicas.clear()
             return None
         self.spent = self.mesh.degrees.world > 1
         if self.guard is not None:
@@ -378,7 +384,7 @@ class Stepper:
         return torch.cat((torch.stack(own), loss_table(step.losses, len(step.inputs), self.mesh, self.device)))
 
     def _commit(self, result: StepResult) -> None:
-        self.committed = True
+        self.result = result
         if result.moe is not None:
             rebalance(self.model, result.moe, result.skipped)
         self.updates = self.updates + (1 - result.skipped)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 
 from ..configs.errors import UserError
-from ..parallel.comm.collectives import all_reduce
 from ..parallel.record import kinds
 from ..parallel.record.device_clock import DeviceClock
 from ..parallel.record.garbage import recorded_collections
@@ -22,9 +20,9 @@ from .checkpoint.checkpointer import Checkpointer
 from .checkpoint.last_save import still_written, wait_for_last
 from .checkpoint.same_run import RunProgress, facts, run_problems
 from .checkpoint.state import all_tensors
-from .data.dataset import Microbatch
-from .data.loader import Loader, heldout_batches
-from .metrics.evaluation import HELD_OUT_LOSS, on_one_line, sample_metric
+from .data.loader import Loader
+from .job.evaluator import Evaluator
+from .job.outputs import Outputs
 from .metrics.module_spans import ModuleSpans
 from .metrics.profiling import Profiler
 from .metrics.readings.protocol import OnRank, RunFacts, StepDone
@@ -32,44 +30,18 @@ from .metrics.readings.registry import Readings
 from .metrics.report import Report
 from .metrics.rows import RowExchange
 from .metrics.save_alerts import save_alerts
-from .metrics.sinks import EventLog, SinkSet
 from .numerics.bad_steps import NON_FINITE, BadSteps
 from .numerics.corrupted import check_before_save, corrupted_error
 from .numerics.loss_table import loss_shares
 from .optim.learning_rate import learning_rate
-from .outcome import StepResult
-from .pipeline.programs import evaluation_program
+from .outcome import IssuedStep, StepResult
+from .processes.failure import is_loss
 from .processes.signals import StopRequest
+from .recovery.keeper import SnapshotKeeper
+from .recovery.point import RunPoint
 from .run_folder import RunFile
 from .session import Session, row_exchange
-from .text.samples import PromptSampler
 from .text.tokenizer_files import TokenizerFiles
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Where rank 0 reports; the other ranks have none."""
-
-    sinks: SinkSet
-    events: EventLog
-
-
-@dataclass(frozen=True)
-class _Issued:
-    """A step whose numbers may still be on their way from the device."""
-
-    step: int
-    result: StepResult
-    lr: float
-    batches: Sequence[Microbatch]
-    """This rank's own."""
-    valid: int
-    pairs: float
-
-    @property
-    def own_pairs(self) -> float:
-        """Attention pairs of this rank's own microbatches."""
-        return sum(batch.pairs for batch in self.batches)
 
 
 class Trainer:
@@ -80,10 +52,17 @@ class Trainer:
         checkpointer: of the run's checkpoints.
         run_dir: the run's folder.
         rows: brings to the first rank where the others' time went; none: it knows of its own alone.
+        keeper: keeps copies of the state, for a job that goes on after a fault.
     """
 
     def __init__(
-        self, session: Session, checkpointer: Checkpointer, *, run_dir: Path, rows: RowExchange | None = None
+        self,
+        session: Session,
+        checkpointer: Checkpointer,
+        *,
+        run_dir: Path,
+        rows: RowExchange | None = None,
+        keeper: SnapshotKeeper | None = None,
     ) -> None:
         if session.data is None or session.peak is None:
             raise ValueError("training needs a session with data and a peak")
@@ -93,8 +72,8 @@ class Trainer:
         self.vitals = session.mesh.recorder.vitals
         cfg, mesh = self.cfg, self.mesh
         self.dp, self._cp = mesh.axis("dp"), mesh.axis("cp").size
-        microbatches = self.program.microbatches
-        self._evaluation = evaluation_program(cfg, self.parts.pipeline, microbatches) if cfg.eval.every else None
+        self.evaluator = Evaluator(session) if cfg.eval.every else None
+        self._keeper = keeper
         self.peak = session.peak
         world, device = mesh.degrees.world, str(self.device)
         self.rows = rows or row_exchange(session)
@@ -115,15 +94,19 @@ class Trainer:
         self.modules = ModuleSpans(self.parts.model, mesh.recorder, cfg.log.modules)
         self.tokenizer = TokenizerFiles()
         """What the run's checkpoints say about text."""
-        self.sampler: PromptSampler | None = None
-        """Continues `eval.prompts`, where there are some."""
         self.step = self.tokens = self.skipped = 0
         """Since the start of training."""
         self._evaluated: dict[str, Any] | None = None
         """Step and loss of the last evaluation, on every rank."""
         self._bad = BadSteps(cfg, self.stepper, self.rows.hosts)
         self._stopping = False
-        self._waiting: _Issued | None = None
+        self._goes_on = False
+        """Whether the state is one in which a fault has ended the mesh before."""
+        self.left_at: RunPoint | None = None
+        """How far the state of this rank is, after others were lost; none: it is not the state after a step."""
+        self._begun: Callable[[StepResult], IssuedStep] | None = None
+        """Makes what there is to tell of the step that is under way."""
+        self._waiting: IssuedStep | None = None
         self._outputs: Outputs | None = None
         clock = mesh.recorder.device
         self._device_clock = clock if isinstance(clock, DeviceClock) else None
@@ -152,6 +135,19 @@ class Trainer:
         self.step, self.tokens, self.skipped = was.step, was.tokens, was.skipped
         self.stepper.updates.fill_(float(was.updates))
 
+    @property
+    def point(self) -> RunPoint:
+        """How far the state is."""
+        done = RunProgress(self.step, int(self.stepper.updates.item()), self.tokens, self.skipped)
+        return RunPoint(done, self._evaluated, self._bad.row)
+
+    def go_on(self, point: RunPoint) -> None:
+        """Goes on from a state that the ranks have, in a new mesh."""
+        done, self._goes_on = point.progress, True
+        self.checkpointer.look_for(point.step)
+        self.step, self.tokens, self.skipped = done.step, done.tokens, done.skipped
+        self._evaluated, self._bad.row = point.evaluated, point.bad
+
     def save(self, *, waits: bool = True) -> None:
         """Saves the state after `self.step` steps.
 
@@ -169,9 +165,8 @@ class Trainer:
     def _save(self) -> None:
         if self.checkpointer.newest == self.step:
             return
-        updates = int(self.stepper.updates.item())
-        done = RunProgress(self.step, updates, self.tokens, self.skipped)
-        state = done.as_dict() | facts(self.cfg, self.data.fingerprint) | {"tokenizer": self.tokenizer.state}
+        state = self.point.progress.as_dict() | facts(self.cfg, self.data.fingerprint)
+        state |= {"tokenizer": self.tokenizer.state}
         state |= {} if self._evaluated is None else {"evaluation": self._evaluated}
         self.checkpointer.save(self.step, all_tensors(self.parts, self.optimizer), state)
 
@@ -193,23 +188,31 @@ class Trainer:
         )
         stopped = False
         self._clock = time.monotonic_ns()
-        with closing(self.readings), closing(self.rows), recorded_collections(self.mesh.recorder):
-            with loader:
-                self.vitals.enter("first step")
-                while self.step < train.steps and not stopped:
-                    stopped = self._one(loader, stop)
-                    self.mesh.abort.check("the next step", 0.0)
-                    self.vitals.enter("step")
+        with (
+            closing(self.readings),
+            closing(self.rows),
+            recorded_collections(self.mesh.recorder),
+            loader,
+            self._may_break_off(),
+        ):
+            if self._goes_on:
+                self._after_step()
+            self.vitals.enter("first step")
+            while self.step < train.steps and not stopped:
+                stopped = self._one(loader, stop)
+                self.mesh.abort.check("the next step", 0.0)
+                self.vitals.enter("step")
             self._drain()
         self.vitals.enter("end")
-        self.parts.replicas.wait_gathers()
-        if cfg.checkpoint.final or stopped or self._due(cfg.checkpoint.every):
-            self.save()
-        try:
-            with self.vitals.phase("save"):
-                wait_for_last(self.checkpointer, self.step)
-        finally:
-            self._tell_of_saves()
+        with self._may_break_off():
+            self.parts.replicas.wait_gathers()
+            if cfg.checkpoint.final or stopped or self._due(cfg.checkpoint.every):
+                self.save()
+            try:
+                with self.vitals.phase("save"):
+                    wait_for_last(self.checkpointer, self.step)
+            finally:
+                self._tell_of_saves()
         return not stopped
 
     def _tell_of_saves(self) -> None:
@@ -228,25 +231,60 @@ class Trainer:
                 batches = next(loader)
             lr = learning_rate(cfg.optim.schedule, cfg.optim.lr, self.step, cfg.train.steps)
             valid, pairs = loader.counts
+            self._begun = partial(IssuedStep, self.step + 1, lr=lr, batches=batches, valid=valid, pairs=pairs)
             with self.overlap.step():
                 mine = OnRank(step=self.step + 1, data_s=loader.wait_s, silent_s=self.vitals.longest_silence_s)
                 watched = partial(self.readings.watch, mine)
                 result = self.stepper.run(self.step, batches, valid, lr, stop=stop.requested, watched=watched)
-        self.step += 1
-        if self.device.type == "cuda":
-            self._drain()  # the previous step's numbers: the host stays one step ahead of the device
-        self._waiting = _Issued(self.step, result, lr, batches, valid, pairs)
+        self._count(self._begun(result))
         if self.device.type == "cpu" or self._due(cfg.eval.every) or self._due(cfg.checkpoint.every):
             self._drain()
-        if self._due(cfg.eval.every):
+        if self._keeper is not None:
+            with self._recorded(kinds.SNAPSHOT):
+                self._keeper.after(self.point)
+        self._after_step()
+        return self._stopping
+
+    def _count(self, issued: IssuedStep) -> None:
+        """A step is done."""
+        self.step, self._begun = issued.step, None
+        if self.device.type == "cuda":
+            self._drain()  # the previous step's numbers: the host stays one step ahead of the device
+        self._waiting = issued
+
+    def _after_step(self) -> None:
+        """What is due after the newest step, as far as it was not done before a fault."""
+        cfg, evaluated = self.cfg, self._evaluated
+        again = self._goes_on and evaluated is not None and evaluated["step"] == self.step
+        if self.evaluator is not None and self._due(cfg.eval.every) and self.step and not again:
             if self._device_clock is not None:
                 self._device_clock.end_step(self.step - 1)
             with self._recorded(kinds.EVALUATE), self.vitals.phase("evaluation"):
-                self._evaluate()
+                self._evaluated = self.evaluator.run(self.step, self._outputs)
             self._clock = time.monotonic_ns()
-        if self._due(cfg.checkpoint.every) and self.step < cfg.train.steps:
+        if self._due(cfg.checkpoint.every) and 0 < self.step < cfg.train.steps:
             self.save(waits=False)
-        return self._stopping
+        self._goes_on = False
+
+    @contextmanager
+    def _may_break_off(self) -> Iterator[None]:
+        """Where other ranks are lost inside the block, this rank is at the end of a step after it, if others can take
+        their places."""
+        try:
+            yield
+        except Exception as error:
+            if self._keeper is not None and is_loss(error):
+                self._break_off()
+            raise
+
+    def _break_off(self) -> None:
+        """Ends alone what a step had committed, and waits for nobody."""
+        self.mesh.abort.trigger("other ranks are lost")
+        result = self.stepper.reset(lost=True) or self.stepper.result
+        if self._begun is not None and result is not None:
+            self._count(self._begun(result))
+        self._drain(alone=True)
+        self.left_at = self.point
 
     def _recorded(self, kind: str) -> AbstractContextManager[object]:
         recorder = self.mesh.recorder
@@ -255,20 +293,21 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
 
-    def _drain(self) -> None:
-        """Reads and reports the step that was issued last, if it was not yet."""
-        issued, self._waiting = self._waiting, None
+    def _drain(self, *, alone: bool = False) -> None:
+        """Reads and reports the step that was issued last, if it was not yet; `alone`: waits for no other rank."""
+        issued = self._waiting
         if issued is None:
             return
         result = issued.result
         with self._recorded(kinds.DRAIN):
             self._landed()
             told = (result.loss, result.grad_norm, result.skipped, result.corrupted, result.stop)
-            numbers = torch.stack([x.double() for x in told])
-            loss, norm, skipped, corrupted, stop, *rest = torch.cat((numbers, result.worst.wait())).tolist()
+            numbers, watched = torch.stack([x.double() for x in told]), self.readings.watched
+            worst = torch.full((watched + 1,), -torch.inf) if alone else result.worst.wait()
+            loss, norm, skipped, corrupted, stop, *rest = torch.cat((numbers, worst)).tolist()
+        self._waiting = None
         if corrupted:
             raise corrupted_error(self.stepper.guard, self.mesh, issued.step, self.checkpointer.directory, self._event)
-        watched = self.readings.watched
         worst, most, table = rest[:watched], rest[watched], rest[watched + 1 :]
         before, self._clock = self._clock, time.monotonic_ns()
         seconds = max(self._clock - before, 1) / 1e9
@@ -276,35 +315,28 @@ class Trainer:
         self.tokens += self._tokens
         self.skipped += bool(skipped)
         with self._recorded(kinds.REPORT):
-            self._divide(issued, before)
+            if not alone:
+                self._divide(issued, before)
             if self._outputs is not None:
                 done = self._done(issued, loss, norm, bool(skipped), seconds, loss_shares(table, self._cp))
                 done = replace(done, loss_max_rank=most)
-                report = self.readings.step(done, worst)
-                self._outputs.sinks.log(report)
-                self._tell(report)
+                self._outputs.log(self.readings.step(done, worst))
                 self._tell_of_saves()
-        if skipped:
+        if skipped and alone:
+            self._bad.row += 1
+        elif skipped:
             self._look_into(issued)
         else:
             self._bad.good()
 
-    def _tell(self, report: Report) -> None:
-        """Alerts become events."""
-        if self._outputs is not None:
-            for alert in report.alerts:
-                self._outputs.events.log(alert.event, **alert.fields)
-
-    def _look_into(self, issued: _Issued) -> None:
+    def _look_into(self, issued: IssuedStep) -> None:
         """After a bad step: where it began, and whether it is the last one."""
         if self._device_clock is not None:
             self._device_clock.end_step(self.step - 1)
         with self._recorded(kinds.EVALUATE), self.vitals.phase("evaluation"):
             alert = self._bad.bad(issued.step - 1, issued.batches, issued.valid)
         if alert is not None and self._outputs is not None:
-            report = Report.of(issued.step, [(NON_FINITE, alert)])
-            self._outputs.sinks.add(report)
-            self._tell(report)
+            self._outputs.add(Report.of(issued.step, [(NON_FINITE, alert)]))
         self._clock = time.monotonic_ns()
         self._bad.check()
 
@@ -320,7 +352,7 @@ class Trainer:
             event.record()
             self.mesh.abort.until("the device", event.query)
 
-    def _divide(self, issued: _Issued, before: int) -> None:
+    def _divide(self, issued: IssuedStep, before: int) -> None:
         """Divides this rank's step into parts; on a device the one before, of which all times are there by now."""
         if self._device_clock is None:
             self.rows.step(issued.step, before, self._clock, issued.own_pairs)
@@ -332,7 +364,7 @@ class Trainer:
         self._pairs_before = issued.own_pairs
 
     def _done(
-        self, issued: _Issued, loss: float, norm: float, skipped: bool, seconds: float, losses: tuple[float, ...]
+        self, issued: IssuedStep, loss: float, norm: float, skipped: bool, seconds: float, losses: tuple[float, ...]
     ) -> StepDone:
         moe = issued.result.moe
         return StepDone(
@@ -355,41 +387,3 @@ class Trainer:
     @property
     def _tokens(self) -> int:
         return self.cfg.train.global_batch * self.cfg.train.seq_len
-
-    @torch.no_grad()
-    def _evaluate(self) -> None:
-        """Mean loss over the held-out split: the same sequences each time and in every layout."""
-        train = self.cfg.train
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        steps = heldout_batches(
-            self.data.heldout,
-            steps=self.cfg.eval.steps,
-            global_batch=train.global_batch,
-            micro_batch=train.micro_batch,
-            dp_rank=self.dp.rank,
-            dp_size=self.dp.size,
-        )
-        for batches in steps:
-            assert self._evaluation is not None
-            totals[0] += self.stepper.evaluate(batches, self._evaluation)
-            if self.mesh.axis("pp").rank == 0 and self.mesh.axis("tokens").rank == 0:
-                totals[1] += sum(batch.valid for batch in batches)
-        all_reduce(totals, self.mesh.axis("world")).wait()
-        loss = (totals[0] / totals[1]).item()
-        self._evaluated = {"step": self.step, "loss": loss} if math.isfinite(loss) else None
-        if self._outputs is not None:
-            self._outputs.events.log("evaluation", step=self.step, loss=loss, perplexity=math.exp(min(loss, 50)))
-            self._outputs.sinks.add(Report.of(self.step, [(HELD_OUT_LOSS, loss)]))
-        self._sample()
-
-    def _sample(self) -> None:
-        """Continues the prompts, on all ranks."""
-        prompts = self.cfg.eval.prompts
-        samples = self.sampler(prompts, self.cfg.eval.prompt_tokens) if self.sampler is not None else []
-        if self._outputs is None:
-            return
-        for number, sample in enumerate(samples):
-            found = {"prompt": sample.prompt, "text": sample.text, "tokens": list(sample.tokens)}
-            self._outputs.events.log("sample", step=self.step, **found)
-            shown = on_one_line(sample.prompt, sample.text)
-            self._outputs.sinks.add(Report.of(self.step, [(sample_metric(number), shown)]))

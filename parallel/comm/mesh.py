@@ -333,6 +333,9 @@ class Mesh:
     def close(self) -> None:
         """Gives the communicators up. A mesh of a later epoch can be made afterwards."""
         self.recorder.vitals.deafen()
+        if self.abort.reason is not None and self.degrees.world > 1:
+            # What is still under way must not arrive any more, in memory that the next mesh works with.
+            self._gloo.cut()
         for axis in self._axes.values():
             if axis.local is not None:
                 axis.local.close()

@@ -107,9 +107,11 @@ class LocalAxis:
             self._segment.close()
             self._segment = None
         self._abort.leave(id(self))
-        for line in (line for pair in self._lines if pair is not None for line in pair):
-            line.peer.process.close()
-        self._lines, self._busy = [], {}
+        # Another thread may be copying, into memory that a later mesh works with; an abort ends that within 10 ms.
+        with self._lock:
+            for line in (line for pair in self._lines if pair is not None for line in pair):
+                line.peer.process.close()
+            self._lines, self._busy = [], {}
 
     def exchange(
         self,
@@ -191,7 +193,7 @@ class LocalAxis:
     def complete(self, exchange: Exchange) -> bool:
         """Whether an exchange is complete; reads what has been posted of it."""
         with self._lock:
-            return exchange.complete()
+            return bool(self._lines) and exchange.complete()  # nothing is read any more once the axis is closed
 
     def wait(self, exchange: Exchange) -> None:
         """Returns when the exchange is complete.

@@ -14,7 +14,7 @@ import re
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ...configs.strict_json import (
@@ -44,13 +44,20 @@ def record_folder(run_dir: Path) -> Path:
 
 @dataclass(frozen=True)
 class RingFile:
-    """Where a rank's ring is: `file` on `host`; after `collect` also a copy in the run's record/."""
+    """Where a rank's ring is: `file` on `host`; after `collect` also a copy in the run's record/. `number`: of the
+    process that has the rank, where that is another one than at the job's start."""
 
     rank: int
     host: str
     file: str
     pid: int
     epoch: int = 0
+    number: int | None = None
+
+    @property
+    def process(self) -> int:
+        """The number in the job of the process that writes it."""
+        return self.rank if self.number is None else self.number
 
     def collected(self, run_dir: Path) -> Path:
         """Path of the copy that `collect` makes."""
@@ -96,12 +103,14 @@ def _index(run_dir: Path) -> tuple[str, list[RingFile]]:
 
 def _row(value: object) -> RingFile:
     row = expect_object(value, "a ring", ("rank", "host", "file", "pid"))
+    rank = expect_int(row["rank"], "rank", 0, _MAX_RANK)
     return RingFile(
-        expect_int(row["rank"], "rank", 0, _MAX_RANK),
+        rank,
         expect_text(row["host"], "host"),
         expect_text(row["file"], "file"),
         expect_int(row["pid"], "pid"),
         expect_int(row.get("epoch", 0), "epoch"),
+        None if row.get("number") is None else expect_int(row["number"], "number", 0, _MAX_RANK),
     )
 
 
@@ -129,7 +138,13 @@ def collect(run_dir: Path, rings: Iterable[RingFile], *, host: str | None = None
 
 
 def read_ring(run_dir: Path, ring: RingFile) -> RecordRing:
-    """A rank's ring: the original while it is there, otherwise the copy. Errors as of `record_view.read`."""
+    """A rank's ring: the original while it is there, otherwise the copy; under the rank that its process has in the
+    ring's epoch. Errors as of `record_view.read`."""
+    found = _read_ring(run_dir, ring)
+    return replace(found, header=replace(found.header, rank=ring.rank))
+
+
+def _read_ring(run_dir: Path, ring: RingFile) -> RecordRing:
     if ring.host == socket.gethostname():
         with suppress(OSError, RecordError):
             fd, _ = open_ring(Path(ring.file), ring)
@@ -191,7 +206,7 @@ def open_ring(path: Path, expected: RingFile | None, *, write: bool = False) -> 
         header = read_header(fd, path)
         if os.fstat(fd).st_uid != os.geteuid() or header.rank != int(match[1]):
             raise RecordError(f"{path}: of another user or rank")
-        if expected is not None and (header.rank, header.pid) != (expected.rank, expected.pid):
+        if expected is not None and (header.rank, header.pid) != (expected.process, expected.pid):
             raise RecordError(f"{path}: of rank {header.rank}, process {header.pid}, not of the one in the index")
     except BaseException:
         os.close(fd)

@@ -30,6 +30,8 @@ SAVE = "save"
 """What a checkpoint takes of the step's own thread: waiting for the one before, and copying, or all of it."""
 WRITE = "write"
 """A checkpoint's way to the disk, beside the steps where checkpoints are asynchronous."""
+SNAPSHOT = "snapshot"
+"""Copying the state to where it outlives this process."""
 EVALUATE = "evaluate"
 """A whole evaluation, its samples included, or a bad step that is run again to be looked at; the program's operations
 inside it carry the step's number too."""

@@ -12,7 +12,6 @@ from ...configs.strict_json import JsonError, open_regular
 from .ring import (
     CLOSED_WORD,
     ENTRY_BYTES,
-    EPOCH_WORD,
     FORMAT,
     HEADER,
     HEADER_BYTES,
@@ -24,6 +23,7 @@ from .ring import (
     ROWS,
     ROWS_WORD,
 )
+from .vitals import EPOCH_WORD
 
 _TIMES = ["enqueued", "start", "end", "nbytes", "seq", "step"]
 _CODES = ["epoch", "micro_batch", "op", "kind", "axis", "group", "peer", "dtype", "stream", "flags"]
@@ -150,7 +150,7 @@ def read_header(fd: int, path: Path) -> Header:
         raise RecordError(f"{path}: record format {version}, this version of Pentad reads {FORMAT}")
     words = np.frombuffer(data, "<i8")
     next_ticket = int(words[NEXT_WORD])
-    if not 0 <= rank < world or not 0 < capacity < 1 << 48 or next_ticket < 0:
+    if rank < 0 or world < 1 or not 0 < capacity < 1 << 48 or next_ticket < 0:
         raise RecordError(f"{path}: a header of rank {rank} of {world}, {capacity} entries, {next_ticket} written")
     return Header(
         rank=rank,

@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from .vitals import WAITS_WORD, Vitals
+from .vitals import EPOCH_WORD, WAITS_WORD, Vitals
 
 MAGIC = b"PENTADRC"
 FORMAT = 1
@@ -42,7 +42,7 @@ BESIDE = 8
 # magic, format, header bytes, name bytes, entry bytes, capacity, rank, world, pid, wall ns, monotonic ns
 HEADER = struct.Struct("=8sIIIIQiiqqq")
 # The words that change while the ring is written; each is one aligned 8-byte store.
-NEXT_WORD, NAMES_USED_WORD, EPOCH_WORD, CLOSED_WORD = 64, 65, 66, 67
+NEXT_WORD, NAMES_USED_WORD, CLOSED_WORD = 64, 65, 67
 ROWS_WORD, ROWS, ROW_WORDS = 128, 3, 128
 """Where the rows of the newest steps are, how many of them, and the words of one: a version, then float64 numbers."""
 # version | enqueued start end | nbytes seq step | epoch micro_batch op kind axis group peer dtype stream flags |

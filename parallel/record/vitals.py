@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+EPOCH_WORD = 66
+"""Epoch of the mesh, as entries of the record have it."""
 BEAT_WORD, ABORT_WORD, PHASE_WORD, SINCE_WORD, WAITS_WORD = 68, 69, 70, 71, 72
 FAILED_WORD, OUT_WORD, LEFT_WORD = 73, 74, 75
 DATA_SINCE_WORD, DATA_THREAD_WORD, MAIN_THREAD_WORD, PROGRESS_WORD = 76, 77, 78, 79
@@ -69,8 +71,9 @@ class Vitals:
 
     @property
     def aborted(self) -> bool:
-        """Whether the watcher has told the epoch to end."""
-        return self._words[ABORT_WORD] > 0
+        """Whether the watcher has told the epoch to end. The word says so of all epochs below it, and is never taken
+        back."""
+        return self._words[ABORT_WORD] > self._words[EPOCH_WORD]
 
     @property
     def watched(self) -> bool:
@@ -107,6 +110,10 @@ class Vitals:
     def out(self) -> None:
         """The step loop has been reached again after an error."""
         self._words[OUT_WORD] = self._words[OUT_WORD] or _now()
+
+    def goes_on(self) -> None:
+        """This rank goes on in another mesh."""
+        self._words[OUT_WORD] = self._words[WAITS_WORD] = 0
 
     def left(self) -> None:
         """Nothing that matters is left to do in this process."""

@@ -15,10 +15,11 @@ import torch
 
 from pentad.configs.schema import Config
 from pentad.trainer.checkpoint.state import units_by_key
+from pentad.trainer.job.outputs import Outputs
+from pentad.trainer.job.run import run
 from pentad.trainer.processes.signals import StopRequest
 from pentad.trainer.processes.start import Start
-from pentad.trainer.run import run
-from pentad.trainer.trainer import Outputs, Trainer
+from pentad.trainer.trainer import Trainer
 
 
 @dataclass(frozen=True)

@@ -337,7 +337,7 @@ def _reset(session: Session) -> StepResult | None:
     for call in (lambda: run_step(session, 0), session.leave):
         with pytest.raises(RuntimeError, match="left half-way"):
             call()
-    committed, done = stepper.committed, stepper.reset()
+    committed, done = stepper.result is not None, stepper.reset()
     assert (done is not None) == committed and stepper.reset() is None
     if session.mesh.degrees.world > 1:
         with pytest.raises(RuntimeError, match="open a new session"):

@@ -119,6 +119,11 @@ class Checkpointer:
             f"step {step} is not saved: {reason}; a larger checkpoint.every, or faster storage, saves each in time"
         )
 
+    def look_for(self, step: int) -> None:
+        """Finds out whether this very run has saved a step before a fault."""
+        folder = step_folder(self.directory, step)
+        self._newest = step if self._team.first("looking for a checkpoint", folder.is_dir) else None
+
     # Saving -----------------------------------------------------------------------------------------------------
 
     def save(self, step: int, tensors: Mapping[str, GlobalTensor], state: Mapping[str, Any]) -> None:

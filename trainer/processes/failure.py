@@ -98,10 +98,15 @@ def failure_of(error: BaseException, *, rank: int, world: int, everywhere: bool 
         at=time.time(),
         user=user,
         everywhere=everywhere,
-        lost=world > 1 and any(_is_loss(e) for e in _causes(error)),
+        lost=world > 1 and is_loss(error),
         lines=tuple(" ".join(line.split()) for line in lines),
         trace="" if user else "".join(traceback.format_exception(error)),
     )
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether a rank ends with this error only because it has lost another one."""
+    return any(_is_loss(each) for each in _causes(error))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -20,6 +20,7 @@ from ...configs.strict_json import (
     JsonError,
     expect_int,
     expect_list,
+    expect_number,
     expect_object,
     expect_text,
     parse_json,
@@ -41,6 +42,8 @@ class EpochPlan:
         members: the number of the process in each slot.
         lost: numbers of those of the mesh before that are not there any more.
         line: why, as a person reads it.
+        seen: when the fault was seen (Unix seconds); 0: not known.
+        rung: how the lost ones are replaced (spare, respawn, shrink …).
 
     Raises:
         ValueError: a process is in two slots, or lost and a member, or there is none.
@@ -50,6 +53,8 @@ class EpochPlan:
     members: tuple[int, ...]
     lost: tuple[int, ...]
     line: str
+    seen: float = 0.0
+    rung: str = ""
 
     def __post_init__(self) -> None:
         if self.epoch < 1 or not self.members:
@@ -70,14 +75,19 @@ class EpochPlan:
         """
         found = expect_object(parse_json(data), "the plan", ("epoch", "members", "lost", "line"))
         epoch, line = expect_int(found["epoch"], "epoch"), expect_text(found["line"], "line")
+        seen, rung = expect_number(found.get("seen", 0.0), "seen"), expect_text(found.get("rung", ""), "rung")
         members, lost = (
             tuple(expect_int(each, what, 0, _MAX_NUMBER) for each in expect_list(found[what], what))
             for what in ("members", "lost")
         )
         try:
-            return EpochPlan(epoch, members, lost, line)
+            return EpochPlan(epoch, members, lost, line, seen, rung)
         except ValueError as error:
             raise JsonError(str(error)) from None
+
+
+class Fenced(Exception):
+    """The job goes on, or ends, without this process."""
 
 
 def publish_plan(folder: Path, plan: EpochPlan) -> None:
@@ -107,10 +117,11 @@ class Membership:
     Args:
         folder: where its node's watcher publishes them.
         number: of this process in the job.
+        world: how many start it.
     """
 
-    def __init__(self, folder: Path, number: int) -> None:
-        self.folder, self.number = folder, number
+    def __init__(self, folder: Path, number: int, world: int) -> None:
+        self.folder, self.number, self._world = folder, number, world
 
     def wait(self, after: int, seconds: float, stopped: Callable[[], bool] = lambda: False) -> EpochPlan | None:
         """The newest plan of a later epoch, as soon as there is one.
@@ -139,6 +150,11 @@ class Membership:
     def overtaken(self, epoch: int) -> bool:
         """Whether there is a plan of a later epoch: what belongs to `epoch` writes nothing any more."""
         return (self.folder / f"plan.{epoch + 1}").exists()
+
+    def members(self, epoch: int) -> tuple[int, ...] | None:
+        """Who was in the mesh of an epoch; None: not known."""
+        plan = self._read(epoch) if epoch else None
+        return tuple(range(self._world)) if not epoch else plan.members if plan is not None else None
 
     def _read(self, epoch: int) -> EpochPlan | None:
         path = self.folder / f"plan.{epoch}"

@@ -10,8 +10,8 @@ from ...configs.schema import Config
 from ..checkpoint.checkpointer import Checkpointer
 from ..checkpoint.hugging_face import load_initial
 from ..checkpoint.retention import Retention
+from ..job.arrival import arrive
 from ..processes.start import Start
-from ..run import arrive
 from ..run_folder import checkpoint_folder
 from ..session import Session
 from ..setup import Ranks

@@ -16,10 +16,11 @@ from pentad.trainer.checkpoint.checkpointer import Checkpointer
 from pentad.trainer.checkpoint.names import step_folder
 from pentad.trainer.checkpoint.retention import Retention
 from pentad.trainer.data.dataset import open_data
+from pentad.trainer.job.outputs import Outputs
 from pentad.trainer.metrics.peak import Peak
 from pentad.trainer.processes.signals import StopRequest
 from pentad.trainer.session import Session
-from pentad.trainer.trainer import Outputs, Trainer
+from pentad.trainer.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.trainer.checkpoint.test_resume import Curve, text_job
 from tests.training import make_here

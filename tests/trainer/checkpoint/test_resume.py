@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from pentad.configs.schema import CheckpointConfig, Config, MoeConfig, RouterConfig, TextData
+from pentad.trainer.job.outputs import Outputs
 from pentad.trainer.metrics.report import Report
 from pentad.trainer.processes.signals import StopRequest
-from pentad.trainer.trainer import Outputs, Trainer
+from pentad.trainer.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.training import job, open_trainer
 

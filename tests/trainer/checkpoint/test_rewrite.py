@@ -17,8 +17,9 @@ from pentad.launch.cli import main
 from pentad.trainer.checkpoint import rewrite
 from pentad.trainer.checkpoint.checkpointer import read_full, verify
 from pentad.trainer.checkpoint.listing import listed_checkpoint
+from pentad.trainer.job.outputs import Outputs
 from pentad.trainer.processes.signals import StopRequest
-from pentad.trainer.trainer import Outputs, Trainer
+from pentad.trainer.trainer import Trainer
 from tests.trainer.checkpoint.test_resume import Curve, text_job
 from tests.training import open_trainer
 

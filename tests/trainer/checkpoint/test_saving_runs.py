@@ -16,11 +16,12 @@ from pentad.trainer.checkpoint import io
 from pentad.trainer.checkpoint import manifest as checkpoint_manifest
 from pentad.trainer.checkpoint.checkpointer import CheckpointError, verify
 from pentad.trainer.checkpoint.names import checkpoints
+from pentad.trainer.job.outputs import Outputs
 from pentad.trainer.metrics.metric import Alert
 from pentad.trainer.metrics.report import Report
 from pentad.trainer.numerics.bad_steps import DivergedError
 from pentad.trainer.processes.signals import StopRequest
-from pentad.trainer.trainer import Outputs, Trainer
+from pentad.trainer.trainer import Trainer
 from tests.trainer.checkpoint.test_resume import Curve, text_job
 from tests.training import open_trainer
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pentad.parallel.record import files
-from pentad.trainer import run as run_module
 from pentad.trainer.__main__ import main
+from pentad.trainer.job import peaks, telling
 from pentad.trainer.metrics.notices import or_without
 from tests.jobs import DENSE
 from tests.launch.test_bad_input import SMALL
@@ -29,9 +29,9 @@ def test_a_run_on_a_disk_that_fills_up_ends_well(
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_module, "draw_curves", full)
+    monkeypatch.setattr(telling, "draw_curves", full)
     monkeypatch.setattr(files, "collect", full)
-    monkeypatch.setattr(run_module.MeasuredPeaks, "keep", full)
+    monkeypatch.setattr(peaks.MeasuredPeaks, "keep", full)
     places = [f"runs_dir={tmp_path}", "name=full", f"data.cache={tmp_path}/cache", "parallel.tp=1", "parallel.dp=1"]
     assert main([DENSE, *SMALL, *places, "train.steps=2", "checkpoint.final=false", "hardware.peak_tflops=null"]) == 0
     said = capsys.readouterr().err

@@ -10,11 +10,11 @@ import pytest
 
 from pentad.configs.schema import Config, EvalConfig, LogConfig
 from pentad.trainer.data.loader import Loader
+from pentad.trainer.job.outputs import Outputs
 from pentad.trainer.metrics.readings import memory
 from pentad.trainer.metrics.report import Report
 from pentad.trainer.metrics.sinks import EventLog, SinkSet, make_sinks
 from pentad.trainer.processes.signals import StopRequest
-from pentad.trainer.trainer import Outputs
 from tests.distributed import run_distributed
 from tests.trainer.checkpoint.test_resume import text_job
 from tests.training import Run, job, microbatches, open_trainer

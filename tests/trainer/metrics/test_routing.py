@@ -15,6 +15,7 @@ from pentad.configs.load import load
 from pentad.configs.schema import Config, LogConfig, MoeConfig, RouterConfig, TextData
 from pentad.models.costs.flops import s_mfu_flops_per_step, step_flops
 from pentad.models.routing.balance import FIELDS, columns
+from pentad.trainer.job.outputs import Outputs
 from pentad.trainer.metrics.line_file import finite
 from pentad.trainer.metrics.metric import Picture
 from pentad.trainer.metrics.peak import Peak
@@ -24,7 +25,6 @@ from pentad.trainer.metrics.report import Report
 from pentad.trainer.metrics.sinks import make_sinks
 from pentad.trainer.metrics.sinks.wandb import WandbSink
 from pentad.trainer.processes.signals import StopRequest
-from pentad.trainer.trainer import Outputs
 from tests.distributed import run_distributed
 from tests.trainer.metrics.reports import facts, read, report
 from tests.trainer.metrics.test_console import header, line

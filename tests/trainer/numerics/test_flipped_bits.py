@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from pentad.configs.schema import Config
+from pentad.trainer.job.outputs import Outputs
 from pentad.trainer.metrics.sinks import EventLog, SinkSet
 from pentad.trainer.numerics.corrupted import CorruptedError
 from pentad.trainer.processes.signals import StopRequest
-from pentad.trainer.trainer import Outputs
 from tests.distributed import run_distributed
 from tests.trainer.numerics.flips import KINDS, Flip, Told, flip_state, flipping, train_with_flip
 from tests.training import job, open_trainer, world_of

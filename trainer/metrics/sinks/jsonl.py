@@ -13,9 +13,10 @@ from ..report import Report
 class JsonlSink:
     """`metrics.jsonl`: one object a step, in the file at once, each step there once however often the run resumes."""
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
-        """resume_step: newest step already trained; later lines are dropped. 0 moves an old file aside."""
-        if resume_step:
+    def __init__(self, path: Path, resume_step: int = 0, *, again: bool = False) -> None:
+        """resume_step: newest step already trained; later lines are dropped. 0 moves an old file aside, unless the same
+        run goes on `again`."""
+        if resume_step or again:
             _keep_until(path, resume_step)
         elif path.exists():
             os.replace(path, path.with_suffix(".previous.jsonl"))

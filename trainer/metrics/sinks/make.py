@@ -68,18 +68,28 @@ class SinkSet:
 
 
 def make_sinks(
-    cfg: LogConfig, run_dir: Path, config_dict: Mapping[str, Any], total_steps: int, resume_step: int = 0
+    cfg: LogConfig,
+    run_dir: Path,
+    config_dict: Mapping[str, Any],
+    total_steps: int,
+    resume_step: int = 0,
+    *,
+    again: bool = False,
 ) -> SinkSet:
     """The sinks that the config asks for, on rank 0.
 
-    config_dict: the resolved config, recorded by trackers; resume_step: step of the checkpoint, 0 for a new run.
+    config_dict: the resolved config, recorded by trackers; resume_step: the step that the run goes on from, 0 for a new
+    run, unless it is the same one that goes on `again`.
     Raises UserError naming every tracker whose package is missing, before anything is opened.
     """
     problems = missing_packages(cfg)
     if problems:
         raise UserError(*problems)
     run_dir.mkdir(parents=True, exist_ok=True)
-    sinks: list[Sink] = [JsonlSink(run_dir / RunFile.METRICS, resume_step), ConsoleSink(total_steps, cfg.every)]
+    sinks: list[Sink] = [
+        JsonlSink(run_dir / RunFile.METRICS, resume_step, again=again),
+        ConsoleSink(total_steps, cfg.every),
+    ]
     if cfg.wandb:
         sinks.append(WandbSink(cfg.wandb_project, run_dir, config_dict, resume_step))
     if cfg.tensorboard:

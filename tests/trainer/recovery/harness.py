@@ -1,0 +1,295 @@
+"""Whole jobs as processes of this machine, of which some are killed; what a watcher would do, done by the test.
+
+Every process runs `trainer.job.run` as under a launcher; the store is the test's. When a process is killed, the
+stand-in for the watcher tells those that are left to leave their mesh, by their rings, and publishes the next plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pentad.configs.schema import Config, EvalConfig, HardwareConfig, TextData
+from pentad.parallel.record.ring import HEADER_BYTES, Recorder, ring_folders, ring_name
+from pentad.parallel.record.vitals import ABORT_WORD
+from pentad.trainer.checkpoint.io import read_full
+from pentad.trainer.checkpoint.names import checkpoints
+from pentad.trainer.job.run import run
+from pentad.trainer.processes.signals import StopRequest
+from pentad.trainer.processes.start import Start
+from pentad.trainer.recovery.plan import EpochPlan, Membership, end_plans, publish_plan
+from tests.training import job, world_of
+
+TEXT = Path(__file__).parents[3] / "docs" / "architecture.md"
+TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A process kills itself.
+
+    Args:
+        number: which.
+        step: in which step of its record (0-based), in the first mesh in which it comes to it.
+        entry: before it writes this entry of the step's record, counted from 0.
+        kind: counts entries of this kind only; empty: all.
+        after: at the entry's end instead.
+    """
+
+    number: int
+    step: int
+    entry: int
+    kind: str = ""
+    after: bool = False
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a job left.
+
+    Args:
+        codes: exit code of every process, by number.
+        metrics, events: lines of the files.
+        state: tensors of the last checkpoint, by name.
+        about: the checkpoint's own state.
+        left: names in the folder of the node's copies and plans.
+        errors: tracebacks of processes that failed.
+    """
+
+    codes: dict[int, int]
+    metrics: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    state: dict[str, torch.Tensor]
+    about: dict[str, Any]
+    errors: dict[int, str]
+
+    @property
+    def curve(self) -> list[tuple[int, float, float, int]]:
+        """Step, loss, gradient norm and tokens of every line."""
+        return [(m["step"], m["loss"], m["grad_norm"], m["tokens"]) for m in self.metrics]
+
+    @property
+    def recoveries(self) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == "recovered"]
+
+
+def small_job(folder: Path, **wanted: Any) -> Config:
+    """A job of a few steps over a text of this repository.
+
+    Args:
+        folder: of its run.
+        wanted: arguments of `job`; `faults`, `checkpoint`: further keys of these sections.
+    """
+    faults, saving, evaluation = (wanted.pop(name, {}) for name in ("faults", "checkpoint", "eval"))
+    model = {"vocab": 264, **wanted.pop("model", {})}
+    cfg = job(model=model, **{"steps": 6, **wanted})
+    return replace(
+        cfg,
+        name=f"recovery-{uuid.uuid4().hex[:8]}",
+        runs_dir=str(folder),
+        data=TextData(paths=(str(TEXT),), cache=str(Path(tempfile.gettempdir()) / "pentad-recovery"), holdout=0.1),
+        eval=EvalConfig(**evaluation),
+        checkpoint=replace(cfg.checkpoint, dir=str(folder / "checkpoints"), **saving),
+        faults=replace(cfg.faults, watch=False, **faults),
+        hardware=HardwareConfig(peak_tflops=0.1),
+    )
+
+
+@dataclass
+class StandIn:
+    """The watcher's part, for one job.
+
+    Args:
+        cfg: the job.
+        folder: where logs go.
+        spares: processes that wait.
+        kills: who is killed when.
+        plan: decides on the next mesh: members by slot, lost numbers and waiting spares → members, or None: the end.
+    """
+
+    cfg: Config
+    folder: Path
+    spares: int = 0
+    kills: tuple[Kill, ...] = ()
+    plan: Callable[[tuple[int, ...], set[int], list[int]], tuple[int, ...] | None] | None = None
+    _processes: dict[int, BaseProcess] = field(default_factory=dict)
+    _port: int = 0
+
+    def run(self) -> Ran:
+        """Runs the job to its end."""
+        shared = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="pentad-test-"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        self._port = store.port
+        try:
+            self._start(shared, store.port)
+            self._watch(shared)
+        finally:
+            for process in self._processes.values():
+                process.kill()
+                process.join()
+            for path in shared.iterdir():
+                path.unlink()
+            shared.rmdir()
+            for number in self._processes:
+                self._ring(number).unlink(missing_ok=True)
+        return self._ran()
+
+    def _start(self, shared: Path, port: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.worker_imports"])
+        world = world_of(self.cfg)
+        for number in range(world + self.spares):
+            mine = tuple(kill for kill in self.kills if kill.number == number)
+            arguments = (number, world, self.cfg, self.folder, shared, port, mine)
+            self._processes[number] = context.Process(target=_process, args=arguments, daemon=True)
+            self._processes[number].start()
+
+    def _ring(self, number: int) -> Path:
+        return ring_folders()[0] / ring_name(f"{self.cfg.name}-{self.cfg.name}-{self._port}", number)
+
+    def _watch(self, shared: Path) -> None:
+        members, epoch = tuple(range(world_of(self.cfg))), 0
+        spares = [number for number in self._processes if number not in members]
+        until = time.monotonic() + TIMEOUT_S
+        running = {process.sentinel: number for number, process in self._processes.items()}
+        while any(number in members for number in running.values()):
+            if time.monotonic() > until:
+                raise TimeoutError(f"the job did not end in {TIMEOUT_S:g} s; see {self.folder}")
+            ended = [running.pop(sentinel) for sentinel in wait(list(running), 1.0) if isinstance(sentinel, int)]
+            seen = time.time()
+            killed = {number for number in ended if self._code(number) == -signal.SIGKILL}
+            failed = {number for number in ended if self._code(number) not in (0, -signal.SIGKILL)}
+            spares = [number for number in spares if number not in ended]
+            lost = killed & set(members)
+            if failed & set(members):
+                break
+            if not lost:
+                continue
+            for number in members:
+                if number in running.values():
+                    self._tell(number, epoch)
+            following = self._next(members, lost, spares)
+            if following is None:
+                break
+            spares = [number for number in spares if number not in following]
+            epoch, members = epoch + 1, following
+            line = f"numbers {sorted(lost)} were killed"
+            publish_plan(shared, EpochPlan(epoch, members, tuple(sorted(lost)), line, seen, "spare"))
+        end_plans(shared)
+        wait_for = time.monotonic() + 30
+        for process in self._processes.values():
+            process.join(max(0.0, wait_for - time.monotonic()))
+
+    def _next(self, members: tuple[int, ...], lost: set[int], spares: list[int]) -> tuple[int, ...] | None:
+        if self.plan is not None:
+            return self.plan(members, lost, spares)
+        free = iter(spares)
+        following = [next(free, None) if number in lost else number for number in members]
+        return tuple(n for n in following if n is not None) if None not in following else None
+
+    def _code(self, number: int) -> int | None:
+        self._processes[number].join(5)
+        return self._processes[number].exitcode
+
+    def _tell(self, number: int, epoch: int) -> None:
+        fd = os.open(self._ring(number), os.O_RDWR)
+        with mmap.mmap(fd, HEADER_BYTES) as header, memoryview(header).cast("q") as words:
+            words[ABORT_WORD] = epoch + 1
+        os.close(fd)
+
+    def _ran(self) -> Ran:
+        run_dir = Path(self.cfg.runs_dir) / self.cfg.name
+        lines = {}
+        for name in ("metrics", "events"):
+            path = run_dir / f"{name}.jsonl"
+            lines[name] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        found = checkpoints(Path(self.cfg.checkpoint.dir))
+        state, about = read_full(found[0][1]) if found else ({}, {})
+        codes = {number: process.exitcode or 0 for number, process in self._processes.items()}
+        errors = {int(path.name.split(".")[0]): path.read_text() for path in self.folder.glob("*.error")}
+        return Ran(codes, lines["metrics"], lines["events"], state, about, errors)
+
+
+def _process(
+    number: int, world: int, cfg: Config, logs: Path, shared: Path, port: int, kills: tuple[Kill, ...]
+) -> None:
+    """One process of a job."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    facts = {
+        "RANK": number,
+        "LOCAL_RANK": number,
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": cfg.name,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    env = {key: str(value) for key, value in facts.items()}
+    os.environ.update(env)
+    with (
+        open(logs / f"{number}.log", "a", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+        _killed(kills),
+    ):
+        try:
+            start = Start.of(os.environ, StopRequest(), given="", failed=lambda failure: None)
+            start.membership = Membership(shared, number, world)
+            code = run(cfg, start)
+        except BaseException:
+            (logs / f"{number}.error").write_text(traceback.format_exc())
+            code = 1
+        file.flush()
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def _killed(kills: tuple[Kill, ...]) -> Iterator[None]:
+    """Counts the entries that this process writes, and kills it."""
+    enter, leave = Recorder.enter, Recorder.exit
+    seen: dict[tuple[int, str], int] = {}
+    marked: dict[int, None] = {}
+
+    def entering(self: Recorder, kind: int, *args: Any, **given: Any) -> int:
+        name = self.names[kind]
+        for kill in kills:
+            if kill.step == self.step and kill.kind in ("", name):
+                key = (kill.step, kill.kind)
+                at = seen[key] = seen.get(key, -1) + 1
+                if at == kill.entry and not kill.after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if at == kill.entry:
+                    ticket = enter(self, kind, *args, **given)
+                    marked[ticket] = None
+                    return ticket
+        return enter(self, kind, *args, **given)
+
+    def leaving(self: Recorder, ticket: int, *args: Any, **given: Any) -> None:
+        leave(self, ticket, *args, **given)
+        if ticket in marked:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if kills:
+        Recorder.enter, Recorder.exit = entering, leaving  # type: ignore[method-assign]
+    yield

@@ -1,0 +1,110 @@
+"""Keeps copies of a rank's state while it trains, as often as their budget allows."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from ...parallel.comm.collectives import all_reduce
+from ...parallel.comm.mesh import Mesh
+from ...parallel.global_tensor import GlobalTensor
+from .point import RunPoint
+from .snapshots import SnapshotFile
+
+BUDGET = 0.03
+"""Share of a step's time that copies may take, on the rank that they take longest."""
+_AGREE_AT = 4
+"""Steps of a mesh after which the ranks agree for the first time how often copies are made; then after 4 times as many
+each."""
+
+
+class SnapshotKeeper:
+    """This process's copies, over all meshes that it is in.
+
+    Args:
+        folder: of the job on this node, in memory.
+        number: of this process in the job.
+    """
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.every = 1
+        """Steps from one copy to the next, the same on all ranks."""
+        self.tell: Callable[..., object] | None = None
+        """Told of events, on the rank that reports."""
+        self._folder, self._number = folder, number
+        self._file: SnapshotFile | None = None
+        self._mesh: Mesh | None = None
+        self._members: Collection[int] = ()
+        self._steps = 0
+        self._last = 0.0
+        self._costs: list[float] = []
+        self._times: list[float] = []
+
+    def begin(self, mesh: Mesh, members: Collection[int], tensors: Mapping[str, GlobalTensor], point: RunPoint) -> None:
+        """In a new mesh, from the state that its ranks have.
+
+        Args:
+            mesh: of this rank.
+            members: numbers of the processes in it.
+            tensors: this rank's pieces of the state.
+            point: how far the state is.
+        """
+        if self._file is None or not self._file.follow(tensors):
+            # The copies before stay until the first one of these is there.
+            before, self._file = self._file, SnapshotFile(self._folder, self._number, tensors)
+            if before is not None:
+                before.close()
+        self._mesh, self._members, self._steps = mesh, members, 0
+        self._costs, self._times = [], []
+        self._file.write(point, mesh.epoch, mesh.rank)
+        self._last = time.monotonic()
+
+    def after(self, point: RunPoint) -> None:
+        """After every step, on all ranks."""
+        assert self._file is not None and self._mesh is not None
+        began = time.monotonic()
+        self._times.append(began - self._last)
+        if not self._steps:
+            self._remove_others()
+        self._steps += 1
+        if point.step % self.every == 0:
+            self._file.write(point, self._mesh.epoch, self._mesh.rank)
+            self._costs.append(time.monotonic() - began)
+        if self._steps >= _AGREE_AT and math.log(self._steps, 4).is_integer():
+            self._agree(point.step)
+        self._last = time.monotonic()
+
+    def _agree(self, step: int) -> None:
+        assert self._file is not None and self._mesh is not None
+        cost = median(self._costs) if self._costs else 0.0
+        mine = torch.tensor([cost, -median(self._times)], dtype=torch.float64)
+        cost, seconds = all_reduce(mine, self._mesh.axis("world"), "max").wait().tolist()
+        every = max(1, math.ceil(cost / (BUDGET * -seconds))) if cost else self.every
+        self._costs, self._times = self._costs[-1:], []
+        if self.tell is not None:
+            about = {"mib": self._file.state_bytes / 2**20, "ms": 1e3 * cost, "step_ms": -1e3 * seconds}
+            self.tell("snapshots", step=step, every=every, **{name: round(value, 3) for name, value in about.items()})
+        self.every = every
+
+    def _remove_others(self) -> None:
+        """All members have a copy in this mesh, for they have done a step in it: those of processes that are gone have
+        had their use."""
+        for path in self._folder.glob("snapshot.*"):
+            match = re.fullmatch(r"snapshot\.(\d+)(\.new)?", path.name)
+            if match is not None and int(match[1]) not in self._members:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Copies nothing any more. What was copied stays for others; who made the folder removes it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._mesh = None

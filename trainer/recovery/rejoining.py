@@ -1,0 +1,199 @@
+"""The way of a process from one mesh of its job into the next.
+
+    a wait is given up ── break off ── leave the mesh ── the plan comes ── meet in a new mesh ── restore ── train on
+                      notice           leave          wait              groups              state
+
+What it brings is its memory, if that is the state after a step; else it takes the state from copies on its node.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...configs.schema import Config
+from ..checkpoint.state import all_tensors
+from ..job.outputs import Outputs
+from ..metrics.report import Report
+from ..processes.failure import is_loss
+from ..processes.start import Start
+from ..session import Here, Session, SessionState
+from ..trainer import Trainer
+from .keeper import SnapshotKeeper
+from .plan import EpochPlan, Fenced, Membership
+from .point import RunPoint
+from .recovered import LOST_STEPS, MESH_EPOCH, MTTR
+from .restore import StateRestore
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One mesh of the job.
+
+    Args:
+        number: how many there were before.
+        members: the number of the process in each slot.
+        plan: by which it came about; none: it is the first one.
+    """
+
+    number: int
+    members: tuple[int, ...]
+    plan: EpochPlan | None = None
+
+
+class Rejoining:
+    """What a process keeps from mesh to mesh.
+
+    Args:
+        cfg: the job.
+        membership: from where plans come.
+        here: this process.
+        stopped: whether it was asked to stop.
+    """
+
+    def __init__(self, cfg: Config, membership: Membership, here: Here, stopped: Callable[[], bool]) -> None:
+        self._cfg, self._membership, self._here, self._stopped = cfg, membership, here, stopped
+        self.keeper = SnapshotKeeper(membership.folder, membership.number)
+        self._state: SessionState | None = None
+        self._live: RunPoint | None = None
+        self._restore: StateRestore | None = None
+        self._session: Session | None = None
+        self._trainer: Trainer | None = None
+        self._epoch = Epoch(0, ())
+        self._done = False
+        self._times: dict[str, float] = {}
+        """Unix time at the end of each part of the way."""
+
+    @staticmethod
+    def of(cfg: Config, start: Start, here: Here) -> Rejoining | None:
+        """None: a fault ends the job."""
+        if start.membership is None:
+            return None
+        return Rejoining(cfg, start.membership, here, lambda: start.stop.requested)
+
+    # Between two meshes -----------------------------------------------------------------------------------------
+
+    def called(self) -> Epoch:
+        """Of a process that no mesh needed at first: the one that needs it.
+
+        Raises:
+            Fenced: the job ends without it.
+        """
+        after = 0
+        while not self._stopped():
+            plan = self._membership.wait(after, _LONG_S, self._stopped)
+            if plan is None:
+                break
+            if self._membership.number in plan.members:
+                return self._entered(plan)
+            after = plan.epoch
+        raise Fenced
+
+    def following(self, epoch: Epoch, error: Exception) -> Epoch | None:
+        """After an error: the next mesh, when this rank has left the one before; None: the error is the end.
+
+        Raises:
+            Fenced: the job goes on without this process.
+        """
+        if self._done or not is_loss(error):
+            return None
+        self._here.recorder.vitals.out()
+        self._times = {"notice": time.time()}
+        self._leave()
+        self._times["leave"] = time.time()
+        plan = self._membership.wait(epoch.number, self._cfg.faults.timeout_s)
+        if plan is None:
+            return None
+        if self._membership.number not in plan.members:
+            raise Fenced
+        self._here.recorder.vitals.goes_on()
+        return self._entered(plan)
+
+    def _entered(self, plan: EpochPlan) -> Epoch:
+        self._times["wait"] = time.time()
+        return Epoch(plan.epoch, plan.members, plan)
+
+    def _leave(self) -> None:
+        session, trainer, self._session, self._trainer = self._session, self._trainer, None, None
+        self._state = self._live = None
+        if session is None:
+            return
+        session.mesh.abort.trigger("other ranks are lost")
+        session.stepper.reset(lost=True)
+        self._live = trainer.left_at if trainer is not None else None
+        self._state = session.leave()
+
+    # Into a mesh ------------------------------------------------------------------------------------------------
+
+    def brings(self, epoch: Epoch, resumed: Path | None) -> tuple[SessionState | None, StateRestore | None]:
+        """What this process brings to a mesh, and what makes the ranks' states one.
+
+        Args:
+            epoch: of the mesh.
+            resumed: the checkpoint that the job went on from, as far as this process knows.
+        """
+        self._epoch = epoch
+        if epoch.number == 0:
+            return None, None
+        self._restore = StateRestore(self._membership.folder, self._live, resumed)
+        state, self._state, self._live = self._state, None, None
+        return state, self._restore
+
+    def met(self) -> None:
+        """All ranks are there."""
+        self._times["groups"] = time.time()
+
+    def opened(self, session: Session) -> None:
+        """The session stands, and its state is that of one step."""
+        self._session = session
+
+    @property
+    def point(self) -> RunPoint | None:
+        """How far the state of all ranks is; None: it is nobody's yet."""
+        return self._restore.point if self._restore is not None else None
+
+    @property
+    def resumed(self) -> Path | None:
+        """The checkpoint that the job went on from."""
+        return self._restore.resumed if self._restore is not None else None
+
+    def ready(self, trainer: Trainer, outputs: Outputs | None) -> None:
+        """This rank is about to train."""
+        self._trainer = trainer
+        self.keeper.tell = outputs.events.log if outputs is not None else None
+        state = all_tensors(trainer.parts, trainer.optimizer)
+        self.keeper.begin(trainer.mesh, self._epoch.members, state, trainer.point)
+        self._times["state"] = time.time()
+        if outputs is not None and self._epoch.plan is not None:
+            self._tell(outputs, self._epoch.plan, trainer.step)
+
+    def _tell(self, outputs: Outputs, plan: EpochPlan, step: int) -> None:
+        began, parts = plan.seen or next(iter(self._times.values())), {}
+        before = began
+        for name, at in self._times.items():
+            parts[name], before = round(1e3 * max(at - before, 0.0), 3), at
+        total = round(1e3 * (before - began), 3)
+        redone = self._restore.redone if self._restore is not None else 0
+        where = {"step": step, "epoch": plan.epoch, "rung": plan.rung, "from": self._from()}
+        slots = [
+            slot for slot, number in enumerate(self._membership.members(plan.epoch - 1) or ()) if number in plan.lost
+        ]
+        outputs.events.log("recovered", **where, lost=slots, line=plan.line, redone=redone, ms=total, parts_ms=parts)
+        outputs.sinks.add(Report.of(step, [(MTTR, total), (LOST_STEPS, redone), (MESH_EPOCH, plan.epoch)]))
+
+    def _from(self) -> str:
+        return "snapshots" if self.point is not None else "a checkpoint, or the first step"
+
+    def finished(self) -> None:
+        """No rank needs another one's state any more."""
+        self._done = True
+
+    def close(self) -> None:
+        """At the process's end."""
+        self.keeper.close()
+        self._session = self._trainer = None
+
+
+_LONG_S = 1e9
