@@ -128,6 +128,8 @@ WAITS = {
     "launch/slurm/snapshot.py": {"": LAUNCHER},
     "launch/supervise/agent.py": {"": LAUNCHER},
     "launch/supervise/fork_server.py": {"": LAUNCHER},
+    "launch/supervise/node_ranks.py": {"": LAUNCHER},
+    "launch/supervise/recovery.py": {"": LAUNCHER},
     "launch/supervise/supervisor.py": {"": LAUNCHER},
     "launch/supervise/watch_link.py": {"": LAUNCHER},
     "launch/supervise/watched.py": {"": LAUNCHER},

@@ -22,6 +22,7 @@ from .processes.orphans import signal_self_when_orphaned
 from .processes.signals import NOTICES, StopRequest
 from .processes.start import Start
 from .processes.watch import WatchRequest
+from .recovery.plan import Membership
 from .run_folder import FRESH, claim
 
 USAGE = f"usage: torchrun … -m pentad.trainer [{FRESH}] [{OPTION} MODULE …] CONFIG [key=value …]"
@@ -32,6 +33,7 @@ def main(
     failed: Callable[[Failure], None] | None = None,
     job: Callable[[Config, Start], int] | None = None,
     watch: Callable[[WatchRequest], None] | None = None,
+    membership: Membership | None = None,
 ) -> int:
     """Runs this rank of the job.
 
@@ -40,6 +42,8 @@ def main(
         failed: told about the failure instead of it being printed.
         job: what the rank does; none: it trains.
         watch: asked for a watcher of this node; none: one is started.
+        membership: from where plans come, where faults can be mended. A process whose number is none of the ranks' at
+            the start has an environment made for it, which says no launcher's.
 
     Returns:
         The exit code: 0, 2 for a user's mistake, 1 for any other error; for signal n `faults.stop_code`, or 128 + n
@@ -59,10 +63,12 @@ def main(
         return 2
     stop = StopRequest().listen(NOTICES)
     try:
-        env = {**os.environ, **place(os.environ)}
+        newcomer = membership is not None and membership.newcomer
+        env = {**os.environ, **({} if newcomer else place(os.environ))}
         if "TORCHELASTIC_RUN_ID" in env or ("RANK" in env and "RANK" not in os.environ):
             signal_self_when_orphaned(signal.SIGTERM)  # a rank does not outlive what started it
         start = Start.of(env, stop, config=argv[0], fresh=fresh, failed=failed, watch=watch)
+        start.membership = membership
     except UserError as error:
         stop.close()
         for problem in error.problems:
@@ -93,6 +99,8 @@ def _run(
         cfg = decided(load(start.config, overrides, world_size=start.meeting.world))
         start.given = given_yaml(start.config, overrides)
         loading = False
+        if not cfg.faults.recover:
+            start.membership = None
         if start.meeting.rank == 0:
             if alone:
                 preflight(cfg)

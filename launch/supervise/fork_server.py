@@ -18,16 +18,17 @@ import sys
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ...configs.strict_json import JsonError, expect_int, expect_list, expect_object, expect_text, parse_json
 from ...trainer.processes.leaving import leave
+from ...trainer.recovery.plan import end_plans
 from .fork_protocol import Wire, listen
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
-_WARM = ("pentad.trainer.run", "pentad.launch.supervise.worker")
+_WARM = ("pentad.trainer.job.run", "pentad.launch.supervise.worker")
 """What every rank imports."""
 _KEPT_S = 1.0
 """For which a process that has ended is not reaped: its node's watcher reads there how it ended."""
@@ -36,25 +37,43 @@ _LOOK_S = 1.0
 
 @dataclass(eq=False)
 class Child:
-    """A process that was forked, and the guardian that waits for it.
+    """A process that was forked.
 
     Args:
         pid: its id.
-        wire: to its guardian; None: that is gone.
         stopped: whether it was asked to stop.
         ended: when it was seen to have ended.
+        code: then its exit code, negative for a signal.
     """
 
     pid: int
-    wire: Wire | None
     stopped: bool = False
-    ended: float = field(default=0.0)
+    ended: float = 0.0
+    code: int = 0
+    reaped: bool = False
 
     def send(self, number: int) -> None:
         """Sends it a signal."""
         self.stopped = self.stopped or number in (signal.SIGTERM, signal.SIGQUIT)
         if not self.ended:
             os.kill(self.pid, number)  # ours and not reaped: nobody else has this id
+
+
+@dataclass(eq=False)
+class GuardedSlot:
+    """What a guardian waits for: a process, or those that follow each other in its place.
+
+    Args:
+        request: of the guardian.
+        number: of the process that has the place now.
+        rank: of the place, in the job; -1: of no job.
+        told: whether the guardian knows the end.
+    """
+
+    request: _Request
+    number: int
+    rank: int
+    told: bool = False
 
 
 class _Forked(Exception):
@@ -73,10 +92,13 @@ class ForkServer:
     """
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._listener = listen(folder)
         self._parent = os.getppid()
         self._wires: list[Wire] = []
-        self._children: list[Child] = []
+        self._slots: dict[Wire, GuardedSlot] = {}
+        self._children: dict[int, Child] = {}
+        self._watcher: Wire | None = None
         self._woken, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(write)
@@ -87,9 +109,10 @@ class ForkServer:
         Raises:
             _Forked: in each new process.
         """
-        while self._children or os.getppid() == self._parent:
-            wait_s = _KEPT_S / 4 if any(child.ended for child in self._children) else _LOOK_S
-            ready, _, _ = select.select([self._listener, self._woken, *self._wires], [], [], wait_s)
+        while any(not child.reaped for child in self._children.values()) or os.getppid() == self._parent:
+            kept = any(child.ended and not child.reaped for child in self._children.values())
+            sources = [self._listener, self._woken, *self._wires]
+            ready, _, _ = select.select(sources, [], [], _KEPT_S / 4 if kept else _LOOK_S)
             if self._woken in ready:
                 os.read(self._woken, 4096)
             if self._listener in ready:
@@ -102,48 +125,94 @@ class ForkServer:
                     self._lost(wire)
             self._look()
 
+    # Guardians --------------------------------------------------------------------------------------------------
+
     def _hear(self, wire: Wire, message: dict[str, Any]) -> None:
         if "run" in message:
-            child = Child(self._fork(_Request.load(message), wire), wire)
-            self._children.append(child)
-            return
-        number = expect_int(expect_object(message, "a message", ("signal",))["signal"], "signal", 1, 64)
-        for child in self._children:
-            if child.wire is wire:
-                child.send(number)
+            request = _Request.load(message)
+            rank = request.rank
+            number = rank if rank >= 0 else -1 - len(self._children)
+            self._slots[wire] = GuardedSlot(request, number, rank)
+            self._fork(number, request, wire)
+        elif "watch" in message:
+            self._watcher = wire
+        elif wire is self._watcher:
+            self._obey(message)
+        else:
+            number = expect_int(expect_object(message, "a message", ("signal",))["signal"], "signal", 1, 64)
+            if wire in self._slots:
+                self._children[self._slots[wire].number].send(number)
 
     def _lost(self, wire: Wire) -> None:
         """A guardian is gone: its rank saves and ends, or ends at once if it was asked to already."""
         self._wires.remove(wire)
         wire.close()
-        for child in self._children:
-            if child.wire is wire:
-                child.wire = None
-                child.send(signal.SIGKILL if child.stopped else signal.SIGTERM)
+        slot = self._slots.pop(wire, None)
+        if slot is not None and slot.number in self._children:
+            child = self._children[slot.number]
+            child.send(signal.SIGKILL if child.stopped else signal.SIGTERM)
+        if wire is self._watcher:
+            self._end()
+            end_plans(self._folder)  # nobody is left who could make another one
 
     def _look(self) -> None:
-        """Tells guardians whose ranks have ended, and reaps these a little later."""
+        """Tells who waits for it that a process has ended, and reaps it a little later."""
         now = time.monotonic()
-        for child in list(self._children):
+        for number, child in self._children.items():
+            if child.reaped:
+                continue
             if not child.ended:
                 found = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 if found is None:
                     continue
                 child.ended = now
-                if child.wire is not None:
-                    child.wire.send(code=found.si_status if found.si_code == os.CLD_EXITED else -found.si_status)
+                child.code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+                if self._watcher is not None:
+                    self._watcher.send(ended=number, code=child.code)
             elif now - child.ended > _KEPT_S:
                 os.waitpid(child.pid, 0)
-                self._children.remove(child)
+                child.reaped = True
+        for wire, slot in self._slots.items():
+            child = self._children[slot.number]
+            if child.ended and not slot.told and (not child.code or self._watcher is None):
+                slot.told = True
+                wire.send(code=child.code)
 
-    def _fork(self, request: _Request, wire: Wire) -> int:
-        """The new process's id."""
+    # The watcher ------------------------------------------------------------------------------------------------
+
+    def _obey(self, message: dict[str, Any]) -> None:
+        """What the node's watcher wants: other processes in the places of the ranks."""
+        if "fork" in message:
+            number = expect_int(message["fork"], "fork", 0)
+            known = next(((wire, slot) for wire, slot in self._slots.items() if slot.rank >= 0), None)
+            if known is not None and number not in self._children:
+                wire, slot = known
+                self._fork(number, slot.request.as_newcomer(number), wire)
+            elif self._watcher is not None:
+                self._watcher.send(ended=number, code=1)
+        elif "plan" in message:
+            members = [expect_int(each, "a member", 0) for each in expect_list(message["plan"], "plan")]
+            for slot in self._slots.values():
+                if 0 <= slot.rank < len(members) and members[slot.rank] in self._children:
+                    slot.number = members[slot.rank]
+        elif "missed" in message:
+            child = self._children.get(expect_int(message["missed"], "missed"))
+            if child is not None and child.ended:
+                child.code = 0
+        elif "end" in message:
+            self._end()
+
+    def _end(self) -> None:
+        """From now on a process that ends is the end of its slot."""
+        self._watcher = None
+
+    def _fork(self, number: int, request: _Request, wire: Wire) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # none of its signals is to meet our handlers
         pid = os.fork()
         if not pid:
             raise _Forked(request, wire.fds)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
-        return pid
+        self._children[number] = Child(pid)
 
 
 @dataclass(frozen=True)
@@ -159,6 +228,18 @@ class _Request:
     env: dict[str, str]
     cwd: str
     cpus: list[int]
+
+    @property
+    def rank(self) -> int:
+        """Of the job's ranks, as the environment says; -1: none."""
+        rank = self.env.get("RANK", "")
+        return int(rank) if rank.isascii() and rank.isdecimal() else -1
+
+    def as_newcomer(self, number: int) -> _Request:
+        """The same for a process with another number, which has no place in the job yet."""
+        beyond = number - int(self.env["WORLD_SIZE"])
+        local = str(int(self.env["LOCAL_WORLD_SIZE"]) + beyond)
+        return replace(self, env={**self.env, "RANK": str(number), "LOCAL_RANK": local})
 
     @staticmethod
     def load(message: dict[str, Any]) -> _Request:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ...parallel.comm.processes import Identity, children, runs
 from ...parallel.record.diagnosis import FAILED, Verdict
 from ...trainer.processes.failure import Failure
 from ...trainer.processes.signals import STOPS, heeded
+from ...trainer.recovery.plan import Membership
 from .worker_files import VERDICT
 
 POLL_S = 0.05
@@ -25,11 +26,15 @@ GRACE_S = 10.0
 """Seconds between a rank's failure and the end of those that wait for it in a collective."""
 _DYING_S = 5.0
 """For what was killed to be gone: the kernel first gives its memory back."""
+_LEAVE_S = 2.0
+"""For spares to leave, after the ranks."""
 _CONSEQUENCES = (-signal.SIGTERM, -signal.SIGABRT)
 """How a rank ends that was asked to, or that gave up waiting for another."""
 
 
-def supervise(folder: Path, ranks: int, worker: list[str], env: dict[str, str], *, watch: bool = False) -> int:
+def supervise(
+    folder: Path, ranks: int, worker: list[str], env: dict[str, str], *, watch: bool = False, spares: int | None = None
+) -> int:
     """Starts the ranks through torchrun's agent, passes signals on, and says why they failed if they did. Where the
     system has what it needs for that, the agent's children are guardians, and one process forks all ranks.
 
@@ -39,18 +44,21 @@ def supervise(folder: Path, ranks: int, worker: list[str], env: dict[str, str], 
         worker: module and arguments that make a rank (`launch.supervise.worker`).
         env: its environment.
         watch: whether a watcher looks after them.
+        spares: processes that the watcher keeps ready, to mend faults; None: the first fault is the end.
 
     Returns:
         The exit code of the whole job.
     """
-    with _caught_signals() as caught, _watcher(folder, watch) as watcher, _fork_server(folder, env) as forks:
+    with _caught_signals() as caught, _watcher(folder, watch, spares) as watcher, _fork_server(folder, env) as forks:
         guardian = ["pentad.launch.supervise.guardian", str(folder)] if forks is not None else []
         command = ["-m", "pentad.launch.supervise.agent", str(folder), str(ranks), "-m", *guardian, *worker]
         # A session of its own: Ctrl-C reaches only this process, which decides who gets it.
         agent = subprocess.Popen([sys.executable, *command], env=env, start_new_session=True)
         ended: set[int] = set()
         try:
-            ended = _wait(agent, forks, folder, ranks, caught)
+            ended = _wait(agent, forks, folder, ranks, caught, mends=spares is not None)
+            if spares is not None:
+                _let_leave(folder)
         finally:
             if agent.poll() is None:
                 if watcher is not None:
@@ -69,9 +77,15 @@ def supervise(folder: Path, ranks: int, worker: list[str], env: dict[str, str], 
 
 
 def _wait(
-    agent: subprocess.Popen[bytes], forks: subprocess.Popen[bytes] | None, folder: Path, ranks: int, caught: list[int]
+    agent: subprocess.Popen[bytes],
+    forks: subprocess.Popen[bytes] | None,
+    folder: Path,
+    ranks: int,
+    caught: list[int],
+    *,
+    mends: bool,
 ) -> set[int]:
-    """Until the agent ends or has to be killed.
+    """Until the agent ends or has to be killed. `mends`: a rank's failure is the end only if the watcher says so.
 
     Returns:
         The ranks that were killed, because they outlived another's failure.
@@ -90,9 +104,9 @@ def _wait(
         if not said and (verdict := _verdict(folder)) is not None:
             said, deadline = True, time.monotonic() + GRACE_S
             _say(verdict)
-        if said and _is_over(folder, _verdict(folder)):
+        if said and _is_over(folder, _verdict(folder), ranks):
             return ended
-        if deadline == math.inf and any(folder.glob("failure.*[0-9]")):
+        if deadline == math.inf and not mends and any(folder.glob("failure.*[0-9]")):
             deadline = time.monotonic() + GRACE_S
         if time.monotonic() > deadline:
             ended |= _signal_ranks(folder, signal.SIGKILL)
@@ -101,12 +115,13 @@ def _wait(
 
 
 @contextmanager
-def _watcher(folder: Path, wanted: bool) -> Iterator[subprocess.Popen[bytes] | None]:
+def _watcher(folder: Path, wanted: bool, spares: int | None) -> Iterator[subprocess.Popen[bytes] | None]:
     """The watcher of this machine's ranks, inside the block."""
     if not wanted:
         yield None
         return
     command = [sys.executable, "-m", "pentad.launch.supervise.watcher", str(folder)]
+    command += [str(spares)] if spares is not None else []
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         yield process
@@ -143,9 +158,10 @@ def _say(verdict: Verdict) -> None:
         print("\n".join((f"error: {verdict.line}", *verdict.details)), file=sys.stderr, flush=True)
 
 
-def _is_over(folder: Path, verdict: Verdict | None) -> bool:
+def _is_over(folder: Path, verdict: Verdict | None, ranks: int) -> bool:
     """Whether no rank has anything left to do: it has ended, or closed what it had, or is the one that cannot."""
-    hopeless = verdict.ranks if verdict is not None and verdict.kind != FAILED else ()
+    slots, members = verdict.ranks if verdict is not None and verdict.kind != FAILED else (), _members(folder, ranks)
+    hopeless = {members[slot] for slot in slots if slot < len(members)}
     return all(
         rank in hopeless or not process.alive or (folder / f"left.{rank}").exists()
         for rank, process in processes(folder).items()
@@ -160,6 +176,13 @@ def _judged(folder: Path, verdict: Verdict) -> int:
     first = min(failures, key=lambda failure: failure.at, default=None)
     print(first.text() if first is not None else f"error: {verdict.line}", file=sys.stderr, flush=True)
     return first.exit_code if first is not None else verdict.code
+
+
+def _let_leave(folder: Path) -> None:
+    """Gives the processes that nobody needed the time to leave."""
+    until = time.monotonic() + _LEAVE_S
+    while time.monotonic() < until and any(process.alive for process in processes(folder).values()):
+        time.sleep(POLL_S)
 
 
 def _without(what: str, folder: Path, number: int, caught: list[int]) -> int:
@@ -190,9 +213,9 @@ def _caught_signals() -> Iterator[list[int]]:
 
 def _stop(agent: subprocess.Popen[bytes], folder: Path, ranks: int) -> None:
     """Asks all ranks to stop after the step, or ends a job whose ranks are not all there yet."""
-    if len(processes(folder)) == ranks:
+    if len(processes(folder)) >= ranks:
         print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
-        _signal_ranks(folder, signal.SIGTERM)
+        _signal_ranks(folder, signal.SIGTERM, _members(folder, ranks))  # whoever else is there leaves with them
     else:
         agent.send_signal(signal.SIGQUIT)
 
@@ -217,11 +240,17 @@ def _kill(agent: subprocess.Popen[bytes], forks: subprocess.Popen[bytes] | None,
         time.sleep(POLL_S)
 
 
-def _signal_ranks(folder: Path, number: signal.Signals) -> set[int]:
-    """Sends a signal to the ranks that live; which those were."""
+def _members(folder: Path, ranks: int) -> tuple[int, ...]:
+    """The number of the process in each slot of the job's mesh."""
+    plan = Membership(folder, 0, ranks).wait(0, 0)
+    return plan.members if plan is not None else tuple(range(ranks))
+
+
+def _signal_ranks(folder: Path, number: signal.Signals, only: Sequence[int] | None = None) -> set[int]:
+    """Sends a signal to the ranks that live, or to those of some numbers; which those were."""
     reached = set()
     for rank, process in processes(folder).items():
-        if process.alive:
+        if process.alive and (only is None or rank in only):
             with suppress(ProcessLookupError):
                 os.kill(process.pid, number)
                 reached.add(rank)

@@ -32,6 +32,7 @@ from ...parallel.record.vitals import (
     PHASE_WORD,
     PHASES,
     PROGRESS_WORD,
+    SINCE_WORD,
     STACKS_WORD,
     TOLD_WORD,
     WATCHED_WORD,
@@ -78,15 +79,32 @@ class WatchedRank:
         self._silent_since = 0.0
         self.code: int | None = None
         self.line = ""
-        self.told_lost = False
-        self.ended = False
+        self.told_lost = self.by_user = False
+        self.ended = self.missed_by_nobody = False
+        self.slot = self.header.rank if self.header.rank < self.header.world else -1
+        """In the job's mesh; -1: none yet."""
+        self._next = (0, 0)
+        """The epoch into whose mesh it is on its way, and since when, in ns; 0: it is in one."""
         self._cpu: dict[int, tuple[float, float]] = {}
         self.memory = MemoryGroup.of(self.header.pid)
         self._kills = self.memory.kills() if self.memory is not None else None
 
     @property
-    def rank(self) -> int:
+    def number(self) -> int:
+        """Of the process in the job."""
         return self.header.rank
+
+    def goes_to(self, slot: int, epoch: int, now: float) -> None:
+        """From now on it is on its way into a slot of the mesh of `epoch`, and not late before it is there."""
+        self.slot, self._next, self._changed = slot, (epoch, time.monotonic_ns()), now
+
+    @property
+    def on_its_way(self) -> bool:
+        """Whether it is between two meshes."""
+        epoch, since = self._next
+        if epoch and self._words[EPOCH_WORD] >= epoch and self._words[SINCE_WORD] > since:
+            self._next, self._changed = (0, 0), time.monotonic()
+        return self._next[0] > 0
 
     def look(self, now: float) -> None:
         """Notes what has changed since the last look."""
@@ -112,6 +130,8 @@ class WatchedRank:
 
     def late(self, now: float) -> bool:
         """Whether it has not come on for longer than its phase allows."""
+        if self.on_its_way:
+            return False
         limit = self._patience.limit(self._phase)
         data_s = (time.monotonic_ns() - self._words[DATA_SINCE_WORD]) / 1e9 if self._words[DATA_SINCE_WORD] else 0.0
         # What prepares its data may have been at the same batch long before the rank came to need it.
@@ -141,13 +161,19 @@ class WatchedRank:
 
     @property
     def done(self) -> bool:
-        """Whether it ends in good order."""
-        return self._words[CLOSED_WORD] > 0 and not self.failed
+        """Whether it ends in good order, or is not needed for that."""
+        return self.missed_by_nobody or (self._words[CLOSED_WORD] > 0 and not self.failed)
 
     @property
     def out(self) -> int:
         """When it reached its step loop again after an error, in ns; 0: it has not."""
         return self._words[OUT_WORD]
+
+    def alone_s(self, now: float) -> float:
+        """Seconds for which it waits for a plan, having lost others of the mesh that it is in or goes to; 0: it does
+        not."""
+        out, (epoch, since) = self.out, self._next
+        return 0.0 if not out or (epoch and out < since) else now - out / 1e9
 
     @property
     def left(self) -> bool:
@@ -156,7 +182,7 @@ class WatchedRank:
     def abort(self, epoch: int) -> None:
         """Tells it to leave whatever it waits for."""
         self._words[TOLD_WORD] = self._words[TOLD_WORD] or time.monotonic_ns()
-        self._words[ABORT_WORD] = epoch + 1
+        self._words[ABORT_WORD] = max(epoch, self.epoch) + 1
 
     @property
     def epoch(self) -> int:
@@ -193,7 +219,8 @@ class WatchedRank:
         ring = self._read()
         stand = read_stand(ring, self._words, time.monotonic_ns(), self.host)
         busy = {word: self._busy(self._words[word], now) for word in (MAIN_THREAD_WORD, DATA_THREAD_WORD)}
-        values = {**vars(stand), "condition": condition, "idle_s": self.idle_s(now), "late": self.late(now)}
+        values = {**vars(stand), "rank": self.slot, "condition": condition}
+        values |= {"idle_s": self.idle_s(now), "late": self.late(now)}
         if condition in (Condition.STOPPED, Condition.FROZEN):
             values["idle_s"] = now - self._heard
         values |= {"busy": busy[MAIN_THREAD_WORD], "data_busy": busy[DATA_THREAD_WORD]}

@@ -1,6 +1,6 @@
 """The watcher of a node: sees ranks die, hang or go astray, says which and why, and ends the job at once.
 
-    python -m pentad.launch.supervise.watcher FOLDER | -
+    python -m pentad.launch.supervise.watcher FOLDER [SPARES] | -
 
 FOLDER is that of a launcher, in which the node's first rank leaves the request; with - the request comes from standard
 input, of a rank that somebody else's launcher started. The process never imports torch: it must be there early, small,
@@ -23,20 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from ...configs.strict_json import JsonError, expect_list, read_bytes
-from ...parallel.record.diagnosis import ENDED, FAILED, KILLED, LOST_NODE, OUT_OF_MEMORY, Verdict, diagnose
-from ...parallel.record.files import RingFile, collect, record_folder
-from ...parallel.record.patience import Patience
-from ...parallel.record.reader import RecordError
-from ...parallel.record.ring import ring_folders, ring_name
-from ...parallel.record.stacks import read_stacks, stacks_file, telling
+from ...parallel.record.diagnosis import ENDED, FAILED, KILLED, LINK, LOST_NODE, OUT_OF_MEMORY, Verdict, diagnose
+from ...parallel.record.files import record_folder
 from ...parallel.record.stand import Condition, Stand
 from ...parallel.record.stand_text import dump_stand, load_stand
-from ...trainer.processes.failure import read_failure
 from ...trainer.processes.orphans import signal_self_when_orphaned
 from ...trainer.processes.watch import WatchRequest
 from ...trainer.run_folder import RunFile
+from .node_ranks import NodeRanks
+from .recovery import Recovery
 from .watch_link import End, WatchLink
-from .watched import WatchedRank, still_standing
+from .watched import still_standing
 from .worker_files import VERDICT, WATCH, publish_text, read_places
 
 LOOK_S = 0.04
@@ -51,15 +48,10 @@ _CAUSE_S = 0.75
 """After a rank has only lost another: for the cause to show itself."""
 _LEAVE_S, _END_S = 5.0, 20.0
 """After a verdict, for ranks to leave, and for those that have left to end; then they are killed."""
-_GATHER_S = 0.05
 _ANSWER_S = 1.0
 """For the other nodes to say where their ranks stand."""
-_NEAR_S = 5.0
-"""For the ranks that follow the first one of a node to be there; then any ring of the job on this host counts."""
 _ARRIVE_S = 60.0
 """Without any rank: they had ended before there was a watcher."""
-_STACKS_S = 0.15
-"""For the ranks to write down their stacks."""
 
 
 class Watcher:
@@ -68,19 +60,21 @@ class Watcher:
     Args:
         request: what to watch.
         tell: given the verdict, once.
+        recovery: what mends a fault; None: it ends the job.
     """
 
-    def __init__(self, request: WatchRequest, tell: Callable[[Verdict], object]) -> None:
+    def __init__(
+        self, request: WatchRequest, tell: Callable[[Verdict], object], recovery: Recovery | None = None
+    ) -> None:
         self.request, self._tell = request, tell
         self.run_dir = Path(request.run_dir)
         self._host = socket.gethostname()
-        self.ranks: dict[int, WatchedRank] = {}
-        self._gathered = 0.0
+        self.ranks = NodeRanks(request, self._host)
+        self._recovery = recovery
         self._not_before = 0.0
         self._lost_at = 0.0
         self.verdict: Verdict | None = None
         self._deadline = time.monotonic() + _ARRIVE_S
-        self._near_until = time.monotonic() + _NEAR_S
         self._seen = 0.0
         """When a rank was seen to be dead (Unix time)."""
         self._link: WatchLink | None = None
@@ -96,13 +90,12 @@ class Watcher:
                 ready = self._sleep()
                 now = time.monotonic()
                 if now - slept > _ABSENT_S:
-                    for rank in self._live():
+                    for rank in self.ranks.live():
                         rank.excuse(now - slept)
-                self._gather(now)
-                for rank in self._live():
-                    if rank.pidfd is None or rank.pidfd in ready:
-                        rank.has_ended()
-                    rank.look(now)
+                self.ranks.gather(now)
+                self.ranks.look(ready, now)
+                if self._recovery is not None:
+                    self._recovery.look(self.ranks, ready)
                 self._judge(now)
                 self._converse(ready, now)
                 if self.verdict is not None:
@@ -110,42 +103,22 @@ class Watcher:
                     return 1
             return 0
         finally:
+            if self._recovery is not None:
+                self._recovery.close(self.ranks)
             if self._link is not None:
                 self._link.close()
 
-    # Who is there -----------------------------------------------------------------------------------------------
-
-    def _gather(self, now: float) -> None:
-        if len(self.ranks) >= self.request.local or now - self._gathered < _GATHER_S:
-            return
-        self._gathered = now
-        limits = self.request.alive_s, self.request.hang_s, self.request.pause_s
-        request = self.request
-        # Ranks of a node are neighbours; where they are not, it is these rings that are on this host.
-        near = range(request.rank, min(request.rank + request.local, request.world))
-        for number in near if now < self._near_until else range(request.world):
-            if number in self.ranks:
-                continue
-            for folder in ring_folders():
-                path = folder / ring_name(self.request.stem, number)
-                if path.exists():
-                    with contextlib.suppress(OSError, RecordError):
-                        self.ranks[number] = WatchedRank(path, Patience(*limits), self._host)
-
-    def _live(self) -> list[WatchedRank]:
-        return [rank for rank in self.ranks.values() if not rank.ended]
-
     def _over(self) -> bool:
-        if not self.ranks:
+        if not self.ranks.slots and not self.ranks.coming:
             return time.monotonic() > self._deadline
-        return not self._live()
+        return not self.ranks.live() and not self.ranks.coming
 
     def _sleep(self) -> set[int]:
         """Waits for the next look, or for something to happen; the descriptors that are ready."""
         poll = select.poll()
-        for rank in self._live():
-            if rank.pidfd is not None:
-                poll.register(rank.pidfd, select.POLLIN)
+        self.ranks.register(poll)
+        if self._recovery is not None:
+            poll.register(self._recovery, select.POLLIN)
         for end in self._link.sockets() if self._link is not None else ():
             poll.register(end, select.POLLIN)
         return {descriptor for descriptor, _ in poll.poll(LOOK_S * 1000)}
@@ -153,7 +126,7 @@ class Watcher:
     # What is wrong ----------------------------------------------------------------------------------------------
 
     def _judge(self, now: float) -> None:
-        conditions = self._conditions()
+        conditions = self.ranks.conditions()
         broken = {c for c in conditions.values() if c not in (Condition.LOST, Condition.DONE)}
         if broken:
             self._suspect(now)
@@ -163,10 +136,15 @@ class Watcher:
             if now - self._lost_at > _CAUSE_S / 5:
                 self._suspect(now, impatient=now - self._lost_at > _CAUSE_S)
             return
-        late = [rank for rank in self._live() if rank.late(now) and not rank.done]
+        alone = [rank.slot for rank in self.ranks.live() if rank.alone_s(now) > _CAUSE_S]
+        if self._recovery is not None and alone:
+            line = f"rank {alone[0]} lost the connection to another rank, and all ranks are there"
+            self._judged(Verdict(LINK, tuple(alone), line, at=time.time() - _CAUSE_S), self.ranks.stands(now))
+            return
+        late = [rank for rank in self.ranks.live() if rank.late(now) and not rank.done]
         if late and now > self._not_before and not any(rank.unsure for rank in late):
             if not self._not_before:  # the CPU time of threads is judged over a moment
-                for rank in self._live():
+                for rank in self.ranks.live():
                     rank.sample(now)
                 self._not_before = now + _MOMENT_S
                 return
@@ -175,52 +153,19 @@ class Watcher:
         elif not late:
             self._not_before = 0.0
 
-    def _conditions(self) -> dict[int, Condition]:
-        """What is wrong with which rank."""
-        found = {number: self._condition(rank) for number, rank in self.ranks.items()}
-        return {number: condition for number, condition in found.items() if condition is not None}
-
-    def _condition(self, rank: WatchedRank) -> Condition | None:
-        """What is wrong with a rank; None: nothing."""
-        if rank.ended:
-            if rank.failed:
-                return self._failure(rank)
-            return Condition.DONE if rank.done else Condition.DEAD
-        if rank.failed:
-            return self._failure(rank)
-        if not rank.done and rank.silent(time.monotonic()):
-            return Condition.STOPPED if rank.state() in ("T", "t") else Condition.FROZEN
-        return None
-
-    def _failure(self, rank: WatchedRank) -> Condition:
-        if not rank.line:
-            failure = read_failure(self.run_dir, rank.rank)
-            rank.line = failure.lines[0] if failure is not None else "it did not say why"
-            rank.told_lost = failure is not None and failure.lost
-        return Condition.LOST if rank.told_lost else Condition.FAILED
-
     def _suspect(self, now: float, *, impatient: bool = False) -> None:
         """Something is wrong here: finds out what, with the other nodes where there are some."""
-        if Condition.DEAD in self._conditions().values():
+        if Condition.DEAD in self.ranks.conditions().values():
             self._seen = self._seen or time.time()
             self._abort()  # nothing can change the verdict, only its words are missing
         link = self._link
         if link is None:
-            self._decide(self._stands(now), impatient)
+            self._decide(self.ranks.stands(now), impatient)
         elif link.is_home:
             self._ask(now, impatient)
         elif now > self._told_until:
             self._told_until = now + _AGAIN_S
             link.tell(trouble=impatient)
-
-    def _stands(self, now: float) -> dict[int, Stand]:
-        """Where the ranks of this node stand."""
-        conditions = self._conditions()
-        stands: dict[int, Stand] = {}
-        for number, rank in self.ranks.items():
-            with contextlib.suppress(OSError, RecordError):
-                stands[number] = rank.stand(now, conditions.get(number, Condition.RUNS))
-        return still_standing(stands, self.ranks)
 
     def _decide(self, stands: dict[int, Stand], impatient: bool) -> None:
         seen = self._seen or time.time()
@@ -229,42 +174,26 @@ class Watcher:
         if verdict is None:
             return
         if self._link is None and verdict.kind not in (KILLED, OUT_OF_MEMORY, ENDED, FAILED, LOST_NODE):
-            verdict = diagnose(still_standing(self._with_stacks(stands), self.ranks), places, impatient=impatient)
+            stands = still_standing(self.ranks.with_stacks(stands), self.ranks.slots)
+            verdict = diagnose(stands, places, impatient=impatient)
         if verdict is not None:
-            self._judged(verdict, seen)
+            self._judged(replace(verdict, at=seen), stands)
 
-    def _with_stacks(self, stands: dict[int, Stand]) -> dict[int, Stand]:
-        """Where the ranks stand, with Python's stacks of those that can show them."""
-        folder = record_folder(self.run_dir)
-        running = (Condition.RUNS, Condition.FROZEN, Condition.LOST)
-        asked = {number for number, stand in stands.items() if stand.condition in running}
-        asked = {number for number in asked if self.ranks[number].ask_stacks()}
-        files = {number: stacks_file(folder, number) for number in asked}
-        sizes: dict[int, int] = {}
-        until = time.monotonic() + _STACKS_S
-        while time.monotonic() < until:
-            time.sleep(0.01)
-            now = {number: file.stat().st_size if file.exists() else 0 for number, file in files.items()}
-            if now == sizes and all(now.values()):
-                break
-            sizes = now
-        found = {number: read_stacks(file) for number, file in files.items()}
-        return {
-            number: replace(stand, stack=telling(found.get(number, []), stand.phase, stand.writer_s > 0))
-            for number, stand in stands.items()
-        }
-
-    def _judged(self, verdict: Verdict, seen: float) -> None:
-        self.verdict = Verdict(**{**vars(verdict), "at": seen})
+    def _judged(self, verdict: Verdict, stands: dict[int, Stand]) -> None:
         self._abort()
+        if self._recovery is not None and self._recovery.mends(verdict, stands, self.ranks):
+            self._seen = self._lost_at = self._not_before = 0.0
+            return
+        self.verdict = verdict
         if self._link is not None and self._link.is_home:
             self._link.tell(verdict=self.verdict.as_dict())
         if self._link is None or self._link.is_home:
             self._publish(self.verdict)
 
     def _abort(self) -> None:
-        for rank in self._live():
-            rank.abort(rank.epoch)
+        epoch = self._recovery.epoch if self._recovery is not None else 0
+        for rank in self.ranks.live():
+            rank.abort(epoch)
 
     # Several nodes ----------------------------------------------------------------------------------------------
 
@@ -286,13 +215,14 @@ class Watcher:
         for end in self._link.lost:
             if not self._link.is_home:
                 line = "the first node's watcher cannot be reached any more: that node is down, or the way to it"
-                self._judged(Verdict(LOST_NODE, (0,), line), time.time())
+                self._judged(Verdict(LOST_NODE, (0,), line, at=time.time()), {})
                 return
             self._ask(now, impatient=False)
             self._answers |= {rank: Stand(rank, end.host, condition=Condition.GONE) for rank in end.ranks}
-        complete = len(self._answers) + len(self.ranks) >= self.request.world
+        complete = len(self._answers) + len(self.ranks.slots) >= self.request.world
         if self._asked_at and (complete or now - self._asked_at > _ANSWER_S):
-            own = self._stands(now) if self._seen else self._with_stacks(self._stands(now))
+            own = self.ranks.stands(now)
+            own = own if self._seen else self.ranks.with_stacks(own)
             impatient, self._impatient = self._impatient, False
             self._asked_at, self._not_again = 0.0, now + _AGAIN_S
             self._decide({**own, **self._answers}, impatient)
@@ -307,22 +237,21 @@ class Watcher:
             stands = [load_stand(each) for each in expect_list(message["stands"], "stands")]
             self._answers |= {stand.rank: stand for stand in stands if stand.rank in end.ranks}
         elif "ask" in message:
-            stands = self._stands(now)
-            stands = self._with_stacks(stands) if message["ask"] is True else stands
+            stands = self.ranks.stands(now)
+            stands = self.ranks.with_stacks(stands) if message["ask"] is True else stands
             end.send(stands=[dump_stand(stand) for stand in stands.values()])
         elif "verdict" in message:
-            verdict = Verdict.load(message["verdict"])
-            self._judged(verdict, verdict.at)
+            self._judged(Verdict.load(message["verdict"]), {})
 
     def _meet(self) -> None:
         """Comes together with the other nodes' watchers, once all ranks of this node are there."""
         request = self.request
-        if not request.token or len(self.ranks) < request.local:
+        if not request.token or len(self.ranks.slots) < request.local:
             return
         host, _, port = request.home.rpartition(":")
         home = (host, int(port)) if request.home else None
         listener = socket.socket(fileno=request.listener) if request.listener >= 0 else None
-        ranks = sorted(self.ranks)
+        ranks = sorted(self.ranks.slots)
         with contextlib.suppress(OSError):
             self._link = WatchLink(request.token, listener=listener, home=home, host=self._host, ranks=ranks)
 
@@ -345,32 +274,22 @@ class Watcher:
         begin = time.monotonic()
         verdict = self.verdict
         hopeless = set(verdict.ranks) if verdict is not None and verdict.kind != FAILED else set()
-        while staying := [rank for rank in self._live() if not rank.has_ended()]:
+        while staying := [rank for rank in self.ranks.live() if not rank.has_ended()]:
             since = time.monotonic() - begin
-            waited_for = [rank for rank in staying if rank.rank not in hopeless and not rank.left]
+            waited_for = [rank for rank in staying if rank.slot not in hopeless and not rank.left]
             for rank in staying:
                 allowed = _END_S if rank.left else _LEAVE_S
-                if rank.rank in hopeless and not waited_for:
+                if rank.slot in hopeless and not waited_for:
                     allowed = 0.0
                 if since > allowed:
                     with contextlib.suppress(OSError):
                         os.kill(rank.header.pid, signal.SIGKILL)
             time.sleep(LOOK_S)
-        self._tidy()
-
-    def _tidy(self) -> None:
-        """Keeps the records of ranks that died without doing so, and leaves nothing else of them."""
-        for number, rank in self.ranks.items():
-            ring = RingFile(number, self._host, str(rank.path), rank.header.pid, rank.epoch)
-            file = stacks_file(record_folder(self.run_dir), number)
-            with contextlib.suppress(OSError):
-                collect(self.run_dir, [ring], remove=True)
-                if not file.stat().st_size:
-                    file.unlink()
+        self.ranks.tidy(list(self.ranks.slots.values()))
 
 
-def main(argument: str) -> int:
-    """Watches what the argument says."""
+def main(argument: str, spares: int | None = None) -> int:
+    """Watches what the first argument says; with `spares`, mends faults and keeps so many processes ready."""
     if argument == "-":
         return Watcher(WatchRequest.load(sys.stdin.buffer.read()), _print).run()
     folder = Path(argument)
@@ -383,7 +302,9 @@ def main(argument: str) -> int:
         if not folder.exists():
             return 0
         time.sleep(LOOK_S)
-    return Watcher(WatchRequest.load(read_bytes(folder / WATCH)), tell).run()
+    request = WatchRequest.load(read_bytes(folder / WATCH))
+    recovery = Recovery.of(folder, request, spares) if spares is not None else None
+    return Watcher(request, tell, recovery).run()
 
 
 def _print(verdict: Verdict) -> None:
@@ -396,4 +317,4 @@ if __name__ == "__main__":
         signal.signal(number, signal.SIG_IGN)  # it ends with its ranks, and not before
     with contextlib.suppress(OSError):
         os.nice(-10)  # where that is allowed: it needs little, but at once, and the ranks take all cores
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None))

@@ -20,12 +20,14 @@ from ...trainer.processes.failure import Failure
 from ...trainer.processes.leaving import leave
 from ...trainer.processes.start import Start
 from ...trainer.processes.watch import WatchRequest
+from ...trainer.recovery.plan import Membership
 from .worker_files import STOPPED, WATCH, publish_text
 
 
 def work(folder: Path, argv: list[str], job: Callable[[Config, Start], int] | None = None) -> int:
     """Runs the rank that the environment names; its exit code. `job` as of `trainer.__main__.main`."""
     rank = os.environ["RANK"]
+    membership = Membership(folder, int(rank), int(os.environ["WORLD_SIZE"]))
     publish_text(folder / f"pid.{rank}", json.dumps(asdict(ProcessId.current())))
 
     def failed(failure: Failure) -> None:
@@ -35,7 +37,7 @@ def work(folder: Path, argv: list[str], job: Callable[[Config, Start], int] | No
         publish_text(folder / WATCH, request.dump())
 
     try:
-        code = main(argv, failed, job, watch)
+        code = main(argv, failed, job, watch, membership)
     finally:
         (folder / f"left.{rank}").touch()
     if code in STOP_CODES:

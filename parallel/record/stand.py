@@ -13,6 +13,7 @@ from .reader import RecordRing
 from .ring import BESIDE
 from .vitals import (
     DATA_SINCE_WORD,
+    EPOCH_WORD,
     PHASE_WORD,
     PHASES,
     SINCE_WORD,
@@ -136,7 +137,9 @@ def read_stand(ring: RecordRing, words: memoryview | np.ndarray, now: int, host:
     codes = {name: code for code, name in enumerate(ring.names)}
     entries = ring.entries
     parts = [codes.get(kind, -1) for kind in (kinds.WAIT, kinds.COPY)]
-    talks = entries[(entries["axis"] > 0) & ~np.isin(entries["kind"], parts)]
+    # Every mesh numbers its communications anew.
+    here = entries["epoch"] == int(words[EPOCH_WORD])
+    talks = entries[here & (entries["axis"] > 0) & ~np.isin(entries["kind"], parts)]
     last = entries[-1] if len(entries) else None
     step = int(entries["step"].max()) if last is not None else 0
     recent = talks[talks["step"] >= step - 1][-MOST_CALLS:]

@@ -123,6 +123,11 @@ class Membership:
     def __init__(self, folder: Path, number: int, world: int) -> None:
         self.folder, self.number, self._world = folder, number, world
 
+    @property
+    def newcomer(self) -> bool:
+        """Whether the job began without this process."""
+        return self.number >= self._world
+
     def wait(self, after: int, seconds: float, stopped: Callable[[], bool] = lambda: False) -> EpochPlan | None:
         """The newest plan of a later epoch, as soon as there is one.
 

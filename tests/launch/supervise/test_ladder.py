@@ -1,0 +1,86 @@
+"""Who goes on after a fault, and when nobody does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pentad.launch.supervise.ladder import Fault, Standing, climb
+from pentad.parallel.record.diagnosis import DEADLOCK, FAILED, HANG, KILLED, LINK, LOST_NODE, STOPPED, Verdict
+
+FOUR = Standing(0, (0, 1, 2, 3), ("a", "a", "b", "b"), {4: "a", 5: "b"}, 6)
+
+
+def _found(kind: str, *slots: int, step: int = 20, **more: object) -> Fault:
+    return Fault(Verdict(kind, slots, f"rank {slots} was {kind}", at=7.0), step=step, **more)  # pyright: ignore
+
+
+def test_a_spare_of_the_same_node_takes_the_slot_and_no_other_slot_changes() -> None:
+    rung = climb(FOUR, _found(KILLED, 2))
+    assert rung.plan is not None and rung.why == ""
+    assert (rung.plan.epoch, rung.plan.members, rung.plan.lost, rung.plan.rung) == (1, (0, 1, 5, 3), (2,), "spare")
+    assert (rung.plan.seen, rung.plan.line) == (7.0, "rank (2,) was killed")
+    assert rung.standing.spares == {4: "a"} and rung.started == {}
+    # The spare of the other node stays there: a new process is started on this one.
+    second = climb(rung.standing, _found(STOPPED, 2, step=30))
+    assert second.plan is not None and second.plan.members == (0, 1, 6, 3) and second.plan.lost == (5,)
+    assert second.plan.rung == "respawn" and second.started == {6: "b"}
+    third = climb(second.standing, _found(HANG, 0, step=40))
+    assert third.plan is not None and third.plan.members == (4, 1, 6, 3) and third.plan.rung == "spare"
+    assert third.standing.next_number == 7 and third.standing.spares == {}
+
+
+def test_several_at_once_and_those_that_went_beside_the_blamed() -> None:
+    rung = climb(FOUR, _found(KILLED, 0, 3, gone={1}))
+    assert rung.plan is not None and rung.plan.members == (4, 6, 2, 5) and rung.plan.lost == (0, 1, 3)
+    assert rung.started == {6: "a"} and rung.plan.rung == "respawn"
+
+
+def test_a_broken_connection_replaces_nobody() -> None:
+    rung = climb(FOUR, _found(LINK, 1, 2))
+    assert rung.plan is not None and rung.plan.members == FOUR.members and rung.plan.lost == ()
+    assert rung.plan.rung == "rejoin" and rung.plan.epoch == 1
+
+
+def test_a_lost_node_needs_spares_elsewhere() -> None:
+    standing = replace(FOUR, spares={4: "a", 5: "b", 6: "a"}, next_number=7)
+    rung = climb(standing, _found(LOST_NODE, 2, 3))
+    assert rung.plan is not None and rung.plan.members == (0, 1, 4, 6)
+    ended = climb(FOUR, _found(LOST_NODE, 2, 3))
+    assert ended.plan is None and "node" in ended.why
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        _found(DEADLOCK, 0),
+        _found("other size", 1),
+        _found(FAILED, 1, step=0, lines={1: "ValueError: a shape"}),
+        _found(FAILED, 1, lines={1: "error: train.steps"}, user=True),
+        _found(FAILED, 1, lines={1: "E: x", 3: "E: x"}, gone={1, 3}),
+    ],
+    ids=["deadlock", "desync", "first step", "user", "alike"],
+)
+def test_what_a_new_process_cannot_mend_ends_the_job(found: Fault) -> None:
+    rung = climb(FOUR, found)
+    assert rung.plan is None and rung.why and rung.standing == FOUR
+
+
+def test_an_own_error_is_mended_once_and_not_if_it_comes_again_in_its_step() -> None:
+    error = {"lines": {1: "RuntimeError: bad device"}, "gone": {1}}
+    first = climb(FOUR, _found(FAILED, 1, step=3, **error))
+    assert first.plan is not None
+    assert climb(first.standing, _found(FAILED, 1, step=3, **error)).plan is None
+    assert climb(first.standing, _found(FAILED, 1, step=4, **error)).plan is not None, "a step was done between them"
+
+
+def test_faults_without_progress_are_a_crash_loop_and_progress_forgets_them() -> None:
+    standing = FOUR
+    for _ in range(3):
+        rung = climb(standing, _found(KILLED, 0, step=8))
+        assert rung.plan is not None
+        standing = rung.standing
+    assert standing.epoch == 3
+    assert climb(standing, _found(KILLED, 0, step=8)).plan is None
+    assert climb(standing, _found(KILLED, 0, step=9)).plan is not None
