@@ -98,6 +98,9 @@ class TrainConfig:
     """Only deterministic kernels; the same run twice is then equal bit for bit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Of RMSNorm, SwiGLU, rotary embedding and cross-entropy in bf16. auto: Triton's on a GPU where Triton is there,
+    torch's elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,7 @@ class Attention(nn.Module):
         self.norm_heads_together = whole
         self.sinks = nn.Parameter(torch.empty(cfg.heads)) if cfg.sinks else None
         self.core: Core = attend
+        self.rotate = rotate
 
     def forward(self, x: Tensor, seq: Sequences) -> Tensor:
         """x (N, h) → (N, h)."""
@@ -64,7 +65,7 @@ class Attention(nn.Module):
             q, k = self._norm(q, k)
         if angles:
             cos, sin = angles
-            q, k = (rotate(y, cos, sin, self.interleaved) for y in (q, k))
+            q, k = (self.rotate(y, cos, sin, self.interleaved) for y in (q, k))
         return q, k, v
 
     def _norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -210,8 +210,8 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int, interleaved: bool) -> Tensor:
     still = x.shape[-1] - 2 * cos.shape[-1]
-    # Heads first in memory, as attention wants them: the transposition costs nothing here.
-    out = x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+    # Heads first in memory, as attention wants them, and back as a projection's output: it costs nothing here.
+    out = x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) if direction > 0 else x.new_empty(x.shape)
     if still:
         out[..., :still] = x[..., :still]
     a, b = _pairs(x[..., still:], interleaved)

@@ -61,6 +61,7 @@ class LatentAttention(nn.Module):
         self.out = Linear(cfg.heads * mla.value_dim, cfg.hidden, cfg.out_bias)
         self.gather_tokens: Callable[[Tensor], Tensor] = all_at_hand
         self.core: Core = attend
+        self.rotate = rotate
         self.latent_core: LatentCore | None = None
 
     def forward(self, x: Tensor, seq: Sequences) -> Tensor:
@@ -90,7 +91,7 @@ class LatentAttention(nn.Module):
         turning = turning.view(*shape, self.mla.rope_dim)
         if angles:
             cos, sin = angles
-            q, turning = (rotate(y, cos, sin, self.interleaved) for y in (q, turning))
+            q, turning = (self.rotate(y, cos, sin, self.interleaved) for y in (q, turning))
         if self.latent_core is not None:
             return q, latent, turning.squeeze(2)
         return q, *self.keys_values(self.kv_up(latent), turning.squeeze(2))

@@ -13,14 +13,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .comm.collectives import Handle
 from .kernels.grouped_gemm import Gemms
+from .kernels.precision import precise
 from .kernels.weight_products import add, add_product
+
+T = TypeVar("T")
 
 
 class Slot:
@@ -216,6 +219,22 @@ def plain_grad(param: Tensor, grad: Tensor) -> Tensor | None:
     slot.add(grad)
     slot.done()
     return None
+
+
+def add_in_place(param: Tensor, write: Callable[[Tensor, bool], T]) -> tuple[T, Tensor | None]:
+    """Any gradient that `write(total, fresh)` puts into total (fresh) or adds to it itself, as a part of what it does.
+
+    Returns:
+        What `write` returns, and what autograd is to be given for the parameter.
+    """
+    slot = slot_of(param)
+    if slot is None:
+        total = torch.empty_like(param, dtype=precise(param.dtype))
+        return write(total, True), total.to(param.dtype)
+    made = write(slot.buffer, slot.fresh)
+    slot.fresh = False
+    slot.done()
+    return made, None
 
 
 def route(param: nn.Parameter) -> None:

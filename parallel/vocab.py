@@ -56,6 +56,10 @@ class VocabShard:
         return logits
 
 
+CrossEntropy = Callable[[Tensor, Tensor, "Tensor | float", VocabShard, bool], tuple[Tensor, "Tensor | None"]]
+"""logits (n, rows of this rank), labels (n,), factor of the losses, shard, whether a gradient is wanted → the summed
+loss, and the gradient of the logits, which may take their memory."""
+
 Look = Callable[[Tensor, Tensor, VocabShard], None]
 """Shown what a head makes in evaluation: logits (n, rows of this rank) and labels (n,) of some of its tokens."""
 
@@ -121,6 +125,8 @@ class VocabHead:
     def __init__(self, shard: VocabShard, chunk: int = 1024) -> None:
         self.shard, self.chunk = shard, chunk
         self.look: Look | None = None
+        self.entropy: CrossEntropy = cross_entropy
+        """Replaceable from outside."""
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
         """x (N/tp, h) → (N, V): whole logits, for evaluation and tests."""
@@ -143,7 +149,9 @@ class VocabHead:
         Returns:
             A scalar (fp32, or fp64 for fp64 hidden states), equal on all ranks of the axis.
         """
-        return _Loss.apply(x, weight, labels, scale, self.shard, self.chunk, torch.is_grad_enabled(), self.look)
+        return _Loss.apply(
+            x, weight, labels, scale, self.shard, self.chunk, torch.is_grad_enabled(), self.look, self.entropy
+        )
 
 
 def whole_vocabulary(vocab: int, used: int | None = None) -> tuple[VocabEmbedding, VocabHead]:
@@ -164,6 +172,7 @@ class _Loss(torch.autograd.Function):
         chunk: int,
         with_grad: bool,
         look: Look | None,
+        entropy: CrossEntropy,
     ) -> Tensor:
         axis, slot = shard.axis, slot_of(weight)
         whole = all_gather(x, axis).wait()
@@ -176,7 +185,7 @@ class _Loss(torch.autograd.Function):
             logits = shard.hide_padding(torch.mm(h, weight.t()))
             if look is not None:
                 look(logits, labels[part], shard)
-            losses, dlogits = _cross_entropy(logits, labels[part], scale, shard, with_grad)
+            losses, dlogits = entropy(logits, labels[part], scale, shard, with_grad)
             total += losses
             if dlogits is None or dx is None:
                 continue
@@ -197,11 +206,11 @@ class _Loss(torch.autograd.Function):
         slot = slot_of(ctx.weight)
         if slot is not None:
             slot.done()
-            return dx, None, None, None, None, None, None, None
-        return dx, dw.to(ctx.weight.dtype), None, None, None, None, None, None
+            return dx, *[None] * 8
+        return dx, dw.to(ctx.weight.dtype), *[None] * 7
 
 
-def _cross_entropy(
+def cross_entropy(
     logits: Tensor, labels: Tensor, scale: Tensor | float, shard: VocabShard, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Summed loss of one chunk and the gradient of its logits (n, V/tp), which reuses the logits' memory."""
@@ -223,3 +232,24 @@ def _cross_entropy(
     exp.mul_((factor / denominator)[:, None])
     exp.scatter_add_(1, target, -(factor * mine)[:, None].to(exp.dtype))
     return loss, exp if exp.dtype == logits.dtype else exp.to(logits.dtype)
+
+
+def fused_cross_entropy(
+    logits: Tensor, labels: Tensor, scale: Tensor | float, shard: VocabShard, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same by kernels that pass over the logits once for the loss and once for their gradient."""
+    from .kernels.triton.cross_entropy import row_statistics, write_gradient
+
+    axis = shard.axis
+    found = row_statistics(logits, labels, shard.start)
+    peak, sums = found[0], found[1:]
+    if axis.size > 1:
+        peak = all_reduce(found[0].clone(), axis, "max").wait()  # it works in place
+        sums = all_reduce(torch.stack((found[1] * (found[0] - peak).exp(), found[2])), axis).wait()
+    valid = labels != IGNORED
+    factor = valid.to(found.dtype) * scale
+    loss = ((sums[0].log() + peak - sums[1]) * factor).sum()
+    if not with_grad:
+        return loss, None
+    write_gradient(logits, labels, peak, sums[0].contiguous(), factor, shard.start)
+    return loss, logits

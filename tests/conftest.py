@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -11,6 +12,10 @@ import pytest
 import torch
 
 from tests.distributed import close_pool
+
+# Before Triton is imported: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # As each worker process of `run_distributed` has: sums of several threads differ in their last bits, and tests run
 # beside each other.

@@ -20,7 +20,7 @@ from ..configs.tables.schedules import is_program
 from ..parallel.pipeline.program_file import read_program
 from .checkpoint.check import checkpoint_problems
 from .data.preflight import data_problems
-from .devices import missing_devices
+from .devices.visible import missing_devices
 from .pipeline.disk_space import tier_problems
 from .pipeline.stage_layers import empty_stages
 from .text.prompts import prompt_problems

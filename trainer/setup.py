@@ -10,24 +10,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..configs.errors import Problem, UserError
+from ..configs.errors import UserError
 from ..configs.reading.deepspeed import engine_config
 from ..configs.schema import Config
 from ..models.mla import LatentAttention
-from ..models.norms import LayerNorm, RmsNorm
 from ..models.parallelize import build_model, initial_values, set_overlap_chunks
 from ..models.sequences import Inputs
 from ..models.transformer import Transformer
 from ..parallel.comm.collectives import all_gather
 from ..parallel.comm.mesh import Degrees, Mesh
 from ..parallel.gradients import WeightGradients, slot_of
-from ..parallel.kernels.fused_norms import apex_norms
 from ..parallel.record import ring
 from ..parallel.replicas.deepspeed import DeepSpeedReplicas
 from ..parallel.replicas.flat import FlatReplicas
 from ..parallel.replicas.protocol import OtherSlices, Replicas, ShardSlice, adopt, expect_uses
 from ..parallel.sharding_rules import Sharding
-from .devices import has_apex_norms
+from .devices.kernels import use_kernels
 from .optim.places import StatePlace
 from .pipeline.programs import Pipeline
 
@@ -239,7 +237,7 @@ def make_model(
         raise OtherSlices("the parameters are cut in another way")
     memory = None if kept is None else kept.memory
     replicas = _replicas(cfg, model, where, mesh, dtype, memory, place, fsdp=fsdp)
-    _use_norms(cfg, model, device)
+    use_kernels(cfg, model, device, dtype)
     if cfg.model.moe.experts and cfg.model.moe.overlap_chunks != "auto":
         set_overlap_chunks(model, cfg.model.moe.overlap_chunks)
     parts = Parts(model, where, replicas, device, pipeline, _stores(model, pipeline, stages), held)
@@ -293,25 +291,6 @@ def _fsdp(
     from ..parallel.replicas.fsdp import FsdpReplicas
 
     return FsdpReplicas(model, model.layers.values(), where, mesh, dtype, memory)
-
-
-def _use_norms(cfg: Config, model: Transformer, device: torch.device) -> None:
-    """Gives the model's norms the kernels that `model.norm_impl` names.
-
-    Raises:
-        UserError: they do not compute what they should.
-    """
-    wanted = cfg.model.norm_impl
-    if wanted == "torch" or (wanted == "auto" and not (device.type == "cuda" and has_apex_norms())):
-        return
-    if not has_apex_norms():
-        raise UserError(Problem("model.norm_impl", "apex is not installed with its CUDA extensions; set torch"))
-    kernels = apex_norms(device, DTYPES[cfg.train.dtype])
-    for module in model.modules():
-        if isinstance(module, RmsNorm):
-            module.kernel = kernels.rms
-        elif isinstance(module, LayerNorm):
-            module.kernel = kernels.layer
 
 
 def _expect_uses(model: Transformer, mesh: Mesh) -> None:

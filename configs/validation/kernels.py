@@ -1,7 +1,7 @@
 """Checks of the ways in which something is computed: what each can do, for types, sizes and devices. No torch.
 
 The running job asks the same functions, with the sizes that it has at hand. What depends on the machine, its devices
-and its packages, `trainer.devices` looks at.
+and its packages, `trainer.devices.visible` looks at.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _GROUPED_BYTES = 16
 
 def validate_kernels(config: Config) -> list[Problem]:
     """Every problem of the resolved sections that follows from the values alone."""
-    problems = [*_apex(config), *_norms(config)]
+    problems = [*_apex(config), *_norms(config), *_triton(config)]
     moe, p = config.model.moe, config.parallel
     # Sizes that are not whole are other checks' problems.
     if moe.experts < 1 or min(p.ep, p.etp, p.tp, p.cp) < 1 or moe.experts % p.ep or moe.ffn < 1:
@@ -114,6 +114,18 @@ def _apex(config: Config) -> list[Problem]:
     if config.train.dtype == "fp64":
         message = "apex computes in fp32, and train.dtype=fp64; set optim.impl=fused"
         return [Problem("optim.impl", message, ("train.dtype",))]
+    return []
+
+
+def _triton(config: Config) -> list[Problem]:
+    if config.train.kernels != "triton":
+        return []
+    if config.train.device == "cpu":
+        message = "Triton's kernels are for GPUs, and train.device=cpu; set train.kernels=torch"
+        return [Problem("train.kernels", message, ("train.device",))]
+    if config.train.dtype != "bf16":
+        message = f"Triton's kernels are for bf16, and train.dtype={config.train.dtype}; set train.kernels=torch"
+        return [Problem("train.kernels", message, ("train.dtype",))]
     return []
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from ...trainer.devices import visible_gpus
+from ...trainer.devices.visible import visible_gpus
 
 _SHARED_MEMORY = 256 << 20
 """Bytes for the ranks' records and the collectives of a node."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...configs import Config, Problem, UserError, load
 from ...configs.tables.imports import OPTION, import_arguments, import_modules
 from ...trainer.__main__ import main as run_rank
-from ...trainer.devices import visible_gpus
+from ...trainer.devices.visible import visible_gpus
 from ...trainer.memory.plan import decided
 from ...trainer.preflight import preflight
 from ...trainer.processes.launchers import place

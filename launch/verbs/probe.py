@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...configs.errors import UserError
-from ...trainer.devices import visible_gpus
+from ...trainer.devices.visible import visible_gpus
 from ...trainer.metrics.summary import lines_of
 from ...trainer.run_folder import RunFile
 from .quietly import output_to_stderr

@@ -152,8 +152,9 @@ class Flash(_Padded):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: _Options
     ) -> Grads:
         assert options.bias is None
-        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        unused = torch.zeros((), dtype=torch.uint64, device=q.device)
+        # Of dropout, which there is none of: their values are not read.
+        seed = torch.empty(2, dtype=torch.uint64, device=q.device)
+        unused = torch.empty((), dtype=torch.uint64, device=q.device)
         # A view of a longer log-sum-exp gives wrong gradients.
         return _ops._scaled_dot_product_flash_attention_backward(
             dout, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, options.causal, seed, unused,
@@ -180,7 +181,7 @@ class Cudnn(_Padded):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: _Options
     ) -> Grads:
         assert options.bias is None
-        seed = torch.zeros((), dtype=torch.int64, device=q.device)
+        seed = torch.empty((), dtype=torch.int64, device=q.device)
         return _ops._scaled_dot_product_cudnn_attention_backward(
             dout, q, k, v, out, lse.contiguous()[..., None], seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0,
             options.causal, scale=options.scale,
@@ -206,7 +207,7 @@ class Efficient(_Padded):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: _Options
     ) -> Grads:
         padded = F.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf")).contiguous()
-        seed = torch.zeros((), dtype=torch.int64, device=q.device)
+        seed = torch.empty((), dtype=torch.int64, device=q.device)
         dq, dk, dv, _ = _ops._scaled_dot_product_efficient_attention_backward(
             dout, q, k, v, options.bias, out, padded, seed, seed, 0.0, [True, True, True, False], options.causal,
             scale=options.scale,

@@ -11,6 +11,7 @@ from pentad.configs.schema import Config
 from pentad.parallel.record.ring import Recorder
 from pentad.trainer import setup
 from pentad.trainer.data.dataset import Microbatch
+from pentad.trainer.devices import kernels
 from pentad.trainer.optim.states import make_optimizer
 from pentad.trainer.pipeline.programs import training_program
 from pentad.trainer.setup import buckets_per_rank, make_model, mesh_of
@@ -31,7 +32,10 @@ def trace_step(cfg: Config, batch: Callable[[int], Microbatch], answer: Answer =
     train = cfg.train
     recorder = Recorder(None, rank=0, world=1, entries=4096)
     mesh = mesh_of(cfg, store=None, rank=0, device="cpu", recorder=recorder)
-    with patch.object(setup, "initial_values", lambda *_: iter(())):
+    with (
+        patch.object(setup, "initial_values", lambda *_: iter(())),
+        patch.object(kernels, "triton_problem", lambda _: None),
+    ):
         parts = make_model(cfg, mesh, META)
     optimizer = make_optimizer(cfg.optim, META)
     replicas = parts.replicas

@@ -22,6 +22,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pentad.parallel.kernels import weight_products
+from pentad.parallel.kernels.triton.operators import LAUNCHES
+
 _NO_KERNEL = {
     "view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "_unsafe_view", "alias",
     "detach", "split", "split_with_sizes", "unbind", "as_strided", "_reshape_alias", "unfold", "diagonal",
@@ -79,7 +82,8 @@ class _Log(TorchDispatchMode):
             self._copied(name, given, made, kwargs, args)
         if name not in _NO_KERNEL:
             flops, kind = _flops(name, given), (made or given)[0].dtype
-            self._trace.kernels.append(Kernel(name, place(), flops, _nbytes(name, given, made), kind))
+            for _ in range(LAUNCHES.get(name, 1)):
+                self._trace.kernels.append(Kernel(name, place(), flops, _nbytes(name, given, made), kind))
         return out
 
     def _copied(self, name: str, given: list[Tensor], made: list[Tensor], kwargs: Any, args: Any) -> None:
@@ -158,5 +162,6 @@ def tracing(answer: Answer = _no_answer) -> Iterator[Trace]:
         on_device = property(lambda self: self.device.type in ("meta", "cuda"))
         patches.enter_context(patch.object(Tensor, "is_cuda", on_device))
         patches.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)))
+        patches.enter_context(patch.object(weight_products, "_EXACT", frozenset({"cuda", "meta"})))
         patches.enter_context(_Log(trace, pinned))
         yield trace

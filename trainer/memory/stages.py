@@ -15,7 +15,7 @@ from ...models.costs.moments.tape import Tape
 from ...models.costs.moments.ways import CPU, CUDA, Bench, Ways
 from ...models.costs.tensors import Group
 from ...models.costs.widths import LocalWork
-from ..devices import visible_gpus
+from ..devices.visible import visible_gpus
 from .fixed import WIDTHS
 
 HEAD_CHUNK = 1024

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...configs.errors import Problem, UserError
 from ...configs.schema import AdamWConfig, OptimConfig
-from ..devices import has_apex
+from ..devices.visible import has_apex
 
 _WAY_OUT = "set optim.impl=fused"
 _DECOUPLED_DECAY, _BIAS_CORRECTION = 1, 1

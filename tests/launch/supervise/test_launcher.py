@@ -21,8 +21,8 @@ from pentad.launch.cli import main
 from pentad.launch.supervise import launcher as launch
 from pentad.launch.supervise.supervisor import processes, supervise
 from pentad.parallel.comm.process_ids import ProcessId
-from pentad.trainer import devices
 from pentad.trainer.__main__ import main as run_rank
+from pentad.trainer.devices import visible as devices
 from tests.jobs import DENSE
 
 _POPEN = subprocess.Popen

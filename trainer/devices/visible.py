@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from ..configs.errors import Problem
-from ..configs.schema import Config
+from ...configs.errors import Problem
+from ...configs.schema import Config
 
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
@@ -37,11 +37,12 @@ def missing_devices(cfg: Config) -> list[Problem]:
     """
     wants_apex = getattr(cfg.optim, "impl", "auto") == "apex"
     wants_deepep = cfg.model.moe.experts > 0 and cfg.model.moe.dispatcher == "deepep" and cfg.parallel.ep > 1
-    wants_norms = cfg.model.norm_impl == "apex"
+    wants_norms, wants_triton = cfg.model.norm_impl == "apex", cfg.train.kernels == "triton"
     if cfg.faults.recover and cfg.train.device == "auto" and visible_gpus():
         message = "true is for CPUs so far, and GPUs are visible; set train.device=cpu, or faults.recover=false"
         return [Problem("faults.recover", message, ("train.device",))]
-    if cfg.train.device == "cpu" or not (cfg.train.device == "cuda" or wants_apex or wants_norms or wants_deepep):
+    wants = wants_apex or wants_norms or wants_triton or wants_deepep
+    if cfg.train.device == "cpu" or not (cfg.train.device == "cuda" or wants):
         return []
     problems = []
     gpus = visible_gpus()
@@ -53,6 +54,9 @@ def missing_devices(cfg: Config) -> list[Problem]:
     if wants_norms and not (gpus and has_apex_norms()):
         what = "NVIDIA apex built with its CUDA extensions" if gpus else "a GPU, and none is visible here"
         problems.append(Problem("model.norm_impl", f"apex needs {what}; set model.norm_impl=torch"))
+    if wants_triton and not (gpus and importlib.util.find_spec("triton") is not None):
+        what = "the package triton" if gpus else "a GPU, and none is visible here"
+        problems.append(Problem("train.kernels", f"triton needs {what}; set train.kernels=torch"))
     if wants_deepep and not (gpus and importlib.util.find_spec("deep_ep") is not None):
         what = "the package deep_ep" if gpus else "CUDA devices, and none is visible here"
         problems.append(Problem("model.moe.dispatcher", f"deepep needs {what}; set all_to_all"))

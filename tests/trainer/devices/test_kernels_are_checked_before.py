@@ -10,7 +10,7 @@ import pytest
 from pentad.configs import UserError, load
 from pentad.configs.schema import Config, MoeConfig, RouterConfig
 from pentad.configs.validation import kernels as validate_kernels
-from pentad.trainer import devices
+from pentad.trainer.devices import visible as devices
 from pentad.trainer.preflight import preflight
 from tests.distributed import run_distributed
 from tests.jobs import DENSE
@@ -96,6 +96,13 @@ EXPERTS = ("model.family=mixtral", "model.moe.experts=4", "parallel.ep=2", "trai
             "model.norm_impl",
             ["train.device=cpu", "model.norm_impl=torch"],
         ),
+        (
+            ["train.kernels=triton", "train.dtype=bf16"],
+            "train.kernels",
+            ["a GPU", "none is visible", "set train.kernels=torch"],
+        ),
+        (["train.kernels=triton", "train.device=cpu"], "train.kernels", ["train.device=cpu", "train.kernels=torch"]),
+        (["train.kernels=triton", "train.dtype=fp32"], "train.kernels", ["bf16", "fp32", "set train.kernels=torch"]),
         (["optim.impl=apex", "train.dtype=fp64"], "optim.impl", ["fp32", "fp64", "set optim.impl=fused"]),
         ([*EXPERTS, "model.moe.dispatcher=deepep"], "model.moe.dispatcher", ["CUDA devices", "all_to_all"]),
         (

@@ -1,0 +1,34 @@
+"""Jobs of which single steps are traced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pentad.configs import load
+from pentad.configs.schema import Config
+from pentad.trainer.data.dataset import Microbatch
+
+LENGTH = 2048
+
+
+def make_job(folder: Path, preset: str, *overrides: str) -> Config:
+    """Two layers of a preset, two microbatches a step."""
+    config = folder / "job.yaml"
+    config.write_text(
+        f"name: traced\nmodel: {{preset: {preset}, layers: 2}}\ndata: {{name: stdlib}}\noptim: {{name: adamw}}\n"
+        f"train: {{steps: 2, global_batch: 2, micro_batch: 1, seq_len: {LENGTH}, dtype: bf16}}\n"
+    )
+    return load(str(config), overrides, world_size=1)
+
+
+def make_batch(index: int, *, documents: bool = False) -> Microbatch:
+    """One sequence; `documents`: of documents of 300 tokens in the mean."""
+    tokens = torch.zeros(1, LENGTH, dtype=torch.long)
+    positions = found = None
+    if documents:
+        starts = torch.rand((1, LENGTH), generator=torch.Generator().manual_seed(index)) < 1 / 300
+        found = torch.cumsum(starts, 1, dtype=torch.int32)
+        positions = torch.arange(LENGTH).expand(1, -1).contiguous()
+    return Microbatch(tokens, tokens.clone(), positions, found, torch.arange(1), LENGTH, LENGTH**2 / 2)

@@ -1,0 +1,48 @@
+"""How much a layer asks of a GPU: budgets of kernels, which may only fall, and the FLOPs that are counted for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from pentad.models.costs.flops import flops_per_step
+from tests.cuda_step.jobs import LENGTH, make_batch, make_job
+from tests.cuda_step.step import trace_step
+from tests.cuda_step.trace import Trace
+
+DENSE = {"llama3.2_1b": 40, "qwen3_0.6b": 46, "llama2_7b": 40}
+"""Kernels of a layer and microbatch, forward and backward."""
+
+
+def _traces(folder: Path, preset: str, *overrides: str) -> tuple[Trace, Trace]:
+    """Of three layers and of two, whose difference is one layer."""
+    jobs = [make_job(folder, preset, f"model.layers={layers}", *overrides) for layers in (3, 2)]
+    three, two = (trace_step(cfg, make_batch) for cfg in jobs)
+    return three, two
+
+
+def _of_models(trace: Trace) -> int:
+    """Without the optimizer and the norm of its gradients, which come once a step."""
+    step = ("trainer.optim", "trainer.step:Stepper._norm")
+    return sum(not kernel.place.startswith(step) for kernel in trace.kernels)
+
+
+@pytest.mark.parametrize("preset", DENSE)
+def test_a_dense_layer_keeps_its_budget_of_kernels(tmp_path: Path, preset: str) -> None:
+    three, two = _traces(tmp_path, preset, "train.kernels=triton", "train.global_batch=1")
+    assert _of_models(three) - _of_models(two) <= DENSE[preset]
+
+
+@pytest.mark.parametrize("preset", DENSE)
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_products_of_a_layer_are_the_flops_that_are_counted(tmp_path: Path, preset: str, kernels: str) -> None:
+    three, two = _traces(tmp_path, preset, f"train.kernels={kernels}")
+    found = sum(kernel.flops for kernel in three.kernels) - sum(kernel.flops for kernel in two.kernels)
+    costs = []
+    for layers in (3, 2):
+        cfg = make_job(tmp_path, preset, f"model.layers={layers}")
+        costs.append(flops_per_step(cfg.model, 2 * LENGTH, 0.0))
+    assert found == costs[0] - costs[1]
