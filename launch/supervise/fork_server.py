@@ -28,7 +28,7 @@ from ...trainer.recovery.plan import end_plans
 from .fork_protocol import Wire, listen
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
-_WARM = ("pentad.trainer.job.run", "pentad.launch.supervise.worker")
+_WARM = ("pentad.trainer.__main__", "pentad.trainer.preflight", "pentad.trainer.job.run")
 """What every rank imports."""
 _KEPT_S = 1.0
 """For which a process that has ended is not reaped: its node's watcher reads there how it ended."""

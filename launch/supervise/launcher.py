@@ -46,14 +46,20 @@ def train(config: str, overrides: Sequence[str], *, fresh: bool = False, imports
     ranks = world_size(cfg)
     cuda = uses_gpus(cfg, ranks)
     claim(cfg, fresh=fresh, config=config).close()  # rank 0 takes the folder again, and keeps it while it lives
-    with tempfile.TemporaryDirectory(prefix="pentad-") as folder:
+    with tempfile.TemporaryDirectory(prefix="pentad-", dir=_memory() if cfg.faults.recover else None) as folder:
         worker = ["pentad.launch.supervise.worker", folder, *import_arguments(), config, *overrides]
         try:
             environment = rank_environment(ranks, cuda=cuda)
-            code = supervise(Path(folder), ranks, worker, environment, watch=cfg.faults.watch)
+            spares = cfg.faults.spares if cfg.faults.recover else None
+            code = supervise(Path(folder), ranks, worker, environment, watch=cfg.faults.watch, spares=spares)
             return code or (cfg.faults.stop_code if (Path(folder) / STOPPED).exists() else 0)
         finally:
             keep_record(run_folder(cfg), Path(folder))
+
+
+def _memory() -> str | None:
+    """A folder in memory, for the copies of the ranks' state; None: there is none, and they go to the usual one."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
 
 
 def world_size(cfg: Config) -> int:

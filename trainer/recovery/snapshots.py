@@ -145,7 +145,8 @@ class SnapshotFile:
 
     def close(self) -> None:
         """Copies nothing any more. What was copied stays."""
-        self._new.unlink(missing_ok=True)
+        if not self._count:
+            self._new.unlink(missing_ok=True)
         self._tensors, self._runs = {}, []
         self._view.release()
         self._map.close()

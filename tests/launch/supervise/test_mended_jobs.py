@@ -1,0 +1,73 @@
+"""`pentad train` with recovery: a whole job whose ranks are killed ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pentad.configs.strict_json import read_json
+from tests.jobs import DENSE
+
+_SIZE = [
+    *("model.layers=2", "model.hidden=32", "model.heads=4", "model.kv_heads=4", "model.ffn=32", "model.vocab=320"),
+    *("train.seq_len=16", "train.global_batch=4", "train.micro_batch=1", "train.steps=60", "eval.every=0"),
+    *("hardware.peak_tflops=1", "train.deterministic=true", "parallel.pp=2", "parallel.dp=1", "log.every=1000"),
+]
+
+
+def _start(runs: Path, name: str, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pentad.launch.cli", "train", DENSE, *_SIZE, f"name={name}", f"runs_dir={runs}"]
+    return subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _kill(run: Path, slot: int) -> None:
+    """Kills whoever is in a slot."""
+    ring = max((r for r in read_json(run / "record" / "index.json")["rings"] if r["rank"] == slot), key=_epoch)
+    os.kill(ring["pid"], signal.SIGKILL)
+
+
+def _epoch(ring: dict[str, Any]) -> int:
+    return ring["epoch"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_job_whose_ranks_are_killed_ends_with_the_same_curve_and_bits(tmp_path: Path) -> None:
+    hurt = _start(tmp_path, "hurt", "faults.recover=true", "faults.spares=1")
+    try:
+        for slot, step in ((0, 5), (1, 25)):
+            until = time.monotonic() + 120
+            while len(_lines(tmp_path / "hurt" / "metrics.jsonl")) < step:
+                assert hurt.poll() is None and time.monotonic() < until, hurt.communicate()
+                time.sleep(0.01)
+            _kill(tmp_path / "hurt", slot)
+        _, errors = hurt.communicate(timeout=120)
+    finally:
+        hurt.kill()
+    assert hurt.returncode == 0, errors
+    whole = _start(tmp_path, "whole")
+    assert whole.communicate(timeout=120) and whole.returncode == 0
+    keys = ("step", "loss", "grad_norm", "tokens")
+    curves = [
+        [[row[key] for key in keys] for row in _lines(tmp_path / name / "metrics.jsonl")] for name in ("hurt", "whole")
+    ]
+    assert curves[0] == curves[1] and len(curves[0]) == 60
+    events = _lines(tmp_path / "hurt" / "events.jsonl")
+    assert [event["ranks"] for event in events if event["event"] == "fault"] == [[0], [1]]
+    assert [event["epoch"] for event in events if event["event"] == "recovered"] == [1, 2]
+    files = sorted((tmp_path / "whole" / "checkpoints").rglob("*.safetensors"))
+    assert files and all(filecmp.cmp(f, tmp_path / "hurt" / f.relative_to(tmp_path / "whole"), False) for f in files)
+    assert not list(Path("/dev/shm").glob("pentad-hurt-*"))
