@@ -113,6 +113,8 @@ class DeepSpeedReplicas:
         """The engine's: updates by way of `hook`, and hands the parameters out."""
         self._reduced = False
         self.engine.step()
+        if self._stage == 3 and self.engine.optimizer.overflow:
+            self.sync_params()  # DeepSpeed leaves the small parameters, which are to be whole all the time, cut
 
     def units(self, bucket: int) -> list[OptimizerShard]:
         optimizer, found = self.engine.optimizer, []

@@ -26,7 +26,7 @@ def _evaluate(run: Run, step: int) -> float:
     return all_reduce(total, run.mesh.axis("world")).wait().item()
 
 
-def _losses(rank: int, world: int, cfg: Config, masked: bool, late: int) -> list[float]:
+def evaluated(rank: int, world: int, cfg: Config, masked: bool, late: int) -> list[float]:
     """Evaluation before, between and after two steps, with the steps' losses and norms; rank `late` is always late."""
     run = Run(rank, cfg, masked=masked)
     forward = run.stepper._runtime._forward
@@ -68,8 +68,8 @@ def _check(*, masked: bool = False, late: int = -1, **wanted: Any) -> None:
     one = {"tp": 1, "pp": 1, "cp": 1, "dp": 1, "ep": 1, "etp": 1, "sharding": "ddp", "pipeline": None}
     alone = job(**{**wanted, **one, "recompute": "none"})
     p = cfg.parallel
-    found = run_distributed(_losses, p.ranks, cfg, masked, late, group=False)
-    (expected,) = run_distributed(_losses, 1, alone, masked, -1, group=False)
+    found = run_distributed(evaluated, p.ranks, cfg, masked, late, group=False)
+    (expected,) = run_distributed(evaluated, 1, alone, masked, -1, group=False)
     assert expected[0] != expected[3] != expected[6]  # training moved it
     for mine in found:
         assert mine == pytest.approx(expected, rel=1e-11)

@@ -97,7 +97,7 @@ def _earliest(stepper: Stepper, own: NonFinite | None) -> NonFinite | None:
 def _bad_parameter(parts: Parts, rank: int) -> NonFinite | None:
     """The first in the order of the forward pass."""
     for order, (name, param) in enumerate(parts.model.named_parameters()):
-        value = bad_value(local_part(param.detach()))
+        value = bad_value(local_part(param).detach())
         if value:
             module, _, tensor = name.rpartition(".")
             stage = _stage_of(parts, name)
@@ -106,8 +106,9 @@ def _bad_parameter(parts: Parts, rank: int) -> NonFinite | None:
 
 
 def local_part(x: Tensor) -> Tensor:
-    """What this rank has of a parameter (…), FSDP2's too."""
-    return x.to_local() if hasattr(x, "to_local") else x  # type: ignore[operator]
+    """What this rank has of a parameter (…), FSDP2's and that of ZeRO 3 too."""
+    whole = x.to_local() if hasattr(x, "to_local") else x  # type: ignore[operator]
+    return getattr(x, "ds_tensor", whole)
 
 
 def _seen(stepper: Stepper, seen: Seen, batches: Sequence[Microbatch]) -> NonFinite:

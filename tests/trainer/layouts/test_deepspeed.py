@@ -14,6 +14,9 @@ from pentad.trainer.checkpoint.state import units_by_key
 from tests.distributed import run_distributed
 from tests.same_training import reference, worst
 from tests.trainer.checkpoint.test_resume import straight, text_job, train
+from tests.trainer.numerics.test_non_finite import broken
+from tests.trainer.test_evaluation import evaluated
+from tests.trainer.text.test_samples import sampled
 from tests.training import Run, job
 
 SGD = SgdConfig(lr=0.1, momentum=0.5, weight_decay=0.1, schedule=ConstantSchedule())
@@ -96,6 +99,46 @@ def _compare(ranks: list[Any], whole: dict[str, torch.Tensor]) -> None:
                 if other == name:
                     mine[start : start + len(part)] = part
         assert torch.linalg.vector_norm(mine - value.view(-1)) <= 1e-5 * torch.linalg.vector_norm(value), name
+
+
+def _around_a_bad_step(rank: int, world: int, cfg: Config) -> list[tuple[float, float, float]]:
+    run = Run(rank, cfg)
+    try:
+        found = [run.step(0)]
+        with broken(run, "output", 1):
+            found.append(run.step(1))
+        return [*found, run.step(2), run.step(3)]
+    finally:
+        run.close()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "name", ["zero 3", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if "2, host" in name)]
+)
+def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
+    """DeepSpeed leaves out such a step itself; what it leaves behind is what ours leaves."""
+    ours = run_distributed(_around_a_bad_step, 2, job(**OURS["zero1"]), group=False)[0]
+    theirs = run_distributed(_around_a_bad_step, 2, job(**CASES[name]), group=False)[0]
+    assert [step[2] for step in theirs] == [step[2] for step in ours] == [0, 1, 0, 0]
+    for step in (0, 2, 3):
+        assert theirs[step] == pytest.approx(ours[step], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["zero 1", "zero 3", "zero 3, tp", "zero 3, host"])
+def test_evaluations_and_texts_are_those_of_ours(name: str, gathering: str) -> None:
+    """Between steps, also of parameters that are in pieces then."""
+    model = {"vocab": 64, "layers": 4, "init_std": 0.4}
+    wanted = {**CASES[name], "model": model}
+    wanted["deepspeed"] = {**wanted["deepspeed"], "config": gathering}
+    cfg = job(**wanted)
+    ours = job(**OURS["zero1"], model=model)
+    texts, expected = (run_distributed(sampled, c.parallel.ranks, c, True, group=False)[0] for c in (cfg, ours))
+    assert texts == expected
+    losses, expected = (run_distributed(evaluated, c.parallel.ranks, c, False, -1, group=False)[0] for c in (cfg, ours))
+    assert losses == pytest.approx(expected, rel=1e-5)
 
 
 OURS: dict[str, dict[str, Any]] = {

@@ -26,6 +26,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "alone": {},
     "dp": {"dp": 2, "recompute": "full"},
     "fsdp": {"dp": 2, "sharding": "fsdp"},
+    "zero 2": {"dp": 2, "sharding": "deepspeed", "dtype": "fp32", "deepspeed": {"stage": 2}},
     "tp pp": {"tp": 2, "pp": 2, "sharding": "zero1"},
     "interleaved": {"pp": 2, "pipeline": {"schedule": "interleaved", "chunks": 2}, "model": {"layers": 4}},
     "split": {"pp": 2, "pipeline": {"schedule": "zb-h1"}, "recompute": "selective"},
@@ -49,7 +50,7 @@ def _case(layout: str, fault: str) -> Any:
 
 
 @contextmanager
-def _broken(run: Run, fault: str, microbatch: int, times: int = 10**9) -> Iterator[None]:
+def broken(run: Run, fault: str, microbatch: int, times: int = 10**9) -> Iterator[None]:
     """One rank that has the last layer breaks something in it while it is at a microbatch."""
     name = f"{run.cfg.model.layers - 1}"
     holds = name in run.parts.model.layers and not (run.mesh.axis("tp").rank or run.mesh.axis("cp").rank)
@@ -86,7 +87,7 @@ def _broken(run: Run, fault: str, microbatch: int, times: int = 10**9) -> Iterat
 def _find(rank: int, world: int, wanted: dict[str, Any], fault: str) -> tuple[NonFinite | None, bool, list[float]]:
     run = Run(rank, job(**wanted, steps=2))
     try:
-        with _broken(run, fault, 1):
+        with broken(run, fault, 1):
             result = run.issue(0)
             found = find_non_finite(run.stepper, 0, *run.batches(0))
         after = run.step(1) if fault != "parameter" else ()
@@ -138,7 +139,7 @@ def _steps(rank: int, world: int, wanted: dict[str, Any], times: int) -> tuple[l
     run = Run(rank, replace(cfg, faults=replace(cfg.faults, max_bad_steps=2)))
     bad, alerts, error = BadSteps(run.cfg, run.stepper, {1: "node-7"}), list[Alert | None](), ""
     try:
-        with _broken(run, "output", 1, times):
+        with broken(run, "output", 1, times):
             for step in (0, 1):
                 skipped = bool(run.issue(step).skipped)
                 alerts.append(bad.bad(step, *run.batches(step)) if skipped else None)
