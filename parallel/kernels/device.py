@@ -12,13 +12,11 @@ from .fused_kernels import CpuFlash, Cudnn, Efficient, Flash
 from .interfaces import LocalAttention
 from .mask import Mask, TokenIndex
 from .merge import row_sums
+from .packed_flash import WIDEST, PackedFlash, documents_of, packs
 from .precision import precise
 
 _LONG = 1024
 """Queries of a block without a mask from which on torch's CPU operator is the faster."""
-
-_FLASH_WIDTH = 256
-"""The widest heads of the flash kernel."""
 
 
 class PlainMaths:
@@ -93,28 +91,34 @@ class Cuda:
     def __init__(self) -> None:
         efficient = Efficient()
         self._precise, self._plain = Fused(efficient, efficient), PlainMaths()
-        self._flash, self._cudnn = Fused(Flash(), efficient), Fused(Cudnn(), efficient)
+        self._flash, self._cudnn, self._packed = Fused(Flash(), efficient), Fused(Cudnn(), efficient), PackedFlash()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
         """out (B, n, H, e) in q's type and lse (B, H, n)."""
-        return self._best(q, v).forward(q, k, v, mask, scale)
+        return self.best(q, v, mask).forward(q, k, v, mask, scale)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv, in the operands' type or in lse's."""
-        return self._best(q, v).backward(dout, q, k, v, out, lse, mask, scale)
+        return self.best(q, v, mask).backward(dout, q, k, v, out, lse, mask, scale)
 
-    def _best(self, q: Tensor, v: Tensor) -> LocalAttention:
+    def best(self, q: Tensor, v: Tensor, mask: Mask) -> LocalAttention:
+        """What runs for these operands."""
         if q.dtype == torch.float64:
             return self._plain
         if q.dtype == torch.float32:
             return self._precise
+        fits = max(q.shape[-1], v.shape[-1]) <= WIDEST
+        plain = mask.window is None and mask.queries.documents is None and mask.keys.documents is None
+        packed = fits and not plain and mask.once(documents_of, mask.queries, mask.keys, len(q)) is not None
+        if packed and packs(q.device, q.dtype):
+            return self._packed
         # cuDNN's backward has no deterministic form; FlashAttention's has one, for heads filled up to one width.
         exact = torch.are_deterministic_algorithms_enabled()
         if q.shape[-1] != v.shape[-1] and not exact and torch.cuda.get_device_capability(q.device) >= (9, 0):
             return self._cudnn
-        return self._flash if max(q.shape[-1], v.shape[-1]) <= _FLASH_WIDTH else self._precise
+        return self._flash if fits else self._precise
 
 
 def local_attention(device: torch.device) -> LocalAttention:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,14 @@ from tests.cuda_step.jobs import LENGTH, make_batch, make_job
 from tests.cuda_step.step import trace_step
 from tests.cuda_step.trace import Trace
 
-DENSE = {"llama3.2_1b": 40, "qwen3_0.6b": 46, "llama2_7b": 40}
+DENSE = {"llama3.2_1b": 40, "qwen3_0.6b": 46, "llama2_7b": 40, "mistral_7b": 40}
 """Kernels of a layer and microbatch, forward and backward."""
 
 
-def _traces(folder: Path, preset: str, *overrides: str) -> tuple[Trace, Trace]:
+def _traces(folder: Path, preset: str, *overrides: str, documents: bool = False) -> tuple[Trace, Trace]:
     """Of three layers and of two, whose difference is one layer."""
     jobs = [make_job(folder, preset, f"model.layers={layers}", *overrides) for layers in (3, 2)]
-    three, two = (trace_step(cfg, make_batch) for cfg in jobs)
+    three, two = (trace_step(cfg, partial(make_batch, documents=documents)) for cfg in jobs)
     return three, two
 
 
@@ -30,9 +31,10 @@ def _of_models(trace: Trace) -> int:
     return sum(not kernel.place.startswith(step) for kernel in trace.kernels)
 
 
+@pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("preset", DENSE)
-def test_a_dense_layer_keeps_its_budget_of_kernels(tmp_path: Path, preset: str) -> None:
-    three, two = _traces(tmp_path, preset, "train.kernels=triton", "train.global_batch=1")
+def test_a_dense_layer_keeps_its_budget_of_kernels(tmp_path: Path, preset: str, documents: bool) -> None:
+    three, two = _traces(tmp_path, preset, "train.kernels=triton", "train.global_batch=1", documents=documents)
     assert _of_models(three) - _of_models(two) <= DENSE[preset]
 
 

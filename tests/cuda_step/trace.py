@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pentad.parallel.kernels import weight_products
+from pentad.parallel.kernels import device, weight_products
 from pentad.parallel.kernels.triton.operators import LAUNCHES
 
 _NO_KERNEL = {
@@ -162,6 +162,7 @@ def tracing(answer: Answer = _no_answer) -> Iterator[Trace]:
         on_device = property(lambda self: self.device.type in ("meta", "cuda"))
         patches.enter_context(patch.object(Tensor, "is_cuda", on_device))
         patches.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)))
+        patches.enter_context(patch.object(device, "packs", lambda *_: True))
         patches.enter_context(patch.object(weight_products, "_EXACT", frozenset({"cuda", "meta"})))
         patches.enter_context(_Log(trace, pinned))
         yield trace

@@ -323,5 +323,6 @@ def test_heads_of_two_widths_take_a_kernel_that_repeats_where_the_job_wants_it(m
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     cuda = Cuda()
     q, v = torch.zeros(1, 4, 2, 192, dtype=torch.bfloat16), torch.zeros(1, 4, 2, 128, dtype=torch.bfloat16)
-    assert cuda._best(q, v) is (cuda._flash if deterministic else cuda._cudnn)
-    assert cuda._best(q, q) is cuda._flash
+    mask = Mask.of(TokenIndex.whole(4))
+    assert cuda.best(q, v, mask) is (cuda._flash if deterministic else cuda._cudnn)
+    assert cuda.best(q, q, mask) is cuda._flash
