@@ -15,8 +15,8 @@ from pentad.trainer.trainer import Trainer
 
 _BLOCK = 10
 _METHODS: dict[tuple[type, str], Any] = {
-    (Recorder, "enter"): lambda *_, **__: 0,
-    **{(Recorder, name): lambda *_, **__: None for name in ("exit", "waits", "stamp", "publish")},
+    **{(Recorder, name): lambda *_, **__: 0 for name in ("enter", "turn")},
+    **{(Recorder, name): lambda *_, **__: None for name in ("exit", "leave", "waits", "stamp", "publish")},
     (RowExchange, "step"): lambda *_, **__: None,
     (RowExchange, "collect"): lambda *_, **__: None,
 }

@@ -66,8 +66,7 @@ class Watched:
         end = time.monotonic_ns()
         self.rows.step(step + 1, begin, end, 0.0)
         if run.mesh.is_first:
-            rows = self.rows.collect(step + 1)
-            self.found += [] if rows is None else [rows]
+            self.found += self.rows.collect(step + 1)
         self.lengths.append((end - begin) / 1e9)
         return self.lengths[-1]
 

@@ -28,7 +28,7 @@ from .metrics.profiling import Profiler
 from .metrics.readings.protocol import OnRank, RunFacts, StepDone
 from .metrics.readings.registry import Readings
 from .metrics.report import Report
-from .metrics.rows import RowExchange
+from .metrics.rows import AT_ONCE, RowExchange
 from .metrics.save_alerts import save_alerts
 from .numerics.bad_steps import NON_FINITE, BadSteps
 from .numerics.corrupted import check_before_save, corrupted_error
@@ -355,13 +355,20 @@ class Trainer:
     def _divide(self, issued: IssuedStep, before: int) -> None:
         """Divides this rank's step into parts; on a device the one before, of which all times are there by now."""
         if self._device_clock is None:
-            self.rows.step(issued.step, before, self._clock, issued.own_pairs)
+            self.rows.step(issued.step, before, self._clock, issued.own_pairs, due=self._is_shown(issued.step))
             return
         self._device_clock.settle(self.mesh.recorder)
         window = self._device_clock.window(issued.step - 2)
         if window is not None:
-            self.rows.step(issued.step - 1, *window, self._pairs_before)
+            self.rows.step(issued.step - 1, *window, self._pairs_before, due=self._is_shown(issued.step))
         self._pairs_before = issued.own_pairs
+
+    def _is_shown(self, step: int) -> bool:
+        """Whether all that is known is wanted at a step, or, as the ranks' rows come a step late, at the next one."""
+        cfg = self.cfg
+        every = (cfg.eval.every, cfg.checkpoint.every, cfg.log.every if cfg.log.every >= AT_ONCE else 0)
+        soon = range(step, step + 1 + (self.mesh.degrees.world > 1))
+        return self._stopping or cfg.train.steps in soon or any(n and at % n == 0 for n in every for at in soon)
 
     def _done(
         self, issued: IssuedStep, loss: float, norm: float, skipped: bool, seconds: float, losses: tuple[float, ...]

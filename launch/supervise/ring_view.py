@@ -13,7 +13,8 @@ import numpy as np
 from ...parallel.comm.process_ids import ProcessId
 from ...parallel.record.files import RingFile, open_ring
 from ...parallel.record.reader import RecordError, RecordRing, read_open
-from ...parallel.record.ring import CLOSED_WORD, HEADER_BYTES, NEXT_WORD
+from ...parallel.record.ring import CLOSED_WORD, HEADER_BYTES
+from ...parallel.record.slots import NEXT_WORD
 from ...parallel.record.stand import Condition, Stand, read_stand
 from ...parallel.record.vitals import BEAT_WORD, FAILED_WORD, PROGRESS_WORD
 from ...trainer.processes.failure import read_failure

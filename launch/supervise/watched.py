@@ -17,7 +17,8 @@ from ...parallel.comm.process_ids import ProcessId
 from ...parallel.record.files import open_ring
 from ...parallel.record.patience import Patience
 from ...parallel.record.reader import RecordRing, read_open
-from ...parallel.record.ring import CLOSED_WORD, HEADER_BYTES, NEXT_WORD
+from ...parallel.record.ring import CLOSED_WORD, HEADER_BYTES
+from ...parallel.record.slots import NEXT_WORD
 from ...parallel.record.stand import Condition, Stand, read_stand
 from ...parallel.record.vitals import (
     ABORT_WORD,

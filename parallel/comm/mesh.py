@@ -24,7 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ...configs.errors import UserError
 from ..record import kinds
-from ..record.ring import Recorder, axis_members
+from ..record.ring import Recorder
+from ..record.stand import axis_members
 from .axis import Axis, Communicator
 from .gloo_sockets import GlooSockets
 from .shared_memory import LocalAxis

@@ -22,17 +22,20 @@ def execute(
         count: the bytes on the device, to be recorded after each operation.
     """
     codes, memory = {kind: recorder.intern(kind.token) for kind in handlers}, recorder.intern(kinds.MEMORY)
-    computed, device = time.thread_time_ns(), recorder.device
+    computed, device, ticket = time.thread_time_ns(), recorder.device, -1
+    spent = 0
     for position, op in enumerate(ops):
         recorder.op, recorder.micro_batch = position, op.index
-        ticket = recorder.enter(codes[op.kind])
+        ticket = recorder.turn(ticket, codes[op.kind], spent)
         if device is not None:
             device.begin(ticket)
         handlers[op.kind](op)
         if device is not None:
             device.end(ticket)
         before, computed = computed, time.thread_time_ns()
-        recorder.exit(ticket, cpu=computed - before)
+        spent = computed - before
         if count is not None:
+            recorder.exit(ticket, cpu=spent)
             recorder.exit(recorder.enter(memory, nbytes=count()))
-    recorder.op = -1
+            ticket = -1
+    recorder.leave(ticket, spent)

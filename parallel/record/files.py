@@ -29,7 +29,8 @@ from ...configs.strict_json import (
 from ..comm.process_ids import ProcessId
 from . import ring as record
 from .reader import Header, RecordError, RecordRing, read, read_header, read_open
-from .ring import ENTRY_BYTES, FORMAT, HEADER_BYTES, NAMES_BYTES
+from .ring import FORMAT, HEADER_BYTES, NAMES_BYTES
+from .slots import ENTRY_BYTES
 
 _NAME = re.compile(r"pentad-.+-(\d+)\.ring")
 _CHUNK = 1 << 20

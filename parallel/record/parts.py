@@ -45,7 +45,9 @@ TIME_PARTS = tuple(TimePart)
 AXES = (TimePart.TP, TimePart.CP, TimePart.EP, TimePart.PP, TimePart.DP, TimePart.VOCABULARY)
 """Parts that are communication."""
 AT = {part: index for index, part in enumerate(TIME_PARTS)}
-"""Place of each part in a row."""
+"""Place of each part in a row; `AXES` stand side by side."""
+NOT_OWN = tuple(AT[part] for part in (TimePart.DATA, TimePart.CHECKPOINT, TimePart.GC, TimePart.REPORT))
+"""Places of what a rank is busy with and does not count as its own."""
 
 # What follows the parts in a row.
 BLIND = len(TIME_PARTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,18 +12,17 @@ import numpy as np
 from ...configs.strict_json import JsonError, open_regular
 from .ring import (
     CLOSED_WORD,
-    ENTRY_BYTES,
     FORMAT,
     HEADER,
     HEADER_BYTES,
     MAGIC,
     NAMES_BYTES,
     NAMES_USED_WORD,
-    NEXT_WORD,
     ROW_WORDS,
     ROWS,
     ROWS_WORD,
 )
+from .slots import ENTRY_BYTES, NEXT_WORD
 from .vitals import EPOCH_WORD
 
 _TIMES = ["enqueued", "start", "end", "nbytes", "seq", "step"]
@@ -86,19 +86,21 @@ class RecordRing:
         return (ns - self.header.mono_ns + self.header.wall_ns) / 1e9
 
 
-def read_row(header: memoryview, number: int) -> np.ndarray | None:
-    """A step's row (ROW_WORDS - 1,) as `Recorder.publish` showed it; None where it is not there, or not any more.
+def read_rows(header: memoryview, numbers: Sequence[int]) -> np.ndarray:
+    """(steps, ROW_WORDS - 1) the rows of some steps as `Recorder.publish` showed them; NaN where one is not there, or
+    not any more.
 
     Args:
         header: the first HEADER_BYTES of a ring, mapped.
-        number: of the step.
+        numbers: of the steps.
     """
-    word = ROWS_WORD + number % ROWS * ROW_WORDS
-    words = np.frombuffer(header, np.int64, ROW_WORDS, 8 * word)
-    if words[0] != 2 * number + 2:
-        return None
-    row = words[1:].copy()
-    return row.view(np.float64) if words[0] == 2 * number + 2 else None
+    words = np.frombuffer(header, np.int64, ROWS * ROW_WORDS, 8 * ROWS_WORD).reshape(ROWS, ROW_WORDS)
+    steps = np.asarray(numbers, np.int64)
+    at, version = steps % ROWS, 2 * steps + 2
+    there = words[at, 0] == version
+    rows = words[at, 1:].view(np.float64)
+    rows[~(there & (words[at, 0] == version))] = np.nan
+    return rows
 
 
 def read(path: Path) -> RecordRing:

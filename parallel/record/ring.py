@@ -1,34 +1,43 @@
 """The record: what this rank really did, in a fixed-size ring that outlives the process.
 
 The ring is a file in node-local shared memory, mapped with MAP_SHARED: what was written is there for any other process
-to read (`record_view.read`), while this one runs and after it was killed. Nothing is flushed, nothing is allocated per
-entry, the newest `capacity` entries are kept. Format: docs/record.md.
+to read (`reader.read`), while this one runs and after it was killed. The newest `capacity` entries are kept. Format:
+docs/record.md.
+
+After a pass the caches hold nothing of this module, so what counts for an entry is how much code it touches: with
+`hold` it is a list in a dictionary, and a few milliseconds later many are written at once.
 """
 
 from __future__ import annotations
 
 import copy
-import errno
-import fcntl
 import itertools
-import mmap
 import os
 import struct
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from .vitals import EPOCH_WORD, WAITS_WORD, Vitals
+from .ring_memory import allocate
+from .slots import (
+    ARRIVED,
+    CPU,
+    END,
+    ENTRY_BYTES,
+    FLAGS,
+    START,
+    WAITED,
+    HeldEntries,
+    Slots,
+)
+from .vitals import AT_STEP_WORD, AT_WORD, EPOCH_WORD, WAITS_WORD, Vitals
 
 MAGIC = b"PENTADRC"
-FORMAT = 1
-HEADER_BYTES = 4096
+FORMAT = 2
+HEADER_BYTES = 36864
 NAMES_BYTES = 65536 - HEADER_BYTES
-ENTRY_BYTES = 128
 
 ABORTED = 1
 """Flag: the wait was woken by an abort, the operation did not complete."""
@@ -42,16 +51,11 @@ BESIDE = 8
 # magic, format, header bytes, name bytes, entry bytes, capacity, rank, world, pid, wall ns, monotonic ns
 HEADER = struct.Struct("=8sIIIIQiiqqq")
 # The words that change while the ring is written; each is one aligned 8-byte store.
-NEXT_WORD, NAMES_USED_WORD, CLOSED_WORD = 64, 65, 67
-ROWS_WORD, ROWS, ROW_WORDS = 128, 3, 128
+NAMES_USED_WORD, CLOSED_WORD = 65, 67
+ROWS_WORD, ROWS, ROW_WORDS = 128, 32, 128
 """Where the rows of the newest steps are, how many of them, and the words of one: a version, then float64 numbers."""
-# version | enqueued start end | nbytes seq step | epoch micro_batch op kind axis group peer dtype stream flags |
-# waited arrived cpu | unused
-ENTRY = struct.Struct("=Qqqqqqqiiiiiiiiiiqqq8x")
-_PAYLOAD = struct.Struct("=qqqqqqiiiiiiiiiiqqq")
-_WORDS = ENTRY_BYTES // 8
-_FLAGS_INT = 23
-_END_WORD, _WAITED_WORD, _ARRIVED_WORD, _CPU_WORD = 3, 12, 13, 14
+_MOST_HELD = 256
+"""Entries; then they are written by whoever makes one more."""
 _NAME_LENGTH = struct.Struct("=H")
 
 _now = time.monotonic_ns
@@ -93,14 +97,13 @@ class Recorder:
         self.step = 0
         self.micro_batch = 0
         self.op = -1
-        self._base = HEADER_BYTES + NAMES_BYTES
-        self._base_word, self._base_int = self._base // 8, self._base // 4
-        self._map = _allocate(path, self._base + entries * ENTRY_BYTES)
+        self._map = allocate(path, HEADER_BYTES + NAMES_BYTES + entries * ENTRY_BYTES)
         view = memoryview(self._map)
-        self._words, self._ints = view.cast("q"), view.cast("i")
+        self._words = view.cast("q")
+        self._slots = Slots(view, HEADER_BYTES + NAMES_BYTES, entries)
         # Reentrant: a signal handler or a finalizer may record while this very thread is inside enter().
         self._lock = threading.RLock()
-        self._tickets = itertools.count()
+        self._tickets, self._held = itertools.count(), HeldEntries()
         self._codes: dict[str, int] = {}
         self._origin: Recorder | None = None
         self.device: DeviceTimes | None = None
@@ -122,6 +125,11 @@ class Recorder:
 
     @epoch.setter
     def epoch(self, value: int) -> None:
+        # What an abort has left open stays so, and is waited for no more.
+        self._held.waiting = -1
+        self.flush()
+        self._held.clear()
+        self._words[AT_WORD] = 0
         self._words[EPOCH_WORD] = value
 
     def fork(self) -> Recorder:
@@ -197,6 +205,25 @@ class Recorder:
             self._codes[name] = len(self._codes)
             return self._codes[name]
 
+    def hold(self) -> None:
+        """From now on entries come into the ring by `flush`, which somebody must call every few milliseconds."""
+        self._held.most = self._held.full = _MOST_HELD
+
+    def release(self) -> None:
+        """Ends `hold`."""
+        self._held.most = 0
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what is held, as it is now, and what the main thread waits for."""
+        with self._lock:
+            self._slots.write(self._held)
+            self._words[WAITS_WORD] = self._held.waiting + 1
+
+    def read_by(self, ended: dict[int, list[int]]) -> None:
+        """Entries that have ended are put into `ended` too, by their tickets, once they are in the ring."""
+        self._held.ended = ended
+
     def enter(
         self,
         kind: int,
@@ -208,34 +235,59 @@ class Recorder:
         seq: int = 0,
         stream: int = 0,
     ) -> int:
-        """Write an open entry (enqueued = start = now, end = 0); returns its ticket, for `exit` and `stamp`."""
-        with self._lock:
-            ticket = next(self._tickets)
-            generation, slot = divmod(ticket, self.capacity)
-            word = self._base_word + slot * _WORDS
-            words = self._words
-            # The version is odd while the payload changes: a reader that meets an odd version reads again.
-            words[word] = 2 * generation + 1
-            now = _now()
-            # fmt: off
-            _PAYLOAD.pack_into(self._map, word * 8 + 8, now, now, 0, nbytes, seq, self.step, words[EPOCH_WORD],
-                               self.micro_batch, self.op, kind, axis, group, peer, dtype, stream, self._flags, 0, 0, 0)
-            # fmt: on
-            words[word] = 2 * generation + 2
-            words[NEXT_WORD] = ticket + 1
+        """An open entry (enqueued = start = now, end = 0); returns its ticket, for `exit` and `stamp`."""
+        # Without a lock: no other thread has the ticket, and what a dictionary does is done at once.
+        ticket, now, held = next(self._tickets), _now(), self._held
+        # fmt: off
+        held[ticket] = [now, now, 0, nbytes, seq, self.step, -1, self.micro_batch, self.op, kind, axis, group, peer,
+                        dtype, stream, self._flags, 0, 0, 0]
+        # fmt: on
+        if len(held) > held.full:
+            self.flush()
         return ticket
+
+    def turn(self, ticket: int, kind: int, cpu: int = 0) -> int:
+        """`exit` of an operation's entry (-1: there is none) and `enter` of the next one's, at the same moment; shows
+        where the rank is."""
+        now, held = _now(), self._held
+        if ticket < 0:
+            self._words[AT_STEP_WORD] = self.step
+        elif (entry := held.get(ticket)) is not None:
+            entry[CPU], entry[END] = cpu, now
+        self._words[AT_WORD] = self.op + 1
+        ticket = next(self._tickets)
+        # fmt: off
+        held[ticket] = [now, now, 0, 0, 0, self.step, -1, self.micro_batch, self.op, kind, 0, 0, -1, 0, 0, self._flags,
+                        0, 0, 0]
+        # fmt: on
+        if len(held) > held.full:
+            self.flush()
+        return ticket
+
+    def leave(self, ticket: int, cpu: int = 0) -> None:
+        """`exit` of the last operation's entry; from here on the rank is at none."""
+        entry = self._held.get(ticket)
+        if entry is not None:
+            entry[CPU], entry[END] = cpu, _now()
+        self.op = -1
+        self._words[AT_WORD] = 0
+        if not self._held.most:
+            self.flush()
 
     def waits(self, ticket: int) -> None:
         """Marks that this rank has nothing else to do from now on than to wait for the entry's end; the first time
         counts."""
-        generation, slot = divmod(ticket, self.capacity)
-        word = self._base_word + slot * _WORDS
-        with self._lock:
-            words = self._words
-            if words[word] == 2 * generation + 2 and not words[word + _WAITED_WORD] and not words[word + _END_WORD]:
-                words[word + _WAITED_WORD] = _now()
-                if self._origin is None:
-                    self.vitals.waits(ticket)
+        held = self._held
+        entry = held.get(ticket)
+        if entry is None or entry[WAITED] or entry[END]:
+            return
+        entry[WAITED] = _now()
+        if self._origin is None:
+            held.waiting = ticket
+            if entry[END]:  # by another thread, just now
+                held.waiting = -1
+        if not held.most:
+            self.flush()
 
     def exit(self, ticket: int, flags: int = 0, *, arrived: int = 0, cpu: int = 0) -> None:
         """Close an entry now; without effect where it is closed, or the ring has come round and overwritten it.
@@ -246,41 +298,32 @@ class Recorder:
             arrived: when the last of those that take part had come to it (monotonic ns); 0: not known.
             cpu: what the thread computed in it (ns of its CPU time); 0: not known.
         """
-        generation, slot = divmod(ticket, self.capacity)
-        word = self._base_word + slot * _WORDS
-        with self._lock:
-            words = self._words
-            if words[WAITS_WORD] == ticket + 1:
-                words[WAITS_WORD] = 0
-            if words[word] != 2 * generation + 2:
-                return
-            if words[word + _END_WORD]:
-                return
-            # Aligned single stores, end last: a killed writer leaves the entry open, never half closed.
+        held = self._held
+        entry = held.get(ticket)
+        if entry is not None and not entry[END]:
             if flags:
-                self._ints[word * 2 + _FLAGS_INT] |= flags
-            if arrived:
-                words[word + _ARRIVED_WORD] = arrived
-            if cpu:
-                words[word + _CPU_WORD] = cpu
-            words[word + _END_WORD] = _now()
+                entry[FLAGS] |= flags
+            entry[ARRIVED], entry[CPU] = arrived, cpu
+            entry[END] = _now()  # last: whoever writes it down meanwhile comes to it again
+        if held.waiting == ticket:
+            held.waiting = -1
+        if not held.most:
+            self.flush()
 
     def stamp(self, ticket: int, start_ns: int | None, end_ns: int, flags: int = 0, *, waited: int = 0) -> None:
         """Set an entry's start and end afterwards (host clock), for times that come late, as CUDA events do; where they
         are given."""
-        generation, slot = divmod(ticket, self.capacity)
-        word = self._base_word + slot * _WORDS
-        with self._lock:
-            words = self._words
-            if words[word] != 2 * generation + 2:
-                return
-            if flags:
-                self._ints[word * 2 + _FLAGS_INT] |= flags
-            if start_ns is not None:
-                words[word + 2] = start_ns
-            if waited:
-                words[word + _WAITED_WORD] = waited
-            words[word + _END_WORD] = end_ns
+        held = self._held
+        for entries in (held, held.ended or {}):
+            entry = entries.get(ticket)
+            if entry is not None:
+                entry[FLAGS] |= flags
+                entry[START] = entry[START] if start_ns is None else start_ns
+                entry[WAITED] = waited or entry[WAITED]
+                entry[END] = end_ns
+        self._slots.stamp(ticket, start_ns, end_ns, flags, waited)
+        if not held.most:
+            self.flush()
 
     def span(
         self,
@@ -303,6 +346,7 @@ class Recorder:
 
     def close(self) -> None:
         """Mark the ring as finished in good order. The file stays; entries of late threads still go into it."""
+        self.release()
         self._words[CLOSED_WORD] = 1
 
 
@@ -328,19 +372,6 @@ class Span:
         self._recorder.exit(self.ticket, FAILED if kind is not None else 0)
 
 
-def axis_members(axis: str, ranks: Sequence[int]) -> str:
-    """The name by which a ring says who stands along an axis: `tp: 0-3:1`, runs of ranks from, to and by a stride."""
-    runs, at = [], 0
-    while at < len(ranks):
-        stride = ranks[at + 1] - ranks[at] if at + 1 < len(ranks) else 1
-        last = at
-        while last + 1 < len(ranks) and ranks[last + 1] - ranks[last] == stride:
-            last += 1
-        runs.append(f"{ranks[at]}-{ranks[last]}:{stride}")
-        at = last + 1
-    return f"{axis}: {','.join(runs)}"
-
-
 def ring_name(run_id: str, rank: int) -> str:
     """File name of a rank's ring; run_id must differ between runs and attempts that live on one host at a time."""
     return f"pentad-{run_id.replace('/', '_')}-{rank}.ring"
@@ -363,38 +394,3 @@ def create(run_id: str, *, rank: int, world: int, entries: int = 65536, epoch: i
         except OSError:
             continue
     return Recorder(last / ring_name(run_id, rank), rank=rank, world=world, entries=entries, epoch=epoch)
-
-
-def _allocate(path: Path | None, size: int) -> mmap.mmap:
-    if path is None:
-        return mmap.mmap(-1, size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Never truncate in place: a reader of the previous file would die of SIGBUS.
-    path.unlink(missing_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
-    try:
-        _reserve(fd, size)
-        with suppress(OSError):
-            # Held by the mapping until the process ends: whoever can lock the file for itself alone knows that its
-            # writer is dead, and that no watcher means to keep it.
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return mmap.mmap(fd, size)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(fd)
-
-
-def _reserve(fd: int, size: int) -> None:
-    """Give the file real space: a sparse file on a full /dev/shm (64 MiB in a container) kills the writer by SIGBUS."""
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(fd, 0, size)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-    zeros = bytes(1 << 20)
-    for offset in range(0, size, len(zeros)):
-        os.pwrite(fd, zeros[: min(len(zeros), size - offset)], offset)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -12,6 +12,8 @@ from . import kinds
 from .reader import RecordRing
 from .ring import BESIDE
 from .vitals import (
+    AT_STEP_WORD,
+    AT_WORD,
     DATA_SINCE_WORD,
     EPOCH_WORD,
     PHASE_WORD,
@@ -156,7 +158,7 @@ def read_stand(ring: RecordRing, words: memoryview | np.ndarray, now: int, host:
         pid=ring.header.pid,
         phase=PHASES[code] if 0 <= code < len(PHASES) else PHASES[0],
         phase_s=since(SINCE_WORD),
-        at=(step, int(last["micro_batch"]), int(last["op"])) if last is not None else (0, 0, -1),
+        at=_at(words, last, step),
         waits=_call(ring, waited[0]) if len(waited) else None,
         entered=_entered(ring, talks),
         calls=tuple(_call(ring, entry) for entry in recent),
@@ -166,6 +168,15 @@ def read_stand(ring: RecordRing, words: memoryview | np.ndarray, now: int, host:
         writer_stage=int(words[WRITER_STAGE_WORD]),
         writer_waits=bool(words[WRITER_WAITS_WORD]),
     )
+
+
+def _at(words: memoryview | np.ndarray, last: np.void | None, step: int) -> tuple[int, int, int]:
+    """Step, microbatch and operation: as the header shows, which is there before an operation's entry; outside all
+    operations as of the last entry."""
+    micro_batch, op = (int(last["micro_batch"]), int(last["op"])) if last is not None else (0, -1)
+    if words[AT_WORD]:
+        step, op = int(words[AT_STEP_WORD]), int(words[AT_WORD]) - 1
+    return step, micro_batch, op
 
 
 def _call(ring: RecordRing, entry: np.void) -> Call:
@@ -196,8 +207,21 @@ def _entered(ring: RecordRing, talks: np.ndarray) -> dict[tuple[str, int, str, i
     return found
 
 
+def axis_members(axis: str, ranks: Sequence[int]) -> str:
+    """The name by which a ring says who stands along an axis: `tp: 0-3:1`, runs of ranks from, to and by a stride."""
+    runs, at = [], 0
+    while at < len(ranks):
+        stride = ranks[at + 1] - ranks[at] if at + 1 < len(ranks) else 1
+        last = at
+        while last + 1 < len(ranks) and ranks[last + 1] - ranks[last] == stride:
+            last += 1
+        runs.append(f"{ranks[at]}-{ranks[last]}:{stride}")
+        at = last + 1
+    return f"{axis}: {','.join(runs)}"
+
+
 def _members(names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """The ranks of each axis, from what `ring.axis_members` wrote into the names."""
+    """The ranks of each axis, from what `axis_members` wrote into the names."""
     found = {}
     for name in names:
         axis, colon, runs = name.partition(": ")

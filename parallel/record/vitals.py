@@ -19,6 +19,7 @@ FAILED_WORD, OUT_WORD, LEFT_WORD = 73, 74, 75
 DATA_SINCE_WORD, DATA_THREAD_WORD, MAIN_THREAD_WORD, PROGRESS_WORD = 76, 77, 78, 79
 WRITER_SINCE_WORD, WRITER_STAGE_WORD, WRITER_WAITS_WORD, STACKS_WORD = 80, 81, 82, 83
 WATCHED_WORD, TOLD_WORD = 84, 85
+AT_STEP_WORD, AT_WORD = 86, 87
 
 PHASES = ("start", "load", "first step", "step", "data", "evaluation", "save", "end")
 """What a rank's main thread is at; a phase's code is its place here."""
@@ -167,10 +168,11 @@ class Heart:
 
     Args:
         vitals: of the rank.
+        beside: called every other time.
     """
 
-    def __init__(self, vitals: Vitals) -> None:
-        self._vitals, self._stop = vitals, threading.Event()
+    def __init__(self, vitals: Vitals, beside: Callable[[], object] | None = None) -> None:
+        self._vitals, self._beside, self._stop = vitals, beside, threading.Event()
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
         self._thread.start()
 
@@ -180,5 +182,9 @@ class Heart:
         self._thread.join()
 
     def _run(self) -> None:
+        beats = 0
         while not self._stop.wait(BEAT_S):
             self._vitals.beat()
+            beats += 1
+            if self._beside is not None and beats % 2 == 0:
+                self._beside()

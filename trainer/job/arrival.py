@@ -59,7 +59,9 @@ def _show_life(
     cfg: Config, start: Start, ranks: Ranks, recorder: Recorder, open_things: ExitStack
 ) -> WatchRequest | None:
     """Shows this rank's signs of life from now on; what the first rank of a node asks a watcher for."""
-    heart = Heart(recorder.vitals)
+    heart = Heart(recorder.vitals, recorder.flush)
+    recorder.hold()
+    open_things.callback(recorder.release)
     open_things.callback(heart.close)
     alone = ranks.world == 1 and "TORCHELASTIC_RUN_ID" not in start.env
     if not cfg.faults.watch or alone or recorder.path is None:

@@ -1,15 +1,15 @@
 """Every rank's row of parts, brought to rank 0 without a collective: through shared memory and the job's store.
 
-After a step each rank divides its own record and shows the row in its ring. The first rank of every other node sets its
-node's rows in the store and waits for nothing; rank 0 reads those of its own node from their rings. A rank that shows
-the row of a step has not passed the next step's norm, and rank 0 looks after that norm: so what it reads is a step old,
-and there.
+After a step each rank divides its own record and shows the row in its ring; steps of less than 100 ms several at once,
+all ranks in the same steps as far as their clocks agree. The first rank of every other node sets its node's rows in the
+store and waits for nothing; rank 0 reads those of its own node from their rings. A rank that shows the row of a step
+has not passed the next step's norm, and rank 0 looks after that norm: so what it reads is a step old, and there.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,13 +17,15 @@ import numpy as np
 
 from ...parallel.pipeline.program import Ops
 from ...parallel.record.files import RingFile, map_header
-from ...parallel.record.reader import read_row
+from ...parallel.record.reader import read_rows
 from ...parallel.record.ring import HEADER_BYTES, ROW_WORDS, ROWS, Recorder
-from ...parallel.record.waterfall import StepReader
+from ...parallel.record.waterfall import StepReader, StepTimes
 
 _NUMBERS = ROW_WORDS - 1
-_KEPT = ROWS
-"""Steps of which rows are still waited for: as many as a ring shows."""
+_KEPT = ROWS - 8
+"""Steps of which rows are still waited for: as many as a ring shows when others are a few steps ahead."""
+AT_ONCE, _LONG_NS = 8, 100_000_000
+"""Steps that are divided at once at most, and the time after which they are divided anyway."""
 
 
 class Store(Protocol):
@@ -109,51 +111,90 @@ class RowExchange:
         self._prefix = f"rows-{epoch}"
         self._schedule = open_schedule()
         self._queued = queued_ns(self._schedule)
-        self._own: StepRows | None = None
-        self._far: dict[int, dict[int, np.ndarray]] = {}
+        self._times: list[StepTimes] = []
+        self._sent: dict[int, int] = {}
+        """Of steps that this rank has divided, how often it has set all rows of its node."""
+        self._divided = self._ready = self._collected = -1
+        """The last step that was divided, that which was before this one, and the last one that was collected."""
+        self._own: tuple[StepRows, ...] = ()
+        self._awaited: dict[int, dict[int, np.ndarray]] = {}
+        """Of each step that is not collected yet the rows that have come from other nodes."""
 
-    def step(self, step: int, begin: int, end: int, pairs: float) -> None:
-        """Divides this rank's step, shows its row, and hands on those of its node.
+    def step(self, step: int, begin: int, end: int, pairs: float, *, due: bool = True) -> None:
+        """Divides this rank's step, shows its row, and hands on those of its node; or all that later, with steps that
+        follow.
 
         Args:
             step: its number, from 1.
             begin, end: when it began and ended on this rank (monotonic ns).
             pairs: attention pairs of its microbatches.
+            due: do not wait for others; the same on all ranks.
         """
+        self._ready = self._divided
+        self._times.append(StepTimes(step, begin, end, pairs))
+        if self._world > 1 and self._rank == 0:
+            self._awaited[step] = {}
+        # By the step's number, so that all ranks have shown the same steps when rank 0 looks.
+        if due or (step + 1) % AT_ONCE == 0 or end - self._times[0].begin >= _LONG_NS:
+            self._divide()
+
+    def _divide(self) -> None:
         before, self._queued = self._queued, queued_ns(self._schedule)
-        row = self._reader.read(step, begin, end, pairs=pairs, queued_s=(self._queued - before) / 1e9)
-        self._own = None if row is None else StepRows(step, row[None])
-        if row is not None and self._world > 1:
-            self._recorder.publish(step, row.tobytes())
-        if self._leads and self._store is not None and step > 1:
-            rows = self._near(step - 1)
-            body = np.array([step - 1, len(rows)], np.float64).tobytes()
-            self._store.set(f"{self._prefix}/{self._rank}", body + b"".join(r.tobytes() for r in rows.values()))
+        times, self._times = self._times, []
+        rows = self._reader.read(times, (self._queued - before) / 1e9)
+        numbers, self._divided = [each.step for each in times], times[-1].step
+        if rows is not None and self._world > 1:
+            for number, row in zip(numbers, rows, strict=True):
+                self._recorder.publish(number, row.tobytes())
+        elif rows is not None:
+            self._own = tuple(StepRows(number, row[None]) for number, row in zip(numbers, rows, strict=True))
+        if self._leads and self._store is not None:
+            self._send(numbers)
 
-    def _near(self, step: int) -> dict[int, np.ndarray]:
-        """The rows of this node's ranks; of those that have none, NaN."""
-        missing = np.full(_NUMBERS, np.nan)
-        found = {rank: None if view is None else read_row(view, step) for rank, view in self._headers.items()}
-        return {rank: missing if row is None else row for rank, row in sorted(found.items())}
+    def _send(self, numbers: Sequence[int]) -> None:
+        """Sets the rows of this node, each step's twice after all are there: rank 0 may miss one."""
+        assert self._store is not None
+        self._sent |= dict.fromkeys(numbers, 0)
+        steps = list(self._sent)
+        found = np.stack(list(self._near(steps).values()))
+        head = np.array([len(steps), len(found), *steps], np.float64)
+        self._store.set(f"{self._prefix}/{self._rank}", head.tobytes() + found.tobytes())
+        whole: list[bool] = np.logical_not(np.isnan(found[:, :, 0]).any(0)).tolist()
+        times = {step: self._sent[step] + there for step, there in zip(steps, whole, strict=True)}
+        self._sent = {step: count for step, count in times.items() if count < 2 and step > steps[-1] - _KEPT}
 
-    def collect(self, step: int) -> StepRows | None:
-        """On rank 0, after a step: the rows of the newest earlier one of which all are there; none: there is none."""
+    def _near(self, steps: Sequence[int]) -> dict[int, np.ndarray]:
+        """The rows (steps, numbers) of this node's ranks; where one is not there, NaN."""
+        missing = np.full((len(steps), _NUMBERS), np.nan)
+        headers = sorted(self._headers.items())
+        return {rank: missing if view is None else read_rows(view, steps) for rank, view in headers}
+
+    def collect(self, step: int) -> tuple[StepRows, ...]:
+        """On rank 0, after a step: the rows of earlier ones, in their order, that have not been given before."""
         if self._world == 1:
-            return self._own
-        if step < 2:
-            return None
-        self._far.setdefault(step - 1, {})
-        for old in [number for number in self._far if number <= step - _KEPT]:
-            del self._far[old]
+            own, self._own = self._own, ()
+            return own
+        if self._ready == self._collected:
+            return ()
+        self._collected = self._ready
+        for old in [number for number in self._awaited if number <= step - _KEPT]:
+            del self._awaited[old]
+        numbers = sorted(number for number in self._awaited if number <= self._ready)
+        if not numbers:
+            return ()
         for leader, ranks in self._nodes.items():
             if leader and self._store is not None:
                 self._take(leader, ranks)
-        for number in sorted(self._far, reverse=True):
-            found = self._whole(number, self._near(number) | self._far[number])
-            if found is not None:
-                del self._far[number]
-                return found
-        return None
+        rows = np.full((self._world, len(numbers), _NUMBERS), np.nan)
+        for rank, mine in self._near(numbers).items():
+            rows[rank] = mine
+        for place, number in enumerate(numbers):
+            for rank, row in self._awaited[number].items():
+                rows[rank, place] = row
+        whole = np.flatnonzero(~np.isnan(rows[:, :, 0]).any(0)).tolist()
+        for place in whole:
+            del self._awaited[numbers[place]]
+        return tuple(StepRows(numbers[place], rows[:, place]) for place in whole)
 
     def _take(self, leader: int, ranks: list[int]) -> None:
         """What the first rank of another node has set last."""
@@ -162,17 +203,17 @@ class RowExchange:
         if not self._store.check([key]):
             return
         numbers = np.frombuffer(self._store.get(key), np.float64)
-        if len(numbers) == 2 + _NUMBERS * len(ranks) and int(numbers[0]) in self._far:
-            self._far[int(numbers[0])].update(zip(ranks, numbers[2:].reshape(len(ranks), _NUMBERS), strict=True))
+        count = int(numbers[0]) if len(numbers) else 0
+        if len(numbers) != 2 + count + count * len(ranks) * _NUMBERS:
+            return
+        rows = numbers[2 + count :].reshape(len(ranks), count, _NUMBERS)
+        for place, step in enumerate(numbers[2 : 2 + count].astype(int).tolist()):
+            for rank, mine in zip(ranks, rows, strict=True):
+                if step in self._awaited and not np.isnan(mine[place, 0]):
+                    self._awaited[step][rank] = mine[place]
 
     def close(self) -> None:
         """Lets go of what is open."""
         schedule, self._schedule = self._schedule, None
         if schedule is not None:
             os.close(schedule)
-
-    def _whole(self, step: int, rows: Mapping[int, np.ndarray]) -> StepRows | None:
-        if len(rows) != self._world:
-            return None
-        found = np.stack([rows[rank] for rank in range(self._world)])
-        return StepRows(step, found) if not np.isnan(found[:, 0]).any() else None

@@ -13,7 +13,8 @@ import pytest
 from pentad.launch.cli import main
 from pentad.parallel.record.diagnosis import Verdict
 from pentad.parallel.record.files import RingFile, collect, write_index
-from pentad.parallel.record.ring import Recorder, axis_members, create
+from pentad.parallel.record.ring import Recorder, create
+from pentad.parallel.record.stand import axis_members
 
 
 def _run(tmp_path: Path, ranks: int = 2) -> tuple[Path, list[Recorder]]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pentad.launch.cli import main
+from pentad.parallel.record.ring import HEADER_BYTES
 from tests.browser import browser
 from tests.launch.verbs.conftest import STEPS
 from tests.pages import read_page
@@ -36,7 +37,7 @@ def killed(run: Path) -> Path:
     start = (copy / "events.jsonl").read_bytes().splitlines(keepends=True)[0]
     (copy / "events.jsonl").write_bytes(start + json.dumps(told | {"details": ["  rank 0: waited"]}).encode() + b"\n")
     ring = next((copy / "record").glob("rank-00001*"))
-    ring.write_bytes(ring.read_bytes()[:9000])
+    ring.write_bytes(ring.read_bytes()[: HEADER_BYTES + 9000])
     return copy
 
 

@@ -21,7 +21,8 @@ from pentad.launch.cli import main
 from pentad.launch.verbs.watch_screen import plain_text, screen_lines
 from pentad.launch.verbs.watch_state import JobReader
 from pentad.parallel.record.files import RingFile, write_index
-from pentad.parallel.record.ring import Recorder, axis_members, create
+from pentad.parallel.record.ring import Recorder, create
+from pentad.parallel.record.stand import axis_members
 from pentad.parallel.record.vitals import BEAT_WORD
 
 _OTHER = """

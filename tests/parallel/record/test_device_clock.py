@@ -15,7 +15,7 @@ from pentad.parallel.record.device_clock import DeviceClock
 from pentad.parallel.record.parts import AT, AXES, BLIND, TIME_PARTS, TimePart
 from pentad.parallel.record.reader import ON_FILE
 from pentad.parallel.record.ring import DEVICE_TIME, HEADER_BYTES, NAMES_BYTES, Recorder
-from pentad.parallel.record.waterfall import StepReader
+from pentad.parallel.record.waterfall import StepReader, StepTimes
 
 OPS = tuple(map(Op.parse, ("F0@0", "BW0@0", "NORM")))
 
@@ -118,14 +118,15 @@ def test_a_step_is_divided_by_what_the_device_did() -> None:
     rank.clock.settle(rank.recorder)
     window = rank.clock.window(0)
     assert window is not None and window[1] - window[0] == 36_000
-    first = rank.reader.read(1, *window)
+    first = rank.reader.read([StepTimes(1, *window)])
     assert rank.clock.window(1) is None
     rank.device.now += 100_000
     rank.clock.settle(rank.recorder)
     second = rank.clock.window(1)
     assert second is not None
-    for row in (first, rank.reader.read(2, *second)):
-        assert row is not None
+    for rows in (first, rank.reader.read([StepTimes(2, *second)])):
+        assert rows is not None
+        (row,) = rows
         assert _parts(row) == {TimePart.COMPUTE: 30_000, TimePart.OPTIMIZER: 1000}
         # Nobody knows when the last rank came to the collective.
         assert row[BLIND + AXES.index(TimePart.TP)] == row[BLIND : BLIND + len(AXES)].sum() == pytest.approx(5e-6)
@@ -134,22 +135,21 @@ def test_a_step_is_divided_by_what_the_device_did() -> None:
 def test_what_the_host_does_costs_what_the_device_idles_meanwhile() -> None:
     rank = Rank()
     rank.step(0)
-    with rank.recorder.span(rank.recorder.intern(kinds.SAVE)):
+    with rank.recorder.span(rank.recorder.intern(kinds.SAVE)) as save:
         rank.device.now += 50_000
-    ticket = rank.recorder.enter(rank.recorder.intern(kinds.DATA))
+    data = rank.recorder.enter(rank.recorder.intern(kinds.DATA))
     rank.device.now += 10_000
-    rank.recorder.exit(ticket)
-    entries = np.frombuffer(rank.recorder.memory[HEADER_BYTES + NAMES_BYTES :], ON_FILE)
-    for name, (start, end) in {kinds.SAVE: (1_001_000, 1_051_000), kinds.DATA: (1_051_000, 1_061_000)}.items():
-        code = rank.recorder.intern(name)
-        slot = np.flatnonzero(entries["kind"] == code)[0]
-        entries[slot]["start"], entries[slot]["end"] = start, end
+    rank.recorder.exit(data)
+    rank.recorder.stamp(save.ticket, 1_001_000, 1_051_000)
+    rank.recorder.stamp(data, 1_051_000, 1_061_000)
     rank.step(1)
     rank.device.now += 100_000
     rank.clock.settle(rank.recorder)
     window = rank.clock.window(0)
     assert window is not None and window == (1_000_000, 1_061_000)
-    parts = _parts(rank.reader.read(1, *window))
+    rows = rank.reader.read([StepTimes(1, *window)])
+    assert rows is not None
+    parts = _parts(rows[0])
     assert parts[TimePart.CHECKPOINT] == 51_000 - 36_000 and parts[TimePart.DATA] == 10_000
 
 

@@ -16,7 +16,7 @@ from pentad.parallel.record.links import Link, blamed_link, delay_matrix, slow_l
 from pentad.parallel.record.parts import AT, DURATIONS, LINK_RANK, LINK_S, OWN, SECONDS, TimePart
 from pentad.parallel.record.ring import Recorder
 from pentad.parallel.record.stragglers import Reason, Stragglers, StragglerVerdict
-from pentad.parallel.record.waterfall import StepReader
+from pentad.parallel.record.waterfall import StepReader, StepTimes
 from tests.distributed import job_store, run_distributed
 
 STEP_S, LATE_S = 0.1, 0.04
@@ -119,9 +119,9 @@ def _delayed(rank: int, world: int) -> list[np.ndarray]:
             for x in (torch.ones(8), torch.ones(1 << 15)):
                 all_reduce(x, axis).wait()
                 all_gather(x, axis).wait()
-            row = reader.read(step + 1, begin, time.monotonic_ns())
-            assert row is not None
-            rows.append(row)
+            found = reader.read([StepTimes(step + 1, begin, time.monotonic_ns())])
+            assert found is not None
+            rows.append(found[0])
         return rows
     finally:
         Process.read = read  # type: ignore[method-assign]

@@ -21,15 +21,17 @@ from pentad.parallel.record.parts import (
     LINK_S,
     OWN,
     PAIRS,
+    QUEUED,
     SECONDS,
     STEP,
     TIME_PARTS,
     WAITS,
     TimePart,
 )
-from pentad.parallel.record.reader import ON_FILE
-from pentad.parallel.record.ring import BESIDE, HEADER_BYTES, NAMES_BYTES, Recorder
-from pentad.parallel.record.waterfall import StepReader, durations_of
+from pentad.parallel.record.ring import BESIDE, Recorder
+from pentad.parallel.record.slots import ARRIVED, END, START, WAITED
+from pentad.parallel.record.slots import CPU as CPU_TIME
+from pentad.parallel.record.waterfall import StepReader, StepTimes, durations_of
 
 OPS = tuple(map(Op.parse, ("F0@0", "F1@0", "BW0@0", "BW1@0", "RG0", "NORM", "OPT0", "AG0")))
 PART_OF_OP = [*[TimePart.COMPUTE] * 4, TimePart.DP, TimePart.OPTIMIZER, TimePart.OPTIMIZER, TimePart.DP]
@@ -55,10 +57,7 @@ class Entry:
 class Written:
     """A ring with entries of any times, and who reads it."""
 
-    recorder: Recorder = field(default_factory=lambda: Recorder(None, rank=0, world=1, entries=512))
-
-    def __post_init__(self) -> None:
-        self.slots = np.frombuffer(self.recorder.memory[HEADER_BYTES + NAMES_BYTES :], ON_FILE)
+    recorder: Recorder = field(default_factory=lambda: Recorder(None, rank=0, world=1, entries=2048))
 
     def write(self, *entries: Entry) -> list[int]:
         """Their tickets."""
@@ -72,18 +71,23 @@ class Written:
         return tickets
 
     def set(self, ticket: int, entry: Entry) -> None:
-        slot = self.slots[ticket % self.recorder.capacity]
-        for name in ("start", "end", "waited", "arrived", "cpu"):
-            slot[name] = getattr(entry, name)
+        held = self.recorder._held[ticket]
+        held[START], held[WAITED], held[ARRIVED], held[CPU_TIME] = entry.start, entry.waited, entry.arrived, entry.cpu
+        held[END] = entry.end
+        self.recorder.flush()
 
 
 def _read(entries: list[Entry], begin: int, end: int, *, pipelined: bool = False) -> np.ndarray:
     written = Written()
     reader = StepReader(written.recorder, OPS, pipelined=pipelined)
     written.write(*entries)
-    row = reader.read(3, begin, end)
-    assert row is not None
-    return row
+    return _row(reader, 3, begin, end)
+
+
+def _row(reader: StepReader, step: int, begin: int, end: int) -> np.ndarray:
+    rows = reader.read([StepTimes(step, begin, end)])
+    assert rows is not None
+    return rows[0]
 
 
 def _parts(row: np.ndarray) -> dict[TimePart, float]:
@@ -169,11 +173,10 @@ def test_what_began_a_step_before_counts_where_it_is_waited_for() -> None:
     gather = Entry("all_gather", 90, 0, "data", 7)
     (ticket,) = written.write(gather)
     written.write(Entry("AG", 90, 95, op=7, cpu=5))
-    first = reader.read(1, 0, 100)
+    first = _row(reader, 1, 0, 100)
     written.write(Entry("F", 100, 200, op=0, cpu=90))
     written.set(ticket, Entry("all_gather", 90, 130, "data", 7, waited=110, arrived=115))
-    second, third = reader.read(2, 100, 200), reader.read(3, 200, 210)
-    assert first is not None and second is not None and third is not None
+    second, third = _row(reader, 2, 100, 200), _row(reader, 3, 200, 210)
     assert _parts(first) == {TimePart.DP: 5, TimePart.OTHER: 95}
     assert _parts(second) == {TimePart.COMPUTE: 80, TimePart.STRAGGLER: 5, TimePart.DP: 15}
     assert _parts(third) == {TimePart.OTHER: 10}
@@ -183,10 +186,10 @@ def test_a_ring_that_has_come_round_gives_no_row_and_the_next_step_does() -> Non
     written = Written(Recorder(None, rank=0, world=1, entries=4))
     reader = StepReader(written.recorder, OPS, pipelined=False)
     written.write(*[Entry("F", 10 * i, 10 * i + 5, op=0) for i in range(5)])
-    assert reader.read(1, 0, 100) is None
+    assert reader.read([StepTimes(1, 0, 100)]) is None
     written.write(*[Entry("F", 100 + 10 * i, 105 + 10 * i, op=0, cpu=5) for i in range(4)])
-    row = reader.read(2, 100, 200)
-    assert row is not None and _parts(row) == {TimePart.COMPUTE: 20, TimePart.OTHER: 80}
+    row = _row(reader, 2, 100, 200)
+    assert _parts(row) == {TimePart.COMPUTE: 20, TimePart.OTHER: 80}
 
 
 def test_nobody_knows_when_the_last_rank_came() -> None:
@@ -284,6 +287,53 @@ def test_any_step_as_one_moment_after_the_other(seed: int) -> None:
     row = _read(entries, begin, end)
     assert _parts(row) == _by_moments(ordered, begin, end)
     assert row[: len(TIME_PARTS)].sum() == pytest.approx((end - begin) * 1e-9)
+
+
+def _any_step(draw: Random, clock: int) -> list[Entry]:
+    """The same from a time on, with copies and collections of garbage, and collectives of which less is known."""
+    found = []
+    for entry in _random_step(draw):
+        entry.arrived = 0 if draw.random() < 0.2 else entry.arrived
+        entry.kind = "all_to_all" if entry.kind == "all_gather" and draw.random() < 0.2 else entry.kind
+        entry.cpu = draw.randrange(2 * (entry.end - entry.start) + 1) if draw.random() < 0.7 else 0
+        if entry.axis and draw.random() < 0.4:
+            length = draw.randrange(1, 40)
+            start = draw.choice([entry.waited, draw.randrange(entry.waited, entry.end), entry.end])
+            found.append(Entry(kinds.COPY, start, start + length, entry.axis, entry.op, peer=draw.randrange(3)))
+            found[-1].beside = draw.random() < 0.2
+        if draw.random() < 0.1:
+            found.append(Entry(kinds.COLLECT, draw.randrange(entry.start, entry.end), entry.end, op=entry.op))
+        found.append(entry)
+    for entry in found:
+        entry.start, entry.end = entry.start + clock, entry.end + clock
+        entry.waited = entry.waited + clock if entry.waited else 0
+        entry.arrived = entry.arrived + clock if entry.arrived > 1 else entry.arrived
+    return found
+
+
+@pytest.mark.parametrize("pipelined", (False, True))
+@pytest.mark.parametrize("seed", range(6))
+def test_many_steps_at_once_as_one_after_the_other(seed: int, pipelined: bool) -> None:
+    draw, clock, steps, each = Random(seed), 0, [], []
+    for number in range(8):
+        entries = _any_step(draw, clock)
+        end = max(entry.end for entry in entries) + 5
+        steps.append(StepTimes(number, clock + draw.randrange(900), end, number))
+        each.append(entries)
+        clock = end + draw.randrange(50)
+    together, alone = Written(), Written()
+    reader = StepReader(together.recorder, OPS, pipelined=pipelined)
+    for entries in each:
+        together.write(*entries)
+    rows = reader.read(steps, queued_s=2.0)
+    assert rows is not None and rows.shape == (8, reader.size)
+    assert rows[:, QUEUED].sum() == pytest.approx(2.0)
+    one = StepReader(alone.recorder, OPS, pipelined=pipelined)
+    for step, entries, row in zip(steps, each, rows, strict=True):
+        alone.write(*entries)
+        expected = one.read([step], queued_s=row[QUEUED])
+        assert expected is not None
+        np.testing.assert_array_equal(row, expected[0])
 
 
 def test_names_that_are_no_communication() -> None:

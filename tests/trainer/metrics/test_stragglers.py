@@ -15,7 +15,7 @@ from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.record import kinds
 from pentad.parallel.record.files import RingFile
 from pentad.parallel.record.parts import AT, AXES, BLIND, DURATIONS, LINK_RANK, LINK_S, OWN, SECONDS, TimePart
-from pentad.parallel.record.ring import Recorder
+from pentad.parallel.record.ring import HEADER_BYTES, Recorder
 from pentad.trainer.metrics.readings.roles import grid, lines
 from pentad.trainer.metrics.readings.straggler import StragglerReading, roles
 from pentad.trainer.metrics.readings.waterfall import split_blind
@@ -59,7 +59,7 @@ def _clean(rank: int, world: int, name: str, steps: int, scale: float, slow: flo
             if step == steps // 3:
                 made.run.stepper.evaluate(made.run.batches(0)[0][:2], program)
             for rows in made.found[seen:]:
-                found.append(dict(reading.step(replace(DONE, step=rows.step + 1, rows=rows, worst=(0.0,)))))
+                found.append(dict(reading.step(replace(DONE, step=rows.step + 1, rows=(rows,), worst=(0.0,)))))
             seen = len(made.found)
         return found
 
@@ -88,7 +88,7 @@ def test_an_alert_of_a_slow_link_names_both_ends_once() -> None:
         rows[:, SECONDS], rows[:, LINK_RANK] = 0.16, -1
         for rank, peer in ((1, 3), (3, 1)):
             rows[rank, [LINK_RANK, LINK_S, AT[TimePart.DP]]] = peer, 0.04, 0.04
-        values = reading.step(replace(DONE, step=step + 1, rows=StepRows(step, rows), worst=(0.0,)))
+        values = reading.step(replace(DONE, step=step + 1, rows=(StepRows(step, rows),), worst=(0.0,)))
         found += [values["straggler_alert"]] if values.get("straggler_alert") else []
     (alert,) = found
     assert (alert.fields["rank"], alert.fields["peer"], alert.fields["reason"]) == (1, 3, "network")
@@ -149,15 +149,36 @@ def test_rows_of_other_nodes_come_through_the_store() -> None:
     ]
     # A neighbour's memory, as if it had been mapped: these hosts do not exist.
     for first in (0, 2):
-        ends[first]._headers[first + 1] = recorders[first + 1].memory[:4096]
+        ends[first]._headers[first + 1] = recorders[first + 1].memory[:HEADER_BYTES]
     found = []
     for step in range(1, 6):
         for rank, end in enumerate(ends):
             if (step, rank) != (3, 3):  # which has no row of this step
                 end.step(step, 0, 1000 * step + rank, 0.0)
         found.append(ends[0].collect(step))
-    steps = [None if rows is None else rows.step for rows in found]
-    assert steps == [None, 1, 2, None, 4]
-    last = found[-1]
-    assert last is not None and last.rows.shape[0] == 4
+    assert [[rows.step for rows in given] for given in found] == [[], [1], [2], [], [4]]
+    (last,) = found[-1]
+    assert last.rows.shape[0] == 4
     assert [round(1e9 * each) for each in last.rows[:, AT[TimePart.OTHER]]] == [4000, 4001, 4002, 4003]
+
+
+def test_short_steps_are_divided_at_once_and_each_is_known_once() -> None:
+    rings = [RingFile(rank, f"node{rank // 2}", "", 0) for rank in range(4)]
+    store, recorders = _Store(), [Recorder(None, rank=rank, world=4, entries=8) for rank in range(4)]
+    ends = [
+        RowExchange(recorder, rank, 4, (), pipelined=False, rings=rings, store=store)
+        for rank, recorder in enumerate(recorders)
+    ]
+    for first in (0, 2):
+        ends[first]._headers[first + 1] = recorders[first + 1].memory[:HEADER_BYTES]
+    given = {}
+    for step in range(1, 80):
+        for rank in (1, 2, 3, 0):
+            # One rank's clock says of some steps that it is time.
+            late = 200_000_000 if rank == 3 and step % 5 == 0 else 0
+            ends[rank].step(step, 1000 * step, 1000 * step + 500 + rank + late, 0.0, due=step in (30, 58, 78))
+        given[step] = [rows.step for rows in ends[0].collect(step)]
+    found = [step for steps in given.values() for step in steps]
+    assert sorted(found) == list(range(1, 79))
+    assert given[31][-1] == 30 and given[79][-1] == 78
+    assert sum(map(bool, given.values())) <= 16

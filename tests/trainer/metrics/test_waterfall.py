@@ -113,7 +113,7 @@ def _waiting_stages(rank: int, world: int, name: str) -> tuple[list[dict[str, An
         line = simulate(program, Times(forward=_FORWARD, backward=halves, weight=halves))
         busy = [cfg.train.global_batch * (f + b) for f, b in zip(_FORWARD, _BACKWARD, strict=True)]
         reading = WaterfallReading(made.facts())
-        reported = [reading.step(replace(DONE, step=rows.step + 1, rows=rows)) for rows in made.found]
+        reported = [reading.step(replace(DONE, step=rows.step + 1, rows=(rows,))) for rows in made.found]
         return [dict(r["waterfall"]) for r in reported], [line.makespan - each for each in busy] + [line.makespan]
 
 

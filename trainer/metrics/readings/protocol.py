@@ -83,8 +83,8 @@ class StepDone:
     routed: np.ndarray | None = None
     """(layers with experts, columns) of what the routers counted, summed over all ranks: `models.routing.tally_fields`,
     then how often each choice was taken. None for a model without experts."""
-    rows: StepRows | None = None
-    """Where each rank's time went, in this step or one before it; None where that is not known."""
+    rows: tuple[StepRows, ...] = ()
+    """Where each rank's time went, in steps up to this one of which that has become known; each is given once."""
     worst: tuple[float, ...] = ()
     """For each number of this reading's `watch` the largest over all ranks."""
 

@@ -21,7 +21,7 @@ from .roles import expert_grid, grid
 from .routing import is_pictured
 
 _WINDOWS_SHOWN = 200
-_REMEMBERED = 8
+_REMEMBERED = 32
 """Steps of which is kept what their rows, which come later, are compared with."""
 
 
@@ -91,7 +91,7 @@ class StragglerReading(Reading):
         super().__init__(run)
         self._stragglers = Stragglers(roles(run).tolist())
         self._places = expert_grid(run.cfg)
-        self._routed: dict[int, np.ndarray | None] = {}
+        self._routed: dict[int, np.ndarray] = {}
         self._seconds: list[np.ndarray] = []
         self._waits: list[np.ndarray] = []
         self._windows: deque[tuple[int, np.ndarray]] = deque(maxlen=_WINDOWS_SHOWN)
@@ -108,19 +108,19 @@ class StragglerReading(Reading):
 
     def _compared(self, done: StepDone) -> Mapping[str, Any]:
         """What the ranks' rows tell."""
-        self._routed[done.step] = done.routed
-        for old in [step for step in self._routed if step < done.step - _REMEMBERED]:
-            del self._routed[old]
-        if done.rows is None:
+        if done.routed is not None:
+            self._routed[done.step] = done.routed
+        if not done.rows:
             return {"straggler": self._last}
         values = self._checkpoints(done.rows)
-        if len(done.rows.rows) == 1:
+        if len(done.rows[0].rows) == 1:
             return values  # there is nobody to wait for it
-        verdict = self._stragglers.step(done.rows.step, done.rows.rows, self._work(done.rows))
-        self._seconds.append(done.rows.rows[:, SECONDS])
-        self._waits.append(done.rows.rows[:, WAITS : WAITS + len(AXES)])
-        if verdict is None:
+        verdicts = [found for each in done.rows if (found := self._taken(each)) is not None]
+        for old in [step for step in self._routed if step < done.step - _REMEMBERED]:
+            del self._routed[old]
+        if not verdicts:
             return values | {"straggler": self._last, "straggler_tracked": self._picture(done.step)}
+        verdict = verdicts[-1]
         self._windows.append((verdict.step, verdict.scores))
         seen = self._seen(verdict)
         self._last = {key: value for key, value in seen.items() if key != "slower"}
@@ -134,6 +134,12 @@ class StragglerReading(Reading):
         alert = self._alert(verdict)
         return values if alert is None else values | {"straggler_alert": alert}
 
+    def _taken(self, found: StepRows) -> StragglerVerdict | None:
+        """Adds a step; at the end of a window what it says."""
+        self._seconds.append(found.rows[:, SECONDS])
+        self._waits.append(found.rows[:, WAITS : WAITS + len(AXES)])
+        return self._stragglers.step(found.step, found.rows, self._work(found))
+
     @cached_property
     def _shares(self) -> tuple[float, float]:
         """Of the model's FLOPs: those of attention's pairs, and those of routed experts."""
@@ -143,9 +149,10 @@ class StragglerReading(Reading):
 
     def _work(self, found: StepRows) -> np.ndarray:
         """(ranks,) what each rank was given to do, over the mean."""
-        work = np.ones(len(found.rows))
+        work, pairs = np.ones(len(found.rows)), found.rows[:, PAIRS]
+        if found.step not in self._routed and (pairs == pairs[0]).all():
+            return work
         attention, experts = self._shares
-        pairs = found.rows[:, PAIRS]
         if pairs.mean() > 0:
             work += attention * (pairs / pairs.mean() - 1)
         routed, places = self._routed.get(found.step), self._places
@@ -218,12 +225,13 @@ class StragglerReading(Reading):
         flops = step_flops(self.run.cfg.model, done.tokens, done.pairs).total
         return flops / (done.seconds * self.run.devices) / (self.run.peak_tflops * 1e12)
 
-    def _checkpoints(self, found: StepRows) -> dict[str, Any]:
-        blocked = float(found.rows[:, AT[TimePart.CHECKPOINT]].max())
-        if blocked:
-            self._saved = found.step - 1  # saved after the step before, within this step's time
-        age = None if self._saved is None else found.step - self._saved
-        return {"ckpt_block_ms": 1e3 * blocked if blocked else None, "ckpt_age_steps": age}
+    def _checkpoints(self, found: Sequence[StepRows]) -> dict[str, Any]:
+        blocked = [(float(each.rows[:, AT[TimePart.CHECKPOINT]].max()), each.step) for each in found]
+        longest, step = max(blocked)
+        if longest:
+            self._saved = step - 1  # saved after the step before, within this step's time
+        age = None if self._saved is None else found[-1].step - self._saved
+        return {"ckpt_block_ms": 1e3 * longest if longest else None, "ckpt_age_steps": age}
 
     def _alert(self, verdict: StragglerVerdict) -> Alert | None:
         if not verdict.confirmed or verdict.rank is None or verdict.reason is None:

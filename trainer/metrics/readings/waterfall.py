@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,8 @@ from ..rows import StepRows
 from .protocol import Reading, RunFacts, StepDone
 from .roles import lines
 
+_REMEMBERED = 32
+"""Steps whose rows may still come."""
 _DIGITS = 6
 """After the point."""
 _KEYS = tuple(part.value for part in TIME_PARTS)
@@ -53,7 +55,8 @@ class WaterfallReading(Reading):
     metrics = (
         Metric(
             "waterfall",
-            "where the time of a step went: object, below; `null` where the ranks' records do not tell",
+            "where the time of a step went: object, below; `null` where the ranks' records do not tell, "
+            "and in all but one line of several short steps",
             tracker="waterfall",
             line=waterfall_line,
         ),
@@ -74,26 +77,28 @@ class WaterfallReading(Reading):
 
     def step(self, done: StepDone) -> Mapping[str, Any]:
         self._flops[done.step] = self._flops_of(done.tokens, done.pairs)
-        for old in [step for step in self._flops if step < done.step - 8]:
-            del self._flops[old]
-        if done.rows is None:
+        if not done.rows:
             return {}
         waterfall = self._waterfall(done.rows)
+        for old in [step for step in self._flops if step < done.step - _REMEMBERED]:
+            del self._flops[old]
         return {"waterfall": waterfall, "bubble_pct": 100 * (waterfall[PLANNED] + waterfall[UNPLANNED])}
 
-    def _waterfall(self, found: StepRows) -> dict[str, Any]:
-        rows = split_blind(found.rows, self.run)
+    def _waterfall(self, found: Sequence[StepRows]) -> dict[str, Any]:
+        each = [split_blind(step.rows, self.run) for step in found]
+        rows = sum(each[1:], each[0])  # of several short steps as of one
         means = (rows.mean(0) if len(rows) > 1 else rows[0]).tolist()
         seconds = means[SECONDS]
         parts = dict(zip(_KEYS, means, strict=False))
-        parts |= self._divide_bubble(rows, parts.pop(_BUBBLE))
-        flops, ceiling = self._flops.get(found.step), self.run.ceiling_tflops
+        parts |= self._divide_bubble(rows, parts.pop(_BUBBLE), len(each))
+        all_flops, ceiling = [self._flops.get(step.step) for step in found], self.run.ceiling_tflops
+        flops = None if None in all_flops else sum(each for each in all_flops if each is not None)
         if flops is not None and ceiling:
             compute = parts.pop(_COMPUTE)
             parts[MODEL] = min(flops / (ceiling * 1e12), compute)
             parts[BELOW] = compute - parts[MODEL]
         shares = {key: round(parts[key] / seconds, _DIGITS) for key in ORDER if key in parts}
-        values: dict[str, Any] = {"step": found.step, **shares}
+        values: dict[str, Any] = {"step": found[-1].step, "steps": len(found), **shares}
         if flops is not None and self.run.peak_tflops:
             mfu = flops / seconds / (self.run.peak_tflops * 1e12)
             free = {
@@ -110,7 +115,7 @@ class WaterfallReading(Reading):
             self._known = tokens, pairs, flops_per_step(self.run.cfg.model, tokens, pairs) / self.run.devices
         return self._known[2]
 
-    def _divide_bubble(self, rows: np.ndarray, bubble: float) -> dict[str, float]:
+    def _divide_bubble(self, rows: np.ndarray, bubble: float, steps: int) -> dict[str, float]:
         program = self.run.program
         if program is None or len(program.ranks) == 1:
             return {PLANNED: 0.0, UNPLANNED: bubble}
@@ -119,9 +124,9 @@ class WaterfallReading(Reading):
         self._rested_s += float(rows[0, SECONDS])
         if self._planned is None or self._rested_s * _SIMULATING >= self._cost_s:
             begin = time.perf_counter()
-            self._planned = planned_idle(program, measured_times(program, rows))
+            self._planned = planned_idle(program, measured_times(program, rows / steps))
             self._cost_s, self._rested_s = time.perf_counter() - begin, 0.0
-        planned = float(np.minimum(waited, self._planned[:, None]).mean())
+        planned = float(np.minimum(waited, steps * self._planned[:, None]).mean())
         return {PLANNED: planned, UNPLANNED: bubble - planned}
 
 
