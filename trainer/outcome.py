@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..parallel.comm.collectives import Handle
+from ..parallel.kernels.upload import Download
 from .data.dataset import Microbatch
 from .numerics.guard import NumericsGuard
 
@@ -45,11 +46,20 @@ class IssuedStep:
     """This rank's own."""
     valid: int
     pairs: float
+    numbers: Download | None = None
+    """What `numbers_of` gives, on its way to the host; none: still to be asked for."""
 
     @property
     def own_pairs(self) -> float:
         """Attention pairs of this rank's own microbatches."""
         return sum(batch.pairs for batch in self.batches)
+
+
+def numbers_of(result: StepResult, worst: Tensor) -> Tensor:
+    """(5 + n + m,) fp64: loss, norm, skipped, corrupted, wishes to stop; `worst` (n,); the m counts of routers."""
+    told = (result.loss, result.grad_norm, result.skipped, result.corrupted, result.stop)
+    numbers = torch.stack([x.double() for x in told])
+    return torch.cat((numbers, worst, *(() if result.moe is None else (result.moe.flatten().double(),))))
 
 
 @dataclass(frozen=True)

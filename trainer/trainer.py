@@ -10,9 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ..configs.errors import UserError
+from ..parallel.kernels.upload import Download
 from ..parallel.record import kinds
 from ..parallel.record.device_clock import DeviceClock
 from ..parallel.record.garbage import recorded_collections
@@ -34,7 +37,7 @@ from .numerics.bad_steps import NON_FINITE, BadSteps
 from .numerics.corrupted import check_before_save, corrupted_error
 from .numerics.loss_table import loss_shares
 from .optim.learning_rate import learning_rate
-from .outcome import IssuedStep, StepResult
+from .outcome import IssuedStep, StepResult, numbers_of
 from .processes.failure import is_loss
 from .processes.signals import StopRequest
 from .recovery.keeper import SnapshotKeeper
@@ -249,6 +252,7 @@ class Trainer:
         """A step is done."""
         self.step, self._begun = issued.step, None
         if self.device.type == "cuda":
+            issued = replace(issued, numbers=self._numbers(issued))  # queued behind this step, before the next one
             self._drain()  # the previous step's numbers: the host stays one step ahead of the device
         self._waiting = issued
 
@@ -298,17 +302,19 @@ class Trainer:
         issued = self._waiting
         if issued is None:
             return
-        result = issued.result
+        watched, moe = self.readings.watched, issued.result.moe
         with self._recorded(kinds.DRAIN):
-            self._landed()
-            told = (result.loss, result.grad_norm, result.skipped, result.corrupted, result.stop)
-            numbers, watched = torch.stack([x.double() for x in told]), self.readings.watched
-            worst = torch.full((watched + 1,), -torch.inf) if alone else result.worst.wait()
-            loss, norm, skipped, corrupted, stop, *rest = torch.cat((numbers, worst)).tolist()
+            worst = torch.full((watched + 1,), -torch.inf, dtype=torch.float64) if alone else None
+            numbers = issued.numbers or self._numbers(issued, worst)
+            if not numbers.landed():
+                self.mesh.abort.until("the device", numbers.landed)
+            loss, norm, skipped, corrupted, stop, *rest = numbers.tolist()
         self._waiting = None
         if corrupted:
             raise corrupted_error(self.stepper.guard, self.mesh, issued.step, self.checkpointer.directory, self._event)
-        worst, most, table = rest[:watched], rest[watched], rest[watched + 1 :]
+        worst, most, rest = rest[:watched], rest[watched], rest[watched + 1 :]
+        table = rest[: len(rest) - (0 if moe is None else moe.numel())]
+        routed = None if moe is None else np.reshape(rest[len(table) :], moe.shape)
         before, self._clock = self._clock, time.monotonic_ns()
         seconds = max(self._clock - before, 1) / 1e9
         self._stopping = stop > 0
@@ -318,8 +324,8 @@ class Trainer:
             if not alone:
                 self._divide(issued, before)
             if self._outputs is not None:
-                done = self._done(issued, loss, norm, bool(skipped), seconds, loss_shares(table, self._cp))
-                done = replace(done, loss_max_rank=most)
+                done = self._done(issued, loss, norm, bool(skipped), seconds)
+                done = replace(done, losses=loss_shares(table, self._cp), loss_max_rank=most, routed=routed)
                 self._outputs.log(self.readings.step(done, worst))
                 self._tell_of_saves()
         if skipped and alone:
@@ -345,12 +351,9 @@ class Trainer:
         """Logs an event, on the rank that reports."""
         return self._outputs.events.log if self._outputs is not None else None
 
-    def _landed(self) -> None:
-        """On a GPU: waits until what was issued has run, in a way that an abort can end."""
-        if self.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
-            self.mesh.abort.until("the device", event.query)
+    def _numbers(self, issued: IssuedStep, worst: Tensor | None = None) -> Download:
+        """The step's numbers, on their way to the host; `worst`: in place of what all ranks found."""
+        return Download(numbers_of(issued.result, issued.result.worst.wait() if worst is None else worst))
 
     def _divide(self, issued: IssuedStep, before: int) -> None:
         """Divides this rank's step into parts; on a device the one before, of which all times are there by now."""
@@ -370,10 +373,7 @@ class Trainer:
         soon = range(step, step + 1 + (self.mesh.degrees.world > 1))
         return self._stopping or cfg.train.steps in soon or any(n and at % n == 0 for n in every for at in soon)
 
-    def _done(
-        self, issued: IssuedStep, loss: float, norm: float, skipped: bool, seconds: float, losses: tuple[float, ...]
-    ) -> StepDone:
-        moe = issued.result.moe
+    def _done(self, issued: IssuedStep, loss: float, norm: float, skipped: bool, seconds: float) -> StepDone:
         return StepDone(
             step=issued.step,
             loss=loss,
@@ -386,8 +386,6 @@ class Trainer:
             valid=issued.valid,
             pairs=issued.pairs,
             seconds=seconds,
-            losses=losses,
-            routed=None if moe is None else moe.cpu().numpy(),
             rows=self.rows.collect(issued.step),
         )
 
