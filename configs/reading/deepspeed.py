@@ -31,7 +31,7 @@ _PASSED_ON_ZERO = (
     "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "ignore_unused_parameters",
     "max_live_parameters", "max_reuse_distance", "model_persistence_threshold", "overlap_comm",
     "param_persistence_threshold", "prefetch_bucket_size", "reduce_bucket_size", "reduce_scatter",
-    "round_robin_gradients", "stage3_gather_16bit_weights_on_model_save", "stage3_max_live_parameters",
+    "stage3_gather_16bit_weights_on_model_save", "stage3_max_live_parameters",
     "stage3_max_reuse_distance", "stage3_model_persistence_threshold", "stage3_param_persistence_threshold",
     "stage3_prefetch_bucket_size", "sub_group_size",
 )  # fmt: skip
@@ -103,7 +103,7 @@ def engine_config(config: Config) -> dict[str, Any]:
         raise UserError(*problems)
     stage, offload, width = zero_stage(config), zero_offload(config), 2 if config.train.dtype == "bf16" else 4
     bucket = max(1, int(config.parallel.data.bucket_mib * 2**20) // width // 2) * 2  # bf16 wants an even number
-    given = {key: value for key, value in found.get(_ZERO, {}).items() if key not in _OFFLOADS and value != AUTO}
+    given = {key: value for key, value in found.get(_ZERO, {}).items() if key in _PASSED_ON_ZERO and value != AUTO}
     zero = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, **given, "stage": stage}
     for section, there in zip(_OFFLOADS, (offload != "none", offload == "all"), strict=True):
         if there:
@@ -141,7 +141,8 @@ def _unknown(config: Config, found: dict[str, Any]) -> Iterator[Problem]:
             hint = nearest(key, known)
             more = f"; here it is {instead}" if instead else f"; did you mean {hint}?" if hint else ""
             yield Problem(KEY, f"{file} has {key}, which is not passed on to DeepSpeed; leave it out{more}")
-    inside = [(f"{_ZERO}.{key}", key in _PASSED_ON_ZERO) for key in zero if key not in ("stage", *_OFFLOADS)]
+    known = ("stage", *_OFFLOADS, *_PASSED_ON_ZERO)
+    inside = [(f"{_ZERO}.{key}", key in known or _says_nothing(value)) for key, value in zero.items()]
     for section in _OFFLOADS:
         inside += [(f"{_ZERO}.{section}.{key}", key in _PASSED_ON_OFFLOAD) for key in zero.get(section) or {}]
     for path, passed in inside:

@@ -15,7 +15,7 @@ def validate_deepspeed(config: Config) -> list[Problem]:
     """Every problem that follows from the values alone, and from the user's own JSON."""
     if config.parallel.data.sharding != "deepspeed":
         return []
-    return [*_layout(config), *_memory(config), *_numbers(config), *json_problems(config), *_offload(config)]
+    return [*_layout(config), *_memory(config), *_numbers(config), *json_problems(config), *_stage(config)]
 
 
 def _layout(config: Config) -> Iterator[Problem]:
@@ -69,8 +69,11 @@ def _numbers(config: Config) -> Iterator[Problem]:
         yield Problem("optim.states", message, (_SHARDING,))
 
 
-def _offload(config: Config) -> Iterator[Problem]:
+def _stage(config: Config) -> Iterator[Problem]:
     stage = zero_stage(config)
+    if stage == 3 and config.faults.numerics.recompute and config.memory.recompute != "none":
+        message = "true needs parameters in place while parts run again, which ZeRO 3 gathers; set false, or stage=2"
+        yield Problem("faults.numerics.recompute", message, (f"{SECTION}.stage", "memory.recompute"))
     if zero_offload(config) == "all" and stage < 3:
         message = f"all: parameters lie on the host with stage 3 only, this is {stage}; set optimizer, or stage=3"
         yield Problem(f"{SECTION}.offload", message, (f"{SECTION}.stage",))

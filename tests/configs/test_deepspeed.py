@@ -44,6 +44,7 @@ TRAINER = {
         "offload_optimizer": {"device": "cpu", "pin_memory": True},
         "offload_param": {"device": "cpu", "pin_memory": True},
         "overlap_comm": True,
+        "round_robin_gradients": False,
         "reduce_bucket_size": "auto",
         "stage3_max_live_parameters": 1000000000,
         "stage3_gather_16bit_weights_on_model_save": True,
@@ -94,6 +95,7 @@ DIFFERING: list[tuple[dict[str, Any], list[str]]] = [
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, ["scheduler", "optim.schedule"]),
     ({"activation_checkpointing": {"partition_activations": True}}, ["activation_checkpointing", "memory.recompute"]),
     ({"zero_optimization": {"zero_quantized_weights": True}}, ["zero_quantized_weights", "leave it out"]),
+    ({"zero_optimization": {"round_robin_gradients": True}}, ["round_robin_gradients", "leave it out"]),
     ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, ["nvme", "set cpu"]),
     ({"zero_optimizatoin": {"stage": 2}}, ["zero_optimizatoin", "did you mean zero_optimization?"]),
 ]

@@ -203,6 +203,11 @@ WRONG += [
     ([*_DS, "faults.numerics.checksums=true"], "faults.numerics.checksums", ["deepspeed", "zero1"]),
     ([*_DS, "faults.recover=true"], "faults.recover", ["deepspeed", "zero1"]),
     ([*_DS, f"{_ENGINE}.offload=all"], f"{_ENGINE}.offload", ["stage 3 only", "this is 2", "stage=3"]),
+    (
+        [*_DS, f"{_ENGINE}.stage=3", "memory.recompute=full", "faults.numerics.recompute=true"],
+        "faults.numerics.recompute",
+        ["ZeRO 3", "stage=2"],
+    ),
     ([*_DS, f"{_ENGINE}.stage=0"], f"{_ENGINE}.stage", ["1, 2, 3", "0"]),
     ([*_DS, f"{_ENGINE}.config=/no/ds.json"], f"{_ENGINE}.config", ["no such file", "/no/ds.json"]),
 ]

@@ -17,7 +17,7 @@ from tests.trainer.checkpoint.test_resume import straight, text_job, train
 from tests.trainer.numerics.test_non_finite import broken
 from tests.trainer.test_evaluation import evaluated
 from tests.trainer.text.test_samples import sampled
-from tests.training import Run, job
+from tests.training import Run, curve, job
 
 SGD = SgdConfig(lr=0.1, momentum=0.5, weight_decay=0.1, schedule=ConstantSchedule())
 
@@ -139,6 +139,31 @@ def test_evaluations_and_texts_are_those_of_ours(name: str, gathering: str) -> N
     assert texts == expected
     losses, expected = (run_distributed(evaluated, c.parallel.ranks, c, False, -1, group=False)[0] for c in (cfg, ours))
     assert losses == pytest.approx(expected, rel=1e-5)
+
+
+ZERO: list[tuple[int, dict[str, Any]]] = [
+    (1, {"overlap_comm": True}),
+    (2, {"overlap_comm": True, "contiguous_gradients": False}),
+    (2, {"reduce_scatter": False, "allgather_partitions": False}),
+    (2, {"reduce_bucket_size": 700, "allgather_bucket_size": 500, "ignore_unused_parameters": False}),
+    (3, {"overlap_comm": True, "reduce_scatter": False}),
+    (3, {"contiguous_gradients": False, "sub_group_size": 2000}),
+    (3, {"sub_group_size": 2000, "offload_optimizer": {"device": "cpu", "pin_memory": True}}),
+    (3, {"reduce_bucket_size": 700, "stage3_max_live_parameters": 1000, "stage3_max_reuse_distance": 10}),
+    (3, {"stage3_prefetch_bucket_size": 100, "stage3_param_persistence_threshold": 50}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(("stage", "zero"), ZERO)
+def test_what_is_passed_on_changes_no_training(stage: int, zero: dict[str, Any], tmp_path: Path) -> None:
+    """Where masters and gradients lie, and when what is sent, is up to the user's JSON."""
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage, **zero}}))
+    cfg = job(**engine(stage, config=str(file), steps=4))
+    ranks = run_distributed(curve, 2, cfg, group=False)
+    assert worst(ranks, run_distributed(curve, 2, job(**OURS["zero1"], steps=4), group=False)[0]) < 1e-5
 
 
 OURS: dict[str, dict[str, Any]] = {
