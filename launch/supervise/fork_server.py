@@ -1,4 +1,5 @@
-"""A node's fork server: `python -m pentad.launch.supervise.fork_server FOLDER`.
+"""A node's fork server: `python -m pentad.launch.supervise.fork_server FOLDER PARENT`, with the id of the
+process that starts it.
 
 It imports torch and all of Pentad once, and forks ranks from what it is then: a rank is there in 10 ms instead of
 seconds of a core's time each. Until it forks it starts no thread, touches no device and runs no parallel loop, none of
@@ -13,6 +14,7 @@ import importlib
 import os
 import runpy
 import select
+import shutil
 import signal
 import sys
 import time
@@ -89,12 +91,12 @@ class ForkServer:
 
     Args:
         folder: of the job on this node.
+        parent: id of the process that has started this one.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, parent: int) -> None:
+        self._folder, self._parent = folder, parent
         self._listener = listen(folder)
-        self._parent = os.getppid()
         self._wires: list[Wire] = []
         self._slots: dict[Wire, GuardedSlot] = {}
         self._children: dict[int, Child] = {}
@@ -124,6 +126,7 @@ class ForkServer:
                 except (ConnectionError, JsonError):
                     self._lost(wire)
             self._look()
+        shutil.rmtree(self._folder, ignore_errors=True)  # nobody else is left to do it; copies of states may lie there
 
     # Guardians --------------------------------------------------------------------------------------------------
 
@@ -287,7 +290,7 @@ def _settle(forked: _Forked) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, parent: int) -> int:
     """Imports, and serves the folder."""
     for number in _STOPS:  # it ends with its ranks, and not before
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -298,7 +301,7 @@ def main(folder: Path) -> int:
     gc.collect()
     gc.freeze()  # a rank's collections need not walk what was imported, nor copy its pages
     try:
-        ForkServer(folder).run()
+        ForkServer(folder, parent).run()
     except _Forked as forked:
         new = forked
     else:
@@ -307,4 +310,4 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

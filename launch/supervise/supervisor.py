@@ -56,7 +56,8 @@ def supervise(
         agent = subprocess.Popen([sys.executable, *command], env=env, start_new_session=True)
         ended: set[int] = set()
         try:
-            ended = _wait(agent, forks, folder, ranks, caught, mends=spares is not None)
+            mends = watcher if spares is not None else None
+            ended = _wait(agent, forks, folder, ranks, caught, mends)
             if spares is not None:
                 _let_leave(folder)
         finally:
@@ -82,10 +83,9 @@ def _wait(
     folder: Path,
     ranks: int,
     caught: list[int],
-    *,
-    mends: bool,
+    mends: subprocess.Popen[bytes] | None,
 ) -> set[int]:
-    """Until the agent ends or has to be killed. `mends`: a rank's failure is the end only if the watcher says so.
+    """Until the agent ends or has to be killed. `mends`: as long as it lives, a rank's failure need not be the end.
 
     Returns:
         The ranks that were killed, because they outlived another's failure.
@@ -106,7 +106,8 @@ def _wait(
             _say(verdict)
         if said and _is_over(folder, _verdict(folder), ranks):
             return ended
-        if deadline == math.inf and not mends and any(folder.glob("failure.*[0-9]")):
+        mended = mends is not None and mends.poll() is None
+        if deadline == math.inf and not mended and any(folder.glob("failure.*[0-9]")):
             deadline = time.monotonic() + GRACE_S
         if time.monotonic() > deadline:
             ended |= _signal_ranks(folder, signal.SIGKILL)
@@ -136,7 +137,7 @@ def _fork_server(folder: Path, env: dict[str, str]) -> Iterator[subprocess.Popen
     if sys.platform != "linux":
         yield None
         return
-    command = [sys.executable, "-m", "pentad.launch.supervise.fork_server", str(folder)]
+    command = [sys.executable, "-m", "pentad.launch.supervise.fork_server", str(folder), str(os.getpid())]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
     try:
         yield process

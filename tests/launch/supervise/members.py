@@ -1,4 +1,4 @@
-"""Stand-ins for ranks whose faults are mended: ``python -m tests.launch.supervise.members FOLDER STEPS``.
+"""Stand-ins for ranks whose faults are mended: ``python -m tests.launch.supervise.members FOLDER``.
 
 They do what a rank does towards its node: leave their process id, show their life in a ring, wait for plans. A step is
 done when all slots of the mesh have come to it; whoever leaves a mesh writes down the step that it was at.
@@ -6,7 +6,9 @@ done when all slots of the mesh have come to it; whoever leaves a mesh writes do
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import sys
 import threading
@@ -32,8 +34,8 @@ _ALIVE_S, _HANG_S, _PAUSE_S = 1.5, 4.0, 20.0
 class Member:
     """One process of the job."""
 
-    def __init__(self, folder: Path, steps: int) -> None:
-        self.folder, self.steps = folder, steps
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.number, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.membership = Membership(folder, self.number, self.world)
         self.stop = StopRequest().listen()
@@ -54,6 +56,8 @@ class Member:
             if self.number in members:
                 if self._in_mesh(epoch, members):
                     break
+                if self.stop.requested:
+                    return 1
                 self.vitals.out()
             elif epoch and self.number < self.world:
                 return 0
@@ -77,24 +81,31 @@ class Member:
             return False
         (self.folder / f"in.{epoch}.{slot}").write_text(f"{self.number} {time.time()}")
         self.vitals.enter("step")
-        for step in range(done, self.steps):
+        for step in itertools.count(done):
+            if step >= self._last():
+                break
             self.recorder.step = step
             with self.recorder.span(self.recorder.intern("F")):
                 time.sleep(_STEP_S)
-            self._act(step)
+            self._act(step, slot)
             if not self._meet(f"step.{epoch}.{step}", slot, len(members), aborted):
                 return False
             (self.folder / "stepped" / str(step + 1)).touch()
         return True
 
-    def _act(self, step: int) -> None:
+    def _act(self, step: int, slot: int) -> None:
         """Fails where a file says so."""
         for how in ("once", "always"):
-            file = self.folder / f"fail.{how}.{self.number % self.world}.{step}"
+            file = self.folder / f"fail.{how}.{slot}.{step}"
             if file.exists():
                 if how == "once":
                     file.unlink()
                 raise ArithmeticError(f"bad number in step {step}")
+
+    def _last(self) -> float:
+        """How many steps there are to be, once somebody has said so."""
+        file = self.folder / "steps"
+        return int(file.read_text()) if file.exists() else math.inf
 
     def _newest(self) -> int:
         folder = self.folder / "stepped"
@@ -105,7 +116,7 @@ class Member:
         (self.folder / "met").mkdir(exist_ok=True)
         (self.folder / "met" / f"{name}.{slot}").touch()
         while not all((self.folder / "met" / f"{name}.{other}").exists() for other in range(world)):
-            if aborted.wait(0.002):
+            if aborted.wait(0.002) or self.stop.requested:
                 return False
         return not aborted.is_set()
 
@@ -113,7 +124,7 @@ class Member:
 def main() -> int:
     """A process of the job."""
     signal_self_when_orphaned(15)  # pyright: ignore[reportArgumentType]
-    member = Member(Path(sys.argv[1]), int(sys.argv[2]))
+    member = Member(Path(sys.argv[1]))
     try:
         return member.run()
     except ArithmeticError as error:

@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "who.py").write_text(_WHO)
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "pentad.launch.supervise.fork_server", str(folder)]
+    command = [sys.executable, "-m", "pentad.launch.supervise.fork_server", str(folder), str(os.getpid())]
     server = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True)
     (folder / "server").write_text(str(server.pid))
     yield folder
@@ -177,3 +177,21 @@ def test_a_guardian_imports_little() -> None:
     modules = json.loads(found)
     assert "pentad.launch.supervise.fork_protocol" in modules
     assert not {name.partition(".")[0] for name in modules} & {"torch", "numpy", "omegaconf", "yaml"}
+
+
+def test_a_server_without_a_launcher_ends_after_its_ranks_and_removes_what_they_shared(tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    start = """if True:
+        import os, subprocess, sys
+        nowhere = subprocess.DEVNULL
+        command = [sys.executable, "-m", "pentad.launch.supervise.fork_server", sys.argv[1], str(os.getpid())]
+        print(subprocess.Popen(command, stdout=nowhere, stderr=nowhere).pid)
+    """
+    command = [sys.executable, "-c", start, str(folder)]
+    started = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+    server = ProcessId(int(started.stdout))
+    until = time.monotonic() + 60
+    while (folder.exists() or server.alive) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not folder.exists() and not server.alive

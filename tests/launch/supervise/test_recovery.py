@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pentad.launch.supervise.supervisor import processes
+from pentad.parallel.comm.processes import children
 from pentad.trainer.recovery.plan import EpochPlan
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -23,7 +24,7 @@ import os, sys
 from pathlib import Path
 from pentad.launch.supervise.supervisor import keep_record, supervise
 folder, spares = Path(sys.argv[1]), int(sys.argv[2])
-command = ["tests.launch.supervise.members", str(folder), sys.argv[3]]
+command = ["tests.launch.supervise.members", str(folder)]
 code = supervise(folder, 3, command, dict(os.environ), watch=True, spares=spares)
 keep_record(folder / "run", folder)
 sys.exit(code)
@@ -65,7 +66,9 @@ class Job:
             time.sleep(0.005)
 
     def end(self) -> tuple[int, list[str]]:
-        """Its exit code, and what it said on standard error."""
+        """Its exit code, and what it said on standard error; it does a few more steps."""
+        (self.folder / "steps.new").write_text(str(self.step() + 20))
+        (self.folder / "steps.new").rename(self.folder / "steps")
         _, errors = self.launcher.communicate(timeout=60)
         return self.launcher.returncode, errors.splitlines()
 
@@ -80,10 +83,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     """Starts a job."""
     jobs: list[Job] = []
 
-    def launch(spares: int, steps: int) -> Job:
+    def launch(spares: int) -> Job:
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        command = [sys.executable, "-c", _LAUNCH, str(tmp_path), str(spares), str(steps)]
+        command = [sys.executable, "-c", _LAUNCH, str(tmp_path), str(spares)]
         pipe = subprocess.PIPE
         jobs.append(Job(tmp_path, subprocess.Popen(command, env=environment, stderr=pipe, text=True, cwd=ROOT)))
         return jobs[-1]
@@ -99,7 +102,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
 @pytest.mark.distributed
 def test_a_spare_takes_the_place_of_a_killed_rank_and_then_a_new_process_does(start: Callable[..., Job]) -> None:
-    job = start(1, 150)
+    job = start(1)
     job.comes_to(5)
     job.pid(3)  # the spare
     killed = time.time()
@@ -118,3 +121,69 @@ def test_a_spare_takes_the_place_of_a_killed_rank_and_then_a_new_process_does(st
     faults = [event for event in job.events() if event["event"] == "fault"]
     assert faults[0]["kind"] == "killed" and faults[0]["ranks"] == [0] and faults[0]["rung"] == "spare"
     assert sorted(file.name for file in (job.folder / "run" / "record").glob("rank-00000*.ring"))
+
+
+@pytest.mark.distributed
+def test_without_a_spare_new_processes_come_for_a_stopped_one_a_failed_one_and_one_lost_on_its_way(
+    start: Callable[..., Job],
+) -> None:
+    job = start(0)
+    job.comes_to(5)
+    stopped = job.pid(1)
+    os.kill(stopped, signal.SIGSTOP)
+    plan = job.plan(1)
+    assert (plan.members, plan.lost, plan.rung) == ((0, 3, 2), (1,), "respawn")
+    assert not Path(f"/proc/{stopped}/stat").exists() or _state(stopped) == "Z", "it could wake up and write"
+    job.comes_to(job.step() + 5)
+    (job.folder / f"fail.once.2.{job.step() + 20}").touch()
+    plan = job.plan(2)
+    assert (plan.members, plan.lost, plan.rung) == ((0, 3, 4), (2,), "respawn")
+    os.kill(job.pid(4), signal.SIGKILL)  # in the middle of the recovery
+    plan = job.plan(3)
+    assert (plan.members, plan.lost) == ((0, 3, 5), (4,))
+    job.comes_to(job.step() + 5)
+    code, errors = job.end()
+    assert code == 0, errors
+    faults = [event for event in job.events() if event["event"] == "fault"]
+    assert [fault["kind"] for fault in faults] == ["stopped", "failed", faults[2]["kind"]]
+    assert "ArithmeticError: bad number in step" in str(faults[1]["line"])
+    assert faults[2]["kind"] in ("killed", "ended")
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.distributed
+def test_an_error_that_comes_again_ends_the_job_with_it_on_top(start: Callable[..., Job]) -> None:
+    job = start(0)
+    job.comes_to(1)
+    (job.folder / f"fail.always.1.{job.step() + 10}").touch()
+    code, errors = job.end()
+    assert code == 1
+    assert errors[0].startswith("fault: rank 1") and "respawn" in errors[0]
+    assert "the same error came again in the same step" in errors[1]
+    assert errors[2].startswith("Traceback") and errors[-1].startswith("error: rank ")
+    assert "ArithmeticError: bad number in step" in errors[-1]
+    assert sum(line.startswith("Traceback") for line in errors) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_without_its_watcher_a_job_goes_on_and_its_next_fault_ends_it(start: Callable[..., Job]) -> None:
+    job = start(1)
+    job.comes_to(5)
+    job.pid(3)
+    os.kill(_watcher_of(job.launcher.pid), signal.SIGKILL)
+    job.until((job.folder / "plan.end").exists, "the ranks know that no plan comes")
+    job.comes_to(job.step() + 5)
+    os.kill(job.pid(1), signal.SIGKILL)
+    code, errors = job.end()
+    assert code == 128 + signal.SIGKILL and "rank 1 was killed by SIGKILL" in errors[-1]
+
+
+def _watcher_of(launcher: int) -> int:
+    for child in children(launcher):
+        if b"supervise.watcher" in Path(f"/proc/{child.pid}/cmdline").read_bytes():
+            return child.pid
+    raise AssertionError("there is no watcher")
