@@ -14,7 +14,7 @@ from ...parallel.record.reader import RecordError
 from ...parallel.record.ring import ring_folders, ring_name
 from ...parallel.record.stacks import read_stacks, stacks_file, telling
 from ...parallel.record.stand import Condition, Stand
-from ...trainer.processes.failure import read_failure
+from ...trainer.processes.failure import drop_unfinished_failure, read_failure
 from ...trainer.processes.watch import WatchRequest
 from .watched import WatchedRank, still_standing
 
@@ -199,6 +199,7 @@ class NodeRanks:
             ring = RingFile(slot, self.host, str(rank.path), rank.header.pid, rank.epoch, rank.number)
             file = stacks_file(record_folder(self.run_dir), rank.number)
             with contextlib.suppress(OSError):
+                drop_unfinished_failure(self.run_dir, rank.header.pid)
                 collect(self.run_dir, [ring], remove=True)
                 if not file.stat().st_size:
                     file.unlink()

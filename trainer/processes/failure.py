@@ -138,6 +138,12 @@ def write_failure(run_dir: Path, failure: Failure) -> None:
         partial.rename(file)
 
 
+def drop_unfinished_failure(run_dir: Path, pid: int) -> None:
+    """Removes what a process that was killed meanwhile had begun to write down."""
+    for partial in failure_file(run_dir, 0).parent.glob(f"rank-*.failure.{pid}.partial"):
+        partial.unlink(missing_ok=True)
+
+
 def read_failure(run_dir: Path, rank: int) -> Failure | None:
     """What a rank has written down."""
     with contextlib.suppress(OSError, JsonError):

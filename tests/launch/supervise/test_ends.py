@@ -15,6 +15,13 @@ from pathlib import Path
 import pytest
 
 from pentad.trainer.checkpoint.names import checkpoints
+from pentad.trainer.processes.failure import (
+    drop_unfinished_failure,
+    failure_file,
+    failure_of,
+    read_failure,
+    write_failure,
+)
 from tests.jobs import DENSE
 from tests.launch.test_bad_input import SMALL
 
@@ -102,3 +109,17 @@ def test_ranks_whose_torchrun_is_killed_save_and_end(tmp_path: Path) -> None:
             time.sleep(0.1)
     events = (tmp_path / "a" / "events.jsonl").read_text()
     assert '"checkpoint_saved"' in events and '"stopped"' in events
+
+
+def test_what_a_killed_rank_had_begun_to_write_down_is_removed_and_that_of_others_is_not(tmp_path: Path) -> None:
+    failure = failure_of(RuntimeError("a fault"), rank=1, world=2)
+    write_failure(tmp_path, failure)
+    folder = failure_file(tmp_path, 1).parent
+    for pid in (77, 78):
+        (folder / f"rank-00001.failure.{pid}.partial").touch()
+    drop_unfinished_failure(tmp_path, 77)
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "rank-00001.failure.78.partial",
+        "rank-00001.failure.json",
+    ]
+    assert read_failure(tmp_path, 1) == failure
