@@ -25,18 +25,20 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
     if degrees["cp"] > 1:
         keys |= _context(draws, hybrid=model.get("model.attention_every", 1) != 1)
     whole = degrees["pp"] == 1 and not experts
-    keys["parallel.data.sharding"] = draws.pick({"ddp": 1, "zero1": 1, "fsdp": 2 if whole else 0})
+    rounded = model.get("train.dtype", "fp64") != "fp64"
+    shardings = {"ddp": 1, "zero1": 1, "fsdp": 2 if whole else 0, "deepspeed": 3 if whole and rounded else 0}
+    sharding = keys["parallel.data.sharding"] = draws.pick(shardings)
     keys["parallel.data.bucket_mib"] = draws.pick({0.0001: 1, 0.001: 1, 0.01: 1, 0.1: 0.5, 32: 1})
     if draws.maybe(0.3):
         del keys["parallel.dp"]  # derived
     keys |= _recompute(draws, model)
-    if keys["parallel.data.sharding"] != "fsdp":
+    if sharding not in ("fsdp", "deepspeed"):
         keys["memory.offload_activations"] = draws.pick({"none": 2, "all": 1, 0.5: 0.5, "auto": 0.5})
         if draws.maybe(0.4):
             keys["memory.group"] = draws.choice([1, 1, 2, 3])
-    keys |= _optimizer(draws)
+    keys |= _engine(draws) if sharding == "deepspeed" else _optimizer(draws)
     keys["checkpoint.asynchronous"] = draws.maybe(0.5)
-    keys |= _guards(draws, sums=keys["parallel.data.sharding"] != "fsdp")
+    keys |= _guards(draws, sums=sharding not in ("fsdp", "deepspeed"))
     keys["data.prefetch"] = draws.choice([0, 1, 2, 4])
     if keys.get("memory.offload_activations", "none") != "none" and draws.maybe(0.5):
         keys["memory.host_gib"] = draws.choice([1e-6, 1e-5, 1e-4])  # of kilobytes
@@ -49,6 +51,12 @@ def _guards(draws: Draws, *, sums: bool) -> Keys:
     keys = {"recompute": draws.maybe(0.3), "canary": draws.maybe(0.2), "spikes": draws.maybe(0.8)}
     keys |= {"replicas_every": draws.pick({0: 2, 1: 1, 2: 1}), "checksums": sums and draws.maybe(0.4)}
     return {f"faults.numerics.{key}": value for key, value in keys.items()}
+
+
+def _engine(draws: Draws) -> Keys:
+    stage = draws.choice([1, 2, 3])
+    offload = draws.pick({"none": 2, "optimizer": 1, "all": 1 if stage == 3 else 0})
+    return {"parallel.data.deepspeed.stage": stage, "parallel.data.deepspeed.offload": offload}
 
 
 def _optimizer(draws: Draws) -> Keys:
