@@ -59,6 +59,7 @@ WAITS = {
     },
     "parallel/comm/link_probe.py": {"": HANDLE, "_done": DEVICE},
     "parallel/comm/mesh.py": {
+        "Mesh._find_nodes": BESIDE,
         "Mesh._make": BESIDE,
         "Mesh._make_axes": BESIDE,
         "Mesh._cut": BESIDE,

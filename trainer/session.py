@@ -56,12 +56,14 @@ class Here:
         store: where the ranks of the job meet; each epoch uses keys of its own. None: it is alone.
         device: of its part of the model.
         recorder: its record.
+        node: where it is, for copies of its state on other nodes; empty: there are none.
     """
 
     rank: int
     store: dist.Store | None
     device: torch.device
     recorder: Recorder
+    node: str = ""
 
 
 class Restore(Protocol):
@@ -271,6 +273,7 @@ def _meet(cfg: Config, slots: tuple[int, ...], epoch: int, here: Here, closing: 
         device=here.device.type,
         recorder=here.recorder,
         epoch=epoch,
+        node=here.node,
     )
     closing.callback(mesh.close)
     return mesh

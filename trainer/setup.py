@@ -95,7 +95,14 @@ def record_stem(cfg: Config, ranks: Ranks) -> str:
 
 
 def mesh_of(
-    cfg: Config, *, store: dist.Store | None, rank: int, device: str, recorder: ring.Recorder, epoch: int = 0
+    cfg: Config,
+    *,
+    store: dist.Store | None,
+    rank: int,
+    device: str,
+    recorder: ring.Recorder,
+    epoch: int = 0,
+    node: str = "",
 ) -> Mesh:
     """The mesh that the job's layout and pipeline need; arguments as of `Mesh`."""
     pipeline, context = Pipeline.of(cfg), cfg.parallel.context
@@ -112,6 +119,7 @@ def mesh_of(
         vocab=balanced,
         context=1 if context.inner is None else context.inner,
         ends=pipeline.ends if (cfg.model.tied or cfg.model.mtp) and not balanced else None,
+        node=node,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -237,7 +237,7 @@ class Trainer:
             self._begun = partial(IssuedStep, self.step + 1, lr=lr, batches=batches, valid=valid, pairs=pairs)
             with self.overlap.step():
                 mine = OnRank(step=self.step + 1, data_s=loader.wait_s, silent_s=self.vitals.longest_silence_s)
-                watched = partial(self.readings.watch, mine)
+                watched = partial(self._before_norm, mine)
                 result = self.stepper.run(self.step, batches, valid, lr, stop=stop.requested, watched=watched)
         self._count(self._begun(result))
         if self.device.type == "cpu" or self._due(cfg.eval.every) or self._due(cfg.checkpoint.every):
@@ -247,6 +247,12 @@ class Trainer:
                 self._keeper.after(self.point)
         self._after_step()
         return self._stopping
+
+    def _before_norm(self, mine: OnRank) -> Sequence[float]:
+        """What is watched of this rank; asked for after the last backward pass."""
+        if self._keeper is not None:
+            self._keeper.arrived()
+        return self.readings.watch(mine)
 
     def _count(self, issued: IssuedStep) -> None:
         """A step is done."""

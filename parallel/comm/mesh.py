@@ -88,6 +88,7 @@ class Mesh:
         vocab: whether the axes of the balanced vocabulary are wanted.
         context: how many neighbouring ranks of cp make up each line of the axis cp_inner; cp_outer joins the lines.
         ends: the ranks of the pipeline axis with the first and the last stage, where the axis "ends" is wanted.
+        node: where this rank is, if somebody wants to know; where there are several nodes, the axis "backup" is made.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Mesh:
         vocab: bool = False,
         context: int = 1,
         ends: tuple[int, int] | None = None,
+        node: str = "",
     ) -> None:
         self.degrees, self.rank, self.epoch, self.device, self.recorder = degrees, rank, epoch, device, recorder
         self.abort = Abort(timeout_s)
@@ -114,6 +116,8 @@ class Mesh:
         self.host_group: dist.ProcessGroup | None = None
         self.checkpoint_group: dist.ProcessGroup | None = None
         """Saving runs in a thread beside the step, so it has a communicator to itself. None for one rank."""
+        self.nodes: tuple[str, ...] = ()
+        """Where each rank is, if that was asked."""
         self.apart = ""
         """Why CPU ranks cannot read each other's memory and communicate over gloo; empty: they can, or need not."""
         if degrees.world == 1:
@@ -122,7 +126,7 @@ class Mesh:
             raise ValueError("a mesh of several ranks needs a store")
         self._gloo = GlooSockets()
         recorder.vitals.listen(epoch, partial(self.abort.trigger, TOLD), self._let_go)
-        made = partial(self._make, store, channels, vocab, context, ends)
+        made = partial(self._make, store, channels, vocab, context, ends, node)
         # torch waits for the other ranks in there, and nobody can wake it.
         self.abort.beside("setting up the mesh", made)
 
@@ -133,6 +137,7 @@ class Mesh:
         vocab: bool,
         context: int,
         ends: tuple[int, int] | None,
+        node: str,
     ) -> None:
         """Meets the other ranks; arguments as of the mesh."""
         degrees, device = self.degrees, self.device
@@ -156,6 +161,8 @@ class Mesh:
         if ends is not None and ends[0] != ends[1]:
             lines = [(line[min(ends)], line[max(ends)]) for line in self._pipelines()]
             self._axes["ends"] = self._cut("ends", lines)
+        if node:
+            self._find_nodes(node, dist.PrefixStore(f"nodes-{self.epoch}", store))
         if device == "cpu":
             self._connect_memories(dist.PrefixStore(f"memory-{self.epoch}", store))
         # Nobody starts, and nobody can leave, before everybody is connected.
@@ -259,6 +266,14 @@ class Mesh:
             # A lane stamps the context of its own jobs, which lags behind the step's.
             self._axes[name] = self._cut(name, lines, urgent=True, recorder=self.recorder.fork())
 
+    def _find_nodes(self, node: str, store: dist.Store) -> None:
+        """Tells where this rank is; between several nodes copies travel beside all else."""
+        store.set(str(self.rank), node)
+        self.nodes = tuple(store.get(str(rank)).decode() for rank in range(self.degrees.world))
+        if len(set(self.nodes)) > 1:
+            everybody = tuple(range(self.degrees.world))
+            self._axes["backup"] = self._cut("backup", [everybody], recorder=self.recorder.fork())
+
     def _connect_memories(self, store: dist.Store) -> None:
         local = {
             name: LocalAxis(name, axis.rank, axis.ranks, self.abort)
@@ -310,8 +325,8 @@ class Mesh:
 
         Of every mesh: pp, dp, cp, tp, tp_shard, tp_replica, data (dp · cp), tokens (cp · tp), edp, ep, etp, world; with
         context parallelism cp_back, cp_scan, cp_inner, cp_outer, cp_outer_back. Where asked for:
-        vocab_head and vocab_embed (pp · tp, in this order) and ends (the ranks of the first and the last stage, of
-        size 1 on all others).
+        vocab_head and vocab_embed (pp · tp, in this order), ends (the ranks of the first and the last stage, of size 1
+        on all others) and backup (all ranks, if there are several nodes).
         """
         return self._axes.get(name) or Axis.single(name)
 

@@ -16,6 +16,7 @@ _SECTIONS = {
     kinds.DRAIN: TimePart.REPORT,
     kinds.REPORT: TimePart.REPORT,
     kinds.SAVE: TimePart.CHECKPOINT,
+    kinds.SNAPSHOT: TimePart.SNAPSHOT,
     kinds.EVALUATE: TimePart.OTHER,
 }
 _ROLES = {

@@ -32,6 +32,7 @@ _OPS = {
 _SECTIONS = {
     kinds.DATA: "data", kinds.SETTLE: "optimizer", kinds.DRAIN: "report", kinds.REPORT: "report",
     kinds.SAVE: "checkpoint",
+    kinds.SNAPSHOT: "snapshot",
 }  # fmt: skip
 
 

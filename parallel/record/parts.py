@@ -31,6 +31,8 @@ class TimePart(StrEnum):
     """Waiting for the loader."""
     CHECKPOINT = "checkpoint"
     """What saving takes of the step's thread."""
+    SNAPSHOT = "snapshot"
+    """Copying the state to where it outlives the process."""
     GC = "gc"
     """Python's collections of garbage."""
     CONTENTION = "contention"
@@ -46,7 +48,9 @@ AXES = (TimePart.TP, TimePart.CP, TimePart.EP, TimePart.PP, TimePart.DP, TimePar
 """Parts that are communication."""
 AT = {part: index for index, part in enumerate(TIME_PARTS)}
 """Place of each part in a row; `AXES` stand side by side."""
-NOT_OWN = tuple(AT[part] for part in (TimePart.DATA, TimePart.CHECKPOINT, TimePart.GC, TimePart.REPORT))
+NOT_OWN = tuple(
+    AT[part] for part in (TimePart.DATA, TimePart.CHECKPOINT, TimePart.SNAPSHOT, TimePart.GC, TimePart.REPORT)
+)
 """Places of what a rank is busy with and does not count as its own."""
 
 # What follows the parts in a row.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 from contextlib import ExitStack
 from functools import partial
 
@@ -40,7 +41,7 @@ def arrive(cfg: Config, start: Start, ranks: Ranks, open_things: ExitStack) -> H
     if start.membership is not None and ranks.rank >= ranks.world:
         start.stop.listen()
         open_things.callback(start.stop.close)
-        return Here(ranks.rank, store, device, recorder)
+        return Here(ranks.rank, store, device, recorder, _node(start))
     if request is not None and ranks.rank == 0:
         if store is not None and ranks.local_world < ranks.world:
             request = between_nodes(request, 0, store, "")
@@ -52,7 +53,12 @@ def arrive(cfg: Config, start: Start, ranks: Ranks, open_things: ExitStack) -> H
         raise Stopped
     start.stop.listen()
     open_things.callback(start.stop.close)
-    return Here(ranks.rank, store, device, recorder)
+    return Here(ranks.rank, store, device, recorder, _node(start))
+
+
+def _node(start: Start) -> str:
+    """By what the processes of a node know each other, where their memory outlives them."""
+    return f"{socket.gethostname()} {start.membership.folder}" if start.membership is not None else ""
 
 
 def _show_life(

@@ -232,6 +232,8 @@ class RankOfJob:
         # After a fault in which the newest state was lost, from what this run has saved itself.
         resume = "latest" if epoch.number else cfg.checkpoint.resume
         self._resumed = checkpointer.find_resume(resume) if resume else None
+        if epoch.number and trainer.mesh.is_first:
+            print(f"no copy of the newest state is left; {beginning(cfg, trainer, self._resumed)}", flush=True)
         if self._resumed is not None:
             trainer.restore(self._resumed)
         elif cfg.checkpoint.init:

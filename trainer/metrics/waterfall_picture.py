@@ -17,7 +17,7 @@ PART_COLOURS = {
     "bubble_planned": "#9ca3af", "bubble_unplanned": "#4b5563",
     "tp": "#1d4ed8", "cp": "#3b82f6", "ep": "#60a5fa", "pp": "#93c5fd", "dp": "#1e3a8a", "vocabulary": "#c7d2fe",
     "straggler": "#dc2626", "offload": "#f59e0b", "optimizer": "#a855f7", "data": "#f97316", "checkpoint": "#78350f",
-    "gc": "#db2777", "contention": "#fb7185", "report": "#d6d3d1", "other": "#e7e5e4",
+    "snapshot": "#0891b2", "gc": "#db2777", "contention": "#fb7185", "report": "#d6d3d1", "other": "#e7e5e4",
 }  # fmt: skip
 """Of the parts of a waterfall, in all pictures."""
 _COLUMNS = 400

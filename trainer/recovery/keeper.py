@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
@@ -15,8 +14,10 @@ import torch
 from ...parallel.comm.collectives import all_reduce
 from ...parallel.comm.mesh import Mesh
 from ...parallel.global_tensor import GlobalTensor
+from .backup import Backup
+from .partners import partners
 from .point import RunPoint
-from .snapshots import SnapshotFile
+from .snapshots import COPY_NAME, SnapshotFile
 
 BUDGET = 0.03
 """Share of a step's time that copies may take, on the rank that they take longest."""
@@ -40,6 +41,7 @@ class SnapshotKeeper:
         """Told of events, on the rank that reports."""
         self._folder, self._number = folder, number
         self._file: SnapshotFile | None = None
+        self._backup: Backup | None = None
         self._mesh: Mesh | None = None
         self._members: Collection[int] = ()
         self._steps = 0
@@ -63,8 +65,26 @@ class SnapshotKeeper:
                 before.close()
         self._mesh, self._members, self._steps = mesh, members, 0
         self._costs, self._times = [], []
-        self._file.write(point, mesh.epoch, mesh.rank)
+        keepers = partners(mesh.nodes, mesh.degrees)
+        if any(slot is not None for slot in keepers):
+            source = keepers.index(mesh.rank) if mesh.rank in keepers else None
+            self._backup = Backup(mesh, keepers[mesh.rank], source, self._folder / f"snapshot.{self._number}.partner")
+            self._backup.begin(self._file.file)
+        self._write(self._file, mesh, point)
         self._last = time.monotonic()
+
+    def _write(self, file: SnapshotFile, mesh: Mesh, point: RunPoint) -> None:
+        half, seal = file.write(point, mesh.epoch, mesh.rank)
+        if self._backup is not None:
+            self._backup.send(file.file, half, seal)
+
+    def arrived(self) -> None:
+        """Before every norm, on all ranks: returns when the last copy is with this rank's partner."""
+        if self._backup is not None:
+            began = time.monotonic()
+            self._backup.wait()
+            if self._costs:
+                self._costs[-1] += time.monotonic() - began
 
     def after(self, point: RunPoint) -> None:
         """After every step, on all ranks."""
@@ -75,7 +95,7 @@ class SnapshotKeeper:
             self._remove_others()
         self._steps += 1
         if point.step % self.every == 0:
-            self._file.write(point, self._mesh.epoch, self._mesh.rank)
+            self._write(self._file, self._mesh, point)
             self._costs.append(time.monotonic() - began)
         if self._steps >= _AGREE_AT and math.log(self._steps, 4).is_integer():
             self._agree(point.step)
@@ -89,7 +109,7 @@ class SnapshotKeeper:
         every = max(1, math.ceil(cost / (BUDGET * -seconds))) if cost else self.every
         self._costs, self._times = self._costs[-1:], []
         if self.tell is not None:
-            about = {"mib": self._file.state_bytes / 2**20, "ms": 1e3 * cost, "step_ms": -1e3 * seconds}
+            about = {"mib": self._file.file.state_bytes / 2**20, "ms": 1e3 * cost, "step_ms": -1e3 * seconds}
             self.tell("snapshots", step=step, every=every, **{name: round(value, 3) for name, value in about.items()})
         self.every = every
 
@@ -97,14 +117,23 @@ class SnapshotKeeper:
         """All members have a copy in this mesh, for they have done a step in it: those of processes that are gone have
         had their use."""
         for path in self._folder.glob("snapshot.*"):
-            match = re.fullmatch(r"snapshot\.(\d+)(\.new)?", path.name)
-            if match is not None and int(match[1]) not in self._members:
+            match = COPY_NAME.fullmatch(path.name)
+            if match is None:
+                continue
+            stale = int(match[1]) == self._number and bool(match[2]) and self._backup is None
+            if stale or int(match[1]) not in self._members:
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
 
+    def leave(self) -> None:
+        """The mesh is left, with an abort if others were lost."""
+        backup, self._backup, self._mesh = self._backup, None, None
+        if backup is not None:
+            backup.close()
+
     def close(self) -> None:
         """Copies nothing any more. What was copied stays for others; who made the folder removes it."""
+        self.leave()
         if self._file is not None:
             self._file.close()
             self._file = None
-        self._mesh = None

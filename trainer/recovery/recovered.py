@@ -19,9 +19,3 @@ LOST_STEPS = Metric(
     in_file=False,
     tracker="fault/lost_steps",
 )
-MESH_EPOCH = Metric(
-    "mesh_epoch",
-    "how often the job's mesh was made anew after a fault",
-    in_file=False,
-    tracker="fault/epoch",
-)

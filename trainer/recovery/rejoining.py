@@ -24,7 +24,7 @@ from ..trainer import Trainer
 from .keeper import SnapshotKeeper
 from .plan import EpochPlan, Fenced, Membership
 from .point import RunPoint
-from .recovered import LOST_STEPS, MESH_EPOCH, MTTR
+from .recovered import LOST_STEPS, MTTR
 from .restore import StateRestore
 
 
@@ -121,6 +121,7 @@ class Rejoining:
         if session is None:
             return
         session.mesh.abort.trigger("other ranks are lost")
+        self.keeper.leave()
         session.stepper.reset(lost=True)
         self._live = trainer.left_at if trainer is not None else None
         self._state = session.leave()
@@ -175,13 +176,13 @@ class Rejoining:
         for name, at in self._times.items():
             parts[name], before = round(1e3 * max(at - before, 0.0), 3), at
         total = round(1e3 * (before - began), 3)
-        redone = self._restore.redone if self._restore is not None else 0
+        redone = max(0, self._restore.furthest - step) if self._restore is not None else 0
         where = {"step": step, "epoch": plan.epoch, "rung": plan.rung, "from": self._from()}
         slots = [
             slot for slot, number in enumerate(self._membership.members(plan.epoch - 1) or ()) if number in plan.lost
         ]
         outputs.events.log("recovered", **where, lost=slots, line=plan.line, redone=redone, ms=total, parts_ms=parts)
-        outputs.sinks.add(Report.of(step, [(MTTR, total), (LOST_STEPS, redone), (MESH_EPOCH, plan.epoch)]))
+        outputs.sinks.add(Report.of(step, [(MTTR, total), (LOST_STEPS, redone)]))
 
     def _from(self) -> str:
         return "snapshots" if self.point is not None else "a checkpoint, or the first step"

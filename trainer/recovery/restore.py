@@ -18,8 +18,9 @@ from ..metrics.peak import Peak
 from ..overlap import ChunkSearch
 from ..setup import draw
 from ..step import Stepper
+from .moving import hand_over, take_over
 from .point import RunPoint
-from .snapshots import Snapshot, snapshots_of
+from .snapshots import Snapshot, snapshots_on_node
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Offer:
 
     Args:
         live: how far the state in its memory is; none: there is none.
-        kept: how far its copies are, by step.
+        kept: how far its slot's copies on its node are, by step.
+        others: the same of other slots' copies there.
         peak, search, resumed: what it knows, and those that come anew do not.
     """
 
     live: RunPoint | None
     kept: Mapping[int, RunPoint]
+    others: Mapping[int, Mapping[int, RunPoint]]
     peak: Peak | None
     search: ChunkSearch | None
     resumed: Path | None
@@ -60,11 +63,13 @@ class StateRestore:
         self._folder, self._live = folder, live
         self.resumed = resumed
         """The checkpoint that the job went on from, if it did."""
-        self._kept: Mapping[int, Snapshot] = {}
+        self._on_node: Mapping[int, Mapping[int, Snapshot]] = {}
+        self._moves: list[tuple[int, int]] = []
+        """(slot, slot that has its copy) where that is on another node, in the order in which they are sent."""
         self.point: RunPoint | None = None
         """Where all ranks are now; none: nowhere, the state is that of a job before its first step."""
-        self.redone = 0
-        """Steps that some rank had done beyond it."""
+        self.furthest = 0
+        """The last step that is known to have been done on some rank."""
 
     def meet(self, mesh: Mesh, peak: Peak | None, search: ChunkSearch | None) -> tuple[Peak | None, ChunkSearch | None]:
         """Agrees on the step, before anything is built.
@@ -76,14 +81,26 @@ class StateRestore:
         Returns:
             What all ranks have of them from now on.
         """
-        self._kept = snapshots_of(self._folder, mesh.rank)
-        points = {step: each.point for step, each in self._kept.items()}
-        offers = mesh.gather_objects(Offer(self._live, points, peak, search, self.resumed))
-        common = set.intersection(*(offer.steps for offer in offers))
-        furthest = max((step for offer in offers for step in offer.steps), default=0)
+        self._on_node = snapshots_on_node(self._folder)
+        points = {slot: {step: copy.point for step, copy in of.items()} for slot, of in self._on_node.items()}
+        kept = points.pop(mesh.rank, {})
+        offers = mesh.gather_objects(Offer(self._live, kept, points, peak, search, self.resumed))
+        steps = [
+            {*offer.steps, *(step for each in offers for step in each.others.get(slot, ()))}
+            for slot, offer in enumerate(offers)
+        ]
+        common, self.furthest = set.intersection(*steps), max(max(each, default=0) for each in steps)
         newest = max(common, default=0)
-        # The first slot's: it knows whether what followed on the step was reported.
-        self.point, self.redone = offers[0].at(newest) if common else None, furthest - newest
+        if common:
+            self._moves = [
+                (slot, next(other for other, each in enumerate(offers) if newest in each.others.get(slot, ())))
+                for slot, offer in enumerate(offers)
+                if newest not in offer.steps
+            ]
+            # The first slot's: it knows whether what followed on the step was reported.
+            self.point = offers[0].at(newest) or next(
+                each.others[0][newest] for each in offers if newest in each.others.get(0, ())
+            )
         self.resumed = next((each.resumed for each in offers if each.resumed is not None), None)
         peaks = (each.peak for each in offers if each.peak is not None)
         searches = (each.search for each in offers if each.search is not None)
@@ -95,17 +112,29 @@ class StateRestore:
         Raises:
             NoSnapshot: what this rank has is of other pieces than the mesh gives it.
         """
-        kept, self._kept = self._kept, {}
+        on_node, self._on_node = self._on_node, {}
+        slot = stepper.mesh.rank
         if self.point is None:
-            draw(stepper.parts, stepper.cfg)
-            for states in stepper.optimizer.states.values():
-                for state in states.values():
-                    state.zero_()
-            for buffer in stepper.parts.buffers.values():
-                buffer.zero_()
-            stepper.updates.zero_()
-        elif self._live is None or self._live.step != self.point.step:
+            self._begin_anew(stepper)
+            return
+        step, moved = self.point.step, None
+        for to, source in self._moves:
+            if source == slot:
+                hand_over(on_node[to][step].copy, stepper.mesh.axis("world"), to)
+            elif to == slot:
+                moved = Snapshot(take_over(self.point, stepper.mesh.axis("world"), source))
+        if self._live is None or self._live.step != step:
             tensors = all_tensors(stepper.parts, stepper.optimizer)
-            kept[self.point.step].fill(tensors)
+            (moved or on_node[slot][step]).fill(tensors)
             stepper.optimizer.loaded(tensors)
             stepper.updates.fill_(float(self.point.progress.updates))
+
+    def _begin_anew(self, stepper: Stepper) -> None:
+        """As before the first step."""
+        draw(stepper.parts, stepper.cfg)
+        for states in stepper.optimizer.states.values():
+            for state in states.values():
+                state.zero_()
+        for buffer in stepper.parts.buffers.values():
+            buffer.zero_()
+        stepper.updates.zero_()

@@ -30,6 +30,7 @@ from pentad.trainer.metrics.readings.memory import device_memory, peak_memory_gi
 from pentad.trainer.metrics.readings.protocol import OnRank, Reading, RunFacts, StepDone
 from pentad.trainer.metrics.readings.registry import BUILT_IN, Readings, register
 from pentad.trainer.numerics.bad_steps import NON_FINITE
+from pentad.trainer.recovery.recovered import LOST_STEPS, MTTR
 from tests.distributed import run_distributed
 from tests.trainer.checkpoint.test_resume import text_job
 from tests.trainer.metrics.reports import DONE, facts, read, values
@@ -288,6 +289,7 @@ def test_the_documented_tables_are_those_of_the_metrics() -> None:
         wanted = [
             *metrics,
             *([] if in_file else [HELD_OUT_LOSS, NON_FINITE, replace(sample_metric(0), tracker="samples/N")]),
+            *([] if in_file else [MTTR, LOST_STEPS]),
         ]
         expected = [_row(metric) for metric in wanted if metric.in_file == in_file]
         text = DOCS.split(f"{section}\n")[1].split("\n#")[0]

@@ -11,6 +11,7 @@ import json
 import mmap
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -23,6 +24,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -70,7 +72,7 @@ class Ran:
         metrics, events: lines of the files.
         state: tensors of the last checkpoint, by name.
         about: the checkpoint's own state.
-        left: names in the folder of the node's copies and plans.
+        saved: steps of which there are checkpoints.
         errors: tracebacks of processes that failed.
     """
 
@@ -79,6 +81,7 @@ class Ran:
     events: list[dict[str, Any]]
     state: dict[str, torch.Tensor]
     about: dict[str, Any]
+    saved: list[int]
     errors: dict[int, str]
 
     @property
@@ -122,6 +125,8 @@ class StandIn:
         folder: where logs go.
         spares: processes that wait.
         kills: who is killed when.
+        nodes: the pretended node of a process, by its number.
+        whole_nodes: a node goes with the first of its processes, and with what is in its memory.
         plan: decides on the next mesh: members by slot, lost numbers and waiting spares → members, or None: the end.
     """
 
@@ -130,6 +135,8 @@ class StandIn:
     spares: int = 0
     kills: tuple[Kill, ...] = ()
     plan: Callable[[tuple[int, ...], set[int], list[int]], tuple[int, ...] | None] | None = None
+    nodes: Callable[[int], int] = lambda number: 0
+    whole_nodes: bool = False
     _processes: dict[int, BaseProcess] = field(default_factory=dict)
     _port: int = 0
 
@@ -146,9 +153,7 @@ class StandIn:
             for process in self._processes.values():
                 process.kill()
                 process.join()
-            for path in shared.iterdir():
-                path.unlink()
-            shared.rmdir()
+            shutil.rmtree(shared)
             for number in self._processes:
                 self._ring(number).unlink(missing_ok=True)
         return self._ran()
@@ -159,9 +164,26 @@ class StandIn:
         world = world_of(self.cfg)
         for number in range(world + self.spares):
             mine = tuple(kill for kill in self.kills if kill.number == number)
-            arguments = (number, world, self.cfg, self.folder, shared, port, mine)
+            arguments = (number, world, self.cfg, self.folder, self._folder_of(shared, number), port, mine)
             self._processes[number] = context.Process(target=_process, args=arguments, daemon=True)
             self._processes[number].start()
+
+    def _folder_of(self, shared: Path, number: int) -> Path:
+        """Of the copies and plans of a process's node."""
+        folder = shared / f"node-{self.nodes(number)}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def _take_nodes(self, shared: Path, nodes: set[int]) -> list[int]:
+        """Kills what is left of nodes, and takes their memory; the numbers of their processes."""
+        there = [number for number in self._processes if self.nodes(number) in nodes]
+        for number in there:
+            self._processes[number].kill()
+            self._processes[number].join()
+        for node in nodes:
+            for path in (shared / f"node-{node}").glob("snapshot.*"):
+                path.unlink()
+        return there
 
     def _ring(self, number: int) -> Path:
         return ring_folders()[0] / ring_name(f"{self.cfg.name}-{self.cfg.name}-{self._port}", number)
@@ -176,6 +198,9 @@ class StandIn:
                 raise TimeoutError(f"the job did not end in {TIMEOUT_S:g} s; see {self.folder}")
             ended = [running.pop(sentinel) for sentinel in wait(list(running), 1.0) if isinstance(sentinel, int)]
             seen = time.time()
+            if self.whole_nodes and any(self._code(number) == -signal.SIGKILL for number in ended):
+                ended = self._take_nodes(shared, {self.nodes(number) for number in ended})
+                running = {sentinel: number for sentinel, number in running.items() if number not in ended}
             killed = {number for number in ended if self._code(number) == -signal.SIGKILL}
             failed = {number for number in ended if self._code(number) not in (0, -signal.SIGKILL)}
             spares = [number for number in spares if number not in ended]
@@ -193,8 +218,10 @@ class StandIn:
             spares = [number for number in spares if number not in following]
             epoch, members = epoch + 1, following
             line = f"numbers {sorted(lost)} were killed"
-            publish_plan(shared, EpochPlan(epoch, members, tuple(sorted(lost)), line, seen, "spare"))
-        end_plans(shared)
+            for folder in shared.iterdir():
+                publish_plan(folder, EpochPlan(epoch, members, tuple(sorted(lost)), line, seen, "spare"))
+        for folder in shared.iterdir():
+            end_plans(folder)
         wait_for = time.monotonic() + 30
         for process in self._processes.values():
             process.join(max(0.0, wait_for - time.monotonic()))
@@ -226,7 +253,7 @@ class StandIn:
         state, about = read_full(found[0][1]) if found else ({}, {})
         codes = {number: process.exitcode or 0 for number, process in self._processes.items()}
         errors = {int(path.name.split(".")[0]): path.read_text() for path in self.folder.glob("*.error")}
-        return Ran(codes, lines["metrics"], lines["events"], state, about, errors)
+        return Ran(codes, lines["metrics"], lines["events"], state, about, sorted(step for step, _ in found), errors)
 
 
 def _process(
@@ -252,6 +279,7 @@ def _process(
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
         _killed(kills),
+        mock.patch("pentad.trainer.job.run.conclude_run"),  # pictures take longer than these jobs
     ):
         try:
             start = Start.of(os.environ, StopRequest(), given="", failed=lambda failure: None)
@@ -267,29 +295,41 @@ def _process(
 @contextlib.contextmanager
 def _killed(kills: tuple[Kill, ...]) -> Iterator[None]:
     """Counts the entries that this process writes, and kills it."""
-    enter, leave = Recorder.enter, Recorder.exit
+    enter, leave, turn = Recorder.enter, Recorder.exit, Recorder.turn
     seen: dict[tuple[int, str], int] = {}
     marked: dict[int, None] = {}
 
-    def entering(self: Recorder, kind: int, *args: Any, **given: Any) -> int:
-        name = self.names[kind]
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def meant(self: Recorder, kind: int) -> bool:
+        """Whether it is the entry at whose end the process dies; where it is the one at whose beginning, it does so."""
+        name, ends = self.names[kind], False
         for kill in kills:
             if kill.step == self.step and kill.kind in ("", name):
-                key = (kill.step, kill.kind)
-                at = seen[key] = seen.get(key, -1) + 1
+                at = seen[kill.step, kill.kind] = seen.get((kill.step, kill.kind), -1) + 1
                 if at == kill.entry and not kill.after:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if at == kill.entry:
-                    ticket = enter(self, kind, *args, **given)
-                    marked[ticket] = None
-                    return ticket
-        return enter(self, kind, *args, **given)
+                    die()
+                ends = ends or at == kill.entry
+        return ends
+
+    def entering(self: Recorder, kind: int, *args: Any, **given: Any) -> int:
+        ends, ticket = meant(self, kind), enter(self, kind, *args, **given)
+        marked.update({ticket: None} if ends else {})
+        return ticket
+
+    def turning(self: Recorder, ticket: int, kind: int, *args: Any, **given: Any) -> int:
+        if ticket in marked:
+            die()
+        ends, following = meant(self, kind), turn(self, ticket, kind, *args, **given)
+        marked.update({following: None} if ends else {})
+        return following
 
     def leaving(self: Recorder, ticket: int, *args: Any, **given: Any) -> None:
         leave(self, ticket, *args, **given)
         if ticket in marked:
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
 
     if kills:
-        Recorder.enter, Recorder.exit = entering, leaving  # type: ignore[method-assign]
+        Recorder.enter, Recorder.exit, Recorder.turn = entering, leaving, turning  # type: ignore[method-assign]
     yield

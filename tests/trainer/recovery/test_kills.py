@@ -3,22 +3,44 @@ disturbed."""
 
 from __future__ import annotations
 
+import random
+import signal
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pentad.configs.schema import MoeConfig, RouterConfig
 from tests.trainer.recovery.harness import Kill, Ran, StandIn, small_job
+from tests.training import world_of
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "tp2-dp2-zero1": {"tp": 2, "dp": 2, "sharding": "zero1", "dtype": "bf16"},
+ROUTED: dict[str, Any] = {
+    "moe": MoeConfig(experts=4, top_k=2, ffn=24, router=RouterConfig(selection_bias=True, aux_loss=0.01))
 }
+BALANCED = {"schedule": "gis", "vocab": "balanced"}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp 2, dp 2, zero1, bf16": {"tp": 2, "dp": 2, "sharding": "zero1", "dtype": "bf16"},
+    "pp 2, dp 2, balanced vocabulary": {"pp": 2, "dp": 2, "pipeline": BALANCED},
+    "dp 2, ep 2, experts": {"dp": 2, "ep": 2, "model": ROUTED, "sharding": "zero1"},
+    "pp 2, cp 2": {"pp": 2, "cp": 2, "dtype": "fp32"},
+    "tp 2, pp 2, dp 2, experts": {"tp": 2, "pp": 2, "dp": 2, "ep": 2, "model": ROUTED, "sharding": "zero1"},
+    "one rank": {"global_batch": 4},
+}
+STEPS = 8
+WANTED: dict[str, Any] = {"steps": STEPS, "eval": {"every": 3, "steps": 1}, "checkpoint": {"every": 2, "keep": 0}}
 
 
-def disturbed(folder: Path, layout: str, spares: int, *kills: Kill, **wanted: Any) -> Ran:
-    cfg = small_job(folder, **LAYOUTS[layout], **wanted)
-    return StandIn(cfg, folder / "logs", spares, kills).run()
+def disturbed(folder: Path, layout: str, *kills: Kill, **wanted: Any) -> Ran:
+    """Runs a job with a spare for every kill."""
+    cfg = small_job(folder, **{**WANTED, **LAYOUTS[layout], **wanted})
+    return StandIn(cfg, folder / "logs", len(kills), kills).run()
+
+
+@cache
+def undisturbed(folder: Path, layout: str) -> Ran:
+    return disturbed(folder / "whole", layout)
 
 
 def assert_same_training(ran: Ran, whole: Ran) -> None:
@@ -28,15 +50,87 @@ def assert_same_training(ran: Ran, whole: Ran) -> None:
     assert ran.state.keys() == whole.state.keys()
     for name, value in whole.state.items():
         assert torch.equal(ran.state[name], value), name
-    assert {key: ran.about[key] for key in ("step", "updates", "tokens", "skipped")} == {
-        key: whole.about[key] for key in ("step", "updates", "tokens", "skipped")
-    }
+    for key in ("step", "updates", "tokens", "skipped", "evaluation"):
+        assert ran.about[key] == whole.about[key]
+    assert ran.saved[-1] == whole.saved[-1]
+
+
+def assert_recovered(ran: Ran, *kills: Kill) -> None:
+    """Every kill came to pass, and cost no step that had committed."""
+    assert {number for number, code in ran.codes.items() if code} == {kill.number for kill in kills}
+    assert all(ran.codes[kill.number] == -signal.SIGKILL for kill in kills)
+    assert len(ran.recoveries) == len(kills)
+    assert all(each["redone"] <= 1 and each["from"] == "snapshots" for each in ran.recoveries)
+
+
+def random_kills(layout: str, seed: int, count: int) -> list[Kill]:
+    """One a step, of any member of the mesh that there is by then."""
+    draws = random.Random(f"{layout} {seed}")
+    members = list(range(world_of(small_job(Path(), **LAYOUTS[layout]))))
+    world, kills = len(members), list[Kill]()
+    for step in sorted(draws.sample(range(STEPS - 1), count)):
+        slot = draws.randrange(world)
+        kills.append(Kill(members[slot], step, draws.randrange(24), after=draws.random() < 0.3))
+        members[slot] = world + len(kills) - 1
+    return kills
 
 
 @pytest.mark.distributed
-def test_a_killed_rank_is_replaced(tmp_path: Path) -> None:
-    whole = disturbed(tmp_path / "whole", "tp2-dp2-zero1", 0)
-    ran = disturbed(tmp_path / "killed", "tp2-dp2-zero1", 1, Kill(1, 3, 10))
-    assert len(whole.metrics) == 6
-    assert_same_training(ran, whole)
-    assert len(ran.recoveries) == 1
+@pytest.mark.parametrize(
+    ("layout", "seed", "count"),
+    [
+        pytest.param("tp 2, dp 2, zero1, bf16", 0, 2),
+        *(pytest.param(name, seed, 4, marks=pytest.mark.slow) for name in LAYOUTS for seed in (1, 2)),
+    ],
+)
+def test_kills_at_random_points(layout: str, seed: int, count: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("kills")
+    kills = random_kills(layout, seed, count)
+    ran = disturbed(folder, layout, *kills)
+    assert_recovered(ran, *kills)
+    assert_same_training(ran, undisturbed(tmp_path_factory.getbasetemp() / layout, layout))
+
+
+# Nodes ------------------------------------------------------------------------------------------------------------
+
+TWO = {0: 0, 1: 0, 2: 1, 3: 1}
+"""The first members' nodes."""
+
+
+def lose_nodes(folder: Path, spares: list[int], *kills: Kill) -> Ran:
+    """Runs a job whose nodes go with the first of their processes that is killed; `spares`: the nodes of these."""
+    cfg = small_job(folder, **{**WANTED, **LAYOUTS[NODES]})
+    nodes = TWO | {len(TWO) + at: node for at, node in enumerate(spares)}
+    return StandIn(cfg, folder / "logs", len(spares), kills, nodes=nodes.__getitem__, whole_nodes=True).run()
+
+
+NODES = "tp 2, dp 2, zero1, bf16"
+
+
+@pytest.mark.distributed
+def test_a_lost_nodes_state_comes_from_its_partners(tmp_path_factory: pytest.TempPathFactory) -> None:
+    ran = lose_nodes(tmp_path_factory.mktemp("nodes"), [2, 2, 0, 0], Kill(3, 2, 10), Kill(5, 5, 8))
+    assert [(each["lost"], each["from"], each["redone"]) for each in ran.recoveries] == [([2, 3], "snapshots", 0)] * 2
+    assert_same_training(ran, undisturbed(tmp_path_factory.getbasetemp() / NODES, NODES))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_first_slots_node_is_lost(tmp_path_factory: pytest.TempPathFactory) -> None:
+    ran = lose_nodes(tmp_path_factory.mktemp("nodes"), [1, 1], Kill(0, 3, 10))
+    assert [(each["lost"], each["from"]) for each in ran.recoveries] == [([0, 1], "snapshots")]
+    assert_same_training(ran, undisturbed(tmp_path_factory.getbasetemp() / NODES, NODES))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_slot_and_its_partner_lost_together_cost_the_steps_since_the_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TWO, 2, 0)  # three on one node, of which at most one has a partner elsewhere
+    folder = tmp_path_factory.mktemp("nodes")
+    ran = lose_nodes(folder, [1, 1, 1], Kill(0, 3, 10))
+    (told,) = ran.recoveries
+    assert told["lost"] == [0, 1, 2] and told["from"] != "snapshots" and told["step"] == 2
+    assert "no copy of the newest state is left" in (folder / "logs" / "4.log").read_text()
+    assert_same_training(ran, undisturbed(tmp_path_factory.getbasetemp() / NODES, NODES))

@@ -9,8 +9,9 @@ import torch
 
 from pentad.parallel.global_tensor import GlobalTensor, Placement
 from pentad.trainer.checkpoint.same_run import RunProgress
+from pentad.trainer.recovery.copy_file import NoSnapshot, read_copies
 from pentad.trainer.recovery.point import RunPoint
-from pentad.trainer.recovery.snapshots import NoSnapshot, SnapshotFile, read_snapshots, snapshots_of
+from pentad.trainer.recovery.snapshots import Snapshot, SnapshotFile, snapshots_on_node
 
 
 def point(step: int) -> RunPoint:
@@ -35,6 +36,10 @@ def values(tensors: dict[str, GlobalTensor]) -> dict[str, torch.Tensor]:
     return {name: piece.local.clone() for name, piece in tensors.items()}
 
 
+def snapshots_of(folder: Path, slot: int) -> dict[int, Snapshot]:
+    return snapshots_on_node(folder).get(slot, {})
+
+
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
@@ -54,7 +59,7 @@ def test_the_two_newest_copies_are_there_to_the_bit(tmp_path: Path) -> None:
         other = state(5)
         snapshot.fill(other)
         assert same(values(other), wanted[step])
-        assert (snapshot.point, snapshot.epoch) == (point(step), 2)
+        assert (snapshot.point, snapshot.copy.seal.epoch) == (point(step), 2)
     file.close()
     assert sorted(snapshots_of(tmp_path, 3)) == [3, 4]
 
@@ -77,18 +82,19 @@ def test_a_copy_that_was_broken_off_leaves_the_one_before(tmp_path: Path, monkey
 def test_a_flipped_bit_anywhere_in_a_copy_makes_it_none(tmp_path: Path) -> None:
     file = SnapshotFile(tmp_path, 0, state(0))
     file.write(point(1), 0, 0)
-    whole = file.path.read_bytes()
-    (only,) = read_snapshots(file.path)
+    path = file.file.path
+    whole = path.read_bytes()
+    (only,) = read_copies(path)
     start = whole.index(bytes(only.state))
     used = [*range(64, 128), *range(4096, 4200), *range(start, start + len(only.state)), 0, 9, 14, 20, 25]
     for at in used:
         damaged = bytearray(whole)
         damaged[at] ^= 1 << at % 8
-        file.path.write_bytes(damaged)
+        path.write_bytes(damaged)
         assert not snapshots_of(tmp_path, 0), at
-    file.path.write_bytes(whole[:-1])
+    path.write_bytes(whole[:-1])
     with pytest.raises(NoSnapshot):
-        read_snapshots(file.path)
+        read_copies(path)
 
 
 def test_the_latest_epoch_counts_and_other_pieces_are_refused(tmp_path: Path) -> None:
