@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import runpy
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,9 @@ import torch
 from workload import Measurement, Workload, peak_rss_mib, random_batch, write_measurement
 
 from pentad.models import Transformer  # noqa: F401  (so that the libraries' memory is counted before the model exists)
+from pentad.trainer.__main__ import main as train
 from pentad.trainer.data.indexed import IndexedWriter
+from pentad.trainer.processes.leaving import leave
 
 
 def make_config(workload: Workload, arguments: argparse.Namespace) -> dict[str, object]:
@@ -48,7 +48,7 @@ def make_config(workload: Workload, arguments: argparse.Namespace) -> dict[str, 
             "cp": arguments.cp,
             "dp": dp,
             "context": context,
-            "data": {"sharding": arguments.sharding},
+            "data": {"sharding": arguments.sharding, "deepspeed": {"stage": arguments.stage}},
         },
         "train": {
             "steps": arguments.warmup + arguments.steps,
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--policy", choices=["fp32", "bf16"], required=True)
     parser.add_argument("--tp", type=int, required=True)
     parser.add_argument("--sharding", required=True)
+    parser.add_argument("--stage", type=int, help="parallel.data.deepspeed.stage")
     parser.add_argument("--cp", type=int, default=1)
     parser.add_argument("--context", default="auto", help="parallel.context.method")
     parser.add_argument("--duplex", action="store_true", help="parallel.context.duplex")
@@ -106,16 +107,14 @@ def main() -> None:
         write_job(config, replace(Workload(), **arguments.work), arguments)
     while not config.exists():
         time.sleep(0.05)
-    sys.argv = ["pentad.trainer", str(config)]
-    try:
-        runpy.run_module("pentad.trainer", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        if end.code:
-            raise
+    code = train([str(config)])
+    if code:
+        leave(code)
     lines = (arguments.out / "run" / "metrics.jsonl").read_text().splitlines() if os.environ["RANK"] == "0" else []
     metrics = [json.loads(line) for line in lines]
     times = [line["step_time_s"] for line in metrics][arguments.warmup :]
     write_measurement(arguments.out, Measurement(times, [m["loss"] for m in metrics], peak_rss_mib(), libraries))
+    leave(0)
 
 
 if __name__ == "__main__":

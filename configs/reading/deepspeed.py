@@ -108,6 +108,9 @@ def engine_config(config: Config) -> dict[str, Any]:
     for section, there in zip(_OFFLOADS, (offload != "none", offload == "all"), strict=True):
         if there:
             zero[section] = {**(found.get(_ZERO, {}).get(section) or {}), "device": "cpu"}
+    if config.model.moe.experts:
+        # Between a router and its experts go no tensors that DeepSpeed would see: it gathers the whole part at once.
+        zero["leaf_module"] = {"classes": [], "names": [], "name_suffixes": ["moe"]}
     passed = {key: found[key] for key in _PASSED_ON if found.get(key, AUTO) != AUTO}
     return {
         "communication_data_type": "fp32",

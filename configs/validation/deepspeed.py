@@ -26,11 +26,17 @@ def _layout(config: Config) -> Iterator[Problem]:
             "its forward pass; set zero1, or parallel.pp=1"
         )
         yield Problem(_SHARDING, message, ("parallel.pp",))
-    if experts:
+    if experts and p.ep > 1:
         message = (
-            f"deepspeed does not go with experts (model.moe.experts={experts}); set zero1 and shard by parallel.ep"
+            f"deepspeed does not go with parallel.ep={p.ep}: it knows one kind of replicas; set zero1, or parallel.ep=1"
         )
-        yield Problem(_SHARDING, message, ("model.moe.experts",))
+        yield Problem(_SHARDING, message, ("parallel.ep",))
+    elif experts and p.etp != p.tp:
+        message = (
+            f"deepspeed knows one kind of replicas, and with parallel.etp={p.etp} experts have others than parallel.tp="
+            f"{p.tp} gives the rest; set parallel.etp={p.tp}, or zero1"
+        )
+        yield Problem(_SHARDING, message, ("parallel.etp", "parallel.tp"))
     if p.dp is not None and p.dp * p.cp == 1:
         message = (
             "deepspeed has nothing to share out with parallel.dp=1 x parallel.cp=1; start more ranks, or set zero1, "

@@ -193,7 +193,8 @@ _SHARDING = "parallel.data.sharding"
 _DS, _ENGINE = [f"{_SHARDING}=deepspeed"], "parallel.data.deepspeed"
 WRONG += [
     ([*_DS, "parallel.tp=1", "parallel.pp=2"], _SHARDING, ["deepspeed", "parallel.pp=2", "zero1"]),
-    ([*_DS, "model.moe.experts=8"], _SHARDING, ["deepspeed", "experts=8", "zero1"]),
+    ([*_DS, "model.moe.experts=8", "parallel.ep=2"], _SHARDING, ["deepspeed", "parallel.ep=2", "zero1"]),
+    ([*_DS, "model.moe.experts=8"], _SHARDING, ["parallel.etp=1", "set parallel.etp=2", "zero1"]),
     ([*_DS, "parallel.tp=4", "parallel.dp=1"], _SHARDING, ["parallel.dp=1 x parallel.cp=1", "zero1"]),
     ([*_DS, "train.dtype=fp64"], "train.dtype", ["deepspeed has no fp64", "bf16"]),
     ([*_DS, "optim.states=int8"], "optim.states", ["int8", "deepspeed", "bf16"]),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pentad.configs.schema import Config, ConstantSchedule, SgdConfig
+from pentad.configs.schema import Config, ConstantSchedule, MoeConfig, RouterConfig, SgdConfig
 from pentad.trainer.checkpoint.state import units_by_key
 from tests.distributed import run_distributed
 from tests.same_training import reference, worst
@@ -51,6 +51,8 @@ def _trained(rank: int, world: int, cfg: Config) -> tuple[list[tuple[float, floa
         run.close()
 
 
+ROUTER = RouterConfig(groups_kept=1, selection_bias=True, bias_rate=0.01, aux_loss=0.05, z_loss=1e-3)
+EXPERTS = {"moe": MoeConfig(experts=4, top_k=2, ffn=24, router=ROUTER)}
 CASES: dict[str, dict[str, Any]] = {
     "zero 1": engine(1),
     "zero 2": engine(2),
@@ -65,6 +67,9 @@ CASES: dict[str, dict[str, Any]] = {
     "zero 2, recompute": engine(2, recompute="full"),
     "zero 3, recompute": engine(3, recompute="selective"),
     "zero 3, tied": engine(3, model={"tied": True, "mtp": 1}),
+    "zero 2, experts": engine(2, model=EXPERTS),
+    "zero 3, experts": engine(3, model=EXPERTS),
+    "zero 3, experts, tp": engine(3, tp=2, etp=2, model=EXPERTS),
     "zero 2, three ranks": engine(2, dp=3, global_batch=6),
     "zero 3, three ranks": engine(3, dp=3, global_batch=6),
 }
@@ -82,7 +87,7 @@ def test_trains_like_one_process(name: str, optim: Any, gathering: str) -> None:
         wanted["deepspeed"] = {**wanted["deepspeed"], "config": gathering}
     cfg = job(**wanted)
     ranks = run_distributed(_trained, cfg.parallel.ranks, cfg, group=False)
-    one = {"tp": 1, "cp": 1, "dp": 1, "sharding": "ddp", "recompute": "none", "deepspeed": None}
+    one = {"tp": 1, "etp": 1, "cp": 1, "dp": 1, "sharding": "ddp", "recompute": "none", "deepspeed": None}
     alone = reference(job(**{**wanted, **one}), False)
     assert alone.curve[-1][0] < 0.95 * alone.curve[0][0]
     assert worst([curve for curve, _ in ranks], alone.curve) < 1e-5
