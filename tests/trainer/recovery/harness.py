@@ -38,6 +38,7 @@ from pentad.trainer.job.run import run
 from pentad.trainer.processes.signals import StopRequest
 from pentad.trainer.processes.start import Start
 from pentad.trainer.recovery.plan import EpochPlan, Membership, end_plans, publish_plan
+from pentad.trainer.trainer import Trainer
 from tests.training import job, world_of
 
 TEXT = Path(__file__).parents[3] / "docs" / "architecture.md"
@@ -73,6 +74,8 @@ class Ran:
         state: tensors of the last checkpoint, by name.
         about: the checkpoint's own state.
         saved: steps of which there are checkpoints.
+        held: by number, what the process held whenever it began to train in a mesh: threads, descriptors, maps of
+            shared memory.
         errors: tracebacks of processes that failed.
     """
 
@@ -83,6 +86,7 @@ class Ran:
     about: dict[str, Any]
     saved: list[int]
     errors: dict[int, str]
+    held: dict[int, list[list[int]]]
 
     @property
     def curve(self) -> list[tuple[int, float, float, int]]:
@@ -126,6 +130,7 @@ class StandIn:
         spares: processes that wait.
         kills: who is killed when.
         nodes: the pretended node of a process, by its number.
+        anew: members by slot of meshes that are made without a fault, each once the one before has reported a step.
         whole_nodes: a node goes with the first of its processes, and with what is in its memory.
         plan: decides on the next mesh: members by slot, lost numbers and waiting spares → members, or None: the end.
     """
@@ -137,6 +142,7 @@ class StandIn:
     plan: Callable[[tuple[int, ...], set[int], list[int]], tuple[int, ...] | None] | None = None
     nodes: Callable[[int], int] = lambda number: 0
     whole_nodes: bool = False
+    anew: tuple[tuple[int, ...], ...] = ()
     _processes: dict[int, BaseProcess] = field(default_factory=dict)
     _port: int = 0
 
@@ -193,10 +199,15 @@ class StandIn:
         spares = [number for number in self._processes if number not in members]
         until = time.monotonic() + TIMEOUT_S
         running = {process.sentinel: number for number, process in self._processes.items()}
+        anew, reported = list(self.anew), 0
         while any(number in members for number in running.values()):
             if time.monotonic() > until:
                 raise TimeoutError(f"the job did not end in {TIMEOUT_S:g} s; see {self.folder}")
-            ended = [running.pop(sentinel) for sentinel in wait(list(running), 1.0) if isinstance(sentinel, int)]
+            ended = [
+                running.pop(sentinel)
+                for sentinel in wait(list(running), 0.02 if anew else 1.0)
+                if isinstance(sentinel, int)
+            ]
             seen = time.time()
             if self.whole_nodes and any(self._code(number) == -signal.SIGKILL for number in ended):
                 ended = self._take_nodes(shared, {self.nodes(number) for number in ended})
@@ -207,17 +218,19 @@ class StandIn:
             lost = killed & set(members)
             if failed & set(members):
                 break
-            if not lost:
+            due = anew and self._reported() > reported
+            if not lost and not due:
                 continue
             for number in members:
                 if number in running.values():
                     self._tell(number, epoch)
-            following = self._next(members, lost, spares)
+            following = self._next(members, lost, spares) if lost else anew.pop(0)
             if following is None:
                 break
+            reported = self._reported()
             spares = [number for number in spares if number not in following]
             epoch, members = epoch + 1, following
-            line = f"numbers {sorted(lost)} were killed"
+            line = f"numbers {sorted(lost)} were killed" if lost else "made anew"
             for folder in shared.iterdir():
                 publish_plan(folder, EpochPlan(epoch, members, tuple(sorted(lost)), line, seen, "spare"))
         for folder in shared.iterdir():
@@ -225,6 +238,11 @@ class StandIn:
         wait_for = time.monotonic() + 30
         for process in self._processes.values():
             process.join(max(0.0, wait_for - time.monotonic()))
+
+    def _reported(self) -> int:
+        """Steps that the job has reported."""
+        path = Path(self.cfg.runs_dir) / self.cfg.name / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
 
     def _next(self, members: tuple[int, ...], lost: set[int], spares: list[int]) -> tuple[int, ...] | None:
         if self.plan is not None:
@@ -253,7 +271,10 @@ class StandIn:
         state, about = read_full(found[0][1]) if found else ({}, {})
         codes = {number: process.exitcode or 0 for number, process in self._processes.items()}
         errors = {int(path.name.split(".")[0]): path.read_text() for path in self.folder.glob("*.error")}
-        return Ran(codes, lines["metrics"], lines["events"], state, about, sorted(step for step, _ in found), errors)
+        held = {int(path.name.split(".")[0]): json.loads(path.read_text()) for path in self.folder.glob("*.held")}
+        return Ran(
+            codes, lines["metrics"], lines["events"], state, about, sorted(step for step, _ in found), errors, held
+        )
 
 
 def _process(
@@ -280,6 +301,7 @@ def _process(
         contextlib.redirect_stderr(file),
         _killed(kills),
         mock.patch("pentad.trainer.job.run.conclude_run"),  # pictures take longer than these jobs
+        _counted(logs / f"{number}.held"),
     ):
         try:
             start = Start.of(os.environ, StopRequest(), given="", failed=lambda failure: None)
@@ -290,6 +312,22 @@ def _process(
             code = 1
         file.flush()
         os._exit(code)
+
+
+@contextlib.contextmanager
+def _counted(file: Path) -> Iterator[None]:
+    """Notes what the process holds whenever it begins to train."""
+    train, found = Trainer.train, list[list[int]]()
+
+    def counting(self: Trainer, *args: Any) -> bool:
+        maps = Path("/proc/self/maps").read_text()
+        shared = maps.count("memfd:pentad") + maps.count("/snapshot.")
+        found.append([len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), shared])
+        file.write_text(json.dumps(found))
+        return train(self, *args)
+
+    with mock.patch.object(Trainer, "train", counting):
+        yield
 
 
 @contextlib.contextmanager

@@ -91,6 +91,31 @@ def test_kills_at_random_points(layout: str, seed: int, count: int, tmp_path_fac
     assert_same_training(ran, undisturbed(tmp_path_factory.getbasetemp() / layout, layout))
 
 
+# Nothing is left --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("layout", "times"),
+    [
+        pytest.param("tp 2, dp 2, zero1, bf16", 6, marks=pytest.mark.slow),
+        pytest.param("tp 2, dp 2, zero1, bf16", 50, marks=pytest.mark.slow),
+        pytest.param("pp 2, dp 2, balanced vocabulary", 20, marks=pytest.mark.slow),
+    ],
+)
+def test_meshes_are_made_anew_without_growth(layout: str, times: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder, wanted = tmp_path_factory.mktemp("anew"), {**WANTED, "steps": times + 4, **LAYOUTS[layout]}
+    cfg = small_job(folder, **wanted)
+    members = tuple(range(world_of(cfg)))
+    ran = StandIn(cfg, folder / "logs", anew=(members,) * times).run()
+    assert not ran.errors and set(ran.codes.values()) == {0}
+    assert [m["step"] for m in ran.metrics] == list(range(1, times + 5))
+    for held in ran.held.values():
+        assert len(held) == times + 1
+        # A thread of the mesh before may be on its last steps.
+        assert all(most <= first + 3 for most, first in zip(map(max, zip(*held, strict=True)), held[1], strict=True))
+
+
 # Nodes ------------------------------------------------------------------------------------------------------------
 
 TWO = {0: 0, 1: 0, 2: 1, 3: 1}
