@@ -88,6 +88,8 @@ def by_count(ids: Tensor, experts: int, ep: Axis, etp: Axis, chunks: int) -> Row
         ep, etp: the expert mesh.
         chunks: runs of tokens that travel one after another.
     """
+    if ids.is_cuda and ep.size == etp.size == chunks == 1:
+        return _on_one_device(ids, experts)
     n, k = ids.shape
     sizes = [n * (i + 1) // chunks - n * i // chunks for i in range(chunks)]
     order, edges = _sorted(ids, experts, sizes)
@@ -116,6 +118,20 @@ def by_count(ids: Tensor, experts: int, ep: Axis, etp: Axis, chunks: int) -> Row
     starts = [sum(sizes[:i]) * k for i in range(chunks)]
     pairs = torch.cat([order[start : start + c.rows] for start, c in zip(starts, journeys, strict=True)])
     return RowPlan(pairs, _places(pairs, ids), journeys)
+
+
+def _on_one_device(ids: Tensor, experts: int) -> RowPlan:
+    """The same where nobody else has to know how many rows there are, nor the host, which need not wait for them.
+
+    Assignments to nowhere have rows too, behind those of the experts; nobody reads what is made of them.
+    """
+    order, edges = _sorted(ids, experts, [len(ids)])
+    rows = [ids.numel()]
+    ends = edges[1 : experts + 1].int()
+    ends[-1:].clamp_(min=min(1, ids.numel()))  # the first row, which places of nowhere are read as, is somebody's
+    groups = Groups.on_device(ends, ids.numel())
+    places = _places(order, ids).masked_fill(ids < 0, -1)
+    return RowPlan(order, places, (Chunk(rows, rows, rows, groups),))
 
 
 def at_home(ids: Tensor, counts: list[int]) -> RowPlan:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -12,13 +13,12 @@ from torch.nn import functional as F
 
 from ...configs.errors import UserError
 from ...configs.validation.kernels import bmm_problem, grouped_mm_problem
-from .upload import upload
+from .upload import Download, upload
 from .weight_products import add, add_product, add_products, is_exact
 
 _NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-@dataclass(frozen=True)
 class Groups:
     """How many rows each expert has.
 
@@ -26,8 +26,28 @@ class Groups:
         counts: of every expert, on the host.
     """
 
-    counts: tuple[int, ...]
-    _ends: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.rows, self.experts = sum(counts), len(counts)
+        self._counts: tuple[int, ...] | None = tuple(counts)
+        self._ends: dict[torch.device, Tensor] = {}
+        self._coming: Download | None = None
+
+    @staticmethod
+    def on_device(ends: Tensor, rows: int) -> Groups:
+        """Numbers that a device knows: ends (E,) int32, the last row + 1 of each expert; behind them up to `rows` rows
+        that are nobody's."""
+        groups = Groups(())
+        groups.rows, groups.experts, groups._counts = rows, len(ends), None
+        groups._ends[ends.device], groups._coming = ends, Download(ends)
+        return groups
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The numbers on the host, which waits here if they have not come yet: they left when the groups were made."""
+        if self._counts is None:
+            assert self._coming is not None
+            self._counts = tuple(b - a for a, b in pairwise((0, *map(int, self._coming.tolist()))))
+        return self._counts
 
     def runs(self) -> Iterator[tuple[int, int, int]]:
         """(expert, first row, last row + 1), without the experts that have none."""
@@ -45,8 +65,8 @@ class Groups:
 
     @property
     def equal(self) -> bool:
-        """Whether every expert has the same number of rows."""
-        return len(set(self.counts)) == 1
+        """Whether every expert is known to have the same number of rows."""
+        return self._counts is not None and len(set(self._counts)) == 1
 
 
 class Gemms(Protocol):
@@ -178,7 +198,7 @@ class GroupedMm:
         return dx
 
     def add_weight(self, dy: Tensor, x: Tensor, total: Tensor, fresh: bool) -> None:
-        if is_exact(x.device) and len(x) >= LONG_ROWS * len(self.groups.counts):
+        if is_exact(x.device) and len(x) >= LONG_ROWS * self.groups.experts:
             Loop(self.groups).add_weight(dy, x, total, fresh)
         else:
             add(total, F.grouped_mm(dy.t(), x, offs=self.groups.ends(x.device)), fresh)
@@ -191,7 +211,7 @@ class Bmm:
     groups: Groups
 
     def _batch(self, x: Tensor) -> Tensor:
-        return x.view(len(self.groups.counts), self.groups.counts[0], x.shape[1])
+        return x.view(self.groups.experts, -1, x.shape[1])
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         return torch.bmm(self._batch(x), weight.transpose(1, 2)).view(len(x), -1)
@@ -216,7 +236,7 @@ def gemms(compute: str, x: Tensor, weight: Tensor, groups: Groups) -> Gemms:
     Raises:
         UserError: the way cannot do it.
     """
-    if not sum(groups.counts):
+    if not groups.rows:
         return Loop(groups)  # nothing to multiply
     match compute:
         case "auto":
@@ -240,12 +260,12 @@ MANY_ROWS = 64
 
 
 def _fastest(x: Tensor, weight: Tensor, groups: Groups) -> Gemms:
-    if groups.equal and len(groups.counts) > 1:
+    if groups.equal and groups.experts > 1:
         return Bmm(groups)
     half = x.dtype in (torch.bfloat16, torch.float16)
     able = half and grouped_mm_problem(_NAMES[x.dtype], weight.shape[1], weight.shape[2]) is None
     if x.is_cuda:
         return GroupedMm(groups) if able and x.dtype == torch.bfloat16 else Loop(groups)
-    if able and len(x) < MANY_ROWS * len(groups.counts):
+    if able and len(x) < MANY_ROWS * groups.experts:
         return GroupedMm(groups)
     return RoundedLoop(groups) if half else Loop(groups)

@@ -38,7 +38,9 @@ class Download:
         return self._event is None or self._event.query()
 
     def tolist(self) -> list[float]:
-        """The values (n,), which have landed."""
+        """The values (n,); waits until they have landed."""
+        if self._event is not None:
+            self._event.synchronize()
         return self._host.tolist()
 
 

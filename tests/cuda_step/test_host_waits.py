@@ -1,4 +1,4 @@
-"""Where the host of a training step waits for its GPU: nowhere in a dense step."""
+"""Where the host of a training step waits for its GPU: nowhere in a dense step, hardly anywhere with experts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
-from tests.cuda_step.jobs import make_batch, make_job
+from tests.cuda_step.jobs import LENGTH, make_batch, make_job
 from tests.cuda_step.step import trace_step
 
 
@@ -18,3 +19,19 @@ def test_the_host_of_a_dense_step_never_waits(tmp_path: Path, preset: str, docum
     trace = trace_step(make_job(tmp_path, preset, *more), partial(make_batch, documents=documents))
     assert not trace.waits
     assert len(trace.kernels) > 100
+
+
+# With few large experts each gets a product of its own for its weights' gradient, in backward, of as many rows as its
+# forward pass has sent on their way to the host.
+@pytest.mark.parametrize(
+    ("preset", "waits"),
+    [("qwen3_30b_a3b", {}), ("mixtral_8x7b", {"tolist @ parallel.kernels.upload:Download.tolist": 4})],
+)
+def test_experts_on_one_device_need_no_numbers_of_rows(tmp_path: Path, preset: str, waits: dict[str, int]) -> None:
+    cfg = make_job(tmp_path, preset)
+    experts, rows = cfg.model.moe.experts, LENGTH * cfg.model.moe.top_k
+
+    def ends(x: Tensor, where: str) -> list[int]:
+        return [rows // experts * (expert + 1) for expert in range(experts)]
+
+    assert trace_step(cfg, make_batch, ends).waits == waits

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pentad.parallel.kernels import device, weight_products
+from pentad.parallel.kernels import device, upload, weight_products
 from pentad.parallel.kernels.triton.operators import LAUNCHES
 
 _NO_KERNEL = {
@@ -122,6 +122,17 @@ def _flops(name: str, given: list[Tensor]) -> int:
     return 2 * a.numel() * b.shape[-1]
 
 
+class _Event:
+    """Of a device that has always done what was queued."""
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None: ...
+
+
 Answer = Callable[[Tensor, str], Any]
 
 
@@ -163,6 +174,8 @@ def tracing(answer: Answer = _no_answer) -> Iterator[Trace]:
         patches.enter_context(patch.object(Tensor, "is_cuda", on_device))
         patches.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)))
         patches.enter_context(patch.object(device, "packs", lambda *_: True))
+        patches.enter_context(patch.object(upload, "_page_locked", torch.empty_like))
+        patches.enter_context(patch.object(torch.cuda, "Event", _Event))
         patches.enter_context(patch.object(weight_products, "_EXACT", frozenset({"cuda", "meta"})))
         patches.enter_context(_Log(trace, pinned))
         yield trace

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from pentad.configs.errors import UserError
 from pentad.configs.schema import MoeConfig
-from pentad.parallel.comm.mesh import Axis, Mesh
+from pentad.parallel.comm.mesh import Axis, Degrees, Mesh
+from pentad.parallel.expert import dispatch, plan
 from pentad.parallel.expert.dispatch import AllToAll
 from pentad.parallel.expert.gather import AllGather
 from pentad.parallel.expert.make import make_dispatcher
 from pentad.parallel.expert.routing import Routing
 from pentad.parallel.gradients import Slot, give_slot, slot_of
 from pentad.parallel.grouped_projection import Groups
+from pentad.parallel.record.ring import Recorder
 from tests.distributed import run_distributed
 from tests.parallel.expert.world import IDS, E, K, N, Result, cut, experts_of, loop, open_mesh, tokens_of
 
@@ -104,6 +106,28 @@ def test_all_dispatchers_compute_what_a_loop_does(ep: int, etp: int):
                 if case.gathers:
                     for mine, theirs in zip(got.tensors(), results[Case(ids, case.before)].tensors(), strict=True):
                         assert torch.equal(mine, theirs), f"{case} on rank {rank}"
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("ids", IDS)
+def test_one_gpu_needs_no_numbers_of_rows(ids: str, before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: rows of nobody stand behind those of the experts, with whatever was in their memory."""
+
+    def planned(ids: Tensor, experts: int, ep: Axis, etp: Axis, chunks: int) -> plan.RowPlan:
+        return plan._on_one_device(ids, experts)
+
+    def empty(x: Tensor, *shape: int) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=x.dtype)
+
+    monkeypatch.setattr(dispatch, "by_count", planned)
+    monkeypatch.setattr(Tensor, "new_empty", empty)
+    expected, whole = loop([tokens_of(0, ids)])
+    mesh = Mesh(Degrees(), store=None, rank=0, device="cpu", recorder=Recorder(None, rank=0, world=1, entries=512))
+    got = _case(Case(ids, before), mesh, 0, 1)
+    mesh.close()
+    expected[0].params = whole
+    for mine, theirs in zip(got.tensors(), expected[0].tensors(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=CLOSE, atol=CLOSE)
 
 
 def test_one_device_needs_no_mesh():
