@@ -130,7 +130,7 @@ class Stepper:
         """The step or evaluation that is under way or was left half-way."""
         recorder = mesh.recorder
         self._remaking = partial(recorder.span, recorder.intern(kinds.RECOMPUTE), on_device=True)
-        self._settling = recorder.intern(kinds.SETTLE)
+        self._settling = partial(recorder.span, recorder.intern(kinds.SETTLE))
         self.result: StepResult | None = None
         """Of the step that began last, once it has committed and so is not to be repeated."""
         self.spent = False
@@ -202,7 +202,8 @@ class Stepper:
         ):
             count = None if self.live is None else self.live.count
             execute(self.ops, self._handlers, self.mesh.recorder, count)
-        with self.mesh.recorder.span(self._settling):
+        settles = self.guard is not None or self.cfg.memory.offload_optimizer != "none"
+        with self._settling() if settles else nullcontext():
             self.optimizer.settle()
             if self.guard is not None:
                 self.guard.rest()

@@ -94,9 +94,7 @@ class Recorder:
             raise ValueError(f"a ring has at least 1 entry, got {entries}")
         self.path = path
         self.rank, self.world, self.capacity = rank, world, entries
-        self.step = 0
-        self.micro_batch = 0
-        self.op = -1
+        self.step, self.micro_batch, self.op = 0, 0, -1
         self._map = allocate(path, HEADER_BYTES + NAMES_BYTES + entries * ENTRY_BYTES)
         view = memoryview(self._map)
         self._words = view.cast("q")
@@ -220,9 +218,17 @@ class Recorder:
             self._slots.write(self._held)
             self._words[WAITS_WORD] = self._held.waiting + 1
 
-    def read_by(self, ended: dict[int, list[int]]) -> None:
-        """Entries that have ended are put into `ended` too, by their tickets, once they are in the ring."""
-        self._held.ended = ended
+    def take_ended(self) -> dict[int, list[int]]:
+        """Entries by their tickets (`slots.HeldEntries`) that have ended since this was called last. For one reader."""
+        with self._lock:
+            self.flush()
+            ended, self._held.ended = self._held.ended, {}
+        return ended or {}
+
+    def put_back(self, ended: dict[int, list[int]]) -> None:
+        """Entries that `take_ended` is to give once more."""
+        with self._lock:
+            self._held.ended = ended | (self._held.ended or {})
 
     def enter(
         self,
@@ -236,7 +242,7 @@ class Recorder:
         stream: int = 0,
     ) -> int:
         """An open entry (enqueued = start = now, end = 0); returns its ticket, for `exit` and `stamp`."""
-        # Without a lock: no other thread has the ticket, and what a dictionary does is done at once.
+        # Without a lock: nobody else has the ticket.
         ticket, now, held = next(self._tickets), _now(), self._held
         # fmt: off
         held[ticket] = [now, now, 0, nbytes, seq, self.step, -1, self.micro_batch, self.op, kind, axis, group, peer,
@@ -256,10 +262,8 @@ class Recorder:
             entry[CPU], entry[END] = cpu, now
         self._words[AT_WORD] = self.op + 1
         ticket = next(self._tickets)
-        # fmt: off
-        held[ticket] = [now, now, 0, 0, 0, self.step, -1, self.micro_batch, self.op, kind, 0, 0, -1, 0, 0, self._flags,
-                        0, 0, 0]
-        # fmt: on
+        batch, op, flags = self.micro_batch, self.op, self._flags
+        held[ticket] = [now, now, 0, 0, 0, self.step, -1, batch, op, kind, 0, 0, -1, 0, 0, flags, 0, 0, 0]
         if len(held) > held.full:
             self.flush()
         return ticket

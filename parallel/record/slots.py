@@ -30,7 +30,8 @@ class HeldEntries(dict[int, list[int]]):
     waiting = -1
     """The ticket of what the main thread waits for."""
     ended: dict[int, list[int]] | None = None
-    """Those that have ended and are in the ring, for a reader in this process; none: there is no reader."""
+    """Those that have ended and are in the ring, for a reader in this process; none: there is no reader. One more than
+    the ring has room for says that some are missing."""
 
 
 class Slots:
@@ -66,7 +67,7 @@ class Slots:
                 words[word] = version
             if over or words[word] > version:
                 held.pop(ticket, None)
-                if over and ended is not None:
+                if over and ended is not None and len(ended) <= capacity:
                     ended[ticket] = entry
             if ticket > last:
                 last = ticket

@@ -7,7 +7,7 @@ hundred microseconds however little there is in it.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,9 +49,7 @@ class StepReader:
 
     def __init__(self, recorder: Recorder, ops: Ops, *, pipelined: bool) -> None:
         self._recorder, self._pipelined = recorder, pipelined
-        self._ended: dict[int, list[int]] = {}
-        recorder.flush()
-        recorder.read_by(self._ended)
+        recorder.take_ended()
         self._codes = Codes.of(recorder.names, pipelined)
         self._durations = durations_of(ops)
         places = {key: place for place, key in enumerate(self._durations)}
@@ -68,35 +66,36 @@ class StepReader:
 
         queued_s: how long the rank's thread waited for a core in all of them.
         """
-        self._recorder.flush()
+        ended = self._recorder.take_ended()
         if self._recorder.known != self._codes.names:
             self._codes = Codes.of(self._recorder.names, self._pipelined)
-        if len(self._ended) > self._recorder.capacity:
-            self._ended.clear()
+        if len(ended) > self._recorder.capacity:
             return None
         on_device, rows = self._recorder.device is not None, []
         queued = queued_s / max(sum(each.end - each.begin for each in steps), 1)
-        for each, entries in zip(steps, self._fresh([each.end for each in steps]), strict=True):
+        for each, entries in zip(steps, self._fresh(ended, [each.end for each in steps]), strict=True):
             division = Division(entries, self._codes, each.begin, each.end, on_device=on_device)
             row = division.row(self._place, self.size)
             row[STEP], row[PAIRS], row[QUEUED] = each.step, each.pairs, queued * (each.end - each.begin)
             rows.append(row)
         return np.array(rows)
 
-    def _fresh(self, ends: Sequence[int]) -> list[list[list[int]]]:
-        """For each step the entries that have ended since the last call; what began after the last one, or is still to
-        be timed on the device, waits for the next call."""
+    def _fresh(self, ended: Mapping[int, list[int]], ends: Sequence[int]) -> list[list[list[int]]]:
+        """For each step its entries; what began after the last one, or is still to be timed on the device, waits for
+        the next call."""
         found: list[list[list[int]]] = [[] for _ in ends]
-        ended, device, until = self._ended, self._recorder.device, ends[-1]
-        for ticket, entry in list(ended.items()):
+        late, device, until = {}, self._recorder.device, ends[-1]
+        for ticket, entry in ended.items():
             # What began before a step counts in the step where it is waited for.
             begun = entry[WAITED] or entry[START]
             if begun >= until or (device is not None and ticket in device):
+                late[ticket] = entry
                 continue
-            del ended[ticket]
-            place = bisect_right(ends, begun)
+            place = bisect_right(ends, begun) if len(ends) > 1 else 0
             found[place].append(entry)
             if entry[FLAGS] & BESIDE:  # and is waited for in the steps that it goes on in
                 for later in found[place + 1 : bisect_right(ends, entry[END]) + 1]:
                     later.append(entry)
+        if late:
+            self._recorder.put_back(late)
         return found

@@ -24,8 +24,8 @@ from ...parallel.record.waterfall import StepReader, StepTimes
 _NUMBERS = ROW_WORDS - 1
 _KEPT = ROWS - 8
 """Steps of which rows are still waited for: as many as a ring shows when others are a few steps ahead."""
-AT_ONCE, _LONG_NS = 8, 100_000_000
-"""Steps that are divided at once at most, and the time after which they are divided anyway."""
+AT_ONCE, _ALONE_NS, _LONG_NS = 8, 100_000_000, 250_000_000
+"""Steps that are divided at once at most; how long one is that is divided alone, and several that are so anyway."""
 
 
 class Store(Protocol):
@@ -40,15 +40,17 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of all ranks of one step.
+    """The rows of all ranks of one step, or of several as of one.
 
     Args:
-        step: its number, from 1.
+        step: its number, from 1; of several the last one's.
         rows: (ranks, numbers), `parallel/record/parts.py`.
+        steps: how many; more than one only of a job with one rank, which is compared with none.
     """
 
     step: int
     rows: np.ndarray
+    steps: int = 1
 
 
 def open_schedule() -> int | None:
@@ -131,23 +133,28 @@ class RowExchange:
             due: do not wait for others; the same on all ranks.
         """
         self._ready = self._divided
+        if self._times and self._times[-1].end != begin:  # there was something else in between
+            self._divide()
         self._times.append(StepTimes(step, begin, end, pairs))
         if self._world > 1 and self._rank == 0:
             self._awaited[step] = {}
         # By the step's number, so that all ranks have shown the same steps when rank 0 looks.
-        if due or (step + 1) % AT_ONCE == 0 or end - self._times[0].begin >= _LONG_NS:
+        long = end - begin >= _ALONE_NS or end - self._times[0].begin >= _LONG_NS
+        if due or long or (step + 1) % AT_ONCE == 0:
             self._divide()
 
     def _divide(self) -> None:
         before, self._queued = self._queued, queued_ns(self._schedule)
         times, self._times = self._times, []
+        count, numbers, self._divided = len(times), [each.step for each in times], times[-1].step
+        if self._world == 1:
+            times = [StepTimes(times[-1].step, times[0].begin, times[-1].end, sum(each.pairs for each in times))]
         rows = self._reader.read(times, (self._queued - before) / 1e9)
-        numbers, self._divided = [each.step for each in times], times[-1].step
         if rows is not None and self._world > 1:
             for number, row in zip(numbers, rows, strict=True):
                 self._recorder.publish(number, row.tobytes())
         elif rows is not None:
-            self._own = tuple(StepRows(number, row[None]) for number, row in zip(numbers, rows, strict=True))
+            self._own = (*self._own, StepRows(numbers[-1], rows, count))
         if self._leads and self._store is not None:
             self._send(numbers)
 

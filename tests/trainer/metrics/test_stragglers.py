@@ -14,7 +14,7 @@ from pentad.configs.schema import MoeConfig
 from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.record import kinds
 from pentad.parallel.record.files import RingFile
-from pentad.parallel.record.parts import AT, AXES, BLIND, DURATIONS, LINK_RANK, LINK_S, OWN, SECONDS, TimePart
+from pentad.parallel.record.parts import AT, AXES, BLIND, DURATIONS, LINK_RANK, LINK_S, OWN, PAIRS, SECONDS, TimePart
 from pentad.parallel.record.ring import HEADER_BYTES, Recorder
 from pentad.trainer.metrics.readings.roles import grid, lines
 from pentad.trainer.metrics.readings.straggler import StragglerReading, roles
@@ -171,14 +171,27 @@ def test_short_steps_are_divided_at_once_and_each_is_known_once() -> None:
     ]
     for first in (0, 2):
         ends[first]._headers[first + 1] = recorders[first + 1].memory[:HEADER_BYTES]
-    given = {}
+    given, clocks = {}, [0] * 4
     for step in range(1, 80):
         for rank in (1, 2, 3, 0):
             # One rank's clock says of some steps that it is time.
-            late = 200_000_000 if rank == 3 and step % 5 == 0 else 0
-            ends[rank].step(step, 1000 * step, 1000 * step + 500 + rank + late, 0.0, due=step in (30, 58, 78))
+            length = 200_000_000 if rank == 3 and step % 5 == 0 else 1000
+            begin = clocks[rank]
+            clocks[rank] += length
+            ends[rank].step(step, begin, clocks[rank], 0.0, due=step in (30, 58, 78))
         given[step] = [rows.step for rows in ends[0].collect(step)]
     found = [step for steps in given.values() for step in steps]
     assert sorted(found) == list(range(1, 79))
     assert given[31][-1] == 30 and given[79][-1] == 78
     assert sum(map(bool, given.values())) <= 16
+
+
+def test_short_steps_of_one_rank_are_divided_as_one_unless_there_was_something_in_between() -> None:
+    recorder = Recorder(None, rank=0, world=1, entries=64)
+    rows, found = RowExchange(recorder, 0, 1, (), pipelined=False), []
+    for step in range(1, 32):
+        gap = 500 if step > 20 else 0  # an evaluation
+        rows.step(step, 1000 * step + gap, 1000 * step + 1000 + gap, 2.0, due=step == 30)
+        found += [(each.step, each.steps, each.rows[0, SECONDS], each.rows[0, PAIRS]) for each in rows.collect(step)]
+    lengths = {7: 7, 15: 8, 20: 5, 23: 3, 30: 7, 31: 1}
+    assert found == [(step, n, pytest.approx(1e-6 * n), 2.0 * n) for step, n in lengths.items()]

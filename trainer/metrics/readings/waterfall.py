@@ -90,15 +90,17 @@ class WaterfallReading(Reading):
         means = (rows.mean(0) if len(rows) > 1 else rows[0]).tolist()
         seconds = means[SECONDS]
         parts = dict(zip(_KEYS, means, strict=False))
-        parts |= self._divide_bubble(rows, parts.pop(_BUBBLE), len(each))
-        all_flops, ceiling = [self._flops.get(step.step) for step in found], self.run.ceiling_tflops
+        steps = sum(step.steps for step in found)
+        parts |= self._divide_bubble(rows, parts.pop(_BUBBLE), steps)
+        numbers = [number for step in found for number in range(step.step - step.steps + 1, step.step + 1)]
+        all_flops, ceiling = [self._flops.get(number) for number in numbers], self.run.ceiling_tflops
         flops = None if None in all_flops else sum(each for each in all_flops if each is not None)
         if flops is not None and ceiling:
             compute = parts.pop(_COMPUTE)
             parts[MODEL] = min(flops / (ceiling * 1e12), compute)
             parts[BELOW] = compute - parts[MODEL]
         shares = {key: round(parts[key] / seconds, _DIGITS) for key in ORDER if key in parts}
-        values: dict[str, Any] = {"step": found[-1].step, "steps": len(found), **shares}
+        values: dict[str, Any] = {"step": found[-1].step, "steps": steps, **shares}
         if flops is not None and self.run.peak_tflops:
             mfu = flops / seconds / (self.run.peak_tflops * 1e12)
             free = {
