@@ -29,6 +29,8 @@ WINDOW = 20
 _PERSISTS, _OF = 3, 4
 """In how many of so many windows a rank must be slow before it is called a straggler."""
 _SLOW_SCORE, _SURE_Z = 0.93, 4.0
+_STEADY_SCORE = 0.95
+"""Of each of the last windows, where a rank is slow in all of them together and in none for sure."""
 _MEDIAN_ERROR = 1.2533
 """Standard error of a median, in those of a mean."""
 _MAD = 1.4826
@@ -107,7 +109,8 @@ class Stragglers:
         self._alone = np.bincount(self._roles)[self._roles] == 1
         self._rows: list[np.ndarray] = []
         self._work: list[np.ndarray] = []
-        self._slow: dict[int, deque[bool]] = {rank: deque(maxlen=_OF) for rank in range(len(self._roles))}
+        self._past: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=_OF)
+        """Scores and z of the last windows."""
         self._first: np.ndarray | None = None
         """Loads of the first window, of ranks that have no peer."""
 
@@ -146,13 +149,11 @@ class Stragglers:
             scores = np.nan_to_num(reference / load, nan=1.0)
             z = np.nan_to_num((load - reference) / self._error(window, load), nan=0.0)
             raw_scores = np.nan_to_num(raw_reference / raw, nan=1.0)
-        slow = (scores < _SLOW_SCORE) & (z > _SURE_Z)
-        for rank, history in self._slow.items():
-            history.append(bool(slow[rank]))
-        confirmed = np.array([sum(history) >= _PERSISTS and history[-1] for history in self._slow.values()])
+        self._past.append((scores, z))
+        slow, confirmed = self._persistent()
         rank = int(np.argmin(np.where(confirmed, scores, scores + 2)) if confirmed.any() else np.argmin(scores))
         cost = self._cost(rank, window)
-        if slow[rank]:
+        if slow[rank] or confirmed[rank]:
             reason, peer, score, sure = self._reason(rank, window), None, float(scores[rank]), float(z[rank])
             ends = [rank]
             if reason == Reason.NETWORK:
@@ -166,6 +167,17 @@ class Stragglers:
             score, cost = float(raw_scores[heavy]), self._cost(heavy, window)
             return StragglerVerdict(number, None, score, 0.0, Reason.IMBALANCE, cost, False, scores)
         return StragglerVerdict(number, rank, float(scores[rank]), float(z[rank]), None, 0.0, False, scores)
+
+    def _persistent(self) -> tuple[np.ndarray, np.ndarray]:
+        """(ranks,) who is slow in the newest window, and who was so in most of the last ones, or in all together where
+        on a machine with other work one window alone does not tell."""
+        scores, z = (np.stack(each) for each in zip(*self._past, strict=True))
+        slow = (scores < _SLOW_SCORE) & (z > _SURE_Z)
+        confirmed = (slow.sum(0) >= _PERSISTS) & slow[-1]
+        if len(scores) == _OF:
+            steady = (scores < _STEADY_SCORE).all(0) & (scores.mean(0) < _SLOW_SCORE)
+            confirmed |= steady & (z.sum(0) / _OF**0.5 > _SURE_Z)
+        return slow[-1], confirmed
 
     def _compared(self, load: np.ndarray, *, keep: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Loads, and what each is to be compared with: the median of its peers. Of ranks that have none, the load is

@@ -58,6 +58,17 @@ def test_a_slow_rank_is_confirmed_in_its_third_window(count: int, factor: float)
     assert last.cost == pytest.approx(STEP_S * (factor - 1) / (STEP_S * factor + 0.02), abs=0.03)
 
 
+def test_a_steady_rank_is_confirmed_where_no_window_alone_is_sure_and_noise_is_not() -> None:
+    def scattered(factor: float, steps: int, seed: int) -> list[StragglerVerdict]:
+        draws = np.random.default_rng(seed)
+        return _run([0] * 8, lambda _: _slow(8, 3, factor) * (1 + 0.11 * draws.standard_normal(8)), steps)
+
+    found = scattered(1.12, 200, 3)
+    assert sum(verdict.z > 4 and verdict.score < 0.93 for verdict in found[:6]) < 3
+    assert any(verdict.confirmed and verdict.rank == 3 and verdict.reason == Reason.COMPUTE for verdict in found)
+    assert not any(verdict.confirmed for seed in range(3) for verdict in scattered(1.0, 2000, seed))
+
+
 def test_a_burst_and_noise_are_no_stragglers() -> None:
     burst = _run([0] * 8, lambda step: _slow(8, 3, 1.5 if 30 <= step < 50 else 1.0), 400)
     assert not any(verdict.confirmed for verdict in burst)
