@@ -92,6 +92,12 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     train = job("train", "Run a job, on this machine or as a rank of torchrun, srun or mpirun.")
     train.add_argument("--fresh", action="store_true", help="move an earlier run in its folder aside, to NAME.1 …")
     train.set_defaults(run=_train)
+    rehearsal = job("rehearse", "Run a job, make faults happen to it, and say what became of it.")
+    rehearsal.add_argument(
+        "--fault", metavar="KIND:rank=R@step=S", action="append", default=[], help="kill, stop or hang; repeated"
+    )
+    rehearsal.add_argument("--json", action="store_true", help="one JSON object at the end")
+    rehearsal.set_defaults(run=_rehearse)
     check = job("check", "Validate a job and print its layout, parameters, FLOPs and memory.")
     check.add_argument("--svg", metavar="FILE", help="write the memory of the ranks as a picture")
     check.set_defaults(run=_check)
@@ -237,6 +243,12 @@ def _train(args: argparse.Namespace) -> int:
     from .supervise.launcher import train
 
     return train(args.config, args.overrides, fresh=args.fresh, imports=args.imports)
+
+
+def _rehearse(args: argparse.Namespace) -> int:
+    from .verbs.rehearse import rehearse
+
+    return rehearse(args.config, args.overrides, args.fault, imports=args.imports, as_json=args.json)
 
 
 def _profile(args: argparse.Namespace) -> int:

@@ -131,11 +131,13 @@ WAITS = {
     "launch/supervise/fork_server.py": {"": LAUNCHER},
     "launch/supervise/node_ranks.py": {"": LAUNCHER},
     "launch/supervise/recovery.py": {"": LAUNCHER},
+    "launch/supervise/rehearsal_worker.py": {"": "a hang that is wanted, and ended by the watcher"},
     "launch/supervise/supervisor.py": {"": LAUNCHER},
     "launch/supervise/watch_link.py": {"": LAUNCHER},
     "launch/supervise/watched.py": {"": LAUNCHER},
     "launch/supervise/watcher.py": {"": LAUNCHER},
     "launch/verbs/diagnose.py": {"": LAUNCHER},
+    "launch/verbs/rehearse.py": {"": LAUNCHER},
     "launch/verbs/slurm.py": {"": LAUNCHER},
 }
 """File, then function or class (empty: all others of the file): why its waits can be left."""

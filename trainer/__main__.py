@@ -104,6 +104,9 @@ def _run(
         if start.meeting.rank == 0:
             if alone:
                 preflight(cfg)
+            if cfg.faults.recover and start.membership is None:
+                what = "no fault is mended under this launcher or on several nodes: the first one ends the job"
+                print(f"warning: faults.recover: {what}; docs/recovery.md", file=sys.stderr, flush=True)
             held.push(claim(cfg, fresh=start.fresh, config=start.config, env=start.env))
         from .job.run import run  # after the configuration is known to be good: importing torch takes seconds
 

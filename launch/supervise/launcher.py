@@ -21,7 +21,12 @@ from .worker_files import STOPPED
 _MALLOC = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184"
 
 
-def train(config: str, overrides: Sequence[str], *, fresh: bool = False, imports: Sequence[str] = ()) -> int:
+_WORKER = "pentad.launch.supervise.worker"
+
+
+def train(
+    config: str, overrides: Sequence[str], *, fresh: bool = False, imports: Sequence[str] = (), worker: str = _WORKER
+) -> int:
     """Runs a job: as one of its ranks under a launcher, otherwise all of them, on this machine.
 
     Args:
@@ -29,6 +34,7 @@ def train(config: str, overrides: Sequence[str], *, fresh: bool = False, imports
         overrides: `key=value`.
         fresh: move an earlier run in the job's folder aside.
         imports: modules that this process and every rank imports before the config is read.
+        worker: the module that is a rank.
 
     Returns:
         The exit code: 0 after the last step, `faults.stop_code` after a clean stop before it, 2 for a user's mistake,
@@ -47,11 +53,11 @@ def train(config: str, overrides: Sequence[str], *, fresh: bool = False, imports
     cuda = uses_gpus(cfg, ranks)
     claim(cfg, fresh=fresh, config=config).close()  # rank 0 takes the folder again, and keeps it while it lives
     with tempfile.TemporaryDirectory(prefix="pentad-", dir=_memory() if cfg.faults.recover else None) as folder:
-        worker = ["pentad.launch.supervise.worker", folder, *import_arguments(), config, *overrides]
+        command = [worker, folder, *import_arguments(), config, *overrides]
         try:
             environment = rank_environment(ranks, cuda=cuda)
             spares = cfg.faults.spares if cfg.faults.recover else None
-            code = supervise(Path(folder), ranks, worker, environment, watch=cfg.faults.watch, spares=spares)
+            code = supervise(Path(folder), ranks, command, environment, watch=cfg.faults.watch, spares=spares)
             return code or (cfg.faults.stop_code if (Path(folder) / STOPPED).exists() else 0)
         finally:
             keep_record(run_folder(cfg), Path(folder))

@@ -50,15 +50,19 @@ class Recovery:
         self._standing = Standing(0, members, ("",) * len(members), next_number=request.world)
         self._usable = True
         """Whether new processes come up."""
+        self.reachable = True
+        """Whether the fork server is there."""
         wire.send(watch=True)
 
     @staticmethod
     def of(folder: Path, request: WatchRequest, spares: int) -> Recovery | None:
         """None: there is nobody who could fork, or the job has several nodes; then a fault ends the job."""
         if request.local < request.world:
+            end_plans(folder)
             return None
         with contextlib.suppress(OSError):
             return Recovery(folder, open_wire(folder), request, spares)
+        end_plans(folder)
         return None
 
     def fileno(self) -> int:
@@ -72,11 +76,13 @@ class Recovery:
 
     def look(self, ranks: NodeRanks, ready: set[int]) -> None:
         """Hears who has ended, and keeps the spares complete."""
-        if self._wire.fileno() in ready:
-            with contextlib.suppress(ConnectionError, JsonError):
+        if self._wire.fileno() in ready and self.reachable:
+            try:
                 for line in self._wire.read():
                     known = expect_object(parse_json(line), "an end", ("ended", "code"))
                     ranks.codes[expect_int(known["ended"], "ended")] = expect_int(known["code"], "code", -64)
+            except (ConnectionError, JsonError):
+                self.reachable = self._usable = False
         self._drop_ended(ranks)
         settled = ranks.slots and ranks.complete and not any(rank.on_its_way for rank in ranks.live())
         if settled and self._usable and len(self._standing.spares) < self._spares:
@@ -107,9 +113,12 @@ class Recovery:
             stands: where all ranks stood.
             ranks: of this node.
         """
+        if not self.reachable:
+            return False
         if verdict.kind in _ENDS and any(rank.left and not rank.failed for rank in ranks.slots.values()):
             for slot in verdict.ranks:  # all that the job was for is done
-                ranks.slots[slot].missed_by_nobody = True
+                if slot in ranks.slots:
+                    ranks.slots[slot].missed_by_nobody = True
                 self._wire.send(missed=self._standing.members[slot])
             return True
         gone = {slot for slot, stand in stands.items() if stand.condition in _GONE}

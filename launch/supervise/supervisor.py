@@ -18,7 +18,7 @@ from ...parallel.comm.processes import Identity, children, runs
 from ...parallel.record.diagnosis import FAILED, Verdict
 from ...trainer.processes.failure import Failure
 from ...trainer.processes.signals import STOPS, heeded
-from ...trainer.recovery.plan import Membership
+from ...trainer.recovery.plan import Membership, end_plans
 from .worker_files import VERDICT
 
 POLL_S = 0.05
@@ -107,6 +107,8 @@ def _wait(
         if said and _is_over(folder, _verdict(folder), ranks):
             return ended
         mended = mends is not None and mends.poll() is None
+        if mends is not None and not mended:
+            end_plans(folder)  # nobody is left who could make one
         if deadline == math.inf and not mended and any(folder.glob("failure.*[0-9]")):
             deadline = time.monotonic() + GRACE_S
         if time.monotonic() > deadline:

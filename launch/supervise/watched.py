@@ -170,6 +170,13 @@ class WatchedRank:
         """When it reached its step loop again after an error, in ns; 0: it has not."""
         return self._words[OUT_WORD]
 
+    def stays(self, now: float) -> bool:
+        """Whether it was told to leave a mesh, and for as long as a hang takes has neither left it nor come to the next
+        one."""
+        epoch, since = self._next
+        there = self.out or self._words[EPOCH_WORD] >= epoch
+        return epoch > 0 and not there and now - since / 1e9 > self._patience.limit(self._phase)
+
     def alone_s(self, now: float) -> float:
         """Seconds for which it waits for a plan, having lost others of the mesh that it is in or goes to; 0: it does
         not."""

@@ -1,6 +1,6 @@
 """The watcher of a node: sees ranks die, hang or go astray, says which and why, and ends the job at once.
 
-    python -m pentad.launch.supervise.watcher FOLDER [SPARES] | -
+    python -m pentad.launch.supervise.watcher FOLDER [SPARES [aloud]] | -
 
 FOLDER is that of a launcher, in which the node's first rank leaves the request; with - the request comes from standard
 input, of a rank that somebody else's launcher started. The process never imports torch: it must be there early, small,
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ...configs.strict_json import JsonError, expect_list, read_bytes
-from ...parallel.record.diagnosis import ENDED, FAILED, KILLED, LINK, LOST_NODE, OUT_OF_MEMORY, Verdict, diagnose
+from ...parallel.record.diagnosis import ENDED, FAILED, HANG, KILLED, LINK, LOST_NODE, OUT_OF_MEMORY, Verdict, diagnose
 from ...parallel.record.files import record_folder
 from ...parallel.record.stand import Condition, Stand
 from ...parallel.record.stand_text import dump_stand, load_stand
@@ -117,7 +117,7 @@ class Watcher:
         """Waits for the next look, or for something to happen; the descriptors that are ready."""
         poll = select.poll()
         self.ranks.register(poll)
-        if self._recovery is not None:
+        if self._recovery is not None and self._recovery.reachable:
             poll.register(self._recovery, select.POLLIN)
         for end in self._link.sockets() if self._link is not None else ():
             poll.register(end, select.POLLIN)
@@ -136,10 +136,8 @@ class Watcher:
             if now - self._lost_at > _CAUSE_S / 5:
                 self._suspect(now, impatient=now - self._lost_at > _CAUSE_S)
             return
-        alone = [rank.slot for rank in self.ranks.live() if rank.alone_s(now) > _CAUSE_S]
-        if self._recovery is not None and alone:
-            line = f"rank {alone[0]} lost the connection to another rank, and all ranks are there"
-            self._judged(Verdict(LINK, tuple(alone), line, at=time.time() - _CAUSE_S), self.ranks.stands(now))
+        if self._recovery is not None and (verdict := self._between_meshes(now)) is not None:
+            self._judged(verdict, self.ranks.stands(now))
             return
         late = [rank for rank in self.ranks.live() if rank.late(now) and not rank.done]
         if late and now > self._not_before and not any(rank.unsure for rank in late):
@@ -152,6 +150,18 @@ class Watcher:
             self._suspect(now)
         elif not late:
             self._not_before = 0.0
+
+    def _between_meshes(self, now: float) -> Verdict | None:
+        """What is wrong with ranks that are on their way from one mesh to the next."""
+        stay = tuple(rank.slot for rank in self.ranks.live() if rank.stays(now))
+        if stay:
+            line = f"rank {stay[0]} was told to leave, and does not come out of what it does"
+            return Verdict(HANG, stay, line, at=time.time())
+        alone = tuple(rank.slot for rank in self.ranks.live() if rank.alone_s(now) > _CAUSE_S)
+        if alone:
+            line = f"rank {alone[0]} lost the connection to another rank, and all ranks are there"
+            return Verdict(LINK, alone, line, at=time.time() - _CAUSE_S)
+        return None
 
     def _suspect(self, now: float, *, impatient: bool = False) -> None:
         """Something is wrong here: finds out what, with the other nodes where there are some."""
@@ -288,8 +298,9 @@ class Watcher:
         self.ranks.tidy(list(self.ranks.slots.values()))
 
 
-def main(argument: str, spares: int | None = None) -> int:
-    """Watches what the first argument says; with `spares`, mends faults and keeps so many processes ready."""
+def main(argument: str, spares: int | None = None, *, aloud: bool = False) -> int:
+    """Watches what the first argument says; with `spares`, mends faults and keeps so many processes ready; `aloud`: it
+    prints the verdict itself."""
     if argument == "-":
         return Watcher(WatchRequest.load(sys.stdin.buffer.read()), _print).run()
     folder = Path(argument)
@@ -297,6 +308,8 @@ def main(argument: str, spares: int | None = None) -> int:
 
     def tell(verdict: Verdict) -> None:
         publish_text(folder / VERDICT, json.dumps(verdict.as_dict()))
+        if aloud:
+            _print(verdict)
 
     while not (folder / WATCH).exists():
         if not folder.exists():
@@ -317,4 +330,4 @@ if __name__ == "__main__":
         signal.signal(number, signal.SIG_IGN)  # it ends with its ranks, and not before
     with contextlib.suppress(OSError):
         os.nice(-10)  # where that is allowed: it needs little, but at once, and the ranks take all cores
-    sys.exit(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None, aloud=len(sys.argv) > 3))

@@ -46,3 +46,31 @@ def test_a_rank_that_comes_on_while_others_are_looked_at_is_not_late(
     assert not still[1].late and still[1].idle_s < 1
     for rank in ranks.values():
         rank.close()
+
+
+def test_a_rank_between_two_meshes_is_not_late_and_is_seen_where_it_stays_or_is_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring, "ring_folders", lambda: (tmp_path, tmp_path))
+    recorder = ring.create("run", rank=0, world=2, entries=8)
+    assert recorder.path is not None
+    recorder.vitals.enter("step")
+    watched = WatchedRank(recorder.path, Patience(1.0, 10.0, 1.0), "host")
+    now = time.monotonic()
+    watched.look(now)
+    assert not watched.on_its_way and watched.late(now + 11)
+    watched.goes_to(0, 1, now)
+    assert watched.on_its_way and not watched.late(now + 11)
+    assert not watched.stays(now + 9) and watched.stays(now + 11)
+    assert watched.alone_s(now + 9) == 0
+    recorder.vitals.out()
+    assert not watched.stays(now + 11), "it waits for the plan"
+    assert 8 < watched.alone_s(now + 9) < 10
+    recorder.vitals.goes_on()
+    recorder.epoch = 1
+    assert watched.on_its_way and not watched.stays(now + 11), "it has met the others and builds nothing yet"
+    recorder.vitals.enter("load")
+    watched.look(time.monotonic())
+    assert not watched.on_its_way and watched.alone_s(now + 9) == 0
+    recorder.close()
+    watched.close()
