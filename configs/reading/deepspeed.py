@@ -184,7 +184,7 @@ def _differing(config: Config, found: dict[str, Any]) -> Iterator[Problem]:
         ):
             continue
         message = (
-            f"{file} has {path}={short(theirs)}, but the job {short(ours)}; set {key} to it, or leave it out there"
+            f"{file} has {path}={short(theirs)}, but the job has {short(ours)}; set {key} to it, or leave it out there"
         )
         yield Problem(KEY, message, (key,))
 
