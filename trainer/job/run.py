@@ -130,7 +130,7 @@ class RankOfJob:
         rejoining, cfg = self._rejoining, self._cfg
         state, restore = rejoining.brings(epoch, self._resumed) if rejoining is not None else (None, None)
         session = Session.open(
-            cfg,
+            cfg if rejoining is None else rejoining.job_in(epoch),
             epoch.members,
             epoch.number,
             here=self._here,
@@ -219,7 +219,7 @@ class RankOfJob:
         if cfg.eval.prompts and trainer.evaluator is not None:
             coder = make_coder(trainer.tokenizer, f"data.name={cfg.data.name}")
             stops, pipeline = trainer.tokenizer.stops, session.parts.pipeline
-            trainer.evaluator.sampler = PromptSampler(cfg, mesh, pipeline, trainer.stepper, coder, stops)
+            trainer.evaluator.sampler = PromptSampler(session.cfg, mesh, pipeline, trainer.stepper, coder, stops)
         if mesh.is_first:
             self._report(trainer, epoch)
         if rejoining is not None:

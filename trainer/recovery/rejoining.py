@@ -16,15 +16,18 @@ from pathlib import Path
 from ...configs.schema import Config
 from ..checkpoint.state import all_tensors
 from ..job.outputs import Outputs
+from ..metrics.peak import Peak
 from ..metrics.report import Report
+from ..overlap import ChunkSearch
 from ..processes.failure import is_loss
 from ..processes.start import Start
-from ..session import Here, Session, SessionState
+from ..session import Here, Restore, Session, SessionState
 from ..trainer import Trainer
 from .keeper import SnapshotKeeper
 from .plan import EpochPlan, Fenced, Membership
 from .point import RunPoint
 from .recovered import LOST_STEPS, MTTR
+from .resizing import ResizedRestore, resized
 from .restore import StateRestore
 
 
@@ -58,7 +61,9 @@ class Rejoining:
         self.keeper = SnapshotKeeper(membership.folder, membership.number)
         self._state: SessionState | None = None
         self._live: RunPoint | None = None
-        self._restore: StateRestore | None = None
+        self._restore: StateRestore | ResizedRestore | None = None
+        self._peak: Peak | None = None
+        self._search: ChunkSearch | None = None
         self._session: Session | None = None
         self._trainer: Trainer | None = None
         self._epoch = Epoch(0, ())
@@ -128,7 +133,21 @@ class Rejoining:
 
     # Into a mesh ------------------------------------------------------------------------------------------------
 
-    def brings(self, epoch: Epoch, resumed: Path | None) -> tuple[SessionState | None, StateRestore | None]:
+    def job_in(self, epoch: Epoch) -> Config:
+        """The job with the members that a mesh has.
+
+        Raises:
+            UserError: its layout does not allow so many.
+        """
+        members = len(epoch.members)
+        return self._cfg if members == self._cfg.parallel.ranks else resized(self._cfg, members)
+
+    def _was_resized(self, epoch: Epoch) -> bool:
+        """Whether any mesh up to this one had another size than the first: all ranks know the same."""
+        sizes = {len(self._membership.members(number) or epoch.members) for number in range(epoch.number + 1)}
+        return len(sizes) > 1
+
+    def brings(self, epoch: Epoch, resumed: Path | None) -> tuple[SessionState | None, Restore | None]:
         """What this process brings to a mesh, and what makes the ranks' states one.
 
         Args:
@@ -138,8 +157,12 @@ class Rejoining:
         self._epoch = epoch
         if epoch.number == 0:
             return None, None
-        self._restore = StateRestore(self._membership.folder, self._live, resumed)
-        state, self._state, self._live = self._state, None, None
+        folder, state, live = self._membership.folder, self._state, self._live
+        self._state = self._live = None
+        if self._was_resized(epoch):
+            self._restore = ResizedRestore(folder, self._peak, self._search, resumed)
+            return None, self._restore
+        self._restore = StateRestore(folder, live, resumed)
         return state, self._restore
 
     def met(self) -> None:
@@ -148,7 +171,7 @@ class Rejoining:
 
     def opened(self, session: Session) -> None:
         """The session stands, and its state is that of one step."""
-        self._session = session
+        self._session, self._peak, self._search = session, session.peak, session.overlap.search
 
     @property
     def point(self) -> RunPoint | None:

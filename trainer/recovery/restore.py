@@ -115,7 +115,7 @@ class StateRestore:
         on_node, self._on_node = self._on_node, {}
         slot = stepper.mesh.rank
         if self.point is None:
-            self._begin_anew(stepper)
+            begin_anew(stepper)
             return
         step, moved = self.point.step, None
         for to, source in self._moves:
@@ -129,12 +129,13 @@ class StateRestore:
             stepper.optimizer.loaded(tensors)
             stepper.updates.fill_(float(self.point.progress.updates))
 
-    def _begin_anew(self, stepper: Stepper) -> None:
-        """As before the first step."""
-        draw(stepper.parts, stepper.cfg)
-        for states in stepper.optimizer.states.values():
-            for state in states.values():
-                state.zero_()
-        for buffer in stepper.parts.buffers.values():
-            buffer.zero_()
-        stepper.updates.zero_()
+
+def begin_anew(stepper: Stepper) -> None:
+    """Gives a rank the state before the first step."""
+    draw(stepper.parts, stepper.cfg)
+    for states in stepper.optimizer.states.values():
+        for state in states.values():
+            state.zero_()
+    for buffer in stepper.parts.buffers.values():
+        buffer.zero_()
+    stepper.updates.zero_()
