@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import Problem
 from ..fields import value_of
-from ..schema import Config
+from ..schema import CODED_STATES, AdamWConfig, Config
 
 STOP_CODES = range(3, 128)
 """What `faults.stop_code` may be besides 0: 1 and 2 are errors, those from 128 on are signals."""
@@ -61,6 +61,12 @@ def _recovery(config: Config) -> list[Problem]:
             "host",
             config.memory.offload_optimizer == "disk",
             "does not copy masters and moments from files",
+        ),
+        (
+            "optim.states",
+            "bf16",
+            isinstance(config.optim, AdamWConfig) and config.optim.states in CODED_STATES,
+            "copies moments as they lie in memory, not coded ones",
         ),
         ("train.device", "cpu", config.train.device == "cuda", "is for CPUs so far"),
     )

@@ -181,6 +181,7 @@ WRONG += [
     (["faults.recover=true", "faults.watch=false"], "faults.recover", ["watcher", "set faults.watch=true"]),
     (["faults.recover=true", "train.device=cuda"], "faults.recover", ["CPUs", "train.device=cpu"]),
     (["faults.recover=true", "parallel.data.sharding=fsdp"], "faults.recover", ["fsdp", "zero1"]),
+    (["faults.recover=true", "optim.states=int8"], "faults.recover", ["coded", "optim.states=bf16"]),
     (
         ["faults.recover=true", "memory.offload_optimizer=disk", "memory.offload_disk=/tmp"],
         "faults.recover",
