@@ -14,6 +14,7 @@ import torch
 from ...parallel.comm.collectives import all_reduce
 from ...parallel.comm.mesh import Mesh
 from ...parallel.global_tensor import GlobalTensor
+from ..metrics.notices import warn
 from .backup import Backup
 from .partners import partners
 from .point import RunPoint
@@ -58,20 +59,36 @@ class SnapshotKeeper:
             tensors: this rank's pieces of the state.
             point: how far the state is.
         """
-        if self._file is None or not self._file.follow(tensors):
-            # The copies before stay until the first one of these is there.
-            before, self._file = self._file, SnapshotFile(self._folder, self._number, tensors)
-            if before is not None:
-                before.close()
+        self._file = self._made(tensors)
+        everybody = all(mesh.gather_objects(self._file is not None))
         self._mesh, self._members, self._steps = mesh, members, 0
         self._costs, self._times = [], []
         keepers = partners(mesh.nodes, mesh.degrees)
-        if any(slot is not None for slot in keepers):
+        if self._file is not None and everybody and any(slot is not None for slot in keepers):
             source = keepers.index(mesh.rank) if mesh.rank in keepers else None
             self._backup = Backup(mesh, keepers[mesh.rank], source, self._folder / f"snapshot.{self._number}.partner")
             self._backup.begin(self._file.file)
-        self._write(self._file, mesh, point)
+        if self._file is not None:
+            self._write(self._file, mesh, point)
         self._last = time.monotonic()
+
+    def _made(self, tensors: Mapping[str, GlobalTensor]) -> SnapshotFile | None:
+        """The file for copies of these pieces; None: there is no room for them."""
+        if self._file is not None and self._file.follow(tensors):
+            return self._file
+        before = self._file
+        try:
+            # The copies before stay until the first one of these is there.
+            return SnapshotFile(self._folder, self._number, tensors)
+        except OSError as error:
+            warn(
+                f"{self._folder} has no room for copies of the state ({error.strerror}): after a fault the job goes on "
+                "from its newest checkpoint (faults.recover)"
+            )
+            return None
+        finally:
+            if before is not None:
+                before.close()
 
     def _write(self, file: SnapshotFile, mesh: Mesh, point: RunPoint) -> None:
         half, seal = file.write(point, mesh.epoch, mesh.rank)
@@ -88,13 +105,13 @@ class SnapshotKeeper:
 
     def after(self, point: RunPoint) -> None:
         """After every step, on all ranks."""
-        assert self._file is not None and self._mesh is not None
+        assert self._mesh is not None
         began = time.monotonic()
         self._times.append(began - self._last)
         if not self._steps:
             self._remove_others()
         self._steps += 1
-        if point.step % self.every == 0:
+        if self._file is not None and point.step % self.every == 0:
             self._write(self._file, self._mesh, point)
             self._costs.append(time.monotonic() - began)
         if self._steps >= _AGREE_AT and math.log(self._steps, 4).is_integer():
@@ -102,13 +119,13 @@ class SnapshotKeeper:
         self._last = time.monotonic()
 
     def _agree(self, step: int) -> None:
-        assert self._file is not None and self._mesh is not None
+        assert self._mesh is not None
         cost = median(self._costs) if self._costs else 0.0
         mine = torch.tensor([cost, -median(self._times)], dtype=torch.float64)
         cost, seconds = all_reduce(mine, self._mesh.axis("world"), "max").wait().tolist()
         every = max(1, math.ceil(cost / (BUDGET * -seconds))) if cost else self.every
         self._costs, self._times = self._costs[-1:], []
-        if self.tell is not None:
+        if self.tell is not None and self._file is not None:
             about = {"mib": self._file.file.state_bytes / 2**20, "ms": 1e3 * cost, "step_ms": -1e3 * seconds}
             self.tell("snapshots", step=step, every=every, **{name: round(value, 3) for name, value in about.items()})
         self.every = every
