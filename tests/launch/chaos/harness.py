@@ -134,12 +134,15 @@ def _rank(
 
 def _outcome(folder: Path, port: int, at: float, ended: float, codes: tuple[int, ...]) -> Outcome:
     run = folder / "a"
-    deadline = time.monotonic() + 10
-    while _left(folder, port) and time.monotonic() < deadline:
+    said, deadline = run / "record" / "verdict.json", time.monotonic() + 10
+    # On a busy machine the ranks may have left before the watcher has found words for a death.
+    while (_left(folder, port) or (any(codes) and not said.exists())) and time.monotonic() < deadline:
         time.sleep(0.05)
-    verdict = None
-    if (run / "record" / "verdict.json").exists():
-        verdict = Verdict.load(json.loads((run / "record" / "verdict.json").read_text()))
+    verdict, end = None, time.monotonic() + 1
+    if said.exists():
+        verdict = Verdict.load(json.loads(said.read_text()))
+        while not (folder / "stderr").read_text() and time.monotonic() < end:
+            time.sleep(0.05)
     # Notices, of saves that are passed over, come while the job goes on.
     lines = [line for line in (folder / "stderr").read_text().splitlines() if not line.startswith("pentad: ")]
     causes = set(verdict.ranks) if verdict is not None else set()
