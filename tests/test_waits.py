@@ -129,6 +129,7 @@ WAITS = {
     "launch/slurm/snapshot.py": {"": LAUNCHER},
     "launch/supervise/agent.py": {"": LAUNCHER},
     "launch/supervise/fork_server.py": {"": LAUNCHER},
+    "launch/supervise/guarded.py": {"": LAUNCHER},
     "launch/supervise/node_ranks.py": {"": LAUNCHER},
     "launch/supervise/recovery.py": {"": LAUNCHER},
     "launch/supervise/rehearsal_worker.py": {"": "a hang that is wanted, and ended by the watcher"},

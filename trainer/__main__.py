@@ -15,6 +15,7 @@ from ..configs.tables.imports import OPTION, import_modules, take_imports
 from .memory.plan import decided
 from .preflight import preflight
 from .processes.failure import Failure
+from .processes.guarding import become_guardian, guardable
 from .processes.launchers import place
 from .processes.leaving import leave
 from .processes.meeting import Stopped
@@ -101,6 +102,9 @@ def _run(
         loading = False
         if not cfg.faults.recover:
             start.membership = None
+        elif alone and start.membership is None and guardable(start.env):
+            options = [argument for name in modules for argument in (OPTION, name)]
+            become_guardian(cfg, [*([FRESH] if start.fresh else []), *options, start.config, *overrides])
         if start.meeting.rank == 0:
             if alone:
                 preflight(cfg)

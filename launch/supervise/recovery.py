@@ -163,7 +163,8 @@ class Recovery:
         self._wire.close()
         spares = list(ranks.spares.values())
         _wait_for_ends(spares, _LEAVE_S)
-        ranks.tidy(spares)
+        # Whoever was first on the node, and would have kept the records of all, may be among the lost.
+        ranks.tidy([*spares, *(rank for rank in ranks.slots.values() if rank.has_ended())])
 
 
 def _kill(lost: list[WatchedRank]) -> None:

@@ -20,13 +20,18 @@ from tests.jobs import DENSE
 _SIZE = [
     *("model.layers=2", "model.hidden=32", "model.heads=4", "model.kv_heads=4", "model.ffn=32", "model.vocab=320"),
     *("train.seq_len=16", "train.global_batch=4", "train.micro_batch=1", "train.steps=60", "eval.every=0"),
-    *("hardware.peak_tflops=1", "train.deterministic=true", "parallel.pp=2", "parallel.dp=1", "log.every=1000"),
+    *("hardware.peak_tflops=1", "train.deterministic=true", "log.every=1000"),
+    *("parallel.tp=1", "parallel.pp=1", "parallel.dp=2"),
 ]
 
 
-def _start(runs: Path, name: str, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pentad.launch.cli", "train", DENSE, *_SIZE, f"name={name}", f"runs_dir={runs}"]
-    return subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+_TRAIN = ["pentad.launch.cli", "train"]
+_TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pentad.trainer"]
+
+
+def _start(runs: Path, name: str, *more: str, launcher: list[str] = _TRAIN) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", *launcher, DENSE, *_SIZE, f"name={name}", f"runs_dir={runs}", *more]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
@@ -71,3 +76,22 @@ def test_a_job_whose_ranks_are_killed_ends_with_the_same_curve_and_bits(tmp_path
     files = sorted((tmp_path / "whole" / "checkpoints").rglob("*.safetensors"))
     assert files and all(filecmp.cmp(f, tmp_path / "hurt" / f.relative_to(tmp_path / "whole"), False) for f in files)
     assert not list(Path("/dev/shm").glob("pentad-hurt-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_torchrun_does_not_hear_of_a_fault_that_is_mended(tmp_path: Path) -> None:
+    hurt = _start(tmp_path, "torchrun", "faults.recover=true", "faults.spares=1", launcher=_TORCHRUN)
+    try:
+        until = time.monotonic() + 120
+        while len(_lines(tmp_path / "torchrun" / "metrics.jsonl")) < 5:
+            assert hurt.poll() is None and time.monotonic() < until, hurt.communicate()
+            time.sleep(0.01)
+        _kill(tmp_path / "torchrun", 0)
+        _, errors = hurt.communicate(timeout=120)
+    finally:
+        hurt.kill()
+    assert hurt.returncode == 0, errors
+    assert "fault: rank 0 was killed by SIGKILL" in errors
+    assert [row["step"] for row in _lines(tmp_path / "torchrun" / "metrics.jsonl")] == [*range(1, 61)]
+    assert not list(Path("/dev/shm").glob("pentad-torchrun-*"))
