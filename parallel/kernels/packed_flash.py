@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .mask import Mask, TokenIndex
+from .plain_maths import PlainMaths
 from .upload import upload
 
 _ops = torch.ops.aten
@@ -117,8 +118,6 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
 
     Its operators belong to PyTorch's inner parts, whose forms differ between versions.
     """
-    from .device import PlainMaths  # which chooses between this and others
-
     documents = torch.tensor([[0] * 70 + [1] * 10, [0] * 3 + [1] * 50 + [2] * 27])
     draws = torch.Generator().manual_seed(0)
     q, k, v, dout = (torch.randn(2, 80, heads, 16, generator=draws).to(device, dtype) for heads in (4, 2, 2, 4))

@@ -17,9 +17,9 @@ from pentad.models.transformer import Transformer
 from pentad.models.weights.initialise import initialise
 from pentad.parallel.kernels.attention import attention
 from pentad.parallel.kernels.blockwise import Blockwise
-from pentad.parallel.kernels.device import PlainMaths
 from pentad.parallel.kernels.interfaces import AttentionCall
 from pentad.parallel.kernels.mask import Mask, TokenIndex, TokenLayout
+from pentad.parallel.kernels.plain_maths import PlainMaths
 from tests.training import TINY
 
 

@@ -18,9 +18,10 @@ from pentad.parallel.context.ring import Ring
 from pentad.parallel.context.tokenring import TokenRing
 from pentad.parallel.context.ulysses import Ulysses, check_heads
 from pentad.parallel.context.usp import Usp
-from pentad.parallel.kernels.device import PlainMaths, local_attention
+from pentad.parallel.kernels.device import local_attention
 from pentad.parallel.kernels.interfaces import AttentionCall, Core
 from pentad.parallel.kernels.mask import Mask, TokenIndex, TokenLayout
+from pentad.parallel.kernels.plain_maths import PlainMaths
 from pentad.parallel.record.ring import Recorder
 from tests.distributed import job_store, run_distributed
 from tests.parallel.context.cases import CASES, Case, attend, check, inputs, layout, on_ranks, saved_bytes, sent_bytes

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from pentad.parallel.comm.mesh import Axis, Degrees, Mesh
 from pentad.parallel.context.gather import GatherKeysValues, GatherLatent
-from pentad.parallel.kernels.device import PlainMaths
 from pentad.parallel.kernels.interfaces import AttentionCall
 from pentad.parallel.kernels.mask import TokenLayout
+from pentad.parallel.kernels.plain_maths import PlainMaths
 from pentad.parallel.record.ring import Recorder
 from tests.distributed import job_store, run_distributed
 from tests.parallel.context.cases import CASES, Case, documents, layout, put_together, sent_bytes, take

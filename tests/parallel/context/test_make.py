@@ -10,7 +10,7 @@ import pytest
 from pentad.configs.schema_parallel import ContextConfig
 from pentad.configs.tables.context_methods import CONTEXT_METHODS
 from pentad.parallel.context.make import make_core, make_latent_core
-from pentad.parallel.kernels.device import PlainMaths
+from pentad.parallel.kernels.plain_maths import PlainMaths
 
 MESH: Any = SimpleNamespace(axis=lambda name: name)
 

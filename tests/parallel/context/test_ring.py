@@ -14,8 +14,8 @@ from pentad.parallel.context.ring import Ring
 from pentad.parallel.context.ring_plan import RingPlans, RowSelection
 from pentad.parallel.context.tokenring import TokenRing
 from pentad.parallel.kernels.blockwise import Blockwise
-from pentad.parallel.kernels.device import PlainMaths
 from pentad.parallel.kernels.mask import Mask, TokenIndex
+from pentad.parallel.kernels.plain_maths import PlainMaths
 from pentad.parallel.record import reader
 from tests.distributed import run_distributed
 from tests.parallel.context.cases import CASES, MANY, Case, attend, check, layout, on_ranks, sent_bytes

@@ -13,12 +13,13 @@ from pentad.parallel.kernels import device as local_attention
 from pentad.parallel.kernels import fused_attention
 from pentad.parallel.kernels.attention import attention
 from pentad.parallel.kernels.blockwise import Blockwise, blocks
-from pentad.parallel.kernels.device import Cpu, Cuda, PlainMaths, check_local_attention
+from pentad.parallel.kernels.device import Cpu, Cuda, check_local_attention
 from pentad.parallel.kernels.fused_attention import Fused, pieces
 from pentad.parallel.kernels.fused_kernels import CpuFlash
 from pentad.parallel.kernels.interfaces import LocalAttention, to_be_summed
 from pentad.parallel.kernels.mask import Mask, TokenIndex
 from pentad.parallel.kernels.merge import merge_
+from pentad.parallel.kernels.plain_maths import PlainMaths
 
 LOCALS: dict[str, LocalAttention] = {
     "plain": PlainMaths(), "blockwise": Blockwise(), "fused": Fused(CpuFlash(), CpuFlash())

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pentad.parallel.kernels import packed_flash
-from pentad.parallel.kernels.device import Cuda, PlainMaths
+from pentad.parallel.kernels.device import Cuda
 from pentad.parallel.kernels.mask import Mask, TokenIndex
 from pentad.parallel.kernels.packed_flash import PackedFlash, documents_of, packs
+from pentad.parallel.kernels.plain_maths import PlainMaths
 from tests.parallel.kernels.test_device import rows, tensors
 
 SCALE = 0.3
