@@ -85,7 +85,7 @@ WAITS = {
     },
     "parallel/record/device_clock.py": {"": DEVICE},
     "parallel/record/files.py": {"sweep": FILES},
-    "parallel/record/ring_memory.py": {"allocate": FILES},
+    "parallel/record/slots.py": {"allocate": FILES},
     "parallel/record/vitals.py": {"Heart.close": SHORT, "Heart._run": NOBODY},
     "parallel/replicas/deepspeed_comm.py": {"": HANDLE},
     "parallel/replicas/fsdp.py": {"": HANDLE},

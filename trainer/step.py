@@ -16,7 +16,7 @@ the gathers of parameters are not: those are handed out anew when the next sessi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -198,7 +198,7 @@ class Stepper:
         with (
             nullcontext() if self.live is None else self.live.watching(),
             second_runs_in(self._remaking),
-            self._printed(),
+            nullcontext() if self.guard is None else fingerprinting(self.guard.prints),
         ):
             count = None if self.live is None else self.live.count
             execute(self.ops, self._handlers, self.mesh.recorder, count)
@@ -291,9 +291,6 @@ class Stepper:
             self._show(None)
         losses, self._step = self._losses(runtime), None
         return self._sum(losses)
-
-    def _printed(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.guard is None else fingerprinting(self.guard.prints)
 
     def _show(self, look: Look | None) -> None:
         self.model.head_op.look = look

@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from .ring_memory import allocate
 from .slots import (
     ARRIVED,
     CPU,
@@ -31,6 +30,7 @@ from .slots import (
     WAITED,
     HeldEntries,
     Slots,
+    allocate,
 )
 from .vitals import AT_STEP_WORD, AT_WORD, EPOCH_WORD, WAITS_WORD, Vitals
 

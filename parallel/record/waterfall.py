@@ -13,8 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..pipeline.program import Ops
-from .codes import Codes
-from .division import Division
+from .division import Codes, Division
 from .parts import DURATIONS, PAIRS, QUEUED, STEP
 from .ring import BESIDE, Recorder
 from .slots import END, FLAGS, START, WAITED
