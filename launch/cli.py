@@ -92,18 +92,18 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     train = job("train", "Run a job, on this machine or as a rank of torchrun, srun or mpirun.")
     train.add_argument("--fresh", action="store_true", help="move an earlier run in its folder aside, to NAME.1 …")
     train.set_defaults(run=_train)
-    rehearsal = job("rehearse", "Run a job, make faults happen to it, and say what became of it.")
-    rehearsal.add_argument(
-        "--fault", metavar="KIND:rank=R@step=S", action="append", default=[], help="kill, stop or hang; repeated"
-    )
-    rehearsal.add_argument("--json", action="store_true", help="one JSON object at the end")
-    rehearsal.set_defaults(run=_rehearse)
     check = job("check", "Validate a job and print its layout, parameters, FLOPs and memory.")
     check.add_argument("--svg", metavar="FILE", help="write the memory of the ranks as a picture")
     check.set_defaults(run=_check)
     show = job("show", "Print the resolved config, or what its keys mean.", optional=True)
     show.add_argument("--keys", metavar="SECTION", nargs="?", const="", help="document every key of a section, or all")
     show.set_defaults(run=_show)
+    rehearsal = job("rehearse", "Run a job, make faults happen to it, and say what became of it.")
+    rehearsal.add_argument(
+        "--fault", metavar="KIND:rank=R@step=S", action="append", default=[], help="kill, stop or hang; repeated"
+    )
+    rehearsal.add_argument("--json", action="store_true", help="one JSON object at the end")
+    rehearsal.set_defaults(run=_rehearse)
 
     flops = verbs.add_parser("flops", help="Count a model's parameters and FLOPs per token.")
     flops.add_argument("model", metavar="MODEL", help="a preset, or a job's YAML file")

@@ -114,15 +114,16 @@ def core_backward(t: Tape, b: Bench) -> None:
     outer = b.ranks // work.exchanged
     block = score_bytes(b, b.w.heads / work.exchanged, length, length)
     turned = (outer == 1 or _at_home(b, outer)) and work.exchanged == 1
-    beside = kernel_backward(b, x, block, turned=turned)
-    if outer > 1:
-        t.bump(_method_backward(b, x, outer) + beside)
-    for name, nbytes in (("d queries", x.q), ("d keys", x.k), ("d values", x.v)):
-        t.make(name, b.wide(nbytes))
-    if outer == 1:
-        t.bump(beside)
-    if b.half:
-        t.bump(x.q + x.kv)
+    if outer > 1 or block:  # else one kernel makes them as they are wanted
+        beside = kernel_backward(b, x, block, turned=turned)
+        if outer > 1:
+            t.bump(_method_backward(b, x, outer) + beside)
+        for name, nbytes in (("d queries", x.q), ("d keys", x.k), ("d values", x.v)):
+            t.make(name, b.wide(nbytes))
+        if outer == 1:
+            t.bump(beside)
+        if b.half:
+            t.bump(x.q + x.kv)
     for name, nbytes in (("d queries", x.q), ("d keys", x.k), ("d values", x.v)):
         t.make(name, nbytes)
     t.free("queries", "keys", "values", "keys and values", "attention output", "log-sum-exp")
