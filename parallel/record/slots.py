@@ -61,7 +61,11 @@ class Slots:
         another one by now."""
         words, ring, base, capacity = self._words, self._ring, self._base, self._capacity
         epoch, last, pack, ended = words[EPOCH_WORD], words[NEXT_WORD] - 1, _PAYLOAD.pack_into, held.ended
-        for ticket, entry in list(held.items()):
+        # Their tickets at once: to make a pair of each may collect garbage, which is an entry itself.
+        for ticket in list(held):
+            entry = held.get(ticket)
+            if entry is None:
+                continue
             over, word = entry[END], base + ticket % capacity * _WORDS
             version = ticket // capacity * 2 + 2
             if words[word] <= version:
@@ -77,7 +81,7 @@ class Slots:
                     ended[ticket] = entry
             if ticket > last:
                 last = ticket
-        words[NEXT_WORD] = last + 1
+        words[NEXT_WORD] = max(words[NEXT_WORD], last + 1)
         held.full = held.most + len(held) if held.most else 0
 
     def stamp(self, ticket: int, start: int | None, end: int, flags: int, waited: int) -> None:

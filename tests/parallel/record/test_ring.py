@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -382,3 +383,30 @@ def test_an_entry_is_written_with_a_handful_of_calls() -> None:
             sys.setprofile(None)
         counts.append(sum(event.endswith("call") for event in calls))
     assert counts[0] == counts[1] <= 8, counts
+
+
+def test_garbage_that_is_collected_while_entries_are_written_is_an_entry_itself(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "ring", rank=0, world=1, entries=512)
+    recorder.hold()
+    kind, made = recorder.intern("collect"), 0
+
+    def collecting(phase: str, about: dict[str, int]) -> None:
+        nonlocal made
+        made += 1
+        recorder.exit(recorder.enter(kind))
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(collecting)
+    gc.set_threshold(1)
+    try:
+        for _ in range(20):
+            for _ in range(5):
+                recorder.enter(kind)
+            recorder.flush()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(collecting)
+    recorder.flush()
+    assert made
+    entries = record_view.read(tmp_path / "ring").entries
+    assert len(entries) == min(100 + made, 512)
