@@ -125,7 +125,7 @@ class VocabHead:
     def __init__(self, shard: VocabShard, chunk: int = 1024) -> None:
         self.shard, self.chunk = shard, chunk
         self.look: Look | None = None
-        self.entropy: CrossEntropy = cross_entropy
+        self.cross_entropy: CrossEntropy = cross_entropy
         """Replaceable from outside."""
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class VocabHead:
             A scalar (fp32, or fp64 for fp64 hidden states), equal on all ranks of the axis.
         """
         return _Loss.apply(
-            x, weight, labels, scale, self.shard, self.chunk, torch.is_grad_enabled(), self.look, self.entropy
+            x, weight, labels, scale, self.shard, self.chunk, torch.is_grad_enabled(), self.look, self.cross_entropy
         )
 
 

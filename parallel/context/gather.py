@@ -152,12 +152,14 @@ class _Gathered:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One block's part of dq, and the gradients of its part of the gathered two in their own types."""
         if self.up is None:
-            dq, dk, dv = to_be_summed(self.local, dout, q, one, two, out, lse, mask, self.call.scale)
+            grads = self.local.backward(dout, q, one, two, out, lse, mask, self.call.scale)
+            dq, dk, dv = to_be_summed(grads, lse)
             return dq, dk.to(one.dtype), dv.to(two.dtype)
         one, two = (x.detach().requires_grad_() for x in (one, two))
         with torch.enable_grad():
             k, v = self._expand(one, two)
-        dq, dk, dv = to_be_summed(self.local, dout, q, k.detach(), v.detach(), out, lse, mask, self.call.scale)
+        grads = self.local.backward(dout, q, k.detach(), v.detach(), out, lse, mask, self.call.scale)
+        dq, dk, dv = to_be_summed(grads, lse)
         # Not deferred: the weight's gradients would keep the keys and values of all ranks until then.
         with at_once(self.up.parameters()):
             torch.autograd.backward((k, v), (dk.to(k.dtype), dv.to(v.dtype)))

@@ -220,9 +220,10 @@ def _differentiate(course: _Direction, saved: _Saved, dq: Tensor, dk: Tensor, dv
             rows = slice(*stop.mine)
             x, theirs, y, sums = saved.q[:, rows], saved.dout[:, rows], saved.out[:, rows], saved.lse[:, :, rows]
             mask = course.table.masks[step]
-            part, *made = to_be_summed(course.local, theirs, x, keys, values, y, sums, mask, course.scale)
+            grads = course.local.backward(theirs, x, keys, values, y, sums, mask, course.scale)
+            part, *made = to_be_summed(grads, sums)
             dq[:, rows] += part
-            del keys, values, part
+            del keys, values, part, grads
         del block
         gradients.post(step, made)
         del made

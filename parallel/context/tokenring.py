@@ -170,7 +170,7 @@ def _differentiate(
     home = lse.transpose(1, 2), row_sums(dout, out).transpose(1, 2), q, dout
     journey = RingTransfer(course.table, course.lines, home)
     journey.post(1)
-    dq, dk, dv = to_be_summed(course.local, dout, q, k, v, out, lse, course.table.masks[0], course.scale)
+    dq, dk, dv = to_be_summed(course.local.backward(dout, q, k, v, out, lse, course.table.masks[0], course.scale), lse)
 
     def join(choice: RowSelection, parts: tuple[Tensor, ...]) -> None:
         choice.put(dq, parts[0], add=True)
@@ -189,17 +189,10 @@ def _differentiate(
                 # The probabilities of what only fills up are 0 then.
                 sums = sums.masked_fill(stop.used.once(upload, stop.used.padding, sums.device)[..., None], float("inf"))
             y = _stand_in(theirs, delta).to(x.dtype)
-            dx, dkeys, dvalues = to_be_summed(
-                course.local,
-                theirs,
-                x,
-                k[:, keys],
-                v[:, keys],
-                y,
-                sums.transpose(1, 2),
-                course.table.masks[step],
-                course.scale,
+            made_of = course.local.backward(
+                theirs, x, k[:, keys], v[:, keys], y, sums.transpose(1, 2), course.table.masks[step], course.scale
             )
+            dx, dkeys, dvalues = to_be_summed(made_of, sums)
             dk[:, keys] += dkeys
             dv[:, keys] += dvalues
             made = (dx,)

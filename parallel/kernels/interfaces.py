@@ -30,20 +30,10 @@ class LocalAttention(Protocol):
         ...
 
 
-def to_be_summed(
-    local: LocalAttention,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Mask,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of `local.backward` in lse's precision, to which those of other keys or queries can be added."""
-    dq, dk, dv = local.backward(dout, q, k, v, out, lse, mask, scale)
-    return dq.to(lse.dtype), dk.to(lse.dtype), dv.to(lse.dtype)
+def to_be_summed(grads: tuple[Tensor, Tensor, Tensor], lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `LocalAttention.backward` gives, in lse's precision, so that those of other keys or queries can be added."""
+    dq, dk, dv = (grad.to(lse.dtype) for grad in grads)
+    return dq, dk, dv
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def _use_triton(model: Transformer) -> None:
         elif isinstance(module, (Attention, LatentAttention)):
             module.rotate = triton_rotate
     if isinstance(model.head_op, VocabHead):
-        model.head_op.entropy = fused_cross_entropy
+        model.head_op.cross_entropy = fused_cross_entropy
 
 
 def triton_problem(device: torch.device) -> str | None:

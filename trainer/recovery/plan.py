@@ -27,7 +27,9 @@ from ...configs.strict_json import (
     read_bytes,
 )
 
-_POLL_S = 0.001
+_POLL_S, _IDLE_POLL_S = 0.001, 0.005
+"""Between two looks: of those that wait in a fault, and of those that have waited for long."""
+_IDLE_AFTER_S = 10.0
 _MAX_BYTES = 1 << 22
 _MAX_NUMBER = 1 << 24
 _END = "plan.end"
@@ -142,15 +144,16 @@ class Membership:
         Raises:
             JsonError: what is there is no plan.
         """
-        until, newest = time.monotonic() + seconds, None
+        began, newest = time.monotonic(), None
         while True:
             if (self.folder / _END).exists():
                 return None
             while (found := self._read(after + 1)) is not None:
                 newest, after = found, after + 1
-            if newest is not None or stopped() or time.monotonic() > until:
+            waited = time.monotonic() - began
+            if newest is not None or stopped() or waited > seconds:
                 return newest
-            time.sleep(_POLL_S)
+            time.sleep(_POLL_S if waited < _IDLE_AFTER_S else _IDLE_POLL_S)
 
     def overtaken(self, epoch: int) -> bool:
         """Whether there is a plan of a later epoch: what belongs to `epoch` writes nothing any more."""
