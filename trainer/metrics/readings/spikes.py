@@ -44,8 +44,8 @@ class SpikeFinder:
         """What was expected and what the limit is, if the value is a spike."""
         if not math.isfinite(value):
             return None
-        found = self._limits() if len(self._window) >= _WARM_UP else None
-        if found is not None and value > found[1]:
+        found = self._exceeded(value) if len(self._window) >= _WARM_UP else None
+        if found is not None:
             self._row.append(value)
             if len(self._row) >= _LEVEL:
                 self._restart()
@@ -54,12 +54,14 @@ class SpikeFinder:
         self._keep(value)
         return None
 
-    def _limits(self) -> tuple[float, float]:
+    def _exceeded(self, value: float) -> tuple[float, float] | None:
+        high = self._average + math.log(_FACTOR) if self._log else self._average * _FACTOR
+        if value <= high:  # as nearly always: medians cost more than all else here
+            return None
         values = np.array(self._window)
         median = float(np.median(values))
-        scattered = median + _DEVIATIONS * float(np.median(np.abs(values - median)))
-        high = self._average + math.log(_FACTOR) if self._log else self._average * _FACTOR
-        return self._average, max(high, scattered)
+        limit = max(high, median + _DEVIATIONS * float(np.median(np.abs(values - median))))
+        return (self._average, limit) if value > limit else None
 
     def _keep(self, value: float) -> None:
         self._window.append(value)
