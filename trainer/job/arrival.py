@@ -29,7 +29,8 @@ from ..setup import Ranks, make_recorder, prepare_device, record_stem
 def arrive(cfg: Config, start: Start, ranks: Ranks, open_things: ExitStack) -> Here:
     """Everything that can fail on one rank alone, before the mesh, in which the others would wait for it. Who comes
     later than the job began meets nobody here."""
-    store = start.meeting.open(cfg.faults.timeout_s)
+    moved = start.membership.store if start.membership is not None else ""
+    store = start.meeting.move(moved, cfg.faults.timeout_s)
     device = prepare_device(cfg, ranks)
     if ranks.local_rank == 0:
         files.sweep()

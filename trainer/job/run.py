@@ -128,7 +128,10 @@ class RankOfJob:
     def _in_mesh(self, epoch: Epoch) -> bool:
         """Trains in one mesh."""
         rejoining, cfg = self._rejoining, self._cfg
-        state, restore = rejoining.brings(epoch, self._resumed) if rejoining is not None else (None, None)
+        state, restore = None, None
+        if rejoining is not None:
+            self._here = rejoining.here
+            state, restore = rejoining.brings(epoch, self._resumed)
         session = Session.open(
             cfg if rejoining is None else rejoining.job_in(epoch),
             epoch.members,

@@ -85,6 +85,19 @@ class Meeting:
         self._store = dist.PrefixStore(f"pentad/{self._env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         return self._store
 
+    def move(self, address: str, timeout_s: float) -> dist.Store | None:
+        """Another store, where the job's first one may be lost: the ranks had met before it was.
+
+        Args:
+            address: HOST:PORT; empty: the one that this process has.
+            timeout_s: as of `open`, whose errors are raised.
+        """
+        host, _, port = address.rpartition(":")
+        if address and (host, port) != (self._env.get("MASTER_ADDR"), self._env.get("MASTER_PORT")):
+            self._env = {**self._env, "MASTER_ADDR": host, "MASTER_PORT": port}
+            self._store, self._hosts, self._complete = None, False, True
+        return self.open(timeout_s)
+
     def _find_rank_0(self, host: str, port: int, timeout_s: float) -> None:
         answers: list[bytes] = []
 

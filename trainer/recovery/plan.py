@@ -46,6 +46,7 @@ class EpochPlan:
         line: why, as a person reads it.
         seen: when the fault was seen (Unix seconds); 0: not known.
         rung: how the lost ones are replaced (spare, respawn, shrink …).
+        store: HOST:PORT where the members meet; empty: where the job began to.
 
     Raises:
         ValueError: a process is in two slots, or lost and a member, or there is none.
@@ -57,6 +58,7 @@ class EpochPlan:
     line: str
     seen: float = 0.0
     rung: str = ""
+    store: str = ""
 
     def __post_init__(self) -> None:
         if self.epoch < 1 or not self.members:
@@ -78,12 +80,13 @@ class EpochPlan:
         found = expect_object(parse_json(data), "the plan", ("epoch", "members", "lost", "line"))
         epoch, line = expect_int(found["epoch"], "epoch"), expect_text(found["line"], "line")
         seen, rung = expect_number(found.get("seen", 0.0), "seen"), expect_text(found.get("rung", ""), "rung")
+        store = expect_text(found.get("store", ""), "store")
         members, lost = (
             tuple(expect_int(each, what, 0, _MAX_NUMBER) for each in expect_list(found[what], what))
             for what in ("members", "lost")
         )
         try:
-            return EpochPlan(epoch, members, lost, line, seen, rung)
+            return EpochPlan(epoch, members, lost, line, seen, rung, store)
         except ValueError as error:
             raise JsonError(str(error)) from None
 
@@ -154,6 +157,12 @@ class Membership:
             if newest is not None or stopped() or waited > seconds:
                 return newest
             time.sleep(_POLL_S if waited < _IDLE_AFTER_S else _IDLE_POLL_S)
+
+    @property
+    def store(self) -> str:
+        """HOST:PORT where the members of the newest mesh meet; empty: where the job began to."""
+        newest = self.wait(0, 0)
+        return newest.store if newest is not None else ""
 
     def overtaken(self, epoch: int) -> bool:
         """Whether there is a plan of a later epoch: what belongs to `epoch` writes nothing any more."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...configs.schema import Config
@@ -20,6 +20,7 @@ from ..metrics.peak import Peak
 from ..metrics.report import Report
 from ..overlap import ChunkSearch
 from ..processes.failure import is_loss
+from ..processes.meeting import Meeting
 from ..processes.start import Start
 from ..session import Here, Restore, Session, SessionState
 from ..trainer import Trainer
@@ -53,11 +54,16 @@ class Rejoining:
         cfg: the job.
         membership: from where plans come.
         here: this process.
+        meeting: where its job's ranks meet.
         stopped: whether it was asked to stop.
     """
 
-    def __init__(self, cfg: Config, membership: Membership, here: Here, stopped: Callable[[], bool]) -> None:
-        self._cfg, self._membership, self._here, self._stopped = cfg, membership, here, stopped
+    def __init__(
+        self, cfg: Config, membership: Membership, here: Here, meeting: Meeting, stopped: Callable[[], bool]
+    ) -> None:
+        self._cfg, self._membership, self._meeting, self._stopped = cfg, membership, meeting, stopped
+        self.here = here
+        """This process, as it comes to the next mesh."""
         self.keeper = SnapshotKeeper(membership.folder, membership.number)
         self._state: SessionState | None = None
         self._live: RunPoint | None = None
@@ -76,7 +82,7 @@ class Rejoining:
         """None: a fault ends the job."""
         if start.membership is None:
             return None
-        return Rejoining(cfg, start.membership, here, lambda: start.stop.requested)
+        return Rejoining(cfg, start.membership, here, start.meeting, lambda: start.stop.requested)
 
     # Between two meshes -----------------------------------------------------------------------------------------
 
@@ -104,7 +110,7 @@ class Rejoining:
         """
         if self._done or not is_loss(error):
             return None
-        self._here.recorder.vitals.out()
+        self.here.recorder.vitals.out()
         self._times = {"notice": time.time()}
         self._leave()
         self._times["leave"] = time.time()
@@ -113,11 +119,13 @@ class Rejoining:
             return None
         if self._membership.number not in plan.members:
             raise Fenced
-        self._here.recorder.vitals.goes_on()
+        self.here.recorder.vitals.goes_on()
         return self._entered(plan)
 
     def _entered(self, plan: EpochPlan) -> Epoch:
         self._times["wait"] = time.time()
+        store = self._meeting.move(plan.store, self._cfg.faults.timeout_s)
+        self.here = replace(self.here, store=store)
         return Epoch(plan.epoch, plan.members, plan)
 
     def _leave(self) -> None:

@@ -173,3 +173,16 @@ def test_an_answer_that_is_no_failure_is_not_believed(monkeypatch: pytest.Monkey
         monkeypatch.setattr(meetings, "_knock", lambda host, port, answer=answer: answer)
         with pytest.raises(LostRank, match="rank 0 could not start"):
             Meeting(1, 2, _env()).open(5)
+
+
+def test_ranks_meet_at_another_store_when_the_first_one_is_lost() -> None:
+    there = Meeting(0, 2, _env())
+    elsewhere = there.open(30)
+    assert elsewhere is not None
+    elsewhere.set("mesh", "1")
+    survivor = Meeting(0, 2, _env())
+    first = survivor.move("", 30)
+    assert first is survivor.open(30) is not elsewhere
+    moved = survivor.move(f"127.0.0.1:{there._env['MASTER_PORT']}", 30)
+    assert moved is not None and moved.get("mesh") == b"1"
+    assert survivor.move("", 30) is moved

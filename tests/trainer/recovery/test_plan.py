@@ -12,7 +12,7 @@ from pentad.configs.strict_json import JsonError
 from pentad.trainer.recovery.plan import EpochPlan, Membership, end_plans, publish_plan
 
 FIRST = EpochPlan(1, (0, 4, 2, 3), (1,), "rank 1 was killed (signal 9)", 1.7e9, "spare")
-SECOND = EpochPlan(2, (0, 4, 5, 3), (2,), "rank 2 was killed (signal 9)")
+SECOND = EpochPlan(2, (0, 4, 5, 3), (2,), "rank 2 was killed (signal 9)", store="node-2:29500")
 
 
 def test_a_plan_is_read_as_it_was_published(tmp_path: Path) -> None:
@@ -27,6 +27,7 @@ def test_the_newest_plan_counts(tmp_path: Path) -> None:
     member = Membership(tmp_path, 0, 4)
     assert member.wait(0, 5.0) == member.wait(1, 5.0) == SECOND
     assert member.wait(2, 0.0) is None
+    assert member.store == "node-2:29500"
     assert [member.overtaken(epoch) for epoch in range(3)] == [True, True, False]
     assert [member.members(epoch) for epoch in range(4)] == [(0, 1, 2, 3), FIRST.members, SECOND.members, None]
 
