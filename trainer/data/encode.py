@@ -8,8 +8,8 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
@@ -23,6 +23,8 @@ from .indexed import IndexedWriter
 from .tokenizer import Tokenizer, make_tokenizer
 
 _BATCH_CHARS = 1 << 20
+_THREADS = 2
+"""One in the package, one in Python."""
 
 
 def write_documents(
@@ -50,27 +52,39 @@ def _encode_all(
 ) -> Iterator[tuple[float, list[np.ndarray]]]:
     """Input bytes and tokens of each batch, in order."""
     if workers <= 1:
-        for batch in batches:
-            yield _size(batch), tokenizer.encode_batch([document.text for document in batch])
+        # Threads: the package's own encode one batch while this process reads, converts and writes others.
+        with ThreadPoolExecutor(_THREADS, "tokenize") as threads:
+            yield from _in_order(batches, threads, tokenizer.encode_batch, 2 * _THREADS)
         return
     # Forked, before this process has threads of its own: spawning runs the main module again, and the scripts that
     # installers write for commands do not guard theirs against that.
     pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=_start, initargs=(os.getpid(),))
-    waiting: deque[tuple[float, Future[list[np.ndarray]]]] = deque()
     try:
-        for batch in batches:
-            texts = [document.text for document in batch]
-            waiting.append((_size(batch), pool.submit(_encode, tokenizer.cfg, texts)))
-            if len(waiting) >= 2 * workers:
-                size, result = waiting.popleft()
-                yield size, result.result()
-        for size, result in waiting:
-            yield size, result.result()
+        yield from _in_order(batches, pool, functools.partial(_encode, tokenizer.cfg), 2 * workers)
     except BrokenProcessPool:
         message = f"one of {workers} worker processes was ended (out of memory?); use fewer"
         raise UserError(Problem("--workers", message)) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _in_order(
+    batches: Iterator[list[Document]], pool: Executor, encode: Callable[[list[str]], list[np.ndarray]], ahead: int
+) -> Iterator[tuple[float, list[np.ndarray]]]:
+    """Input bytes and tokens of each batch; at most `ahead` of them are in the pool at once."""
+    waiting: deque[tuple[float, Future[list[np.ndarray]]]] = deque()
+    try:
+        for batch in batches:
+            waiting.append((_size(batch), pool.submit(encode, [document.text for document in batch])))
+            if len(waiting) >= ahead:
+                size, result = waiting.popleft()
+                yield size, result.result()
+        while waiting:
+            size, result = waiting.popleft()
+            yield size, result.result()
+    finally:
+        for _, result in waiting:
+            result.cancel()
 
 
 def _encode(cfg: TokenizerConfig, texts: list[str]) -> list[np.ndarray]:

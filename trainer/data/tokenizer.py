@@ -94,6 +94,8 @@ class FileTokenizer:
         self.eod: int = self._find_eod(path, eod)
         self.identity: str = f"{_digest(content)}-{self.eod}"
         self._dtype = token_dtype(self.vocab)
+        # The fast one does not say which characters each token stands for; older packages have it not.
+        self._encode_batch: Any = getattr(self._backend, "encode_batch_fast", self._backend.encode_batch)
 
     def _find_eod(self, path: str, name: str | None) -> int:
         for candidate in (name,) if name is not None else EOD_NAMES:
@@ -117,7 +119,7 @@ class FileTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, encoded in parallel by the package's own threads."""
         clean = [text.encode("utf-8", errors="replace").decode() for text in texts]
-        encoded = self._backend.encode_batch(clean, add_special_tokens=False)
+        encoded = self._encode_batch(clean, add_special_tokens=False)
         return [np.array(item.ids, dtype=self._dtype) for item in encoded]
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
