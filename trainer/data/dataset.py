@@ -80,22 +80,24 @@ class Split:
         """Global microbatch i of a step: its sequences [i b, (i + 1) b). Raises UserError for an id >= vocab."""
         first = step * global_batch + microbatch_index * micro_batch
         samples = np.arange(first, first + micro_batch)
-        source, starts = self.locate(samples)
-        rows = np.empty((micro_batch, self.seq_len + 1), np.int64)
-        for s in np.unique(source):
-            at = source == s
+        return self.read(samples, *self.locate(samples))
+
+    def read(self, samples: np.ndarray, source: np.ndarray, starts: np.ndarray) -> Microbatch:
+        """The sequences `samples` (b,), which `locate` found at `source` (b,) and `starts` (b,); errors as of
+        `batch`."""
+        rows = np.empty((len(samples), self.seq_len + 1), np.int64)
+        for s, at in self._turns(source):
             rows[at] = self.streams[s].windows(starts[at], self.seq_len)
         self._check_ids(rows, samples)
         tokens, labels = rows[:, :-1].copy(), rows[:, 1:].copy()
         if not self.document_mask:
-            size = micro_batch * self.seq_len
+            size = len(samples) * self.seq_len
             return Microbatch(
                 torch.from_numpy(tokens), torch.from_numpy(labels), None, None, torch.from_numpy(samples),
-                valid=size, pairs=micro_batch * self._mean(self._whole),
+                valid=size, pairs=len(samples) * self._mean(self._whole),
             )  # fmt: skip
         begins = np.zeros(rows.shape, bool)
-        for s in np.unique(source):
-            at = np.flatnonzero(source == s)
+        for s, at in self._turns(source):
             found = self.streams[s].boundaries(starts[at], self.seq_len)
             begins[at[found.window], found.offset] = True
         labels[begins[:, 1:]] = IGNORED
@@ -113,6 +115,12 @@ class Split:
             pairs=self._mean(lambda reach: int(np.where(positions < reach, 2 * positions + 1, 2 * reach).sum())),
         )
 
+    def _turns(self, source: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """Each source that is in `source` (n,), and where."""
+        if len(self.streams) == 1:
+            return [(0, np.arange(len(source)))]
+        return [(s, np.flatnonzero(source == s)) for s in np.unique(source).tolist()]
+
     def _whole(self, reach: int) -> int:
         """Twice the pairs of a sequence that is one document."""
         return 2 * reach * self.seq_len - reach**2
@@ -129,9 +137,8 @@ class Split:
         source, starts = self.locate(np.arange(step * global_batch, (step + 1) * global_batch))
         valid = size
         found: list[tuple[Boundaries, int]] = []
-        for s in np.unique(source):
-            at = starts[source == s]
-            found.append((self.streams[s].boundaries(at, self.seq_len), len(at)))
+        for s, at in self._turns(source):
+            found.append((self.streams[s].boundaries(starts[at], self.seq_len), len(at)))
             valid -= len(found[-1][0].offset)
         return valid, self._mean(lambda reach: sum(pair_sum(cuts, n, self.seq_len, reach) for cuts, n in found))
 

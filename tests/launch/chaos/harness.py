@@ -22,12 +22,13 @@ from pentad.parallel.record.ring import HEADER_BYTES
 from pentad.parallel.record.vitals import OUT_WORD, TOLD_WORD
 from pentad.trainer.__main__ import main as rank_main
 from tests.jobs import DENSE
-from tests.launch.chaos.inject import KINDS, SLOW, Fault, inject
+from tests.launch.chaos.inject import GLOBAL_BATCH, KINDS, SLOW, Fault, inject
 
 ALIVE_S, HANG_S, PAUSE_S = 2.5, 5.0, 8.0
 SMALL = [
     *("name=a", "model.layers=4", "model.hidden=32", "model.heads=4", "model.kv_heads=4", "model.ffn=32"),
-    *("model.vocab=320", "train.seq_len=16", "train.global_batch=8", "train.micro_batch=1", "train.steps=100000"),
+    *("model.vocab=320", "train.seq_len=16", "train.micro_batch=1", "train.steps=100000"),
+    f"train.global_batch={GLOBAL_BATCH}",
     *("eval.every=0", "hardware.peak_tflops=1", "optim.schedule.warmup_steps=0", "log.every=1000"),
     *(f"faults.alive_s={ALIVE_S}", f"faults.hang_s={HANG_S}", f"faults.pause_s={PAUSE_S}", "faults.timeout_s=60"),
 ]

@@ -34,6 +34,8 @@ SLOW = ("slow 1.1", "slow 1.3", "slow 2", "slow link")
 """Nobody dies of these: the job goes on, and says whom it waits for."""
 PAUSE = "pause"
 """Saves that take two seconds: no fault."""
+GLOBAL_BATCH = 8
+"""Sequences of a step."""
 _LONG_S = 600.0
 _PASSES_S = 0.6
 """What the passes of a step wait in every rank of a job with a slow one: on a machine with fewer cores than ranks the
@@ -97,17 +99,17 @@ def inject(fault: Fault, rank: int) -> None:
 def _in_data(fault: Fault, begin: Callable[[], bool]) -> None:
     from pentad.trainer.data.dataset import Split
 
-    batch = Split.batch
+    read = Split.read
 
-    def late(self: Split, step: int, *args: Any, **named: Any) -> Any:
-        if step >= fault.step and begin():
+    def late(self: Split, samples: Any, *args: Any) -> Any:
+        if samples[0] // GLOBAL_BATCH >= fault.step and begin():
             until = time.monotonic() + _LONG_S
             while time.monotonic() < until:
                 if fault.kind == "slow data":
                     time.sleep(_LONG_S)
-        return batch(self, step, *args, **named)
+        return read(self, samples, *args)
 
-    Split.batch = late  # type: ignore[method-assign]
+    Split.read = late  # type: ignore[method-assign]
 
 
 def _in_writer(begin: Callable[[], bool], seconds: float = _LONG_S, only: str = "") -> None:

@@ -109,10 +109,10 @@ def broken(split: Split, at: int, error: Exception) -> Split:
 
     @dataclasses.dataclass(frozen=True)
     class Broken(Split):
-        def batch(self, step: int, microbatch_index: int, *, global_batch: int, micro_batch: int) -> Microbatch:
-            if step == at:
+        def read(self, samples: np.ndarray, source: np.ndarray, starts: np.ndarray) -> Microbatch:
+            if samples[0] // BATCH == at:
                 raise error
-            return super().batch(step, microbatch_index, global_batch=global_batch, micro_batch=micro_batch)
+            return super().read(samples, source, starts)
 
     return Broken(**vars(split))
 
@@ -130,9 +130,9 @@ def test_an_exception_in_the_thread_reaches_the_consumer_at_its_step(data: Datas
 def test_wait_is_measured(data: Dataset) -> None:
     @dataclasses.dataclass(frozen=True)
     class Slow(Split):
-        def batch(self, step: int, microbatch_index: int, *, global_batch: int, micro_batch: int) -> Microbatch:
+        def read(self, samples: np.ndarray, source: np.ndarray, starts: np.ndarray) -> Microbatch:
             time.sleep(0.1)
-            return super().batch(step, microbatch_index, global_batch=global_batch, micro_batch=micro_batch)
+            return super().read(samples, source, starts)
 
     with Loader(Slow(**vars(data.train)), global_batch=BATCH, micro_batch=4, steps=3, prefetch=2) as loader:
         next(loader)
