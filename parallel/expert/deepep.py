@@ -17,7 +17,6 @@ from torch import Tensor
 from ...configs.errors import Problem, UserError
 from ...configs.validation.kernels import deepep_problem
 from ..comm.mesh import Axis
-from . import permute
 from .dispatch import Arrived, Phases
 from .plan import RowPlan, at_home
 from .routing import DeepEpLayout, Routing
@@ -89,6 +88,7 @@ class DeepEp(Phases[_Trip]):
     """
 
     def __init__(self, experts: int, ep: Axis, open_buffer: OpenBuffer, *, weigh_before: bool = False) -> None:
+        super().__init__()
         self.experts, self.ep, self.weigh_before = experts, ep, weigh_before
         self._open, self._buffer = open_buffer, None
 
@@ -105,16 +105,16 @@ class DeepEp(Phases[_Trip]):
     def arrange(self, journey: _Trip) -> Arrived:
         journey.event.current_stream_wait()
         plan, (m, k) = journey.plan, journey.weights.shape
-        rows = permute.spread(journey.tokens, plan.pairs // k, plan.places)
+        rows = self.rows.spread(journey.tokens, plan.pairs // k, plan.places)
         weights = None
         if self.weigh_before:
             column = journey.weights.reshape(m * k, 1)
-            weights = permute.spread(column, plan.pairs, plan.places.view(m * k, 1)).view(-1)
+            weights = self.rows.spread(column, plan.pairs, plan.places.view(m * k, 1)).view(-1)
         return Arrived(rows, plan.chunks[0].groups, weights)
 
     def collect(self, journey: _Trip, out: Tensor) -> None:
         weights = None if self.weigh_before else journey.weights
-        journey.tokens = permute.combine(out, journey.plan.places, weights)
+        journey.tokens = self.rows.combine(out, journey.plan.places, weights)
 
     def combine(self, journey: _Trip) -> None:
         journey.tokens = _Back.apply(journey.tokens, journey)

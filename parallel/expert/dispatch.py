@@ -23,6 +23,7 @@ from ..grouped_projection import Groups
 from . import permute
 from .plan import Chunk, RowPlan, by_capacity, by_count
 from .routing import Routing
+from .row_kernels import RowKernels
 from .travel import AsyncAllToAll, gather_rows, scatter_rows
 
 T = TypeVar("T")
@@ -41,6 +42,9 @@ class Dispatcher(Protocol):
     Returns:
         The weighted sum of the experts' outputs (n, h), and what `beside` returned.
     """
+
+    rows: RowKernels
+    """What moves and sorts rows; replaceable from outside."""
 
     @property
     def fixed_width(self) -> bool:
@@ -65,6 +69,9 @@ class Phases(Generic[Journey]):
     """The order of the phases. A journey is what one chunk of rows carries from phase to phase."""
 
     fixed_width = True
+
+    def __init__(self) -> None:
+        self.rows = RowKernels()
 
     def __call__(self, x: Tensor, routing: Routing, experts: RunExperts, beside: Callable[[], T]) -> tuple[Tensor, T]:
         journeys = self.prepare(x, routing)
@@ -128,6 +135,7 @@ class AllToAll(Phases[_ChunkRows]):
     """
 
     def __init__(self, experts: int, ep: Axis, etp: Axis, *, weigh_before: bool = False) -> None:
+        super().__init__()
         self.experts, self.ep, self.etp, self.weigh_before = experts, ep, etp, weigh_before
         self.fixed_width = False
         self.chunks = 1
@@ -136,12 +144,12 @@ class AllToAll(Phases[_ChunkRows]):
     def prepare(self, x: Tensor, routing: Routing) -> list[_ChunkRows]:
         plan = self._plan(routing)
         n, k = routing.experts.shape
-        rows = permute.spread(x, plan.pairs // k, plan.places)
+        rows = self.rows.spread(x, plan.pairs // k, plan.places)
         parts = _split(rows, plan.chunks)
         weights: list[Tensor] | list[None] = [None] * len(parts)
         if self.weigh_before:
             column = routing.weights.reshape(n * k, 1)
-            weights = _split(permute.spread(column, plan.pairs, plan.places.view(n * k, 1)), plan.chunks)
+            weights = _split(self.rows.spread(column, plan.pairs, plan.places.view(n * k, 1)), plan.chunks)
         return [
             _ChunkRows(
                 chunk,
@@ -181,14 +189,18 @@ class AllToAll(Phases[_ChunkRows]):
     def finish(self, journeys: list[_ChunkRows], routing: Routing) -> Tensor:
         parts = [journey.back.finish(journey.rows) for journey in journeys]
         rows = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return permute.combine(rows, self._plan(routing).places, None if self.weigh_before else routing.weights)
+        plan, weights = self._plan(routing), None if self.weigh_before else routing.weights
+        return self.rows.combine(rows, plan.places, weights, padded=routing.capacity is not None)
 
     def _plan(self, routing: Routing) -> RowPlan:
         """The plan, made once for a routing, also when a layer runs again."""
         plans = routing.findings.plans
         if self.chunks not in plans:
             ids, capacity, where = routing.experts, routing.capacity, (self.experts, self.ep, self.etp, self.chunks)
-            plans[self.chunks] = by_count(ids, *where) if capacity is None else by_capacity(ids, capacity, *where)
+            if capacity is None:
+                plans[self.chunks] = by_count(ids, *where, self.rows.sort)
+            else:
+                plans[self.chunks] = by_capacity(ids, capacity, *where)
         return plans[self.chunks]
 
     def _arrange(self, rows: Tensor, chunk: Chunk) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor
 from ..comm.collectives import all_gather, reduce_scatter
 from ..comm.mesh import Axis
 from ..grouped_projection import Groups
-from . import permute
 from .dispatch import Arrived, Phases
 from .plan import Assignments
 from .routing import Routing
@@ -44,12 +43,13 @@ class AllGather(Phases[_GatheredRows]):
     """
 
     def __init__(self, experts: int, ep: Axis, etp: Axis, *, weigh_before: bool = False) -> None:
+        super().__init__()
         self.experts, self.ep, self.etp, self.weigh_before = experts, ep, etp, weigh_before
 
     def prepare(self, x: Tensor, routing: Routing) -> list[_GatheredRows]:
         n, k = routing.experts.shape
         home = torch.arange(n * k, device=x.device)
-        rows = permute.spread(x, home // k, _places(routing))
+        rows = self.rows.spread(x, home // k, _places(routing))
         weights = routing.weights.reshape(n * k, 1) if self.weigh_before else None
         return [_GatheredRows(self._found(routing), rows, weights, k)]
 
@@ -69,7 +69,8 @@ class AllGather(Phases[_GatheredRows]):
         """Nothing: `collect` has summed over all ranks."""
 
     def finish(self, journeys: list[_GatheredRows], routing: Routing) -> Tensor:
-        return permute.combine(journeys[0].rows, _places(routing), None if self.weigh_before else routing.weights)
+        weights = None if self.weigh_before else routing.weights
+        return self.rows.combine(journeys[0].rows, _places(routing), weights)
 
     def _gather(self, rows: Tensor, pairs: Tensor, copies: int) -> Tensor:
         return _Gather.apply(rows, pairs, copies, self.ep, self.etp)

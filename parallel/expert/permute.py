@@ -28,13 +28,14 @@ def spread(x: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
     return _Spread.apply(x, tokens, places)
 
 
-def combine(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
+def combine(rows: Tensor, places: Tensor, weights: Tensor | None = None, padded: bool = True) -> Tensor:
     """y[t] = Σ_k weights[t, k] · rows[places[t, k]], without the places that are -1; summed in fp32 (fp64 in fp64).
 
     Args:
         rows: (R, h).
         places: (n, K), or -1.
         weights: (n, K), in any floating type; none: all 1.
+        padded: rows that no place names get the gradient 0; else nobody reads it, and kernels may leave it unwritten.
 
     Returns:
         (n, h), of rows' dtype.

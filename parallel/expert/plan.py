@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..comm.collectives import all_gather, all_to_all
 from ..comm.mesh import Axis
@@ -79,7 +81,30 @@ class Assignments:
     groups: Groups
 
 
-def by_count(ids: Tensor, experts: int, ep: Axis, etp: Axis, chunks: int) -> RowPlan:
+class SortByExpert(Protocol):
+    """As `sort_by_expert`."""
+
+    def __call__(self, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def sort_by_expert(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Assignments in the order of their experts, those of an expert in the order of the tokens.
+
+    Args:
+        ids: (n, K) experts, or -1: nowhere, which stand behind the others.
+        experts: of the whole layer.
+
+    Returns:
+        (n · K) which assignment stands in each row; (n, K) the row of each, -1 for those to nowhere; (E,) int32, the
+        last row + 1 of each expert.
+    """
+    order, edges = _sorted(ids, experts, [len(ids)])
+    return order, _places(order, ids).masked_fill(ids < 0, -1), edges[1 : experts + 1].int()
+
+
+def by_count(
+    ids: Tensor, experts: int, ep: Axis, etp: Axis, chunks: int, sort: SortByExpert = sort_by_expert
+) -> RowPlan:
     """Every assignment is a row. The ranks exchange how many they have; one copy from the device to the host.
 
     Args:
@@ -89,11 +114,16 @@ def by_count(ids: Tensor, experts: int, ep: Axis, etp: Axis, chunks: int) -> Row
         chunks: runs of tokens that travel one after another.
     """
     if ids.is_cuda and ep.size == etp.size == chunks == 1:
-        return _on_one_device(ids, experts)
+        return _on_one_device(ids, experts, sort)
     n, k = ids.shape
     sizes = [n * (i + 1) // chunks - n * i // chunks for i in range(chunks)]
-    order, edges = _sorted(ids, experts, sizes)
-    counts = edges.diff().view(chunks, experts + 1)[:, :experts]
+    places = None
+    if chunks == 1:
+        order, places, ends = sort(ids, experts)
+        counts = F.pad(ends.long(), (1, 0)).diff().unsqueeze(0)
+    else:
+        order, edges = _sorted(ids, experts, sizes)
+        counts = edges.diff().view(chunks, experts + 1)[:, :experts]
     per_rank = counts.reshape(chunks, ep.size, -1).transpose(0, 1).contiguous()
     arriving = all_to_all(per_rank, ep).wait()  # (source, chunk, expert)
     everyone = all_gather(arriving, etp).wait().view(etp.size, ep.size, chunks, -1)
@@ -117,20 +147,18 @@ def by_count(ids: Tensor, experts: int, ep: Axis, etp: Axis, chunks: int) -> Row
     )
     starts = [sum(sizes[:i]) * k for i in range(chunks)]
     pairs = torch.cat([order[start : start + c.rows] for start, c in zip(starts, journeys, strict=True)])
-    return RowPlan(pairs, _places(pairs, ids), journeys)
+    return RowPlan(pairs, _places(pairs, ids) if places is None else places, journeys)
 
 
-def _on_one_device(ids: Tensor, experts: int) -> RowPlan:
+def _on_one_device(ids: Tensor, experts: int, sort: SortByExpert = sort_by_expert) -> RowPlan:
     """The same where nobody else has to know how many rows there are, nor the host, which need not wait for them.
 
     Assignments to nowhere have rows too, behind those of the experts; nobody reads what is made of them.
     """
-    order, edges = _sorted(ids, experts, [len(ids)])
+    order, places, ends = sort(ids, experts)
     rows = [ids.numel()]
-    ends = edges[1 : experts + 1].int()
     ends[-1:].clamp_(min=min(1, ids.numel()))  # the first row, which places of nowhere are read as, is somebody's
     groups = Groups.on_device(ends, ids.numel())
-    places = _places(order, ids).masked_fill(ids < 0, -1)
     return RowPlan(order, places, (Chunk(rows, rows, rows, groups),))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pentad.configs import load
 from pentad.configs.schema import Config
@@ -32,3 +34,9 @@ def make_batch(index: int, *, documents: bool = False) -> Microbatch:
         found = torch.cumsum(starts, 1, dtype=torch.int32)
         positions = torch.arange(LENGTH).expand(1, -1).contiguous()
     return Microbatch(tokens, tokens.clone(), positions, found, torch.arange(1), LENGTH, LENGTH**2 / 2)
+
+
+def uneven_ends(cfg: Config) -> Callable[[Tensor, str], list[int]]:
+    """An `Answer` about ends of experts' rows on one rank, each expert having more than the one before."""
+    experts, rows = cfg.model.moe.experts, LENGTH * cfg.model.moe.top_k
+    return lambda x, where: [rows * (expert + 1) ** 2 // experts**2 for expert in range(experts)]

@@ -6,9 +6,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from torch import Tensor
 
-from tests.cuda_step.jobs import LENGTH, make_batch, make_job
+from tests.cuda_step.jobs import make_batch, make_job, uneven_ends
 from tests.cuda_step.step import trace_step
 
 
@@ -29,9 +28,4 @@ def test_the_host_of_a_dense_step_never_waits(tmp_path: Path, preset: str, docum
 )
 def test_experts_on_one_device_need_no_numbers_of_rows(tmp_path: Path, preset: str, waits: dict[str, int]) -> None:
     cfg = make_job(tmp_path, preset)
-    experts, rows = cfg.model.moe.experts, LENGTH * cfg.model.moe.top_k
-
-    def ends(x: Tensor, where: str) -> list[int]:
-        return [rows // experts * (expert + 1) for expert in range(experts)]
-
-    assert trace_step(cfg, make_batch, ends).waits == waits
+    assert trace_step(cfg, make_batch, uneven_ends(cfg)).waits == waits

@@ -10,18 +10,20 @@ import pytest
 pytest.importorskip("triton")
 
 from pentad.models.costs.flops import flops_per_step
-from tests.cuda_step.jobs import LENGTH, make_batch, make_job
+from tests.cuda_step.jobs import LENGTH, make_batch, make_job, uneven_ends
 from tests.cuda_step.step import trace_step
 from tests.cuda_step.trace import Trace
 
 DENSE = {"llama3.2_1b": 40, "qwen3_0.6b": 46, "llama2_7b": 40, "mistral_7b": 40}
 """Kernels of a layer and microbatch, forward and backward."""
 
+EXPERTS = {"mixtral_8x7b": 134, "qwen3_30b_a3b": 126, "deepseek_v2_lite": 137}
+
 
 def _traces(folder: Path, preset: str, *overrides: str, documents: bool = False) -> tuple[Trace, Trace]:
     """Of three layers and of two, whose difference is one layer."""
     jobs = [make_job(folder, preset, f"model.layers={layers}", *overrides) for layers in (3, 2)]
-    three, two = (trace_step(cfg, partial(make_batch, documents=documents)) for cfg in jobs)
+    three, two = (trace_step(cfg, partial(make_batch, documents=documents), uneven_ends(cfg)) for cfg in jobs)
     return three, two
 
 
@@ -36,6 +38,12 @@ def _of_models(trace: Trace) -> int:
 def test_a_dense_layer_keeps_its_budget_of_kernels(tmp_path: Path, preset: str, documents: bool) -> None:
     three, two = _traces(tmp_path, preset, "train.kernels=triton", "train.global_batch=1", documents=documents)
     assert _of_models(three) - _of_models(two) <= DENSE[preset]
+
+
+@pytest.mark.parametrize("preset", EXPERTS)
+def test_a_layer_of_experts_keeps_its_budget_of_kernels(tmp_path: Path, preset: str) -> None:
+    three, two = _traces(tmp_path, preset, "train.kernels=triton", "train.global_batch=1")
+    assert _of_models(three) - _of_models(two) <= EXPERTS[preset]
 
 
 @pytest.mark.parametrize("preset", DENSE)

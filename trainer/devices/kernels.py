@@ -13,9 +13,10 @@ from ...models import functional
 from ...models.attention import Attention
 from ...models.feed_forward import FeedForward
 from ...models.mla import LatentAttention
-from ...models.moe import Experts
+from ...models.moe import Experts, Moe
 from ...models.norms import LayerNorm, RmsNorm
 from ...models.transformer import Transformer
+from ...parallel.expert.row_kernels import RowKernels
 from ...parallel.kernels.fused_norms import apex_norms
 from ...parallel.vocab import VocabHead, VocabShard, cross_entropy, fused_cross_entropy
 from ..metrics.notices import warn
@@ -77,10 +78,13 @@ def _use_apex(model: Transformer, device: torch.device, dtype: torch.dtype) -> N
 
 
 def _use_triton(model: Transformer) -> None:
+    from ...parallel.kernels.triton.counting_sort import triton_sort_by_expert
     from ...parallel.kernels.triton.gates import triton_swiglu
     from ...parallel.kernels.triton.norms import triton_rms_norm
     from ...parallel.kernels.triton.rotary import triton_rotate
+    from ...parallel.kernels.triton.rows import triton_combine, triton_spread
 
+    rows = RowKernels(triton_spread, triton_combine, triton_sort_by_expert)
     for module in model.modules():
         if isinstance(module, RmsNorm):
             module.kernel = triton_rms_norm
@@ -88,6 +92,8 @@ def _use_triton(model: Transformer) -> None:
             module.activation = triton_swiglu
         elif isinstance(module, (Attention, LatentAttention)):
             module.rotate = triton_rotate
+        elif isinstance(module, Moe):
+            module.dispatch.rows = rows
     if isinstance(model.head_op, VocabHead):
         model.head_op.cross_entropy = fused_cross_entropy
 
@@ -133,12 +139,35 @@ def _differences(device: torch.device) -> dict[str, float]:
             y = function(*inputs, *more)
             results.append([y.detach(), *torch.autograd.grad(y, inputs, y.detach())])
         found[name] = _worst(*results)
+    found["rows of experts"] = _rows_difference(device, make(40, 96))
     logits, labels = make(7, 130), torch.tensor([0, 129, 5, -1, 64, 7, 99], device=device)
     shard = VocabShard.whole(130)
     ours = fused_cross_entropy(logits.clone(), labels, 0.25, shard, True)
     theirs = cross_entropy(logits.double(), labels, 0.25, shard, True)
     found["cross-entropy"] = _worst(ours, theirs)
     return found
+
+
+def _rows_difference(device: torch.device, x: Tensor) -> float:
+    """Of tokens (n, h) that go to two experts each and come back, some of them to none."""
+    from ...parallel.kernels.triton.counting_sort import triton_sort_by_expert
+    from ...parallel.kernels.triton.rows import triton_combine, triton_spread
+
+    ids = torch.randint(-1, 5, (len(x), 2), generator=torch.Generator().manual_seed(1)).to(device)
+    results = []
+    for kernels, dtype in (
+        (RowKernels(triton_spread, triton_combine, triton_sort_by_expert), x.dtype),
+        (RowKernels(), torch.float64),
+    ):
+        order, places, ends = kernels.sort(ids, 5)
+        inputs = [
+            x.to(dtype).requires_grad_(),
+            (ids + 2).to(torch.promote_types(dtype, torch.float32)).requires_grad_(),
+        ]
+        rows = kernels.spread(inputs[0], order // 2, places)
+        y = kernels.combine(rows * rows, places, inputs[1])
+        results.append([order, places, ends, y.detach(), *torch.autograd.grad(y, inputs, x.to(dtype))])
+    return _worst(*results)
 
 
 def _worst(ours: object, theirs: object) -> float:

@@ -113,8 +113,8 @@ def test_all_dispatchers_compute_what_a_loop_does(ep: int, etp: int):
 def test_one_gpu_needs_no_numbers_of_rows(ids: str, before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: rows of nobody stand behind those of the experts, with whatever was in their memory."""
 
-    def planned(ids: Tensor, experts: int, ep: Axis, etp: Axis, chunks: int) -> plan.RowPlan:
-        return plan._on_one_device(ids, experts)
+    def planned(ids: Tensor, experts: int, ep: Axis, etp: Axis, chunks: int, sort: plan.SortByExpert) -> plan.RowPlan:
+        return plan._on_one_device(ids, experts, sort)
 
     def empty(x: Tensor, *shape: int) -> Tensor:
         return torch.full(shape, float("nan"), dtype=x.dtype)
