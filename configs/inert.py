@@ -151,6 +151,11 @@ JOB: tuple[Inert[Config], ...] = (
     Inert(("eval.steps",), ("eval.every",), lambda c: c.eval.every == 0),
     Inert(("checkpoint.keep_best",), ("eval.every",), lambda c: c.eval.every == 0),
     Inert(("checkpoint.keep_every", "checkpoint.keep_best"), ("checkpoint.keep",), lambda c: c.checkpoint.keep == 0),
+    Inert(
+        ("checkpoint.local.every", "checkpoint.local.keep"),
+        ("checkpoint.local.dir",),
+        lambda c: c.checkpoint.local.dir is None,
+    ),
     Inert(("eval.prompt_tokens",), ("eval.prompts",), lambda c: not c.eval.prompts),
     Inert(("faults.alive_s", "faults.hang_s", "faults.pause_s"), ("faults.watch",), lambda c: not c.faults.watch),
     Inert(("faults.spares",), ("faults.recover",), lambda c: not c.faults.recover),

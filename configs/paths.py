@@ -25,6 +25,7 @@ PATHS = (
     "data.cache",
     "memory.offload_disk",
     "checkpoint.dir",
+    "checkpoint.local.dir",
     "checkpoint.resume",
     "checkpoint.init",
     "log.prometheus",

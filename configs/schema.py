@@ -212,6 +212,18 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LocalCheckpointConfig:
+    """Checkpoints that each node keeps of its own ranks, beside those that all see."""
+
+    dir: str | None = None
+    """Folder in memory or on a disk of the node, such as /dev/shm/pentad; none: there are no such checkpoints."""
+    every: int = 0
+    """Steps between them."""
+    keep: int = 1
+    """Newest ones kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Saving and resuming."""
 
@@ -235,6 +247,8 @@ class CheckpointConfig:
     """Write in the background, training on."""
     final: bool = True
     """Save after the last step."""
+    local: LocalCheckpointConfig = field(default_factory=LocalCheckpointConfig)
+    """Checkpoints of each node."""
 
 
 @dataclass(frozen=True, kw_only=True)

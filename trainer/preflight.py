@@ -121,6 +121,8 @@ def _folders(cfg: Config) -> list[Problem]:
     folders = {"runs_dir": run}
     if cfg.checkpoint.dir is not None and run not in Path(cfg.checkpoint.dir).parents:
         folders["checkpoint.dir"] = Path(cfg.checkpoint.dir)
+    if cfg.checkpoint.local.dir is not None:
+        folders["checkpoint.local.dir"] = Path(cfg.checkpoint.local.dir)
     return [problem for key, folder in folders.items() if (problem := _unwritable(key, folder)) is not None]
 
 

@@ -32,6 +32,8 @@ _OTHER_FOLDER = "set another checkpoint.dir="
 class RunFile(StrEnum):
     """What a run's folder holds, beside the record, whose names `parallel.record.files` has."""
 
+    NUMBER = "run.id"
+    """A number that no other run has, where it is needed."""
     CONFIG = RUN_CONFIG
     """As the user gave it."""
     RESOLVED = "config.resolved.yaml"

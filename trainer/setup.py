@@ -120,6 +120,7 @@ def mesh_of(
         context=1 if context.inner is None else context.inner,
         ends=pipeline.ends if (cfg.model.tied or cfg.model.mtp) and not balanced else None,
         node=node,
+        local_saves=cfg.checkpoint.local.dir is not None,
     )
 
 

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from ..configs.errors import UserError
+from ..parallel.global_tensor import GlobalTensor
 from ..parallel.kernels.upload import Download
 from ..parallel.record import kinds
 from ..parallel.record.device_clock import DeviceClock
 from ..parallel.record.garbage import recorded_collections
 from .checkpoint.checkpointer import Checkpointer
-from .checkpoint.last_save import still_written, wait_for_last
-from .checkpoint.same_run import RunProgress, facts, run_problems
+from .checkpoint.same_run import RunProgress, run_problems, run_state
 from .checkpoint.state import all_tensors
+from .checkpoint.tiers.tiers import Tiers, still_written
 from .data.loader import Loader
 from .job.evaluator import Evaluator
 from .job.outputs import Outputs
@@ -56,6 +57,7 @@ class Trainer:
         run_dir: the run's folder.
         rows: brings to the first rank where the others' time went; none: it knows of its own alone.
         keeper: keeps copies of the state, for a job that goes on after a fault.
+        local: of the checkpoints that each node keeps for itself.
     """
 
     def __init__(
@@ -66,12 +68,14 @@ class Trainer:
         run_dir: Path,
         rows: RowExchange | None = None,
         keeper: SnapshotKeeper | None = None,
+        local: Checkpointer | None = None,
     ) -> None:
         if session.data is None or session.peak is None:
             raise ValueError("training needs a session with data and a peak")
         self.cfg, self.mesh, self.parts, self.data = session.cfg, session.mesh, session.parts, session.data
         self.optimizer, self.program, self.stepper = session.optimizer, session.program, session.stepper
         self.overlap, self.device, self.checkpointer = session.overlap, session.device, checkpointer
+        self.tiers = Tiers(checkpointer, local)
         self.vitals = session.mesh.recorder.vitals
         cfg, mesh = self.cfg, self.mesh
         self.dp, self._cp = mesh.axis("dp"), mesh.axis("cp").size
@@ -124,12 +128,12 @@ class Trainer:
             UserError: the checkpoint does not fit the model or was trained on other data.
         """
         self.vitals.enter("load")
-        state = self.checkpointer.state(path)
+        state = self.tiers.of(path).state(path)
         problems = run_problems(state, self.cfg, path, self.data.fingerprint)
         if problems:
             raise UserError(*problems)
-        tensors = all_tensors(self.parts, self.optimizer)
-        self.checkpointer.load(path, tensors)
+        tensors = self.tensors()
+        self.tiers.of(path).load(path, tensors)
         self.optimizer.loaded(tensors)
         self.parts.replicas.sync_params()
         if self.stepper.guard is not None:
@@ -147,31 +151,28 @@ class Trainer:
     def go_on(self, point: RunPoint) -> None:
         """Goes on from a state that the ranks have, in a new mesh."""
         done, self._goes_on = point.progress, True
-        self.checkpointer.look_for(point.step)
+        self.tiers.look_for(point.step)
         self.step, self.tokens, self.skipped = done.step, done.tokens, done.skipped
         self._evaluated, self._bad.row = point.evaluated, point.bad
 
-    def save(self, *, waits: bool = True) -> None:
-        """Saves the state after `self.step` steps.
+    def save(self) -> None:
+        """Saves the state after `self.step` steps, where all ranks see it; the save before is waited for."""
+        self._save(self.checkpointer, waits=True)
 
-        Args:
-            waits: for the save before; else this one is passed over while any rank still writes that.
-        """
+    def _save(self, to: Checkpointer, *, waits: bool) -> None:
+        """`waits`: for the save before; else this one is passed over while any rank still writes that."""
         self._drain()
         check_before_save(self.stepper.guard, self.mesh, self.step, self.checkpointer.directory, self._event)
         with self._recorded(kinds.SAVE), self.vitals.phase("save"):
-            if waits or not still_written(self.checkpointer, self.mesh.axis("world"), self.device):
-                self._save()
-            else:
-                self.checkpointer.pass_over(self.step)
+            if not waits and still_written(to, self.mesh.axis("world"), self.device):
+                to.pass_over(self.step)
+            elif to.newest != self.step:
+                state = run_state(self.cfg, self.data.fingerprint, self.point.progress, self._evaluated)
+                to.save(self.step, self.tensors(), state | {"tokenizer": self.tokenizer.state})
 
-    def _save(self) -> None:
-        if self.checkpointer.newest == self.step:
-            return
-        state = self.point.progress.as_dict() | facts(self.cfg, self.data.fingerprint)
-        state |= {"tokenizer": self.tokenizer.state}
-        state |= {} if self._evaluated is None else {"evaluation": self._evaluated}
-        self.checkpointer.save(self.step, all_tensors(self.parts, self.optimizer), state)
+    def tensors(self) -> dict[str, GlobalTensor]:
+        """This rank's pieces of what checkpoints hold."""
+        return all_tensors(self.parts, self.optimizer)
 
     def train(self, outputs: Outputs | None, stop: StopRequest) -> bool:
         """Trains to the last step or until the ranks were asked to stop; True if it went to the end."""
@@ -213,15 +214,14 @@ class Trainer:
                 self.save()
             try:
                 with self.vitals.phase("save"):
-                    wait_for_last(self.checkpointer, self.step)
+                    self.tiers.finish(self.step)
             finally:
                 self._tell_of_saves()
         return not stopped
 
     def _tell_of_saves(self) -> None:
         """Tells trackers of saves that failed, and of those that were passed over."""
-        unheard = self.checkpointer.telling.unheard()
-        if unheard and self._outputs is not None:
+        if self._outputs is not None and (unheard := self.tiers.unheard()):
             self._outputs.sinks.add(save_alerts(self.step, unheard))
 
     def _one(self, loader: Loader, stop: StopRequest) -> bool:
@@ -272,8 +272,9 @@ class Trainer:
             with self._recorded(kinds.EVALUATE), self.vitals.phase("evaluation"):
                 self._evaluated = self.evaluator.run(self.step, self._outputs)
             self._clock = time.monotonic_ns()
-        if self._due(cfg.checkpoint.every) and 0 < self.step < cfg.train.steps:
-            self.save(waits=False)
+        for each, every in zip(self.tiers.all, (cfg.checkpoint.every, cfg.checkpoint.local.every), strict=False):
+            if self._due(every) and 0 < self.step < cfg.train.steps:
+                self._save(each, waits=False)
         self._goes_on = False
 
     @contextmanager
@@ -297,8 +298,7 @@ class Trainer:
         self.left_at = self.point
 
     def _recorded(self, kind: str) -> AbstractContextManager[object]:
-        recorder = self.mesh.recorder
-        return recorder.span(recorder.intern(kind))
+        return self.mesh.recorder.span(self.mesh.recorder.intern(kind))
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0

@@ -69,6 +69,7 @@ _POSITIVE = [
     "optim.schedule.decay_steps",
     "eval.steps",
     "eval.prompt_tokens",
+    "checkpoint.local.keep",
     "log.every",
     "faults.max_bad_steps",
     "faults.record_entries",
@@ -85,6 +86,7 @@ _NOT_NEGATIVE = [
     "checkpoint.keep",
     "checkpoint.keep_every",
     "checkpoint.keep_best",
+    "checkpoint.local.every",
     "faults.numerics.replicas_every",
     "faults.spares",
     "model.init_std",
@@ -362,6 +364,8 @@ def _run(config: Config) -> list[Problem]:
     if c.init is not None and c.resume is not None and c.resume != "latest":
         message = "checkpoint.init and a path in checkpoint.resume exclude each other; set one of them to null"
         problems.append(Problem("checkpoint.init", message, ("checkpoint.resume",)))
+    if c.local.dir is not None and c.local.every == 0:
+        problems.append(Problem("checkpoint.local.every", "is 0 steps; give one, or set checkpoint.local.dir=null"))
     if c.upcycle and c.init is None:
         message = "true needs the dense model's weights; set checkpoint.init to a checkpoint or a Hugging Face folder"
         problems.append(Problem("checkpoint.upcycle", message, ("checkpoint.init",)))

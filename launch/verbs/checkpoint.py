@@ -127,6 +127,7 @@ def verify_checkpoints(args: argparse.Namespace) -> int:
             print("\n  ".join((f"{path}: damaged", *found.problems)), flush=True)
         else:
             whole = f"{found.tensors} tensors in {found.boxes} boxes, each element once, {_size(found.nbytes)}"
+            whole += f"; the part of one of {len(found.hosts)} nodes" if found.hosts else ""
             print(f"{path}: verified, {whole}", flush=True)
         for name in found.strays:
             print(f"  {name} is not part of it (manifest.json does not list it)")

@@ -89,6 +89,7 @@ class Mesh:
         context: how many neighbouring ranks of cp make up each line of the axis cp_inner; cp_outer joins the lines.
         ends: the ranks of the pipeline axis with the first and the last stage, where the axis "ends" is wanted.
         node: where this rank is, if somebody wants to know; where there are several nodes, the axis "backup" is made.
+        local_saves: whether `local_saves_group` is wanted.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Mesh:
         context: int = 1,
         ends: tuple[int, int] | None = None,
         node: str = "",
+        local_saves: bool = False,
     ) -> None:
         self.degrees, self.rank, self.epoch, self.device, self.recorder = degrees, rank, epoch, device, recorder
         self.abort = Abort(timeout_s)
@@ -116,6 +118,8 @@ class Mesh:
         self.host_group: dist.ProcessGroup | None = None
         self.checkpoint_group: dist.ProcessGroup | None = None
         """Saving runs in a thread beside the step, so it has a communicator to itself. None for one rank."""
+        self.local_saves_group: dist.ProcessGroup | None = None
+        """The same for saves of each node's own, which may be under way at the same time."""
         self.nodes: tuple[str, ...] = ()
         """Where each rank is, if that was asked."""
         self.apart = ""
@@ -126,7 +130,7 @@ class Mesh:
             raise ValueError("a mesh of several ranks needs a store")
         self._gloo = GlooSockets()
         recorder.vitals.listen(epoch, partial(self.abort.trigger, TOLD), self._let_go)
-        made = partial(self._make, store, channels, vocab, context, ends, node)
+        made = partial(self._make, store, channels, vocab, context, ends, node, local_saves)
         # torch waits for the other ranks in there, and nobody can wake it.
         self.abort.beside("setting up the mesh", made)
 
@@ -138,6 +142,7 @@ class Mesh:
         context: int,
         ends: tuple[int, int] | None,
         node: str,
+        local_saves: bool,
     ) -> None:
         """Meets the other ranks; arguments as of the mesh."""
         degrees, device = self.degrees, self.device
@@ -161,6 +166,8 @@ class Mesh:
         if ends is not None and ends[0] != ends[1]:
             lines = [(line[min(ends)], line[max(ends)]) for line in self._pipelines()]
             self._axes["ends"] = self._cut("ends", lines)
+        if local_saves:
+            self.local_saves_group = _host_group("local saves")
         if node:
             self._find_nodes(node, dist.PrefixStore(f"nodes-{self.epoch}", store))
         if device == "cpu":
@@ -359,7 +366,7 @@ class Mesh:
                 waiter.close()
             if axis.link is not None:
                 axis.link.cut()
-        self.host_group = self.checkpoint_group = None
+        self.host_group = self.checkpoint_group = self.local_saves_group = None
         if dist.is_initialized():
             dist.destroy_process_group()
         self._axes.clear()

@@ -174,6 +174,7 @@ CASES: list[tuple[list[str], str, list[str], Observe | None]] = [
     ([], "eval.steps=9", ["eval.every=1"], None),
     ([], "checkpoint.keep_best=3", ["eval.every=1"], None),
     (["checkpoint.keep=0"], "checkpoint.keep_every=4", ["checkpoint.keep=1"], None),
+    ([], "checkpoint.local.keep=3", ["checkpoint.local.dir=/tmp", "checkpoint.local.every=2"], None),
     (["eval.every=1"], "eval.prompt_tokens=9", ["eval.prompts=[a]"], None),
     ([], "faults.spares=1", ["faults.recover=true"], None),
     (["faults.watch=false"], "faults.pause_s=400", ["faults.watch=true"], None),

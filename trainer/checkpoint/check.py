@@ -12,11 +12,12 @@ from typing import Any
 
 from ...configs.errors import Problem, UserError
 from ...configs.schema import Config, ModelConfig, MoeConfig
-from ..run_folder import RunFile, checkpoint_folder
+from ..run_folder import RunFile, checkpoint_folder, run_folder
 from .manifest import MANIFEST, STATE, Damaged, Manifest, read_manifest, read_state, resume_order
 from .names import checkpoints
 from .same_run import run_problems
 from .saved_model import check_same_model, model_config_from_state
+from .tiers.local import run_number
 
 
 def checkpoint_problems(cfg: Config) -> list[Problem]:
@@ -32,13 +33,21 @@ def checkpoint_problems(cfg: Config) -> list[Problem]:
         usable = next((path for path in found if _state(path) is not None), None)
         if usable is not None:
             return run_problems(_state(usable) or {}, cfg, usable)
-        if found:
+        if found and not _nodes_may_have_one(cfg):
             return [all_damaged(directory, len(found))]
     elif resume is not None:
         path = Path(str(resume))
         problem = missing(path, "checkpoint.resume") or _damage(path, "checkpoint.resume")
         return [problem] if problem else run_problems(read_state(path), cfg, path)
     return _initial(cfg, Path(init)) if init is not None else []
+
+
+def _nodes_may_have_one(cfg: Config) -> bool:
+    """Whether this node has a checkpoint of its own of the run, of which the ranks will see what it is worth."""
+    if cfg.checkpoint.local.dir is None:
+        return False
+    number = run_number(run_folder(cfg) / RunFile.NUMBER, makes=False)
+    return number is not None and any(Path(cfg.checkpoint.local.dir, number).glob("*/step-*"))
 
 
 def missing(path: Path, key: str) -> Problem | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
@@ -23,19 +23,17 @@ from ...parallel.record import kinds
 from ...parallel.record.ring import Recorder
 from ..processes.threads import Beside
 from . import files
-from .check import all_damaged, missing
 from .io import Save, read_full, read_together, write_full, write_together
-from .manifest import Damaged, damaged_files, is_finite, read_manifest, read_state, resume_order
 from .names import step_folder
 from .retention import Retention, retain
 from .stored import StoredTensor
 from .team import CheckpointError, Team
 from .telling import Telling
 from .tensors import PlannedFile, index_of, plan_files
+from .tiers.local import LOCAL, NodeFolders
+from .tiers.search import CheckpointTier, expect_there, newest_verified, verified_state
 from .verification import verify
 from .writers import Holding, HostBuffers, Write, assign
-
-T = TypeVar("T")
 
 __all__ = ["CheckpointError", "Checkpointer", "read_full", "verify", "write_full"]
 
@@ -64,6 +62,7 @@ class Checkpointer:
             `checkpoint_damaged` and `checkpoint_not_removed`; from the writing thread, if `asynchronous`.
         abort: ends the waits for the other ranks and for the thread that writes.
         recorder: of the rank.
+        nodes: where the ranks of each node write a checkpoint of their own, into a `directory` that only they see.
     """
 
     def __init__(
@@ -78,13 +77,17 @@ class Checkpointer:
         on_event: Callable[[dict[str, Any]], None],
         abort: Abort | None = None,
         recorder: Recorder | None = None,
+        nodes: NodeFolders | None = None,
     ) -> None:
         if group is None and world != 1:
             raise ValueError(f"{world} ranks need a process group")
         self.directory = Path(directory)
-        vitals = self._vitals = recorder.vitals if recorder is not None else None
-        self._team = Team(group, rank, world, abort, bool if vitals is None else vitals.meets)
-        self._keep, self.telling = keep, Telling(on_event, first=rank == 0)
+        # The watcher follows one save of a rank, that of the checkpoints that all ranks see.
+        vitals = self._vitals = recorder.vitals if recorder is not None and nodes is None else None
+        hosts = () if nodes is None else nodes.hosts
+        meets = bool if vitals is None else vitals.meets
+        self._nodes, self._team = nodes, Team(group, rank, world, abort, meets, hosts)
+        self._keep, self.telling = keep, Telling(on_event, first=rank == 0, tier=None if nodes is None else LOCAL)
         self._recorder = recorder.fork() if recorder is not None else None
         self._writer = Beside("checkpoint") if asynchronous else None
         self.beside: Mapping[str, bytes] = {}
@@ -122,7 +125,8 @@ class Checkpointer:
     def look_for(self, step: int) -> None:
         """Finds out whether this very run has saved a step before a fault."""
         folder = step_folder(self.directory, step)
-        self._newest = step if self._team.first("looking for a checkpoint", folder.is_dir) else None
+        there = self._team.together("looking for a checkpoint", lambda: not self._team.leads or folder.is_dir())
+        self._newest = step if all(there) else None
 
     # Saving -----------------------------------------------------------------------------------------------------
 
@@ -153,7 +157,15 @@ class Checkpointer:
         except Exception as error:  # told to the other ranks, which are on their way into the write
             problem = error
         save = Save(
-            folder, layout.writes, layout.buffers.tensors, layout.files, layout.index, kept, problem, beside=self.beside
+            folder,
+            layout.writes,
+            layout.buffers.tensors,
+            layout.files,
+            layout.index,
+            kept,
+            problem,
+            self._nodes,
+            self.beside,
         )
         blocked, self._writing = time.monotonic() - started, (step, started)
         # Until it is known to have ended well: a writer without memory cannot even say what is wrong.
@@ -180,13 +192,14 @@ class Checkpointer:
         self._holdings = holdings
 
     def _allocate(self, everyone: list[dict[str, Holding]]) -> None:
-        rank = self._team.rank
-        writes = assign(everyone)
+        rank, own = self._team.rank, self._team.sharing
+        seen = [held if other in own else {} for other, held in enumerate(everyone)]
+        writes = assign(seen, complete=not self._team.apart)
         mine = writes[rank]
         # The old buffers go before the new ones come.
         self._layout = _Layout([], [], {}, HostBuffers([], pinned=False))
         buffers = HostBuffers(mine, pinned=any(h.pinned for h in everyone[rank].values()))
-        self._layout = _Layout(mine, plan_files(rank, mine), index_of(writes) if rank == 0 else {}, buffers)
+        self._layout = _Layout(mine, plan_files(rank, mine), index_of(writes) if self._team.leads else {}, buffers)
 
     def _run(self, save: Save, step: int, blocked: float) -> None:
         if self._vitals is not None:
@@ -222,7 +235,7 @@ class Checkpointer:
                 f"step {step} is saved with NaN or infinite values in {first}{f' and {more} more' if more else ''}; "
                 "it removes no older checkpoint, and checkpoint.resume=latest prefers the last one without"
             )
-        if self._team.rank == 0:
+        if self._team.leads:
             self._tidy(save.folder)
 
     def _tidy(self, newest: Path) -> None:
@@ -270,6 +283,14 @@ class Checkpointer:
             self._writer = None
         self._holdings, self._layout = None, _Layout([], [], {}, HostBuffers([], pinned=False))
 
+    def retire(self) -> None:
+        """Removes what this run has saved here, which somewhere else has newer."""
+        self._join()
+        if self._team.leads:
+            with suppress(OSError):
+                files.remove(self.directory)
+                self.directory.parent.rmdir()  # of the run; another host's folder may be in it
+
     # Loading ----------------------------------------------------------------------------------------------------
 
     def load(
@@ -306,10 +327,15 @@ class Checkpointer:
         Raises:
             UserError: it is damaged.
         """
-        found = self._team.first("reading the state", lambda: _or_reason(read_state, path))
-        if isinstance(found, str):
-            raise UserError(Problem(str(path), f"damaged checkpoint: {found}"))
-        return found
+        return verified_state(self._team, path)
+
+    @property
+    def tier(self) -> CheckpointTier:
+        """Its checkpoints as they are now; looked at when nothing is being written."""
+        self._join()
+        return CheckpointTier(
+            self.directory, self._team, self.telling, None if self._nodes is None else self._nodes.run
+        )
 
     def find_resume(self, resume: str | Path) -> Path | None:
         """The verified checkpoint to go on from: every byte of it was read and compared, each rank its share.
@@ -323,21 +349,10 @@ class Checkpointer:
         Raises:
             UserError: the named checkpoint is absent or damaged, or `latest` finds only damaged ones.
         """
-        self._join()
         if str(resume) != "latest":
             return self.verified(Path(resume), "checkpoint.resume")
-        found = self._team.first("resuming", self._clean_and_list)
-        for path in found:
-            problems = self._verify(path)
-            if not problems:
-                self._say_passed_over(found, path)
-                return path
-            reason = "; ".join(problems)
-            self.telling.event("checkpoint_damaged", path=str(path), reason=reason)
-            self.telling.say(f"{path} is damaged, using the one before: {reason}")
-        if found:
-            raise UserError(all_damaged(self.directory, len(found)))
-        return None
+        found = newest_verified([self.tier])
+        return found[1] if found is not None else None
 
     def verified(self, path: Path, key: str) -> Path:
         """`path`, after every byte of the checkpoint was read and compared, each rank its share.
@@ -349,48 +364,8 @@ class Checkpointer:
         Raises:
             UserError: it is absent or damaged.
         """
-        self._join()
-        self._team.first("verifying", lambda: _must_exist(path, key))
-        problems = self._verify(path)
+        expect_there(self._team, path, key)
+        problems = self.tier.problems(path)
         if problems:
             raise UserError(Problem(key, f"{path} is damaged: {'; '.join(problems)}"))
         return path
-
-    def _say_passed_over(self, found: list[Path], chosen: Path) -> None:
-        newer = [path for path in found if path.name > chosen.name] if self._team.rank == 0 else []
-        bad = [path for path in newer if is_finite(path) is False]
-        if bad:
-            self.telling.say(
-                f"{bad[0]} holds NaN or infinite values; going on from {chosen}, unless checkpoint.resume names it"
-            )
-
-    def _clean_and_list(self) -> list[Path]:
-        files.clean(self.directory)
-        return resume_order(self.directory)
-
-    def _verify(self, path: Path) -> list[str]:
-        known = self._team.first("verifying", lambda: _or_reason(read_manifest, path))
-        if isinstance(known, str):
-            return [known]
-        # Largest first, dealt out in turn: shares of about the same bytes.
-        order = sorted(known.files, key=lambda name: (-known.files[name].size, name))
-        share = {name: known.files[name] for name in order[self._team.rank :: self._team.world]}
-        parts = self._team.together("verifying", lambda: damaged_files(path, share))
-        problems = sorted(problem for part in parts for problem in part.values())
-        if not problems:
-            state = self._team.first("verifying", lambda: _or_reason(read_state, path))
-            problems = [state] if isinstance(state, str) else []
-        return problems
-
-
-def _or_reason(read: Callable[[Path], T], path: Path) -> T | str:
-    try:
-        return read(path)
-    except Damaged as error:
-        return str(error)
-
-
-def _must_exist(path: Path, key: str) -> None:
-    problem = missing(path, key)
-    if problem is not None:
-        raise UserError(problem)

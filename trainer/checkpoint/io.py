@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from .names import step_of
 from .stored import StoredTensor
 from .team import CheckpointError, Team
 from .tensors import DTYPES, PlannedFile, TensorFiles, index_of, plan_files, write_files
+from .tiers.local import NodeFolders, make_own
 from .writers import Write
 
 _SHOWN = 8
@@ -40,11 +42,13 @@ class Save:
     data: Sequence[Tensor]
     files: Sequence[PlannedFile]
     index: Mapping[str, StoredTensor]
-    """Of all ranks; only rank 0 needs it."""
+    """Of all ranks that see the folder; only the one that looks after it needs it."""
     state: Mapping[str, Any]
     problem: Exception | None = None
+    nodes: NodeFolders | None = None
+    """Where each node writes a part into a folder of its own."""
     beside: Mapping[str, bytes] = field(default_factory=dict)
-    """Small files that belong to the checkpoint, by name; rank 0's are written."""
+    """Small files that belong to the checkpoint, by name; those of the rank that looks after the folder are written."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +72,20 @@ def write_together(team: Team, save: Save) -> Published:
     """
     tmp = files.temporary(save.folder)
 
-    def prepare() -> None:
+    def prepare() -> str:
         if save.problem is not None:
             raise save.problem
-        if team.rank == 0:
+        if team.leads:
+            if save.nodes is not None:
+                make_own(save.folder.parent)
             save.folder.parent.mkdir(parents=True, exist_ok=True)
             files.remove(tmp)
             tmp.mkdir()
+        return secrets.token_hex(8) if save.nodes is not None else ""
 
     def write() -> tuple[dict[str, FileSum], list[str]]:
         sums = write_files(tmp, save.files, save.data)
-        if team.rank == 0:
+        if team.leads:
             sums[INDEX] = write_file(tmp / INDEX, write_index(save.index))
             sums |= {name: write_file(tmp / name, content) for name, content in save.beside.items()}
         wrong = damaged_files(tmp, sums)
@@ -87,19 +94,20 @@ def write_together(team: Team, save: Save) -> Published:
         return sums, not_finite(save.writes, save.data)
 
     def complete() -> Published:
-        total = {name: one for sums, _ in parts for name, one in sums.items()}
+        total = {name: one for rank in team.sharing for name, one in parts[rank][0].items()}
         bad = tuple(sorted({name for _, names in parts for name in names}))
-        write_manifest(tmp, total, save.state, not_finite=bad[:_SHOWN])
+        mark = save.nodes.mark(numbers[0]) if save.nodes is not None else {}
+        write_manifest(tmp, total, {**save.state, **mark}, not_finite=bad[:_SHOWN])
         files.publish_folder(tmp, save.folder)
-        return Published(sum(one.size for one in total.values()), bad)
+        return Published(sum(one.size for sums, _ in parts for one in sums.values()), bad)
 
     what = f"saving {save.folder}"
     try:
-        team.together(what, prepare)
+        numbers = team.together(what, prepare)
         parts = team.together(what, write)
         return team.first(what, complete)
     except CheckpointError:
-        if team.rank == 0:
+        if team.leads:
             with suppress(OSError):  # a storage that takes nothing may also give nothing back; `clean` tries again
                 files.remove(tmp)
         raise
@@ -147,18 +155,36 @@ def read_together(
                         stored.parts(name, box.offsets, box.sizes)
             return names
 
+        names = team.together(what, plan)
+        known = {name for mine in names for name in mine}
+        left_over = [n for n in sorted(set(found) - known) if left is None or not n.endswith(left)]
+
         def read() -> None:
+            if left_over:  # of nodes' own parts each rank sees another one
+                reason = "is in the checkpoint, this job has no such tensor"
+                raise UserError(*listed(path, [f"{name} {found[name][0]} {reason}" for name in left_over]))
             with refusing(path):
                 stored.read(tensors)
 
-        names = team.together(what, plan)
-        left_over = sorted(set(found) - {name for mine in names for name in mine})
-        left_over = [name for name in left_over if left is None or not name.endswith(left)]
-        if left_over:
-            reason = "is in the checkpoint, this job has no such tensor"
-            raise UserError(*listed(path, [f"{name} {found[name][0]} {reason}" for name in left_over]))
         team.together(what, read)
     return contents.state
+
+
+def lacking(path: Path, tensors: Mapping[str, GlobalTensor]) -> list[str]:
+    """Why a rank cannot read its pieces from a part of a checkpoint; empty: it can."""
+    reason = ""
+    try:
+        contents = read_contents(path)
+        census(path, tensors, tensors_of(contents, ""), cast=False)
+        with TensorFiles(contents) as stored:
+            for name, piece in tensors.items():
+                for box in piece.boxes:
+                    stored.parts(name, box.offsets, box.sizes)
+    except UserError as error:
+        reason = error.problems[0].message
+    except Damaged as error:
+        reason = str(error)
+    return [f"it is not what this layout needs here: {reason}"] if reason else []
 
 
 def contents_together(team: Team, what: str, path: Path) -> Contents:

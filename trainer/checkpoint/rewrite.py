@@ -36,6 +36,7 @@ from .saved_model import model_config_from_state
 from .stored import StoredTensor
 from .team import CheckpointError
 from .tensors import DTYPES, TensorFiles, index_of, memory_of, plan_files
+from .tiers.local import host_words
 from .verification import verification
 from .writers import Holding, Write, assign
 
@@ -138,9 +139,12 @@ def _shares(count: int, weights: Sequence[float] | None) -> list[float]:
 
 
 def _verified(path: Path, advance: Callable[[int], object]) -> Contents:
-    problems = verification(path, advance).problems
-    if problems:
-        raise UserError(Problem(str(path), f"is damaged: {'; '.join(problems)}"))
+    found = verification(path, advance)
+    if found.problems:
+        raise UserError(Problem(str(path), f"is damaged: {'; '.join(found.problems)}"))
+    if found.hosts:
+        nodes = f"is the part of one of {len(found.hosts)} nodes ({host_words(found.hosts)})"
+        raise UserError(Problem(str(path), f"{nodes}; name a checkpoint that all ranks see"))
     return open_full(path)
 
 

@@ -84,6 +84,14 @@ def facts(cfg: Config, fingerprint: str) -> dict[str, Any]:
     }
 
 
+def run_state(
+    cfg: Config, fingerprint: str, progress: RunProgress, evaluation: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What a checkpoint's state says of its run: `facts`, how far it is, and its last evaluation, if there was one."""
+    state = progress.as_dict() | facts(cfg, fingerprint)
+    return state if evaluation is None else state | {"evaluation": dict(evaluation)}
+
+
 def layout_of(cfg: Config) -> dict[str, Any]:
     """The layout that a checkpoint was written by: for those who look at it, any other loads it too."""
     p = cfg.parallel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +33,7 @@ class Team:
         group: gloo, over all of them; None for one.
         rank, world: this process in the group.
         abort: ends every wait for the others, and says how long one may take; None: as long as the group lets it.
+        hosts: where each rank is, if each host has a folder of its own; empty: all ranks see one folder.
     """
 
     group: dist.ProcessGroup | None
@@ -40,6 +42,29 @@ class Team:
     abort: Abort | None = None
     meets: Callable[[bool], object] = bool
     """Told when this rank has its part ready and waits for the others, and when it goes on."""
+    hosts: tuple[str, ...] = ()
+
+    @cached_property
+    def sharing(self) -> tuple[int, ...]:
+        """The ranks that see this one's folder, itself among them; the first of them looks after it."""
+        if not self.hosts:
+            return tuple(range(self.world))
+        return tuple(rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank])
+
+    @cached_property
+    def leaders(self) -> tuple[int, ...]:
+        """The ranks that look after a folder."""
+        return tuple(sorted({host: rank for rank, host in reversed([*enumerate(self.hosts)])}.values())) or (0,)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank looks after its folder."""
+        return self.rank == self.sharing[0]
+
+    @property
+    def apart(self) -> bool:
+        """Whether there are several folders, each of which holds a part."""
+        return len(self.sharing) < self.world
 
     def together(self, what: str, fn: Callable[[], T]) -> list[T]:
         """Every rank's result of `fn`, on every rank, or on every rank the error of any.
@@ -81,8 +106,9 @@ class Team:
         return [r for r, _ in answers]
 
     def first(self, what: str, fn: Callable[[], T]) -> T:
-        """Rank 0's result of `fn`, which only rank 0 calls."""
-        return self.together(what, fn if self.rank == 0 else lambda: None)[0]  # pyright: ignore[reportReturnType]
+        """The result of `fn` of the rank that looks after this rank's folder; only such ranks call it."""
+        found = self.together(what, fn if self.leads else lambda: None)
+        return found[self.sharing[0]]  # pyright: ignore[reportReturnType]
 
     def _exchange(self, group: dist.ProcessGroup, answer: Any) -> list[Any]:
         """Every rank's answer. A rank that has no memory for it tells the others, which would wait for it otherwise."""

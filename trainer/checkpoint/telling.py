@@ -17,10 +17,12 @@ class Telling:
     Args:
         on_event: called with each event.
         first: whether this is rank 0; the others tell nothing.
+        tier: which checkpoints they are, where not those that all ranks see.
     """
 
-    def __init__(self, on_event: Callable[[dict[str, Any]], None], *, first: bool) -> None:
+    def __init__(self, on_event: Callable[[dict[str, Any]], None], *, first: bool, tier: str | None = None) -> None:
         self._on_event, self._first = on_event, first
+        self._always = {} if tier is None else {"tier": tier}
         self._unheard: deque[dict[str, Any]] = deque()
 
     def event(self, event: str, **about: Any) -> None:
@@ -28,9 +30,9 @@ class Telling:
         if not self._first:
             return
         if event in _ALERTING:
-            self._unheard.append({"event": event, **about})
+            self._unheard.append({"event": event, **about, **self._always})
         try:
-            self._on_event({"event": event, **about})
+            self._on_event({"event": event, **about, **self._always})
         except Exception as error:  # the disk that has no room for a checkpoint has none for the event either
             self.say(f"{event} could not be noted ({error})")
 

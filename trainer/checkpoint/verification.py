@@ -4,13 +4,17 @@ here, unless the checkpoint is of format 1."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+from ...configs.strict_json import JsonError
 from .index import Contents, read_contents
 from .manifest import FORMAT, MANIFEST, Damaged, damaged_files, read_manifest
 from .stored import StoredBox, StoredTensor, held_once
+from .tiers.local import LocalMark
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Verification:
         strays: files in the folder of which the manifest says nothing; nobody reads them.
         nbytes: of the files that the manifest lists, and of itself.
         tensors, boxes: how many the index names; 0 where it cannot be read.
+        hosts: of whose ranks it holds a part, where each has a folder of its own.
     """
 
     problems: tuple[str, ...]
@@ -29,6 +34,7 @@ class Verification:
     nbytes: int = 0
     tensors: int = 0
     boxes: int = 0
+    hosts: tuple[str, ...] = ()
 
 
 def verify(folder: Path) -> list[str]:
@@ -64,15 +70,27 @@ def verification(folder: Path, advance: Callable[[int], object] = bool) -> Verif
         problems[name] += _lost(contents, name)
     found = (*problems.values(), *unaccounted(contents))
     boxes = sum(len(stored.boxes) for stored in contents.tensors.values())
-    return Verification(found, strays, nbytes, len(contents.tensors), boxes)
+    return Verification(found, strays, nbytes, len(contents.tensors), boxes, hosts_of(contents.state))
+
+
+def hosts_of(state: dict[str, Any]) -> tuple[str, ...]:
+    """The hosts that have the parts of a checkpoint, of which this is the state of one; empty: it is whole."""
+    with suppress(JsonError):
+        mark = LocalMark.of(state)
+        return mark.hosts if mark is not None and len(mark.hosts) > 1 else ()
+    return ()
 
 
 def unaccounted(contents: Contents) -> list[str]:
-    """The tensors of which an index does not name each element once, and the files of which it names bytes twice."""
+    """The tensors of which an index does not name each element once, and the files of which it names bytes twice; in a
+    part, those of which it names an element twice."""
     problems: list[str] = []
+    part = bool(hosts_of(contents.state))
     for name, stored in contents.tensors.items():
+        whole = ((0,) * len(stored.shape), stored.shape)
         try:
-            held_once(name, stored, (0,) * len(stored.shape), stored.shape)
+            for offsets, sizes in [(box.offsets, box.sizes) for box in stored.boxes] if part else [whole]:
+                held_once(name, stored, offsets, sizes)
         except Damaged as error:
             problems.append(str(error))
     return problems if contents.format != FORMAT else problems + _shared_bytes(contents.tensors)

@@ -56,11 +56,15 @@ class Write:
         return math.prod(self.sizes) * self.dtype.itemsize
 
 
-def assign(holdings: Sequence[Mapping[str, Holding]]) -> list[list[Write]]:
+def assign(holdings: Sequence[Mapping[str, Holding]], *, complete: bool = True) -> list[list[Write]]:
     """What each rank writes, given what each holds.
 
+    Args:
+        holdings: of each rank.
+        complete: they hold everything together.
+
     Raises:
-        ValueError: ranks disagree about a tensor's shape or dtype, or nobody holds a part of it.
+        ValueError: ranks disagree about a tensor's shape or dtype, or nobody holds a part of what is complete.
     """
     holders: dict[str, dict[Extent, list[int]]] = defaultdict(lambda: defaultdict(list))
     about: dict[str, Holding] = {}
@@ -79,7 +83,7 @@ def assign(holdings: Sequence[Mapping[str, Holding]]) -> list[list[Write]]:
     for name, holding in about.items():
         parts = _disjoint(list(holders[name]))
         covered, volume = sum(math.prod(sizes) for (_, sizes), _ in parts), math.prod(holding.shape)
-        if covered != volume:
+        if complete and covered != volume:
             raise ValueError(f"{name} has {volume} elements, the ranks together hold {covered}")
         for (offsets, sizes), whole in parts:
             choices.append((Write(name, holding.shape, holding.dtype, offsets, sizes), holders[name][whole]))

@@ -14,9 +14,9 @@ from ...models.hf.folder import to_stderr
 from ...parallel.comm.mesh import Mesh
 from ...parallel.record import files
 from ...parallel.record.files import RingFile
-from ..checkpoint.checkpointer import Checkpointer
 from ..checkpoint.hugging_face import load_initial
-from ..checkpoint.retention import Retention
+from ..checkpoint.names import checkpoints
+from ..checkpoint.tiers.tiers import Tiers, open_tiers
 from ..data.dataset import Dataset, open_data
 from ..metrics.introduction import introduction
 from ..metrics.notices import or_without
@@ -148,9 +148,9 @@ class RankOfJob:
             self._open_things.callback(session.close)
             rejoining.opened(session)
         self._data = session.data
-        checkpointer = self._checkpointer(session.mesh)
+        tiers = self._tiers(session.mesh)
         try:
-            trainer = self._prepare(session, checkpointer, epoch)
+            trainer = self._prepare(session, tiers, epoch)
             began_at = 0 if epoch.number else trainer.step
             finished = trainer.train(self._outputs, self._start.stop)
             if rejoining is not None:
@@ -161,7 +161,7 @@ class RankOfJob:
                 self._start.report(error, cfg)  # before anything is closed, which takes its time
             raise
         finally:
-            checkpointer.close()
+            tiers.close()
         if self._outputs is not None:
             self._outputs.events.log("end" if finished else "stopped", step=trainer.step)
             self._close_outputs()
@@ -203,14 +203,14 @@ class RankOfJob:
             progress=self._here.rank == 0,
         )
 
-    def _prepare(self, session: Session, checkpointer: Checkpointer, epoch: Epoch) -> Trainer:
+    def _prepare(self, session: Session, tiers: Tiers, epoch: Epoch) -> Trainer:
         """Everything up to the first step in a mesh."""
         cfg, mesh, rejoining = self._cfg, session.mesh, self._rejoining
         rows = row_exchange(session, self._rings, self._here.store)
         if epoch.number == 0:
             try_out(session, rows, self._events)
         keeper = rejoining.keeper if rejoining is not None else None
-        trainer = Trainer(session, checkpointer, run_dir=self._run_dir, rows=rows, keeper=keeper)
+        trainer = Trainer(session, tiers.shared, run_dir=self._run_dir, rows=rows, keeper=keeper, local=tiers.local)
         point = rejoining.point if rejoining is not None else None
         if point is None:
             self._begin(trainer, epoch)
@@ -218,7 +218,8 @@ class RankOfJob:
             self._resumed = rejoining.resumed if rejoining is not None else None
             trainer.go_on(point)
         trainer.tokenizer = _tokenizer(cfg, self._resumed)
-        checkpointer.beside = trainer.tokenizer.files
+        for each in tiers.all:
+            each.beside = trainer.tokenizer.files
         if cfg.eval.prompts and trainer.evaluator is not None:
             coder = make_coder(trainer.tokenizer, f"data.name={cfg.data.name}")
             stops, pipeline = trainer.tokenizer.stops, session.parts.pipeline
@@ -234,7 +235,7 @@ class RankOfJob:
         cfg, checkpointer = self._cfg, trainer.checkpointer
         # After a fault in which the newest state was lost, from what this run has saved itself.
         resume = "latest" if epoch.number else cfg.checkpoint.resume
-        self._resumed = checkpointer.find_resume(resume) if resume else None
+        self._resumed = trainer.tiers.find_resume(resume, trainer.tensors) if resume else None
         if epoch.number and trainer.mesh.is_first:
             print(f"no copy of the newest state is left; {beginning(cfg, trainer, self._resumed)}", flush=True)
         if self._resumed is not None:
@@ -244,8 +245,7 @@ class RankOfJob:
             notice = to_stderr if trainer.mesh.is_first else (lambda _: None)
             load_initial(init, trainer.parts, checkpointer, upcycle=upcycle, seed=seed, notice=notice)
 
-    def _checkpointer(self, mesh: Mesh) -> Checkpointer:
-        cfg = self._cfg.checkpoint
+    def _tiers(self, mesh: Mesh) -> Tiers:
         if mesh.is_first and self._events is None:
             self._events = EventLog(self._run_dir / RunFile.EVENTS)
         events = self._events if mesh.is_first else None
@@ -254,17 +254,7 @@ class RankOfJob:
             if events is not None:
                 events.log(**event)
 
-        return Checkpointer(
-            checkpoint_folder(self._cfg),
-            group=mesh.checkpoint_group,
-            rank=mesh.rank,
-            world=mesh.degrees.world,
-            keep=Retention.of(cfg),
-            asynchronous=cfg.asynchronous,
-            on_event=report,
-            abort=mesh.abort,
-            recorder=mesh.recorder,
-        )
+        return open_tiers(self._cfg, mesh, report)
 
     def _report(self, trainer: Trainer, epoch: Epoch) -> None:
         """Opens what the first slot reports to, where this process has it not open yet."""
@@ -293,6 +283,8 @@ class RankOfJob:
 
 
 def _tokenizer(cfg: Config, found: Path | None) -> TokenizerFiles:
-    """Of the checkpoint that the run goes on from, else of the job."""
+    """Of the checkpoint that the run went on from, or a later one, where that is not kept any more; else of the job."""
+    if found is not None and not found.is_dir():
+        found = next((path for _, path in checkpoints(checkpoint_folder(cfg))), None)
     kept = TokenizerFiles() if found is None else of_checkpoint(found)
     return of_job(cfg) if kept.kind == "none" else kept

@@ -96,7 +96,7 @@ def _finite(loss: float | None) -> float:
 
 
 def _newest_checkpoint(run: Path, events: list[dict[str, Any]]) -> str:
-    elsewhere = [Path(e["path"]).parent for e in events if e["event"] == "checkpoint_saved"][-1:]
+    elsewhere = [Path(e["path"]).parent for e in events if e["event"] == "checkpoint_saved" and "tier" not in e][-1:]
     found = [c for folder in (run / RunFile.CHECKPOINTS, *elsewhere) for c in checkpoints(folder)]
     if not found:
         return "no checkpoint"
