@@ -155,7 +155,8 @@ def describe(annotation: Any) -> str:
     elif origin is Literal:
         text = str(args[0]) if len(args) == 1 else "one of " + ", ".join(map(str, args))
     elif origin in (tuple, list):
-        text = f"a list of {_PLURAL.get(args[0], 'values')}"
+        one = get_args(args[0]) if get_origin(args[0]) is Literal else ()
+        text = f"a list of {', '.join(map(str, one)) or _PLURAL.get(args[0], 'values')}"
     elif origin is dict:
         text = f"a mapping of names to {_PLURAL.get(args[1], 'values')}"
     elif origin in (Union, types.UnionType):

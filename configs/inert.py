@@ -158,7 +158,13 @@ JOB: tuple[Inert[Config], ...] = (
     ),
     Inert(("eval.prompt_tokens",), ("eval.prompts",), lambda c: not c.eval.prompts),
     Inert(("faults.alive_s", "faults.hang_s", "faults.pause_s"), ("faults.watch",), lambda c: not c.faults.watch),
-    Inert(("faults.spares",), ("faults.recover",), lambda c: not c.faults.recover),
+    Inert(
+        ("faults.spares", "faults.ladder", "faults.layouts", "faults.grow"),
+        ("faults.recover",),
+        lambda c: not c.faults.recover,
+    ),
+    Inert(("faults.layouts",), ("faults.ladder",), lambda c: "layouts" not in c.faults.ladder),
+    Inert(("faults.grow",), ("faults.ladder",), lambda c: not {"shrink", "layouts"} & {*c.faults.ladder}),
     Inert(
         ("faults.numerics.replicas_every",),
         ("parallel.tp", "parallel.dp", "parallel.cp", "parallel.data.sharding"),

@@ -46,9 +46,7 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
     return replace(
         config,
         model=model,
-        parallel=replace(
-            _resolve_parallel(config.parallel, world_size), context=resolve_context(config.parallel, model)
-        ),
+        parallel=resolve_parallel(config.parallel, model, world_size),
         data=replace(config.data, cache=cache),
         faults=_resolve_faults(config.faults),
         checkpoint=replace(
@@ -150,8 +148,10 @@ def _resolve_moe(moe: MoeConfig, ffn: int) -> MoeConfig:
     return replace(moe, ffn=ffn if moe.ffn is None else moe.ffn, router=replace(router, groups_kept=kept))
 
 
-def _resolve_parallel(parallel: ParallelConfig, world_size: int | None) -> ParallelConfig:
-    parallel = replace(parallel, pipeline=_resolve_pipeline(parallel.pipeline, parallel.pp))
+def resolve_parallel(parallel: ParallelConfig, model: ModelConfig, world_size: int | None = None) -> ParallelConfig:
+    """The section with everything that follows from the rest of it, from the resolved model and the number of ranks."""
+    context = resolve_context(parallel, model)
+    parallel = replace(parallel, context=context, pipeline=_resolve_pipeline(parallel.pipeline, parallel.pp))
     if parallel.dp is not None:
         return parallel
     if world_size is None:

@@ -28,7 +28,9 @@ from .schema_parallel import (
     ContextConfig,
     DataParallelConfig,
     DeepSpeedConfig,
+    FaultsConfig,
     MemoryConfig,
+    NumericsConfig,
     ParallelConfig,
     PipelineConfig,
 )
@@ -273,60 +275,6 @@ class LogConfig:
     memory: bool = False
     """Record the bytes on the device after every operation of a step, for `pentad schedule RUN`; on a CPU every tensor
     is counted, which makes steps slower."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NumericsConfig:
-    """Guards against bits that change by themselves (silent data corruption): docs/numerics.md."""
-
-    replicas_every: int = 0
-    """Steps between comparisons of the parameters that several ranks hold copies of; 0: never."""
-    checksums: bool = False
-    """Checksums of every gradient from when it is final until it is sent, and of parameters, masters and moments from
-    one update to the next."""
-    spikes: bool = True
-    """Say so, with the samples of the batch, when loss or gradient norm is far above the steps before."""
-    recompute: bool = False
-    """Compare what is made again in backward with what the forward pass made, to the bit; needs kernels that are
-    deterministic."""
-    canary: bool = False
-    """Before training, and after resuming, one step of a small model on every rank, whose bits all ranks on equal
-    devices must have in common."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FaultsConfig:
-    """Guards against bad steps and hangs."""
-
-    max_bad_steps: int = 10
-    """Consecutive steps skipped for a NaN or infinite gradient before the run stops."""
-    timeout_s: float = 600.0
-    """Seconds that a collective may wait before the run stops with an error."""
-    stop_code: int = 0
-    """Exit code of a run that a signal has stopped before its last step, and that has saved: by it a batch script knows
-    that the job is to go on later, as that of `pentad slurm` does with 75."""
-    record_entries: int = 65536
-    """Entries of each rank's record ring."""
-    probe_at_start: bool = False
-    """Try out the matrix products of all ranks and the links between them before training, and name who falls short."""
-    watch: bool = True
-    """One process per node watches the ranks: when one dies, hangs or goes astray it says which and why, and ends the
-    job at once."""
-    alive_s: Derived[float] = DERIVED
-    """Seconds without a sign of life before a rank counts as stopped or frozen; derived: timeout_s / 60, at least 5."""
-    hang_s: Derived[float] = DERIVED
-    """Seconds without progress in a step or its data, at least, before a rank counts as hung; 5 times what 99 % of the
-    run's own pauses took, where that is more; derived: timeout_s / 10, at least 10."""
-    pause_s: Derived[float] = DERIVED
-    """The same in the first step, in an evaluation or a save; derived: timeout_s / 2."""
-    recover: bool = False
-    """Go on without an end of the job when ranks die, hang or fail: others take their places, and nothing that was
-    committed is lost."""
-    spares: int = 0
-    """recover: processes per node that are ready to take a lost rank's place at once; without one, a new process is
-    started."""
-    numerics: NumericsConfig = field(default_factory=NumericsConfig)
-    """Guards against bits that change by themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)

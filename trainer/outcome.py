@@ -28,6 +28,8 @@ class StepResult:
     """Places, over all ranks and steps, whose bits were found changed by themselves."""
     stop: Tensor
     """Number of ranks that were asked to stop: all ranks see the same number after the same step."""
+    leave: Tensor
+    """Number of ranks that are to leave their mesh after the step, in the same way."""
     worst: Handle
     """The largest over all ranks of each number that `Stepper.run` was given to watch, fp64; where there are any,
     behind these of own losses, and of the `loss_table`."""
@@ -56,8 +58,9 @@ class IssuedStep:
 
 
 def numbers_of(result: StepResult, worst: Tensor) -> Tensor:
-    """(5 + n + m,) fp64: loss, norm, skipped, corrupted, wishes to stop; `worst` (n,); the m counts of routers."""
-    told = (result.loss, result.grad_norm, result.skipped, result.corrupted, result.stop)
+    """(6 + n + m,) fp64: loss, norm, skipped, corrupted, wishes to stop and to leave; `worst` (n,); the m counts of
+    routers."""
+    told = (result.loss, result.grad_norm, result.skipped, result.corrupted, result.stop, result.leave)
     numbers = torch.stack([x.double() for x in told])
     return torch.cat((numbers, worst, *(() if result.moe is None else (result.moe.flatten().double(),))))
 
@@ -83,15 +86,16 @@ def outcome_of(
     """What follows from the sums over all ranks.
 
     Args:
-        whole: (n,) square norm, loss, wishes to stop, with a guard what it found, then the counts of `routed`.
+        whole: (n,) square norm, loss, wishes to stop and to leave, with a guard what it found, then the counts of
+            `routed`.
         worst: see `StepResult`.
         routed: shaped as the routers' counts; none: a dense model.
         guard: of this rank.
         clip: of the norm; 0: none.
         dtype: of the results.
     """
-    total, rest = whole[:3].to(dtype), whole[3:]
-    norm, loss, stop = total[0].sqrt(), total[1], total[2]
+    total, rest = whole[:4].to(dtype), whole[4:]
+    norm, loss, stop, leave = total[0].sqrt(), total[1], total[2], total[3]
     skip, corrupted = (~torch.isfinite(total).all()).float(), torch.zeros_like(norm)
     if guard is not None:
         corrupted, rest = guard.told(rest[0]), rest[1:]
@@ -99,4 +103,4 @@ def outcome_of(
     counts = rest.view_as(routed) if routed is not None else None
     factor = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else torch.ones_like(norm)
     factor = torch.where(skip.bool(), torch.ones_like(factor), factor)
-    return Outcome(StepResult(loss, norm, skip, corrupted, stop, worst, counts), factor)
+    return Outcome(StepResult(loss, norm, skip, corrupted, stop, leave, worst, counts), factor)

@@ -61,7 +61,7 @@ class _Step:
         number: of the step, from 0 on; −1: an evaluation.
         inputs: of each microbatch.
         lr: learning rate.
-        stop: 1 where this rank was asked to stop.
+        wishes: 1 where this rank was asked to stop, and where it is to leave its mesh.
         watched: see `Stepper.run`.
         losses: of the microbatches, where this rank counts them; none before the last backward pass.
         outcome: none before the commit.
@@ -73,7 +73,7 @@ class _Step:
     number: int
     inputs: list[Inputs]
     lr: float
-    stop: Tensor
+    wishes: tuple[Tensor, Tensor]
     watched: Callable[[], Sequence[float]]
     losses: Sequence[Tensor] = ()
     outcome: Outcome | None = None
@@ -173,7 +173,7 @@ class Stepper:
         valid: int,
         lr: float,
         *,
-        stop: bool = False,
+        wishes: tuple[bool, bool] = (False, False),
         watched: Callable[[], Sequence[float]] = tuple,
     ) -> StepResult:
         """Trains on this rank's microbatches.
@@ -183,14 +183,14 @@ class Stepper:
             batches: one per microbatch of the program.
             valid: valid tokens of the whole global batch.
             lr: learning rate.
-            stop: whether this rank was asked to stop; the ranks agree inside the step.
+            wishes: whether this rank was asked to stop, and whether to leave its mesh; the ranks agree inside the step.
             watched: numbers of this rank whose largest over all ranks is wanted, as many on each; asked for after
                 the last backward pass.
 
         Raises:
             RuntimeError: the step before was left half-way.
         """
-        self._begin(step, batches, 1.0 / max(valid, 1), lr, stop, watched)
+        self._begin(step, batches, 1.0 / max(valid, 1), lr, wishes, watched)
         self.result = None
         if self.guard is not None:
             self.guard.begin(step)
@@ -312,14 +312,15 @@ class Stepper:
         batches: Sequence[Microbatch],
         scale: float,
         lr: float = 0.0,
-        stop: bool = False,
+        wishes: tuple[bool, bool] = (False, False),
         watched: Callable[[], Sequence[float]] = tuple,
     ) -> None:
         if self._step is not None or self.spent:
             what = "open a new session" if self.spent else "reset it"
             raise RuntimeError(f"a step was left half-way: {what} before the next one")
         inputs = [self._maker.make(batch, step, scale) for batch in batches]
-        self._step = _Step(step, inputs, lr, torch.full_like(self._zero, float(stop)), watched)
+        stop, leave = (torch.full_like(self._zero, float(wish)) for wish in wishes)
+        self._step = _Step(step, inputs, lr, (stop, leave), watched)
         if step >= 0:
             self.mesh.recorder.step = step
 
@@ -359,7 +360,7 @@ class Stepper:
         now.losses = self._losses(self._runtime)
         counted = self._sum(now.losses)
         now.own_loss = own_mean(counted, now.inputs) if now.losses else counted.double() - torch.inf
-        mine = torch.stack((square, counted, now.stop)).double()
+        mine = torch.stack((square, counted, *now.wishes)).double()
         if self.guard is not None:
             mine = torch.cat((mine, self.guard.check(now.number).view(1)))
         routed = collect_tallies(self.model, self.device)  # of all layers, those of other stages zero

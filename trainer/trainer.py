@@ -32,7 +32,7 @@ from .metrics.profiling import Profiler
 from .metrics.readings.protocol import OnRank, RunFacts, StepDone
 from .metrics.readings.registry import Readings
 from .metrics.report import Report
-from .metrics.rows import AT_ONCE, RowExchange
+from .metrics.rows import RowExchange, is_shown
 from .metrics.save_alerts import save_alerts
 from .numerics.bad_steps import NON_FINITE, BadSteps
 from .numerics.corrupted import check_before_save, corrupted_error
@@ -42,6 +42,7 @@ from .outcome import IssuedStep, StepResult, numbers_of
 from .processes.failure import is_loss
 from .processes.signals import StopRequest
 from .recovery.keeper import SnapshotKeeper
+from .recovery.plan import PlannedChange
 from .recovery.point import RunPoint
 from .run_folder import RunFile
 from .session import Session, row_exchange
@@ -106,7 +107,7 @@ class Trainer:
         self._evaluated: dict[str, Any] | None = None
         """Step and loss of the last evaluation, on every rank."""
         self._bad = BadSteps(cfg, self.stepper, self.rows.hosts)
-        self._stopping = False
+        self._stopping = self._leaving = False
         self._goes_on = False
         """Whether the state is one in which a fault has ended the mesh before."""
         self.left_at: RunPoint | None = None
@@ -175,7 +176,8 @@ class Trainer:
         return all_tensors(self.parts, self.optimizer)
 
     def train(self, outputs: Outputs | None, stop: StopRequest) -> bool:
-        """Trains to the last step or until the ranks were asked to stop; True if it went to the end."""
+        """Trains to the last step or until the ranks were asked to stop; True if it went to the end. Where all are to
+        leave the mesh, it raises PlannedChange."""
         cfg, train = self.cfg, self.cfg.train
         self._outputs = outputs
         loader = Loader(
@@ -204,6 +206,8 @@ class Trainer:
             self.vitals.enter("first step")
             while self.step < train.steps and not stopped:
                 stopped = self._one(loader, stop)
+                if self._leaving and not stopped and self.step < train.steps:
+                    raise PlannedChange
                 self.mesh.abort.check("the next step", 0.0)
                 self.vitals.enter("step")
             self._drain()
@@ -238,13 +242,14 @@ class Trainer:
             with self.overlap.step():
                 mine = OnRank(step=self.step + 1, data_s=loader.wait_s, silent_s=self.vitals.longest_silence_s)
                 watched = partial(self._before_norm, mine)
-                result = self.stepper.run(self.step, batches, valid, lr, stop=stop.requested, watched=watched)
+                wishes = stop.requested, self._keeper is not None and self.vitals.to_leave
+                result = self.stepper.run(self.step, batches, valid, lr, wishes=wishes, watched=watched)
         self._count(self._begun(result))
         if self.device.type == "cpu" or self._due(cfg.eval.every) or self._due(cfg.checkpoint.every):
             self._drain()
         if self._keeper is not None:
             with self._recorded(kinds.SNAPSHOT):
-                self._keeper.after(self.point)
+                self._keeper.after(self.point, now=self._leaving)
         self._after_step()
         return self._stopping
 
@@ -314,7 +319,7 @@ class Trainer:
             numbers = issued.numbers or self._numbers(issued, worst)
             if not numbers.landed():
                 self.mesh.abort.until("the device", numbers.landed)
-            loss, norm, skipped, corrupted, stop, *rest = numbers.tolist()
+            loss, norm, skipped, corrupted, stop, leave, *rest = numbers.tolist()
         self._waiting = None
         if corrupted:
             raise corrupted_error(self.stepper.guard, self.mesh, issued.step, self.checkpointer.directory, self._event)
@@ -323,7 +328,7 @@ class Trainer:
         routed = None if moe is None else np.reshape(rest[len(table) :], moe.shape)
         before, self._clock = self._clock, time.monotonic_ns()
         seconds = max(self._clock - before, 1) / 1e9
-        self._stopping = stop > 0
+        self._stopping, self._leaving = stop > 0, leave > 0
         self.tokens += self._tokens
         self.skipped += bool(skipped)
         with self._recorded(kinds.REPORT):
@@ -363,21 +368,15 @@ class Trainer:
 
     def _divide(self, issued: IssuedStep, before: int) -> None:
         """Divides this rank's step into parts; on a device the one before, of which all times are there by now."""
+        due = self._stopping or is_shown(self.cfg, issued.step, alone=self.mesh.degrees.world == 1)
         if self._device_clock is None:
-            self.rows.step(issued.step, before, self._clock, issued.own_pairs, due=self._is_shown(issued.step))
+            self.rows.step(issued.step, before, self._clock, issued.own_pairs, due=due)
             return
         self._device_clock.settle(self.mesh.recorder)
         window = self._device_clock.window(issued.step - 2)
         if window is not None:
-            self.rows.step(issued.step - 1, *window, self._pairs_before, due=self._is_shown(issued.step))
+            self.rows.step(issued.step - 1, *window, self._pairs_before, due=due)
         self._pairs_before = issued.own_pairs
-
-    def _is_shown(self, step: int) -> bool:
-        """Whether all that is known is wanted at a step, or, as the ranks' rows come a step late, at the next one."""
-        cfg = self.cfg
-        every = (cfg.eval.every, cfg.checkpoint.every, cfg.log.every if cfg.log.every >= AT_ONCE else 0)
-        soon = range(step, step + 1 + (self.mesh.degrees.world > 1))
-        return self._stopping or cfg.train.steps in soon or any(n and at % n == 0 for n in every for at in soon)
 
     def _done(self, issued: IssuedStep, loss: float, norm: float, skipped: bool, seconds: float) -> StepDone:
         return StepDone(

@@ -70,7 +70,10 @@ def _recovery(config: Config) -> list[Problem]:
         ),
         ("train.device", "cpu", config.train.device == "cuda", "is for CPUs so far"),
     )
-    return [
+    ladder = config.faults.ladder
+    twice = sorted({rung for rung in ladder if ladder.count(rung) > 1})
+    problems = [Problem("faults.ladder", f"names {rung} {ladder.count(rung)} times; name it once") for rung in twice]
+    return problems + [
         Problem("faults.recover", f"true {why}; set {key}={nearest}, or faults.recover=false", (key,))
         for key, nearest, wrong, why in rows
         if wrong

@@ -17,6 +17,7 @@ from .deepspeed import validate_deepspeed
 from .divisible import indivisible
 from .faults import fault_problems
 from .kernels import validate_kernels
+from .layouts import layout_problems
 from .memory import validate_memory
 from .moe import validate_moe
 from .pipeline import validate_pipeline
@@ -158,6 +159,7 @@ def validate(config: Config, world_size: int | None = None) -> list[Problem]:
         *_data(config),
         *_run(config),
         *fault_problems(config),
+        *layout_problems(config, validate),
     ]
     # A size that is out of its range makes the divisions by it meaningless; the range says enough.
     return ranges + [p for p in found if broken.isdisjoint(p.keys)]

@@ -70,12 +70,14 @@ class GuardedSlot:
         number: of the process that has the place now.
         rank: of the place, in the job; -1: of no job.
         told: whether the guardian knows the end.
+        used: whether the mesh has the place; of one that it has not, the end is that of the first place.
     """
 
     request: _Request
     number: int
     rank: int
     told: bool = False
+    used: bool = True
 
 
 class _Forked(Exception):
@@ -143,7 +145,7 @@ class ForkServer:
             self._obey(message)
         else:
             number = expect_int(expect_object(message, "a message", ("signal",))["signal"], "signal", 1, 64)
-            if wire in self._slots:
+            if wire in self._slots and self._slots[wire].used:
                 self._children[self._slots[wire].number].send(number)
 
     def _lost(self, wire: Wire) -> None:
@@ -151,7 +153,7 @@ class ForkServer:
         self._wires.remove(wire)
         wire.close()
         slot = self._slots.pop(wire, None)
-        if slot is not None and slot.number in self._children:
+        if slot is not None and slot.used and slot.number in self._children:
             child = self._children[slot.number]
             child.send(signal.SIGKILL if child.stopped else signal.SIGTERM)
         if wire is self._watcher:
@@ -195,9 +197,10 @@ class ForkServer:
                 self._watcher.send(ended=number, code=1)
         elif "plan" in message:
             members = [expect_int(each, "a member", 0) for each in expect_list(message["plan"], "plan")]
-            for slot in self._slots.values():
-                if 0 <= slot.rank < len(members) and members[slot.rank] in self._children:
-                    slot.number = members[slot.rank]
+            for slot in (each for each in self._slots.values() if each.rank >= 0):
+                slot.used = slot.rank < len(members)
+                number = members[slot.rank if slot.used else 0]
+                slot.number = number if number in self._children else slot.number
         elif "missed" in message:
             child = self._children.get(expect_int(message["missed"], "missed"))
             if child is not None and child.ended:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import select
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class NodeRanks:
         self.codes: dict[int, int] = {}
         """Exit codes, by number, of processes of which the watcher is told."""
         self._epoch = 0
+        self._slots_here = request.local
         self._gathered = 0.0
         self._near_until = time.monotonic() + _NEAR_S
 
@@ -68,12 +70,12 @@ class NodeRanks:
     @property
     def complete(self) -> bool:
         """Whether all that are expected are there."""
-        return len(self.slots) >= self.request.local and not self.coming and not self.spares_coming
+        return len(self.slots) >= self._slots_here and not self.coming and not self.spares_coming
 
     def _expected(self, now: float) -> dict[int, int]:
         """The slot of each number that is looked for."""
         request = self.request
-        if self.coming or len(self.slots) >= request.local:
+        if self._epoch or len(self.slots) >= request.local:
             return dict(self.coming)
         # Ranks of a node are neighbours; where they are not, it is these rings that are on this host.
         near = range(request.rank, min(request.rank + request.local, request.world))
@@ -174,15 +176,16 @@ class NodeRanks:
 
     # Who follows whom -------------------------------------------------------------------------------------------
 
-    def follow(self, epoch: int, members: dict[int, int], now: float) -> list[WatchedRank]:
-        """Takes note of who is in which slot of this node from now on; those that are not any more.
+    def follow(self, epoch: int, members: dict[int, int], spares: Collection[int], now: float) -> None:
+        """Takes note of who is in which slot of this node from now on.
 
         Args:
             epoch: of the next mesh.
             members: the number in each slot of this node.
+            spares: the numbers in no slot.
             now: monotonic seconds.
         """
-        self._epoch = epoch
+        self._epoch, self._slots_here = epoch, len(members)
         before = {rank.number: rank for rank in self.slots.values()}
         kept = {slot: before.get(number) or self.spares.pop(number, None) for slot, number in members.items()}
         self.coming = {members[slot]: slot for slot, rank in kept.items() if rank is None}
@@ -190,7 +193,10 @@ class NodeRanks:
         self.slots = {slot: rank for slot, rank in kept.items() if rank is not None}
         for slot, rank in self.slots.items():
             rank.goes_to(slot, epoch, now)
-        return [rank for number, rank in before.items() if number not in members.values()]
+        for number, rank in before.items():
+            if number in spares:
+                rank.slot = -1
+                self.spares[number] = rank
 
     def tidy(self, ranks: list[WatchedRank]) -> None:
         """Keeps the records of ranks that died without doing so, and leaves nothing else of them."""

@@ -19,9 +19,10 @@ from ...parallel.record.diagnosis import ENDED, KILLED, OUT_OF_MEMORY, Verdict
 from ...parallel.record.stand import Condition, Stand
 from ...trainer.processes.watch import WatchRequest
 from ...trainer.recovery.plan import EpochPlan, end_plans, publish_plan
+from ...trainer.recovery.ways import Way
 from ...trainer.run_folder import RunFile
 from .fork_protocol import Wire, open_wire
-from .ladder import Fault, Standing, climb
+from .ladder import Fault, Rung, Standing, climb, grown, met_anew
 from .node_ranks import NodeRanks
 from .watched import WatchedRank
 
@@ -47,9 +48,18 @@ class Recovery:
         self._folder, self._wire, self._spares = folder, wire, spares
         self._run_dir = Path(request.run_dir)
         members = tuple(range(request.world))
-        self._standing = Standing(0, members, ("",) * len(members), next_number=request.world)
-        self._usable = True
-        """Whether new processes come up."""
+        nodes, ladder = ("",) * len(members), request.ladder
+        self._standing = Standing(
+            0,
+            members,
+            nodes,
+            next_number=request.world,
+            rungs=ladder.rungs,
+            ways=ladder.ways or (Way("", "", len(members)),),
+        )
+        self._grows = ladder.grow
+        self._asked = False
+        """Whether the ranks were asked to leave their mesh for a better one."""
         self.reachable = True
         """Whether the fork server is there."""
         wire.send(watch=True)
@@ -74,6 +84,11 @@ class Recovery:
         """Of the mesh that stands, or is being made."""
         return self._standing.epoch
 
+    @property
+    def slots(self) -> int:
+        """Of that mesh."""
+        return len(self._standing.members)
+
     def look(self, ranks: NodeRanks, ready: set[int]) -> None:
         """Hears who has ended, and keeps the spares complete."""
         if self._wire.fileno() in ready and self.reachable:
@@ -82,22 +97,46 @@ class Recovery:
                     known = expect_object(parse_json(line), "an end", ("ended", "code"))
                     ranks.codes[expect_int(known["ended"], "ended")] = expect_int(known["code"], "code", -64)
             except (ConnectionError, JsonError):
-                self.reachable = self._usable = False
+                self.reachable = False
+                self._standing = replace(self._standing, starts=False)
         self._drop_ended(ranks)
+        coming = frozenset(n for n in self._standing.spares if n not in ranks.spares or not ranks.spares[n].ready)
+        self._standing = replace(self._standing, coming=coming)
         settled = ranks.slots and ranks.complete and not any(rank.on_its_way for rank in ranks.live())
-        if settled and self._usable and len(self._standing.spares) < self._spares:
+        if settled and self._grows and not coming:
+            self._grow(ranks)
+        if settled and self._standing.starts and len(self._standing.spares) < self._wanted():
             number = self._standing.next_number
             self._wire.send(fork=number)
             ranks.spares_coming.add(number)
             spares = {**self._standing.spares, number: ""}
             self._standing = replace(self._standing, spares=spares, next_number=number + 1)
 
+    def _wanted(self) -> int:
+        """Spares that are to be there: those of the job, and what its own layout needs beyond the mesh's."""
+        missing = self._standing.ways[0].members - len(self._standing.members) if self._grows else 0
+        return self._spares + max(0, missing)
+
+    def _grow(self, ranks: NodeRanks) -> None:
+        """Has the ranks leave their mesh at the end of a step, where others are ready to join them; and join."""
+        rung = grown(self._standing)
+        if not self._asked:
+            self._asked = rung is not None
+            for rank in ranks.live() if rung is not None else ():
+                rank.ask_to_leave(self.epoch + 1)
+        elif all(rank.ready for rank in ranks.live()):
+            rung = rung or met_anew(self._standing)
+            assert rung.plan is not None
+            print(f"{rung.plan.line}; {_words(rung.plan)}", file=sys.stderr, flush=True)
+            self._publish(rung.plan, rung, ranks)
+
     def _drop_ended(self, ranks: NodeRanks) -> None:
         """Counts no longer on spares that have ended."""
         ended = [number for number in self._standing.spares if number in ranks.codes]
         if not ended:
             return
-        self._usable = self._usable and all(number in ranks.spares for number in ended)  # others would not begin either
+        if not all(number in ranks.spares for number in ended):
+            self._standing = replace(self._standing, starts=False)  # others would not begin either
         ranks.spares_coming -= set(ended)
         ranks.tidy([ranks.spares.pop(number) for number in ended if number in ranks.spares])
         spares = {number: node for number, node in self._standing.spares.items() if number not in ended}
@@ -135,11 +174,8 @@ class Recovery:
         _kill(lost)
         for number in rung.started:
             self._wire.send(fork=number)
-        self._wire.send(plan=list(plan.members))
         _wait_for_ends(lost)
-        publish_plan(self._folder, plan)
-        self._standing = rung.standing
-        ranks.follow(plan.epoch, dict(enumerate(plan.members)), time.monotonic())
+        self._publish(plan, rung, ranks)
         self._tell(verdict, plan)
         ranks.tidy(lost)
         for rank in lost:
@@ -147,11 +183,19 @@ class Recovery:
             (self._folder / f"failure.{rank.number}").unlink(missing_ok=True)
         return True
 
+    def _publish(self, plan: EpochPlan, rung: Rung, ranks: NodeRanks) -> None:
+        """Makes a plan hold."""
+        self._wire.send(plan=list(plan.members))
+        publish_plan(self._folder, plan)
+        self._standing, self._asked = rung.standing, False
+        ranks.follow(plan.epoch, dict(enumerate(plan.members)), plan.spares, time.monotonic())
+
     def _tell(self, verdict: Verdict, plan: EpochPlan) -> None:
         """Says what happened, and what is done about it."""
-        print(f"fault: {verdict.line}; {plan.rung}: the job goes on in mesh {plan.epoch}", file=sys.stderr, flush=True)
+        print(f"fault: {verdict.line}; {_words(plan)}", file=sys.stderr, flush=True)
         about = {"kind": verdict.kind, "ranks": list(verdict.ranks), "lost": list(plan.lost), "line": verdict.line}
         event = {"time": verdict.at, "event": "fault", **about, "epoch": plan.epoch, "rung": plan.rung}
+        event |= {"layout": plan.layout} if plan.layout else {}
         with contextlib.suppress(OSError), open(self._run_dir / RunFile.EVENTS, "ab", buffering=0) as file:
             file.write(json.dumps(event).encode() + b"\n")
 
@@ -165,6 +209,12 @@ class Recovery:
         _wait_for_ends(spares, _LEAVE_S)
         # Whoever was first on the node, and would have kept the records of all, may be among the lost.
         ranks.tidy([*spares, *(rank for rank in ranks.slots.values() if rank.has_ended())])
+
+
+def _words(plan: EpochPlan) -> str:
+    """What is done, for a person."""
+    layout = f" of {plan.layout}" if plan.layout else ""
+    return f"{plan.rung}: the job goes on in mesh {plan.epoch}{layout}"
 
 
 def _kill(lost: list[WatchedRank]) -> None:

@@ -23,6 +23,7 @@ from ...parallel.record.stand import Condition, Stand, read_stand
 from ...parallel.record.vitals import (
     ABORT_WORD,
     BEAT_WORD,
+    CHANGE_WORD,
     DATA_SINCE_WORD,
     DATA_THREAD_WORD,
     EPOCH_WORD,
@@ -33,6 +34,7 @@ from ...parallel.record.vitals import (
     PHASE_WORD,
     PHASES,
     PROGRESS_WORD,
+    READY_WORD,
     SINCE_WORD,
     STACKS_WORD,
     TOLD_WORD,
@@ -131,7 +133,7 @@ class WatchedRank:
 
     def late(self, now: float) -> bool:
         """Whether it has not come on for longer than its phase allows."""
-        if self.on_its_way:
+        if self.on_its_way or self.ready:
             return False
         limit = self._patience.limit(self._phase)
         data_s = (time.monotonic_ns() - self._words[DATA_SINCE_WORD]) / 1e9 if self._words[DATA_SINCE_WORD] else 0.0
@@ -169,6 +171,15 @@ class WatchedRank:
     def out(self) -> int:
         """When it reached its step loop again after an error, in ns; 0: it has not."""
         return self._words[OUT_WORD]
+
+    @property
+    def ready(self) -> bool:
+        """Whether it waits for a mesh without having met a fault."""
+        return self._words[READY_WORD] > 0
+
+    def ask_to_leave(self, epoch: int) -> None:
+        """Wants it to leave, after the step, every mesh before that of `epoch`."""
+        self._words[CHANGE_WORD] = epoch
 
     def stays(self, now: float) -> bool:
         """Whether it was told to leave a mesh, and for as long as a hang takes has neither left it nor come to the next

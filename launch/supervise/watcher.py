@@ -179,7 +179,7 @@ class Watcher:
 
     def _decide(self, stands: dict[int, Stand], impatient: bool) -> None:
         seen = self._seen or time.time()
-        places = read_places(self.run_dir, self.request.world)
+        places = read_places(self.run_dir, self._recovery.slots if self._recovery is not None else self.request.world)
         verdict = diagnose(stands, places, impatient=impatient)
         if verdict is None:
             return

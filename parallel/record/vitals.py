@@ -1,7 +1,8 @@
 """Signs of life of a rank, in the header of its ring: what another process needs to know without asking the rank.
 
 Each is one aligned 8-byte word, written by the rank and read by the watcher of its node, except the abort word, which
-goes the other way. The interpreter lock may be held, the process may be stopped: the words then simply stop changing.
+goes the other way, as does the one that asks for a change of meshes. The interpreter lock may be held, the process may
+be stopped: the words then simply stop changing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ DATA_SINCE_WORD, DATA_THREAD_WORD, MAIN_THREAD_WORD, PROGRESS_WORD = 76, 77, 78,
 WRITER_SINCE_WORD, WRITER_STAGE_WORD, WRITER_WAITS_WORD, STACKS_WORD = 80, 81, 82, 83
 WATCHED_WORD, TOLD_WORD = 84, 85
 AT_STEP_WORD, AT_WORD = 86, 87
+CHANGE_WORD, READY_WORD = 88, 89
 
 PHASES = ("start", "load", "first step", "step", "data", "evaluation", "save", "end")
 """What a rank's main thread is at; a phase's code is its place here."""
@@ -77,6 +79,11 @@ class Vitals:
         return self._words[ABORT_WORD] > self._words[EPOCH_WORD]
 
     @property
+    def to_leave(self) -> bool:
+        """Whether the watcher wants the ranks to leave this epoch's mesh after a step, for one that others join."""
+        return self._words[CHANGE_WORD] > self._words[EPOCH_WORD]
+
+    @property
     def watched(self) -> bool:
         """Whether a watcher looks at this rank."""
         return self._words[WATCHED_WORD] > 0
@@ -112,9 +119,13 @@ class Vitals:
         """The step loop has been reached again after an error."""
         self._words[OUT_WORD] = self._words[OUT_WORD] or _now()
 
+    def ready(self) -> None:
+        """This process waits for a mesh to be in, and no fault has brought it there."""
+        self._words[READY_WORD] = _now()
+
     def goes_on(self) -> None:
         """This rank goes on in another mesh."""
-        self._words[OUT_WORD] = self._words[WAITS_WORD] = 0
+        self._words[OUT_WORD] = self._words[READY_WORD] = self._words[WAITS_WORD] = 0
 
     def left(self) -> None:
         """Nothing that matters is left to do in this process."""

@@ -177,6 +177,13 @@ CASES: list[tuple[list[str], str, list[str], Observe | None]] = [
     ([], "checkpoint.local.keep=3", ["checkpoint.local.dir=/tmp", "checkpoint.local.every=2"], None),
     (["eval.every=1"], "eval.prompt_tokens=9", ["eval.prompts=[a]"], None),
     ([], "faults.spares=1", ["faults.recover=true"], None),
+    (
+        ["faults.recover=true", "faults.ladder=spare", "parallel.dp=2"],
+        "faults.layouts=dp=1",
+        ["faults.ladder=layouts"],
+        None,
+    ),
+    (["faults.recover=true", "faults.ladder=spare"], "faults.grow=false", ["faults.ladder=shrink"], None),
     (["faults.watch=false"], "faults.pause_s=400", ["faults.watch=true"], None),
     ([], "faults.numerics.replicas_every=2", ["parallel.tp=2"], None),
     ([], "faults.numerics.recompute=true", ["memory.recompute=full"], None),

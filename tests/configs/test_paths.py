@@ -18,7 +18,7 @@ TINY = ["model.layers=2", "model.hidden=64", "model.heads=4", "model.ffn=128", "
 
 NOT_PATHS = {
     "name", "model.preset", "hardware.preset", "optim.name", "data.name", "data.tokenizer.eod", "data.field",
-    "log.wandb_project", "eval.prompts", "memory.recompute_parts",
+    "log.wandb_project", "eval.prompts", "faults.layouts", "memory.recompute_parts",
 }  # fmt: skip
 """Texts that are not paths. A new text belongs here or into PATHS."""
 

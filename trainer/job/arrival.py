@@ -21,6 +21,7 @@ from ...parallel.record.vitals import Heart
 from ..processes.meeting import Stopped
 from ..processes.start import Start
 from ..processes.watch import WatchRequest, between_nodes
+from ..recovery.ways import Ladder
 from ..run_folder import run_folder
 from ..session import Here
 from ..setup import Ranks, make_recorder, prepare_device, record_stem
@@ -80,7 +81,8 @@ def _show_life(
         return None
     faults, run_dir = cfg.faults, str(run_folder(cfg).resolve())
     stem, limits = record_stem(cfg, ranks), (faults.alive_s, faults.hang_s, faults.pause_s)
-    return WatchRequest(stem, run_dir, ranks.world, ranks.local_world, *limits, rank=ranks.rank)
+    ladder = Ladder.of(cfg) if start.membership is not None else Ladder()
+    return WatchRequest(stem, run_dir, ranks.world, ranks.local_world, *limits, rank=ranks.rank, ladder=ladder)
 
 
 def _about(cfg: Config) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ...configs.schema import Config
 from ...parallel.pipeline.program import Ops
 from ...parallel.record.files import RingFile, map_header
 from ...parallel.record.reader import read_rows
@@ -24,8 +25,21 @@ from ...parallel.record.waterfall import StepReader, StepTimes
 _NUMBERS = ROW_WORDS - 1
 _KEPT = ROWS - 8
 """Steps of which rows are still waited for: as many as a ring shows when others are a few steps ahead."""
-AT_ONCE, _ALONE_NS, _LONG_NS = 8, 100_000_000, 250_000_000
+_AT_ONCE, _ALONE_NS, _LONG_NS = 8, 100_000_000, 250_000_000
 """Steps that are divided at once at most; how long one is that is divided alone, and several that are so anyway."""
+
+
+def is_shown(cfg: Config, step: int, *, alone: bool) -> bool:
+    """Whether all that is known is wanted at a step, or, as the ranks' rows come a step late, at the next one.
+
+    Args:
+        cfg: the job.
+        step: from 1.
+        alone: there is one rank.
+    """
+    every = (cfg.eval.every, cfg.checkpoint.every, cfg.log.every if cfg.log.every >= _AT_ONCE else 0)
+    soon = range(step, step + 2 - alone)
+    return cfg.train.steps in soon or any(n and at % n == 0 for n in every for at in soon)
 
 
 class Store(Protocol):
@@ -140,7 +154,7 @@ class RowExchange:
             self._awaited[step] = {}
         # By the step's number, so that all ranks have shown the same steps when rank 0 looks.
         long = end - begin >= _ALONE_NS or end - self._times[0].begin >= _LONG_NS
-        if due or long or (step + 1) % AT_ONCE == 0:
+        if due or long or (step + 1) % _AT_ONCE == 0:
             self._divide()
 
     def _divide(self) -> None:

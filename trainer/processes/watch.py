@@ -9,10 +9,11 @@ import secrets
 import socket
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ...configs.strict_json import expect_int, expect_number, expect_object, expect_text, parse_json
+from ..recovery.ways import Ladder
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -50,9 +51,11 @@ class WatchRequest:
     """HOST:PORT of the first node's watcher, elsewhere."""
     listener: int = -1
     """A descriptor that listens there, for that watcher."""
+    ladder: Ladder = field(default_factory=Ladder)
+    """How faults are mended, where they are."""
 
     def dump(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps({**asdict(self), "ladder": self.ladder.dump()})
 
     @staticmethod
     def load(text: bytes) -> WatchRequest:
@@ -74,6 +77,7 @@ class WatchRequest:
             expect_text(known["token"], "token"),
             expect_text(known["home"], "home"),
             expect_int(known["listener"], "listener", -1),
+            Ladder.load(known["ladder"]),
         )
 
 

@@ -103,15 +103,15 @@ class SnapshotKeeper:
             if self._costs:
                 self._costs[-1] += time.monotonic() - began
 
-    def after(self, point: RunPoint) -> None:
-        """After every step, on all ranks."""
+    def after(self, point: RunPoint, *, now: bool = False) -> None:
+        """After every step, on all ranks; `now`: whatever the step, a copy is made."""
         assert self._mesh is not None
         began = time.monotonic()
         self._times.append(began - self._last)
         if not self._steps:
             self._remove_others()
         self._steps += 1
-        if self._file is not None and point.step % self.every == 0:
+        if self._file is not None and (now or point.step % self.every == 0):
             self._write(self._file, self._mesh, point)
             self._costs.append(time.monotonic() - began)
         if self._steps >= _AGREE_AT and math.log(self._steps, 4).is_integer():

@@ -47,6 +47,8 @@ class EpochPlan:
         seen: when the fault was seen (Unix seconds); 0: not known.
         rung: how the lost ones are replaced (spare, respawn, shrink …).
         store: HOST:PORT where the members meet; empty: where the job began to.
+        layout: of the mesh, as `configs.reading.layout.relaid` reads it; empty: the job's own.
+        spares: numbers of those that are in no slot and wait for a later plan.
 
     Raises:
         ValueError: a process is in two slots, or lost and a member, or there is none.
@@ -59,16 +61,20 @@ class EpochPlan:
     seen: float = 0.0
     rung: str = ""
     store: str = ""
+    layout: str = ""
+    spares: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.epoch < 1 or not self.members:
             raise ValueError(f"a plan is of epoch 1 or later and has members, not {self.epoch} and {self.members}")
         if len(set(self.members)) < len(self.members) or set(self.members) & set(self.lost):
             raise ValueError(f"members {self.members} are no different processes, or among the lost {self.lost}")
+        if set(self.spares) & {*self.members, *self.lost}:
+            raise ValueError(f"spares {self.spares} are among the members {self.members} or the lost {self.lost}")
 
     def dump(self) -> str:
         """As JSON, in one line."""
-        return json.dumps({**vars(self), "members": list(self.members), "lost": list(self.lost)})
+        return json.dumps(vars(self))
 
     @staticmethod
     def load(data: bytes) -> EpochPlan:
@@ -79,20 +85,24 @@ class EpochPlan:
         """
         found = expect_object(parse_json(data), "the plan", ("epoch", "members", "lost", "line"))
         epoch, line = expect_int(found["epoch"], "epoch"), expect_text(found["line"], "line")
-        seen, rung = expect_number(found.get("seen", 0.0), "seen"), expect_text(found.get("rung", ""), "rung")
-        store = expect_text(found.get("store", ""), "store")
-        members, lost = (
-            tuple(expect_int(each, what, 0, _MAX_NUMBER) for each in expect_list(found[what], what))
-            for what in ("members", "lost")
+        seen = expect_number(found.get("seen", 0.0), "seen")
+        rung, store, layout = (expect_text(found.get(what, ""), what) for what in ("rung", "store", "layout"))
+        members, lost, spares = (
+            tuple(expect_int(each, what, 0, _MAX_NUMBER) for each in expect_list(found.get(what, []), what))
+            for what in ("members", "lost", "spares")
         )
         try:
-            return EpochPlan(epoch, members, lost, line, seen, rung, store)
+            return EpochPlan(epoch, members, lost, line, seen, rung, store, layout, spares)
         except ValueError as error:
             raise JsonError(str(error)) from None
 
 
 class Fenced(Exception):
     """The job goes on, or ends, without this process."""
+
+
+class PlannedChange(Exception):
+    """All ranks leave their mesh after the same step, for one that others are to join."""
 
 
 def publish_plan(folder: Path, plan: EpochPlan) -> None:
@@ -172,6 +182,11 @@ class Membership:
         """Who was in the mesh of an epoch; None: not known."""
         plan = self._read(epoch) if epoch else None
         return tuple(range(self._world)) if not epoch else plan.members if plan is not None else None
+
+    def layout(self, epoch: int) -> str:
+        """That of the mesh of an epoch; empty: the job's own, or not known."""
+        plan = self._read(epoch) if epoch else None
+        return plan.layout if plan is not None else ""
 
     def _read(self, epoch: int) -> EpochPlan | None:
         path = self.folder / f"plan.{epoch}"

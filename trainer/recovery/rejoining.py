@@ -25,10 +25,10 @@ from ..processes.start import Start
 from ..session import Here, Restore, Session, SessionState
 from ..trainer import Trainer
 from .keeper import SnapshotKeeper
-from .plan import EpochPlan, Fenced, Membership
+from .plan import EpochPlan, Fenced, Membership, PlannedChange
 from .point import RunPoint
 from .recovered import LOST_STEPS, MTTR
-from .resizing import ResizedRestore, resized
+from .relaying import RelaidRestore, relaid_for
 from .restore import StateRestore
 
 
@@ -67,7 +67,7 @@ class Rejoining:
         self.keeper = SnapshotKeeper(membership.folder, membership.number)
         self._state: SessionState | None = None
         self._live: RunPoint | None = None
-        self._restore: StateRestore | ResizedRestore | None = None
+        self._restore: StateRestore | RelaidRestore | None = None
         self._peak: Peak | None = None
         self._search: ChunkSearch | None = None
         self._session: Session | None = None
@@ -86,40 +86,52 @@ class Rejoining:
 
     # Between two meshes -----------------------------------------------------------------------------------------
 
-    def called(self) -> Epoch:
-        """Of a process that no mesh needed at first: the one that needs it.
+    def called(self, after: int = 0) -> Epoch:
+        """Of a process that no mesh needs at first: the one that needs it.
+
+        Args:
+            after: the last epoch in which it was not needed.
 
         Raises:
             Fenced: the job ends without it.
         """
-        after = 0
+        self.here.recorder.vitals.ready()
         while not self._stopped():
             plan = self._membership.wait(after, _LONG_S, self._stopped)
             if plan is None:
                 break
             if self._membership.number in plan.members:
+                self.here.recorder.vitals.goes_on()
                 return self._entered(plan)
             after = plan.epoch
         raise Fenced
 
     def following(self, epoch: Epoch, error: Exception) -> Epoch | None:
-        """After an error: the next mesh, when this rank has left the one before; None: the error is the end.
+        """After an error, or where all leave: the next mesh, when this rank has left the one before; None: the error is
+        the end.
 
         Raises:
             Fenced: the job goes on without this process.
         """
-        if self._done or not is_loss(error):
+        planned = isinstance(error, PlannedChange)
+        if self._done or not (planned or is_loss(error)):
             return None
-        self.here.recorder.vitals.out()
+        vitals = self.here.recorder.vitals
+        if planned:
+            vitals.ready()
+        else:
+            vitals.out()
         self._times = {"notice": time.time()}
-        self._leave()
+        self._leave(lost=not planned)
         self._times["leave"] = time.time()
         plan = self._membership.wait(epoch.number, self._cfg.faults.timeout_s)
         if plan is None:
             return None
+        if self._membership.number in plan.spares:
+            return self.called(plan.epoch)
         if self._membership.number not in plan.members:
             raise Fenced
-        self.here.recorder.vitals.goes_on()
+        vitals.goes_on()
         return self._entered(plan)
 
     def _entered(self, plan: EpochPlan) -> Epoch:
@@ -128,32 +140,35 @@ class Rejoining:
         self.here = replace(self.here, store=store)
         return Epoch(plan.epoch, plan.members, plan)
 
-    def _leave(self) -> None:
+    def _leave(self, *, lost: bool) -> None:
+        """Leaves the mesh, in the middle of anything if others were `lost`."""
         session, trainer, self._session, self._trainer = self._session, self._trainer, None, None
         self._state = self._live = None
         if session is None:
             return
-        session.mesh.abort.trigger("other ranks are lost")
+        if lost:
+            session.mesh.abort.trigger("other ranks are lost")
+            session.stepper.reset(lost=True)
+            self._live = trainer.left_at if trainer is not None else None
+        elif trainer is not None:
+            self.keeper.arrived()
+            self._live = trainer.point
         self.keeper.leave()
-        session.stepper.reset(lost=True)
-        self._live = trainer.left_at if trainer is not None else None
         self._state = session.leave()
 
     # Into a mesh ------------------------------------------------------------------------------------------------
 
     def job_in(self, epoch: Epoch) -> Config:
-        """The job with the members that a mesh has.
+        """The job in the layout that a mesh has.
 
         Raises:
-            UserError: its layout does not allow so many.
+            UserError: it is none for this job, or for so many members.
         """
-        members = len(epoch.members)
-        return self._cfg if members == self._cfg.parallel.ranks else resized(self._cfg, members)
+        return self._cfg if epoch.plan is None else relaid_for(self._cfg, epoch.plan.layout, len(epoch.members))
 
-    def _was_resized(self, epoch: Epoch) -> bool:
-        """Whether any mesh up to this one had another size than the first: all ranks know the same."""
-        sizes = {len(self._membership.members(number) or epoch.members) for number in range(epoch.number + 1)}
-        return len(sizes) > 1
+    def _was_relaid(self, epoch: Epoch) -> bool:
+        """Whether any mesh up to this one had another layout than the job's: all ranks know the same."""
+        return any(self._membership.layout(number) for number in range(epoch.number + 1))
 
     def brings(self, epoch: Epoch, resumed: Path | None) -> tuple[SessionState | None, Restore | None]:
         """What this process brings to a mesh, and what makes the ranks' states one.
@@ -167,8 +182,8 @@ class Rejoining:
             return None, None
         folder, state, live = self._membership.folder, self._state, self._live
         self._state = self._live = None
-        if self._was_resized(epoch):
-            self._restore = ResizedRestore(folder, self._peak, self._search, resumed)
+        if self._was_relaid(epoch):
+            self._restore = RelaidRestore(folder, self._peak, self._search, resumed)
             return None, self._restore
         self._restore = StateRestore(folder, live, resumed)
         return state, self._restore
@@ -208,12 +223,13 @@ class Rejoining:
             parts[name], before = round(1e3 * max(at - before, 0.0), 3), at
         total = round(1e3 * (before - began), 3)
         redone = max(0, self._restore.furthest - step) if self._restore is not None else 0
-        where = {"step": step, "epoch": plan.epoch, "rung": plan.rung, "from": self._from()}
+        where = {"step": step, "epoch": plan.epoch, "rung": plan.rung, "layout": plan.layout, "from": self._from()}
         slots = [
             slot for slot, number in enumerate(self._membership.members(plan.epoch - 1) or ()) if number in plan.lost
         ]
         outputs.events.log("recovered", **where, lost=slots, line=plan.line, redone=redone, ms=total, parts_ms=parts)
-        outputs.sinks.add(Report.of(step, [(MTTR, total), (LOST_STEPS, redone)]))
+        if plan.rung != "grow":  # which is no fault
+            outputs.sinks.add(Report.of(step, [(MTTR, total), (LOST_STEPS, redone)]))
 
     def _from(self) -> str:
         return "snapshots" if self.point is not None else "a checkpoint, or the first step"

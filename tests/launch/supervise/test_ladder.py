@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from pentad.launch.supervise.ladder import Fault, Standing, climb
+from pentad.launch.supervise.ladder import Fault, Standing, climb, grown, met_anew
 from pentad.parallel.record.diagnosis import DEADLOCK, FAILED, HANG, KILLED, LINK, LOST_NODE, STOPPED, Verdict
+from pentad.trainer.recovery.ways import Way
 
 FOUR = Standing(0, (0, 1, 2, 3), ("a", "a", "b", "b"), {4: "a", 5: "b"}, 6)
 
@@ -84,3 +85,58 @@ def test_faults_without_progress_are_a_crash_loop_and_progress_forgets_them() ->
     assert standing.epoch == 3
     assert climb(standing, _found(KILLED, 0, step=8)).plan is None
     assert climb(standing, _found(KILLED, 0, step=9)).plan is not None
+
+
+# Other layouts ----------------------------------------------------------------------------------------------------
+
+WAYS = (Way("", "", 4), Way("shrink", "dp=2", 2), Way("shrink", "dp=1", 1), Way("layouts", "tp=3 dp=1", 3, block=3))
+
+
+def _shrinking(*rungs: str, **more: object) -> Standing:
+    return replace(FOUR, nodes=("a",) * 4, spares={}, rungs=rungs, ways=WAYS, **more)  # pyright: ignore
+
+
+def test_without_a_ready_spare_the_mesh_shrinks_and_who_is_left_over_waits() -> None:
+    standing = _shrinking("spare", "shrink", "respawn", next_number=7)
+    coming = replace(standing, spares={6: "a"}, coming=frozenset({6}))
+    for before in (standing, coming):
+        rung = climb(before, _found(KILLED, 1))
+        assert rung.plan is not None and rung.started == {}
+        assert (rung.plan.members, rung.plan.lost, rung.plan.rung) == ((0, 2), (1,), "shrink")
+        assert rung.plan.layout == "dp=2" and rung.plan.spares == (3, *before.spares)
+        assert rung.standing.way == 1 and rung.standing.spares == {3: "a", **before.spares}
+    ready = climb(replace(standing, spares={6: "a"}), _found(KILLED, 1))
+    assert ready.plan is not None and ready.plan.rung == "spare" and ready.plan.layout == ""
+
+
+def test_a_job_grows_with_those_that_are_ready_and_not_before() -> None:
+    shrunk = climb(_shrinking("spare", "shrink"), _found(KILLED, 1)).standing
+    assert grown(shrunk) is None
+    coming = replace(shrunk, spares={**shrunk.spares, 6: "a"}, coming=frozenset({6}))
+    assert grown(coming) is None
+    rung = grown(replace(coming, coming=frozenset()))
+    assert rung is not None and rung.plan is not None and rung.plan.members == (0, 2, 3, 6)
+    assert (rung.plan.epoch, rung.plan.lost, rung.plan.rung, rung.plan.layout) == (2, (), "grow", "")
+    assert rung.standing.way == 0 and rung.standing.spares == {} and rung.standing.step == shrunk.step
+    again = met_anew(shrunk)
+    assert again.plan is not None and again.plan.members == shrunk.members and again.plan.layout == "dp=2"
+
+
+def test_the_rungs_are_tried_in_their_order() -> None:
+    first = climb(_shrinking("respawn", "shrink"), _found(KILLED, 1))
+    assert first.plan is not None and first.plan.rung == "respawn" and first.plan.layout == ""
+    # Processes that do not come up leave the rungs behind.
+    second = climb(_shrinking("respawn", "shrink", starts=False), _found(KILLED, 1))
+    assert second.plan is not None and second.plan.rung == "shrink"
+    third = climb(_shrinking("layouts", "shrink"), _found(KILLED, 1))
+    assert third.plan is not None and (third.plan.layout, third.plan.members) == ("tp=3 dp=1", (0, 2, 3))
+    last = climb(_shrinking("shrink"), _found(KILLED, 0, 1, 2, 3))
+    assert last.plan is None and "shrink" in last.why
+
+
+def test_a_shrunk_mesh_shrinks_again_and_a_spare_joins_it() -> None:
+    once = climb(_shrinking("shrink"), _found(KILLED, 1)).standing
+    twice = climb(once, _found(KILLED, 0, step=30))
+    assert twice.plan is not None and (twice.plan.members, twice.plan.layout) == ((3, 2), "dp=2")
+    thrice = climb(twice.standing, _found(KILLED, 1, step=40))
+    assert thrice.plan is not None and (thrice.plan.members, thrice.plan.layout) == ((3,), "dp=1")

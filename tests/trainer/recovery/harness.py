@@ -231,8 +231,10 @@ class StandIn:
             spares = [number for number in spares if number not in following]
             epoch, members = epoch + 1, following
             line = f"numbers {sorted(lost)} were killed" if lost else "made anew"
+            share = self.cfg.parallel.model_ranks
+            layout = f"dp={len(members) // share}" if len(members) != world_of(self.cfg) else ""
             for folder in shared.iterdir():
-                publish_plan(folder, EpochPlan(epoch, members, tuple(sorted(lost)), line, seen, "spare"))
+                publish_plan(folder, EpochPlan(epoch, members, tuple(sorted(lost)), line, seen, "spare", layout=layout))
         for folder in shared.iterdir():
             end_plans(folder)
         wait_for = time.monotonic() + 30

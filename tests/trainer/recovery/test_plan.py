@@ -12,7 +12,16 @@ from pentad.configs.strict_json import JsonError
 from pentad.trainer.recovery.plan import EpochPlan, Membership, end_plans, publish_plan
 
 FIRST = EpochPlan(1, (0, 4, 2, 3), (1,), "rank 1 was killed (signal 9)", 1.7e9, "spare")
-SECOND = EpochPlan(2, (0, 4, 5, 3), (2,), "rank 2 was killed (signal 9)", store="node-2:29500")
+SECOND = EpochPlan(
+    2,
+    (0, 4, 5),
+    (2,),
+    "rank 2 was killed (signal 9)",
+    store="node-2:29500",
+    rung="shrink",
+    layout="dp=3",
+    spares=(3, 6),
+)
 
 
 def test_a_plan_is_read_as_it_was_published(tmp_path: Path) -> None:

@@ -1,15 +1,15 @@
-"""A job that goes on with fewer or more members: data parallelism of another size at the same global batch."""
+"""A job that goes on in another layout, with fewer or more members, at the same global batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 import torch
 
-from ...configs.errors import Problem, UserError
+from ...configs.errors import UserError
+from ...configs.reading.layout import relaid
 from ...configs.schema import Config
 from ...configs.validation.general import validate
 from ...parallel.comm.mesh import Mesh
@@ -23,23 +23,17 @@ from .restore import begin_anew
 from .snapshots import Snapshot, snapshots_on_node
 
 
-def resized(cfg: Config, members: int) -> Config:
-    """The job with another number of members.
+def relaid_for(cfg: Config, layout: str, members: int) -> Config:
+    """The job in a layout that a plan names, for the members that it has.
 
     Raises:
-        UserError: its layout does not allow that many.
+        UserError: the layout is none for this job, or for so many.
     """
-    p = cfg.parallel
-    share = p.tp * p.pp * p.cp
-    dp, rest = divmod(members, share)
-    if rest or not dp:
-        message = f"{members} members are no multiple of tp·pp·cp={share}; take {max(1, dp) * share}"
-        raise UserError(Problem("parallel.dp", message))
-    sized = replace(cfg, parallel=replace(p, dp=dp))
-    problems = validate(sized, members)
+    laid = relaid(cfg, layout)
+    problems = validate(laid, members)
     if problems:
         raise UserError(*problems)
-    return sized
+    return laid
 
 
 def fill_from(snapshots: list[Snapshot], tensors: Mapping[str, GlobalTensor]) -> bool:
@@ -87,8 +81,8 @@ def _common(one: Box, two: Box) -> tuple[tuple[int, ...], tuple[int, ...]] | Non
     return (low, sizes) if all(size > 0 for size in sizes) else None
 
 
-class ResizedRestore:
-    """Brings the ranks of a mesh of another size to the state of one step, from the copies of any mesh before.
+class RelaidRestore:
+    """Brings the ranks of a mesh of another layout to the state of one step, from the copies of any mesh before.
 
     Copies are known as pieces of global tensors alone: so each rank takes what it needs from whichever copies of its
     node hold it, and the newest step for which all find everything is where they go on.
