@@ -19,6 +19,7 @@ from ..models.sequences import Inputs
 from ..models.transformer import Transformer
 from ..parallel.comm.collectives import all_gather
 from ..parallel.comm.mesh import Degrees, Mesh
+from ..parallel.comm.unmet import UnmetMesh
 from ..parallel.gradients import WeightGradients, slot_of
 from ..parallel.record import ring
 from ..parallel.replicas.deepspeed import DeepSpeedReplicas
@@ -106,7 +107,6 @@ def mesh_of(
 ) -> Mesh:
     """The mesh that the job's layout and pipeline need; arguments as of `Mesh`."""
     pipeline, context = Pipeline.of(cfg), cfg.parallel.context
-    balanced = pipeline.split.balanced
     return Mesh(
         degrees_of(cfg),
         store=store,
@@ -116,12 +116,23 @@ def mesh_of(
         epoch=epoch,
         timeout_s=cfg.faults.timeout_s,
         channels=pipeline.channels,
-        vocab=balanced,
+        vocab=pipeline.split.balanced,
         context=1 if context.inner is None else context.inner,
-        ends=pipeline.ends if (cfg.model.tied or cfg.model.mtp) and not balanced else None,
+        ends=_ends(cfg, pipeline),
         node=node,
         local_saves=cfg.checkpoint.local.dir is not None,
     )
+
+
+def unmet_mesh_of(cfg: Config, rank: int) -> UnmetMesh:
+    """The axes of a rank of that mesh, for one process that works out what the rank would hold."""
+    pipeline = Pipeline.of(cfg)
+    return UnmetMesh(degrees_of(cfg), rank, vocab=pipeline.split.balanced, ends=_ends(cfg, pipeline))
+
+
+def _ends(cfg: Config, pipeline: Pipeline) -> tuple[int, int] | None:
+    """The ranks of the pipeline's ends, where both have a table of one vocabulary."""
+    return pipeline.ends if (cfg.model.tied or cfg.model.mtp) and not pipeline.split.balanced else None
 
 
 @dataclass(frozen=True)

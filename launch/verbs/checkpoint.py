@@ -40,7 +40,10 @@ def checkpoint_parser(parser: argparse.ArgumentParser) -> None:
     resharding.add_argument("source", metavar="SOURCE", help="one checkpoint")
     resharding.add_argument("target", metavar="TARGET", help="a new folder")
     resharding.add_argument(
-        "--layout", metavar="dp=N", required=True, help="the files of N replicas; any layout loads them"
+        "--layout",
+        metavar="KEY=VALUE,…",
+        required=True,
+        help="keys of parallel: tp=2,pp=4,dp=2,sharding=zero1,vocab=balanced; any layout loads the files of any",
     )
     resharding.set_defaults(run=reshard_checkpoint)
     averaging = verbs.add_parser("average", help="the mean of checkpoints of one model")
@@ -61,16 +64,12 @@ def reshard_checkpoint(args: argparse.Namespace) -> int:
     Raises:
         UserError: a wrong layout or source, or a target that is there already.
     """
-    key, _, value = args.layout.partition("=")
-    if key != "dp" or not value.isdecimal() or not 1 <= int(value) <= 99_999:
-        message = f"cannot write as {args.layout}; give dp=N, the number of ranks whose files it becomes, from 1 on"
-        raise UserError(Problem("--layout", f"{message} (any layout loads them)"))
     given = sources([args.source])
     if len(given) > 1:
         raise UserError(Problem(args.source, f"holds {len(given)} checkpoints; name one, such as {given[-1]}"))
-    from ...trainer.checkpoint.rewrite import reshard
+    from ...trainer.checkpoint.rewriting.rewrite import reshard
 
-    return _said(args.target, lambda: reshard(given[0], Path(args.target), int(value), _advance(given)))
+    return _said(args.target, lambda: reshard(given[0], Path(args.target), args.layout, _advance(given)))
 
 
 def average_checkpoints(args: argparse.Namespace) -> int:
@@ -84,7 +83,7 @@ def average_checkpoints(args: argparse.Namespace) -> int:
     except ValueError:
         raise UserError(Problem("--weights", f"{args.weights} is not a list of numbers, such as 1,2,1")) from None
     given = sources(args.sources)
-    from ...trainer.checkpoint.rewrite import average
+    from ...trainer.checkpoint.rewriting.rewrite import average
 
     target, keep, advance = Path(args.out), args.keep_state, _advance(given)
     return _said(args.out, lambda: average(given, target, weights, keep_state=keep, advance=advance))

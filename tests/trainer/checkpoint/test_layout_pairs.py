@@ -102,6 +102,12 @@ def _run(rank: int, cfg: Config, directory: Path, epoch: int, start: Path | None
     return [row[1] for row in curve.rows]
 
 
+def save_under(folder: Path, kind: str, layout: Layout) -> Path:
+    """The checkpoint of a few steps of one process."""
+    _run(0, _cfg(folder, kind, layout, SAVED), folder / "first", 0, None)
+    return step_folder(folder / "first", SAVED)
+
+
 def _pairs(
     rank: int, world: int, folder: Path, kind: str, pairs: list[tuple[int, int]]
 ) -> dict[tuple[int, int], float]:

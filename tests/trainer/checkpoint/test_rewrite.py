@@ -14,9 +14,9 @@ import torch
 from pentad.configs.errors import UserError
 from pentad.configs.schema import MoeConfig
 from pentad.launch.cli import main
-from pentad.trainer.checkpoint import rewrite
 from pentad.trainer.checkpoint.checkpointer import read_full, verify
 from pentad.trainer.checkpoint.listing import listed_checkpoint
+from pentad.trainer.checkpoint.rewriting import rewrite
 from pentad.trainer.job.outputs import Outputs
 from pentad.trainer.processes.signals import StopRequest
 from pentad.trainer.trainer import Trainer
@@ -60,7 +60,7 @@ def test_a_resharded_checkpoint_is_the_same_in_other_files(
 ) -> None:
     monkeypatch.setattr(rewrite, "_CHUNK", 1000)  # boxes are cut
     source, target = run[0] / "checkpoints" / "step-00000004", tmp_path / "other" / "step-00000004"
-    assert main(["checkpoint", "reshard", str(source), str(target), "--layout", "dp=3"]) == 0
+    assert main(["checkpoint", "reshard", str(source), str(target), "--layout", "dp=3,sharding=ddp"]) == 0
     assert verify(target) == [] and listed_checkpoint(target).layout == "dp=3 ddp"
     assert {path.name.split("-")[1] for path in target.glob("*.safetensors")} == {"00000", "00001", "00002"}
     (mine, state), (whole, before) = read_full(target), read_full(source)
@@ -103,7 +103,10 @@ def test_what_does_not_belong_together_is_refused(
         (["average", two, four, "--out", out, "--weights", "1,-1"], "must be numbers from 0 on"),
         (["average", two, four, "--out", out, "--weights", "1,a"], "is not a list of numbers"),
         (["average", two, four, "--out", str(tmp_path)], "exists already"),
-        (["reshard", two, out, "--layout", "tp=2"], "cannot write as tp=2; give dp=N"),
+        (["reshard", two, out, "--layout", "dp"], "--layout: is 'dp'; give keys of parallel"),
+        (["reshard", two, out, "--layout", "tp=3"], "tp"),
+        (["reshard", two, out, "--layout", "tp=2,shading=zero1"], "shading"),
+        (["reshard", two, out, "--layout", "dp=2,sharding=deepspeed"], "give sharding=zero1, which it loads too"),
         (["reshard", str(run[0]), out, "--layout", "dp=2"], "holds 2 checkpoints; name one"),
         (["reshard", two, str(tmp_path / "step-00000009"), "--layout", "dp=2"], "is the name of another step's"),
     ):

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...configs.errors import Problem, UserError
-from ...configs.inert import differences
-from ...parallel.global_tensor import GlobalTensor, Placement
-from . import files
-from .index import Contents, write_index
-from .io import listed, not_finite, open_full
-from .manifest import (
+from ....configs.errors import Problem, UserError
+from ....configs.inert import differences
+from ....parallel.global_tensor import GlobalTensor, Placement
+from .. import files
+from ..index import Contents, write_index
+from ..io import listed, not_finite, open_full
+from ..manifest import (
     INDEX,
     STATE,
     Damaged,
@@ -31,14 +31,16 @@ from .manifest import (
     write_file,
     write_manifest,
 )
-from .names import step_of
-from .saved_model import model_config_from_state
-from .stored import StoredTensor
-from .team import CheckpointError
-from .tensors import DTYPES, TensorFiles, index_of, memory_of, plan_files
-from .tiers.local import host_words
-from .verification import verification
-from .writers import Holding, Write, assign
+from ..names import step_of
+from ..same_run import layout_of
+from ..saved_model import model_config_from_state
+from ..stored import StoredTensor
+from ..team import CheckpointError
+from ..tensors import DTYPES, TensorFiles, index_of, memory_of, plan_files
+from ..tiers.local import host_words
+from ..verification import verification
+from ..writers import Write, assign
+from .layout import layout_config, layout_holdings
 
 _CHUNK = 16 << 20
 """Elements."""
@@ -49,32 +51,29 @@ Reader = Callable[[Write], Tensor]
 """The values of a box, on the CPU."""
 
 
-def reshard(source: Path, target: Path, ranks: int, advance: Callable[[int], object] = bool) -> int:
-    """Writes a checkpoint as `ranks` replicas of data parallelism would have: whole tensors, dealt out by size.
+def reshard(source: Path, target: Path, layout: str, advance: Callable[[int], object] = bool) -> int:
+    """Writes a checkpoint in the files that the ranks of another layout would have written.
 
     Args:
         source: a checkpoint, which is read and compared first.
         target: a new folder.
-        ranks: how many ranks' files.
+        layout: `KEY=VALUE,…`, see `layout_config`.
         advance: told the bytes read since it was told last.
 
     Returns:
         Bytes written.
 
     Raises:
-        UserError: the source is damaged, or the target is there already.
+        UserError: the source is damaged, the target is there already, or the layout cannot be.
         CheckpointError: writing failed.
     """
+    cfg = layout_config(open_full(source).state, layout)
     contents = _verified(source, advance)
     _new(target, contents.state)
-    whole = {
-        name: Holding(about.shape, DTYPES[about.dtype], False, (((0,) * len(about.shape), about.shape),))
-        for name, about in contents.tensors.items()
-    }
-    layout = {"dp": ranks, "tp": 1, "pp": 1, "cp": 1, "ep": 1, "etp": 1, "sharding": "ddp"}
+    everyone = assign(layout_holdings(cfg, contents))
     with TensorFiles(contents) as stored:
-        everyone = assign([whole] * ranks)
-        return _write(target, everyone, _reader(stored), {**contents.state, "layout": layout}, _beside(contents))
+        state = {**contents.state, "layout": layout_of(cfg)}
+        return _write(target, everyone, _reader(stored), state, _beside(contents))
 
 
 def average(
