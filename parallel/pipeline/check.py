@@ -14,6 +14,7 @@ from itertools import pairwise
 from ...configs.errors import UserError
 from .communication import (
     Key,
+    Relation,
     SlotCounter,
     channel,
     consumers,
@@ -23,6 +24,7 @@ from .communication import (
     is_training,
     key,
     lanes,
+    places,
     predecessors,
     releases,
 )
@@ -117,9 +119,9 @@ def _communication(program: Program, training: bool) -> Iterator[str]:
     """Each compute operation's communication, once and on its rank."""
     for rank, ops in enumerate(program.ranks):
         count = Counter((op.kind, op.index, op.stage) for op in ops if op.kind.communicates)
-        yield from _differences(
-            program, rank, count, [key(op) for op in expected_communication(program, rank, training)]
-        )
+        rows = expected_communication(program, rank, training)
+        want = [(kind, i, stage) for i in range(program.microbatches) for kind, stage in rows]
+        yield from _differences(program, rank, count, want)
 
 
 def _differences(program: Program, rank: int, count: Counter[Key], want: list[Key]) -> Iterator[str]:
@@ -184,23 +186,30 @@ def _update(program: Program, training: bool) -> Iterator[str]:
 def _local_order(program: Program, training: bool) -> Iterator[str]:
     """What needs each other on the same rank is in that order in its list."""
     for rank, ops in enumerate(program.ranks):
-        place = {key(op): k for k, op in enumerate(ops)}
+        place = places(ops)
+        earlier = Relation(lambda op, rank=rank: predecessors(program, op, rank))
+        later = Relation(lambda op, rank=rank: consumers(program, op, rank, training) if op.kind.communicates else ())
         for k, op in enumerate(ops):
-            where = f"rank {rank}: {op} (operation {k})"
-            for need in predecessors(program, op, rank):
-                if need not in place:
-                    yield f"{where} needs {Op(*need)}, which is not listed"
-                elif place[need] > k:
-                    yield f"{where} comes before {_at(program, rank, place[need])}"
+            row = op.kind, op.stage
+            for kind, stage in earlier[row]:
+                at = place.get((kind, op.index, stage))
+                if at is None:
+                    yield f"{_where(rank, op, k)} needs {Op(kind, op.index, stage)}, which is not listed"
+                elif at > k:
+                    yield f"{_where(rank, op, k)} comes before {_at(program, rank, at)}"
             if op.kind.before:
                 next_one = Op(KINDS[op.kind.before], op.index, op.stage)
                 if key(next_one) not in place:
-                    yield f"{where} is not followed by {next_one}"
+                    yield f"{_where(rank, op, k)} is not followed by {next_one}"
                 elif place[key(next_one)] < k:
-                    yield f"{where} comes after {_at(program, rank, place[key(next_one)])}"
-            for user in consumers(program, op, rank, training) if op.kind.communicates else ():
-                if place[user] < k:
-                    yield f"{where} comes after {_at(program, rank, place[user])}"
+                    yield f"{_where(rank, op, k)} comes after {_at(program, rank, place[key(next_one)])}"
+            for kind, stage in later[row]:
+                if (at := place[kind, op.index, stage]) < k:
+                    yield f"{_where(rank, op, k)} comes after {_at(program, rank, at)}"
+
+
+def _where(rank: int, op: Op, position: int) -> str:
+    return f"rank {rank}: {op} (operation {position})"
 
 
 def _at(program: Program, rank: int, position: int) -> str:
@@ -247,21 +256,22 @@ def _slots(program: Program, training: bool) -> Iterator[str]:
     """What fills a slot takes the smallest one that is free, so it never overwrites one in use."""
     for rank, ops in enumerate(program.ranks):
         counter = SlotCounter(training)
-        ends = {receive: k for k, op in reversed([*enumerate(ops)]) for receive in releases(op, training)}
         for k, op in enumerate(ops):
             counter.step(op)
-            where = f"rank {rank}: {op} (operation {k})"
             if not op.kind.slot_until[0]:
                 if op.slot >= 0:
-                    yield f"{where} has a slot, but only receives and copies to the host and the disk do"
+                    what = "only receives and copies to the host and the disk do"
+                    yield f"{_where(rank, op, k)} has a slot, but {what}"
                 continue
             holder = counter.holder(op)
             if op.slot < 0:
-                yield f"{where} has no slot"
+                yield f"{_where(rank, op, k)} has no slot"
             elif holder is not None:
-                yield f"{where} overwrites slot {op.slot}, which {Op(*holder)} needs until operation {ends[holder]}"
-            elif op.slot != counter.smallest(op):
-                yield f"{where} takes slot {op.slot}, but the smallest free one is {counter.smallest(op)}"
+                end = next(n for n, user in enumerate(ops) if holder in releases(user, training))
+                what = f"slot {op.slot}, which {Op(*holder)} needs until operation {end}"
+                yield f"{_where(rank, op, k)} overwrites {what}"
+            elif op.slot != (free := counter.smallest(op)):
+                yield f"{_where(rank, op, k)} takes slot {op.slot}, but the smallest free one is {free}"
             counter.take(op)
 
 

@@ -6,7 +6,7 @@ is unique on a rank. Where a backward pass may be fused or split, its key says B
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from functools import cache
 
 from .kind import Acts, Kind, Need, Place, Role
@@ -14,11 +14,35 @@ from .needs import KINDS, flows, stands_for
 from .program import Op, Ops, Program
 
 Key = tuple[Kind, int, int]
+Row = tuple[Kind, int]
+"""A kind at a stage: an operation of any microbatch."""
 
 
 def key(op: Op) -> Key:
     """The operation without its slot, a fused backward as B."""
     return (stands_for(op.kind) if op.kind.fuses else op.kind, op.index, op.stage)
+
+
+def places(ops: Ops, first: int = 0) -> dict[Key, int]:
+    """Where in a list each operation stands, counted from `first`."""
+    return {
+        (stands_for(op.kind) if op.kind.fuses else op.kind, op.index, op.stage): at for at, op in enumerate(ops, first)
+    }
+
+
+class Relation(dict[Row, tuple[Row, ...]]):
+    """What `find` gives for an operation, without the microbatch: who needs whom differs by its number alone, so it is
+    found once for all of them."""
+
+    def __init__(self, find: Callable[[Op], Iterable[Key | None]]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, row: Row) -> tuple[Row, ...]:
+        kind, stage = row
+        found = tuple((need[0], need[2]) for need in self._find(Op(kind, 0, stage)) if need is not None)
+        self[row] = found
+        return found
 
 
 def is_training(program: Program) -> bool:
@@ -152,26 +176,24 @@ def awaited(program: Program, op: Op) -> Key | None:
     return None
 
 
-def expected_communication(program: Program, rank: int, training: bool) -> Iterator[Op]:
-    """The communication that the compute of a rank needs, in no particular order, without slots."""
+def expected_communication(program: Program, rank: int, training: bool) -> tuple[Row, ...]:
+    """The communication that the compute of a rank needs of each microbatch, in no particular order."""
     if len(program.ranks) == 1:
-        return
+        return ()
     where, stages = program.placement, program.stages_of(rank)
     carriers = [kind for kind in KINDS.values() if kind.communicates and (training or not kind.trains)]
-    transfers = [kind for kind in carriers if kind.transfers]
+    transfers = [
+        (kind, s)
+        for s in stages
+        for kind in carriers
+        if kind.transfers and 0 <= (other := s + kind.toward) < program.stages and where[other] != rank
+    ]
     collectives = [
-        kind
+        (kind, -1)
         for kind in carriers
         if kind.lane and any(program.vocab_barriers in flow.need.barriers for flow in flows(kind.token))
     ]
-    for i in range(program.microbatches):
-        for s in stages:
-            for kind in transfers:
-                other = s + kind.toward
-                if 0 <= other < program.stages and where[other] != rank:
-                    yield Op(kind, i, s)
-        for kind in collectives:
-            yield Op(kind, i)
+    return (*transfers, *collectives)
 
 
 def releases(op: Op, training: bool) -> tuple[Key, ...]:
@@ -195,7 +217,8 @@ class SlotCounter:
 
     def step(self, op: Op) -> None:
         """Frees what a compute operation releases."""
-        for receive in releases(op, self._training):
+        for kind in _released_by(op.kind, self._training):
+            receive = (kind, op.index, op.stage)
             slot = self._held.pop(receive, None)
             if slot is not None:
                 used = self._used[_pool(receive[0], receive[2])]
@@ -204,8 +227,11 @@ class SlotCounter:
 
     def smallest(self, op: Op) -> int:
         """The smallest slot that is free for a receive."""
-        used = self._used.get(_pool(op.kind, op.stage), {})
-        return next(slot for slot in range(len(used) + 1) if slot not in used)
+        used = self._used.get(_pool(op.kind, op.stage), ())
+        slot = 0
+        while slot in used:
+            slot += 1
+        return slot
 
     def holder(self, op: Op) -> Key | None:
         """The receive that has the slot that a receive names."""

@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .communication import Key, awaited, channel, is_lowered, key, producer
-from .kind import Role
+from .communication import Key, Relation, Row, awaited, channel, is_lowered, places, producer
+from .kind import Kind, Role
 from .program import OUTSTANDING_SENDS, Op, Program
 
 
@@ -55,35 +55,49 @@ def waits(program: Program, rendezvous: bool = True) -> Waits:
     starts = [0]
     numbers: list[dict[Key, int]] = []
     for ops in program.ranks:
-        numbers.append({key(op): starts[-1] + k for k, op in enumerate(ops)})
+        numbers.append(places(ops, starts[-1]))
         starts.append(starts[-1] + len(ops))
     on: dict[int, list[int]] = {}
     groups: list[list[int]] = []
     known: dict[Key, int] = {}
-    lowered = is_lowered(program)
-    for rank, ops in enumerate(program.ranks):
-        for k, op in enumerate(ops):
-            target = awaited(program, op) if op.kind.computes else None
-            if target is None or len(program.ranks) == 1:
-                continue
-            if target not in known:
-                members = _members(program, numbers, target, lowered)
-                known[target] = members[0] if len(members) == 1 else starts[-1] + len(groups)
-                if len(members) > 1:
-                    groups.append(members)
-            on[starts[rank] + k] = [known[target]]
+    members = _Members(program, numbers)
+    wanted = Relation(lambda op: (awaited(program, op),) if op.kind.computes else ())
+    for first, ops in zip(starts, program.ranks if len(program.ranks) > 1 else (), strict=False):
+        for number, op in enumerate(ops, first):
+            for kind, stage in wanted[op.kind, op.stage]:
+                target = kind, op.index, stage
+                event = known.get(target)
+                if event is None:
+                    found = members.of(target)
+                    event = known[target] = found[0] if len(found) == 1 else starts[-1] + len(groups)
+                    if len(found) > 1:
+                        groups.append(found)
+                on[number] = [event]
     if rendezvous:
         _add_rendezvous(program, starts, on)
     return Waits(tuple(starts), on, groups)
 
 
-def _members(program: Program, numbers: list[dict[Key, int]], target: Key, lowered: bool) -> list[int]:
+class _Members:
     """The operations that stand for a send or collective: its tokens, or their producers in a compute-only program."""
-    kind, _, stage = target
-    op = Op(*target)
-    ranks = range(len(program.ranks)) if kind.lane else (program.placement[stage],)
-    found = [(rank, target if lowered else producer(program, op, rank)) for rank in ranks]
-    return [numbers[rank][member] for rank, member in found if member is not None]
+
+    def __init__(self, program: Program, numbers: list[dict[Key, int]]) -> None:
+        self._program, self._numbers, self._lowered = program, numbers, is_lowered(program)
+        self._rows: dict[Row, list[tuple[int, Row]]] = {}
+
+    def of(self, target: Key) -> list[int]:
+        kind, index, stage = target
+        rows = self._rows.get((kind, stage))
+        if rows is None:
+            rows = self._rows[kind, stage] = [*self._found(kind, stage)]
+        return [self._numbers[rank][made, index, at] for rank, (made, at) in rows]
+
+    def _found(self, kind: Kind, stage: int) -> Iterator[tuple[int, Row]]:
+        program = self._program
+        for rank in range(len(program.ranks)) if kind.lane else (program.placement[stage],):
+            made = (kind, 0, stage) if self._lowered else producer(program, Op(kind, 0, stage), rank)
+            if made is not None:
+                yield rank, (made[0], made[2])
 
 
 def _add_rendezvous(program: Program, starts: list[int], on: dict[int, list[int]]) -> None:
@@ -103,7 +117,7 @@ def _add_rendezvous(program: Program, starts: list[int], on: dict[int, list[int]
 
 def run_in_order(program: Program, graph: Waits) -> Run:
     """Passes operations in order on every rank until nothing moves."""
-    starts, total = graph.starts, graph.starts[-1]
+    starts, total, on = graph.starts, graph.starts[-1], graph.on
     passed = bytearray(total + len(graph.groups))
     missing = [len(members) for members in graph.groups]
     group_of: dict[int, list[int]] = {}
@@ -117,14 +131,19 @@ def run_in_order(program: Program, graph: Waits) -> Run:
     while ready:
         rank = ready.popleft()
         for number in range(starts[rank] + reached[rank], starts[rank + 1]):
-            unmet = next((event for event in graph.on.get(number, ()) if not passed[event]), None)
+            unmet = None
+            for event in on.get(number, ()):
+                if not passed[event]:
+                    unmet = event
+                    break
             if unmet is not None:
                 waiting.setdefault(unmet, []).append(rank)
                 break
             passed[number] = 1
             order.append(number)
             reached[rank] += 1
-            ready.extend(waiting.pop(number, ()))
+            if number in waiting:
+                ready.extend(waiting.pop(number))
             for group in group_of.get(number, ()):
                 missing[group] -= 1
                 if not missing[group]:

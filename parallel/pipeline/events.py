@@ -198,7 +198,8 @@ class _Builder:
         # Loops over hundreds of thousands of operations: three flat lists instead of an object for each.
         needs, feeds, durations = [], [], []
         for op in ops:
-            need, feed, duration = _ADD[op.kind.role](self, op)
+            role = op.kind.role
+            need, feed, duration = self.compute(op) if role is Role.COMPUTE else _ADD[role](self, op)
             needs.append(need)
             feeds.append(feed)
             durations.append(duration)
@@ -219,11 +220,12 @@ class _Builder:
         if not 0 <= i < self.m:
             return _FOREIGN
         # Needs of the rank's own are met by the order of its list, or never: they cost no event.
+        done, need, feed = self.done, found.need, found.feed
         for mark in found.after:
-            if mark + i not in self.done:
+            if mark + i not in done:
                 return _FOREIGN
-        self.done.add(found.mark + i)
-        return found.need + i if found.need else ALWAYS, found.feed + i if found.feed else ALWAYS, found.duration
+        done.add(found.mark + i)
+        return need and need + i, feed and feed + i, found.duration  # ALWAYS, which is 0, is that of all microbatches
 
     def _is_foreign(self, op: Op) -> bool:
         if op.kind.acts is Acts.STAGE:

@@ -14,20 +14,22 @@ from itertools import pairwise
 from .check import check_program
 from .communication import (
     Key,
+    Relation,
+    Row,
     channel,
     consumers,
     counterpart,
     expected_communication,
     is_lowered,
     is_training,
-    key,
     lanes,
     number_slots,
+    places,
     producer,
 )
 from .deadlock import run_in_order, waits
 from .kind import Role
-from .needs import Kinds
+from .needs import KINDS, Kinds
 from .program import OUTSTANDING_SENDS, Op, Ops, Program
 from .simulate import simulate
 from .times import Times
@@ -132,7 +134,7 @@ class _Plan:
         for turn, number in enumerate(sorted(run_in_order(program, graph).order, key=flat.__getitem__)):
             turns[number] = turn
         return _Plan(
-            [{key(op): n for n, op in enumerate(ops)} for ops in program.ranks],
+            [places(ops) for ops in program.ranks],
             [[start for start, _ in mine] for mine in spans],
             [[end for _, end in mine] for mine in spans],
             [turns[first:after] for first, after in pairwise(graph.starts)],
@@ -144,24 +146,35 @@ def _lane_orders(program: Program, plan: _Plan, training: bool) -> list[Ops]:
 
     So what a collective waits for comes before what waits for it, and before what waits for any later one of its lane.
     """
-    ready: dict[Op, int] = {}
+    m = program.microbatches
+    ready: dict[Row, list[int]] = {}
     for rank, place in enumerate(plan.places):
-        for op in expected_communication(program, rank, training):
-            if op.kind.role is Role.COLLECTIVE:
+        turns, made = plan.turns[rank], Relation(lambda op, rank=rank: (producer(program, op, rank),))
+        for row in expected_communication(program, rank, training):
+            if row[0].role is Role.COLLECTIVE:
                 # On a rank that only receives (a broadcast), the collective waits for nothing: turn −1.
-                made = producer(program, op, rank)
-                ready[op] = max(ready.get(op, -1), -1 if made is None else plan.turns[rank][place[made]])
-    return [tuple(sorted((op for op in ready if op.kind.lane == lane), key=ready.__getitem__)) for lane in lanes()]
+                latest = ready.setdefault(row, [-1] * m)
+                for kind, stage in made[row]:
+                    own = [turns[place[kind, i, stage]] for i in range(m)]
+                    ready[row] = [*map(max, latest, own)]
+    orders = []
+    for lane in lanes():
+        tokens = [
+            (turn, Op(kind, i)) for (kind, _), row in ready.items() if kind.lane == lane for i, turn in enumerate(row)
+        ]
+        orders.append(tuple(op for _, op in sorted(tokens, key=lambda token: token[0])))
+    return orders
 
 
 def _joins(program: Program, rank: int, place: dict[Key, int], orders: list[Ops]) -> dict[int, list[Op]]:
     """The collectives that a rank joins before its n-th compute operation."""
     joins: dict[int, list[Op]] = {}
+    made = Relation(lambda op: (producer(program, op, rank),))
     for order in orders:
         at = 0  # never falls: a lane's order holds on every rank, also where a later one could be joined earlier
         for op in order:
-            made = producer(program, op, rank)
-            at = at if made is None else max(at, place[made] + 1)
+            for kind, stage in made[op.kind, op.stage]:
+                at = max(at, place[kind, op.index, stage] + 1)
             joins.setdefault(at, []).append(op)
     return joins
 
@@ -169,10 +182,12 @@ def _joins(program: Program, rank: int, place: dict[Key, int], orders: list[Ops]
 def _sends(program: Program, rank: int, place: dict[Key, int], training: bool) -> dict[int, Op]:
     """The send that follows a rank's n-th compute operation, where there is one, in order."""
     sends = {}
-    for op in expected_communication(program, rank, training):
-        made = producer(program, op, rank)
-        if op.kind.role is Role.SEND and made is not None:
-            sends[place[made]] = op
+    made = Relation(lambda op: (producer(program, op, rank),))
+    for row in expected_communication(program, rank, training):
+        if row[0].role is Role.SEND:
+            for kind, stage in made[row]:
+                for i in range(program.microbatches):
+                    sends[place[kind, i, stage]] = Op(row[0], i, row[1])
     return dict(sorted(sends.items()))
 
 
@@ -195,11 +210,13 @@ def _posts(program: Program, plan: _Plan, sends: list[dict[int, Op]], ahead: int
     posts: list[list[_Post]] = [[] for _ in sends]
     for (source, destination), row in channels.items():
         starts, ends, turns = plan.starts[destination], plan.ends[destination], plan.turns[destination]
+        place, users = plan.places[destination], Relation(lambda op, rank=destination: consumers(program, op, rank))
         # From the channel's last receive to its first, each no later than the one after it: `latest` only falls.
         latest, limits = len(starts), []
         for n in reversed(range(len(row))):
-            (consumer,) = consumers(program, counterpart(row[n][1]), destination)
-            user = plan.places[destination][consumer]
+            sent = row[n][1]
+            ((kind, stage),) = users[KINDS[sent.kind.pair], sent.stage + sent.kind.toward]
+            user = place[kind, sent.index, stage]
             # Posted by the time of its send, it keeps no later send waiting, however far the source runs ahead; posted
             # a hop before the consumer starts, it delays nothing.
             in_time = bisect_right(ends, min(plan.ends[source][row[n][0]], starts[user] - hop))

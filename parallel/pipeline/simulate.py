@@ -10,6 +10,7 @@ the times.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from .events import ALWAYS, NEVER, Graph, build_graph
 from .program import Op, Program
@@ -40,7 +41,7 @@ class Timeline:
     @property
     def makespan(self) -> float:
         """From 0 to the end of the last operation."""
-        return max((end for spans in self.spans for _, end in spans), default=0.0)
+        return max((max(map(itemgetter(1), spans)) for spans in self.spans if spans), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,9 @@ def simulate(program: Program, times: Times) -> Timeline:
     spans = []
     for begun, durations, feeds, ops in zip(starts, graph.durations, graph.feeds, program.ranks, strict=True):
         ends = [start + duration for start, duration in zip(begun, durations, strict=True)]
-        for position, op in enumerate(ops):
-            if op.kind.started and feeds[position]:
-                ends[position] = known[feeds[position]]
+        for position, (op, event) in enumerate(zip(ops, feeds, strict=True)):
+            if event and op.kind.started:
+                ends[position] = known[event]
         spans.append(tuple(zip(begun, ends, strict=True)))
     return Timeline(program, tuple(spans), times)
 
