@@ -8,6 +8,7 @@ its GPU: it is written down with its place, and answered from what the test give
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -36,11 +37,21 @@ _NO_KERNEL = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch: the operator, the file and function that asked for it, its FLOPs, and the bytes read and written."""
+    """One launch.
+
+    Args:
+        name: of the operator; one of several kernels starts it again, with no work and no bytes.
+        place: module and function that asked for it.
+        kind: "product", "fp32 product" (of operands of that type), "attention", "attention backward" or "memory".
+        flops: of products, and of attention to what is seen.
+        nbytes: read and written.
+        type: of what it makes.
+    """
 
     name: str
     place: str
-    flops: int
+    kind: str
+    flops: float
     nbytes: int
     type: torch.dtype
 
@@ -81,9 +92,11 @@ class _Log(TorchDispatchMode):
         if name in ("_to_copy", "copy_"):
             self._copied(name, given, made, kwargs, args)
         if name not in _NO_KERNEL:
-            flops, kind = _flops(name, given), (made or given)[0].dtype
-            for _ in range(LAUNCHES.get(name, 1)):
-                self._trace.kernels.append(Kernel(name, place(), flops, _nbytes(name, given, made), kind))
+            dtype, where = (made or given)[0].dtype, place()
+            kind, flops = _work(name, given, args)
+            self._trace.kernels.append(Kernel(name, where, kind, flops, _nbytes(func, args, kwargs, made), dtype))
+            more = LAUNCHES.get(name, 1) - 1
+            self._trace.kernels.extend([Kernel(name, where, "memory", 0, 0, dtype)] * more)
         return out
 
     def _copied(self, name: str, given: list[Tensor], made: list[Tensor], kwargs: Any, args: Any) -> None:
@@ -99,27 +112,53 @@ class _Log(TorchDispatchMode):
             self._trace.waits[f"copy {way} of pageable memory @ {place()}"] += 1
 
 
-def _nbytes(name: str, given: list[Tensor], made: list[Tensor]) -> int:
-    def size(x: Tensor) -> int:
-        count = 1
-        for length, stride in zip(x.shape, x.stride(), strict=True):
-            count *= length if stride else 1
-        return count * x.element_size()
-
-    if name in ("fill_", "zero_", "zeros", "ones", "full", "arange"):
-        given = []
-    return sum(map(size, given)) + sum(map(size, made))
+_UNREAD = {"fill_", "zero_", "copy_", "random_", "bernoulli_", "normal_", "uniform_"}
+"""Operators that write over their first argument."""
 
 
-def _flops(name: str, given: list[Tensor]) -> int:
-    """Of matrix products, 2 a multiplication."""
+def _nbytes(func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> int:
+    """Read and written, each tensor once, of expanded dims one element; of rows that are picked, those."""
+
+    def size(*tensors: Tensor) -> int:
+        return sum(math.prod(n if step else 1 for n, step in zip(x.shape, x.stride(), strict=True)) * x.element_size()
+                   for x in tensors)  # fmt: skip
+
+    name = func._schema.name.removeprefix("aten::")
+    read, written = [], list(made)
+    for index, argument in enumerate(func._schema.arguments):
+        given = args[index] if index < len(args) else kwargs.get(argument.name)
+        tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        if changed:
+            written += [x for x in tensors if not any(x is other for other in made)]
+        if not (changed and (argument.name == "out" or name in _UNREAD)):
+            read += tensors
+    if name in ("embedding", "index_select", "gather"):
+        return 2 * size(*made) + size(read[-1])
+    if name in ("index_add_", "scatter_add", "scatter_add_"):
+        return 4 * size(read[-1])
+    return size(*read) + size(*written)
+
+
+def _work(name: str, given: list[Tensor], args: Any) -> tuple[str, float]:
+    """Kind and FLOPs, 2 a multiplication; of causal attention half of those to all keys."""
     if name in ("mm", "bmm", "_grouped_mm"):
         a, b = given[:2]
     elif name in ("addmm", "addmm_", "baddbmm_", "baddbmm"):
         a, b = given[1:3]
+    elif name.startswith("_flash_attention"):
+        return "attention", math.nan  # of documents or a window, which are not known here
+    elif name.startswith("_scaled_dot_product"):
+        back = "backward" in name
+        q, k, v = given[1:4] if back else given[:3]
+        share = 0.5 if any(x is True for x in args) else 1.0
+        pairs = q.shape[:-1].numel() * k.shape[-2] * share
+        width, value = q.shape[-1], v.shape[-1]
+        return ("attention backward", 2 * pairs * (3 * width + 2 * value)) if back else (
+            "attention", 2 * pairs * (width + value))  # fmt: skip
     else:
-        return 0
-    return 2 * a.numel() * b.shape[-1]
+        return "memory", 0
+    return "product" if a.dtype != torch.float32 else "fp32 product", 2 * a.numel() * b.shape[-1]
 
 
 class _Event:
@@ -173,7 +212,8 @@ def tracing(answer: Answer = _no_answer) -> Iterator[Trace]:
         on_device = property(lambda self: self.device.type in ("meta", "cuda"))
         patches.enter_context(patch.object(Tensor, "is_cuda", on_device))
         patches.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)))
-        patches.enter_context(patch.object(device, "packs", lambda *_: True))
+        for name in ("packs", "cudnn_runs"):
+            patches.enter_context(patch.object(device, name, lambda *_: True))
         patches.enter_context(patch.object(upload, "_page_locked", torch.empty_like))
         patches.enter_context(patch.object(torch.cuda, "Event", _Event))
         patches.enter_context(patch.object(weight_products, "_EXACT", frozenset({"cuda", "meta"})))

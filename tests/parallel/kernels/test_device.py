@@ -317,13 +317,31 @@ def test_the_check_at_the_start_finds_what_is_wrong():
         check_local_attention(Fused(Gone(), Gone()), torch.device("cpu"), torch.float32, 16, 16)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_heads_of_two_widths_take_a_kernel_that_repeats_where_the_job_wants_it(monkeypatch, deterministic):
-    """cuDNN takes two widths as they are and sums in any order; FlashAttention fills up and can sum in one."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+@pytest.mark.parametrize("widths", [(192, 128), (64, 64)])
+@pytest.mark.parametrize(
+    ("capability", "deterministic", "runs", "fast"),
+    [
+        ((9, 0), False, True, True),
+        ((9, 0), True, True, False),
+        ((9, 0), False, False, False),
+        ((8, 0), False, True, False),
+    ],
+)
+def test_hopper_takes_cudnn_where_it_runs_and_need_not_repeat(
+    monkeypatch, widths, capability, deterministic, runs, fast
+):
+    """cuDNN sums in any order; FlashAttention fills heads up to one width and can sum in one."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    monkeypatch.setattr(local_attention, "cudnn_runs", lambda *_: runs)
     cuda = Cuda()
-    q, v = torch.zeros(1, 4, 2, 192, dtype=torch.bfloat16), torch.zeros(1, 4, 2, 128, dtype=torch.bfloat16)
-    mask = Mask.of(TokenIndex.whole(4))
-    assert cuda.best(q, v, mask) is (cuda._flash if deterministic else cuda._cudnn)
-    assert cuda.best(q, q, mask) is cuda._flash
+    q, v = (torch.zeros(1, 4, 2, width, dtype=torch.bfloat16) for width in widths)
+    assert cuda.best(q, v, Mask.of(TokenIndex.whole(4))) is (cuda._cudnn if fast else cuda._flash)
+
+
+def test_cudnn_that_does_not_run_is_told_and_replaced(capsys):
+    local_attention.cudnn_runs.cache_clear()
+    assert not any(local_attention.cudnn_runs(torch.device("cpu"), torch.bfloat16, 64, 64) for _ in range(2))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: cuDNN's attention (causal) does not run with PyTorch")
+    assert line.endswith(": FlashAttention-2 is used, which is slower")

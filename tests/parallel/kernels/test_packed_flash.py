@@ -125,7 +125,7 @@ def test_documents_end_with_their_sequence() -> None:
 
 
 def test_a_gpu_takes_it_where_it_computes_what_it_should(operators, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     cuda, x = Cuda(), torch.zeros(2, 40, 2, 16, dtype=torch.bfloat16)
     for mask in MASKS.values():
         assert cuda.best(x, x, mask) is cuda._packed

@@ -20,7 +20,7 @@ def _ids(n: int, k: int, experts: int, lowest: int) -> Tensor:
 
 
 @pytest.mark.parametrize("lowest", [-1, 0])
-@pytest.mark.parametrize(("n", "k", "experts"), [(0, 2, 4), (1, 1, 1), (7, 2, 4), (700, 4, 8), (9, 3, 200)])
+@pytest.mark.parametrize(("n", "k", "experts"), [(0, 2, 4), (1, 1, 1), (7, 2, 4), (700, 4, 8), (9, 3, 100)])
 def test_a_counting_sort_is_a_stable_sort(n: int, k: int, experts: int, lowest: int) -> None:
     ids = _ids(n, k, experts, lowest)
     for found, expected in zip(triton_sort_by_expert(ids, experts), sort_by_expert(ids, experts), strict=True):
