@@ -203,6 +203,7 @@ class Trainer:
         ):
             if self._goes_on:
                 self._after_step()
+            self.tiers.prepare(cfg.checkpoint, self.tensors)
             self.vitals.enter("first step")
             while self.step < train.steps and not stopped:
                 stopped = self._one(loader, stop)
@@ -277,7 +278,7 @@ class Trainer:
             with self._recorded(kinds.EVALUATE), self.vitals.phase("evaluation"):
                 self._evaluated = self.evaluator.run(self.step, self._outputs)
             self._clock = time.monotonic_ns()
-        for each, every in zip(self.tiers.all, (cfg.checkpoint.every, cfg.checkpoint.local.every), strict=False):
+        for each, every in self.tiers.every(cfg.checkpoint):
             if self._due(every) and 0 < self.step < cfg.train.steps:
                 self._save(each, waits=False)
         self._goes_on = False

@@ -95,6 +95,8 @@ class Checkpointer:
         self._newest: int | None = None
         self._writing: tuple[int, float] | None = None
         """Step of the save that was begun last, and when."""
+        self.copied_s = 0.0
+        """Seconds that the last save held up for its copy of the tensors."""
         self._error: CheckpointError | None = None
         self._holdings: dict[str, Holding] | None = None
         self._layout = _Layout([], [], {}, HostBuffers([], pinned=False))
@@ -130,6 +132,18 @@ class Checkpointer:
 
     # Saving -----------------------------------------------------------------------------------------------------
 
+    def prepare(self, tensors: Mapping[str, GlobalTensor]) -> None:
+        """Plans the first save and makes its host buffers, so that it holds a step up no longer than the others.
+
+        The kernel gives memory when it is first written to, which takes longer than the copy: that is done beside the
+        first steps. What fails here fails again, and is told, when it is wanted.
+        """
+        with suppress(CheckpointError):
+            self._plan(tensors)
+            if self._writer is not None:
+                self._join()
+                self._writer.run(self._layout.buffers.touch)
+
     def save(self, step: int, tensors: Mapping[str, GlobalTensor], state: Mapping[str, Any]) -> None:
         """Saves the tensors' values of now as the checkpoint of `step`.
 
@@ -153,7 +167,9 @@ class Checkpointer:
         layout, problem, kept = self._layout, None, {}
         try:
             kept = json.loads(json.dumps({"step": step, **state}, allow_nan=False))
+            before = time.monotonic()
             layout.buffers.fill(layout.writes, tensors)
+            self.copied_s = time.monotonic() - before
         except Exception as error:  # told to the other ranks, which are on their way into the write
             problem = error
         save = Save(
@@ -167,14 +183,15 @@ class Checkpointer:
             self._nodes,
             self.beside,
         )
-        blocked, self._writing = time.monotonic() - started, (step, started)
+        self._writing = step, started
         # Until it is known to have ended well: a writer without memory cannot even say what is wrong.
         self._newest = None
         self._error = CheckpointError(f"saving {folder}: the writing thread ran out of memory")
+        times = {"blocked_s": round(time.monotonic() - started, 3), "copy_s": round(self.copied_s, 3)}
         if self._writer is not None:
-            self._writer.run(lambda: self._run(save, step, blocked))
+            self._writer.run(lambda: self._run(save, step, times))
         else:
-            self._run(save, step, blocked)
+            self._run(save, step, times)
 
     def _plan(self, tensors: Mapping[str, GlobalTensor]) -> None:
         """Deals out who writes what, again only when any rank's layout has changed."""
@@ -201,16 +218,16 @@ class Checkpointer:
         buffers = HostBuffers(mine, pinned=any(h.pinned for h in everyone[rank].values()))
         self._layout = _Layout(mine, plan_files(rank, mine), index_of(writes) if self._team.leads else {}, buffers)
 
-    def _run(self, save: Save, step: int, blocked: float) -> None:
+    def _run(self, save: Save, step: int, times: Mapping[str, float]) -> None:
         if self._vitals is not None:
             self._vitals.writes(True)
         try:
-            self._write(save, step, blocked)
+            self._write(save, step, times)
         finally:
             if self._vitals is not None:
                 self._vitals.writes(False)
 
-    def _write(self, save: Save, step: int, blocked: float) -> None:
+    def _write(self, save: Save, step: int, times: Mapping[str, float]) -> None:
         started = time.monotonic()
         try:
             with self._recorded(step):
@@ -226,9 +243,7 @@ class Checkpointer:
         seconds = round(time.monotonic() - started, 3)
         about = {"step": step, "path": str(save.folder)}
         bad = {"not_finite": list(done.not_finite)} if done.not_finite else {}
-        self.telling.event(
-            "checkpoint_saved", **about, bytes=done.size, seconds=seconds, blocked_s=round(blocked, 3), **bad
-        )
+        self.telling.event("checkpoint_saved", **about, bytes=done.size, seconds=seconds, **times, **bad)
         if bad:
             first, more = done.not_finite[0], len(done.not_finite) - 1
             self.telling.say(

@@ -19,6 +19,8 @@ from ...parallel.global_tensor import GlobalTensor
 
 _SEGMENT_BYTES = 512 << 20
 _ALIGN = 64
+_PAGE = 4096
+"""Bytes that the kernel gives at once, or a part of it."""
 
 Extent = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes of a box of a global tensor."""
@@ -141,6 +143,7 @@ class HostBuffers:
 
     def __init__(self, writes: Sequence[Write], *, pinned: bool) -> None:
         self.tensors: list[Tensor] = []
+        self._segments: list[Tensor] = []
         segment: list[Write] = []
         for write in writes:
             if segment and _aligned(segment) + write.nbytes > _SEGMENT_BYTES:
@@ -151,12 +154,17 @@ class HostBuffers:
             self._allocate(segment, pinned)
 
     def _allocate(self, segment: list[Write], pinned: bool) -> None:
-        memory = torch.empty(_aligned(segment), dtype=torch.uint8, pin_memory=pinned).numpy()
-        at = 0
+        self._segments.append(torch.empty(_aligned(segment), dtype=torch.uint8, pin_memory=pinned))
+        memory, at = self._segments[-1].numpy(), 0
         for write in segment:
             flat = torch.frombuffer(memory, dtype=write.dtype, count=math.prod(write.sizes), offset=at)
             self.tensors.append(flat.view(write.sizes))
             at += _aligned([write])
+
+    def touch(self) -> None:
+        """Writes to every page once."""
+        for segment in self._segments:
+            segment[::_PAGE].zero_()
 
     def fill(self, writes: Sequence[Write], tensors: Mapping[str, GlobalTensor]) -> None:
         """Copies the boxes; on return the sources may change."""

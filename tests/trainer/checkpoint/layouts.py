@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,6 +19,7 @@ from pentad.parallel.global_tensor import GlobalTensor, Placement
 from pentad.trainer.checkpoint.checkpointer import Checkpointer
 from pentad.trainer.checkpoint.manifest import SummedFile
 from pentad.trainer.checkpoint.retention import Retention
+from pentad.trainer.checkpoint.tiers.local import NodeFolders
 
 # name: shape, dimension cut over tp (None: replicated), number of slices where fewer than tp
 SHAPES: dict[str, tuple[tuple[int, ...], int | None, int | None]] = {
@@ -107,6 +110,7 @@ def checkpointer(
     keep: int | Retention = 0,
     asynchronous: bool = False,
     on_event: Callable[[dict[str, Any]], None] = lambda _: None,
+    nodes: NodeFolders | None = None,
 ) -> Checkpointer:
     """A checkpointer over the default process group, or for one process."""
     team = dist.is_initialized()
@@ -119,12 +123,36 @@ def checkpointer(
         keep=keep if isinstance(keep, Retention) else Retention(keep),
         asynchronous=asynchronous,
         on_event=on_event,
+        nodes=nodes,
     )
 
 
 def killed_before_change(number: int) -> None:
     """From now on this process is killed before its `number`th change of the disk, from 1: at every write, rename and
     sync of a save, and whatever else it does with files."""
+    _before_change(number, lambda: os.kill(os.getpid(), signal.SIGKILL), setattr, also=("unlink", "rmdir"))
+
+
+def full_at_change(number: int, patch: pytest.MonkeyPatch) -> Callable[[], bool]:
+    """The disk takes nothing at this process's `number`th change, from 1; removing is no such change.
+
+    Returns:
+        Whether it has come to that.
+    """
+    met: list[int] = []
+
+    def full() -> None:
+        if not met:
+            met.append(number)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    _before_change(number, full, patch.setattr)
+    return lambda: bool(met)
+
+
+def _before_change(
+    number: int, strike: Callable[[], object], set_: Callable[[Any, str, Any], object], also: Sequence[str] = ()
+) -> None:
     left = number
 
     def counted(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,11 +160,11 @@ def killed_before_change(number: int) -> None:
             nonlocal left
             left -= 1
             if left <= 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                strike()
             return fn(*args, **kwargs)
 
         return call
 
-    for name in ("fsync", "rename", "mkdir", "unlink", "rmdir"):
-        setattr(os, name, counted(getattr(os, name)))
-    SummedFile.write = counted(SummedFile.write)  # type: ignore[method-assign]
+    for name in ("fsync", "rename", "mkdir", *also):
+        set_(os, name, counted(getattr(os, name)))
+    set_(SummedFile, "write", counted(SummedFile.write))

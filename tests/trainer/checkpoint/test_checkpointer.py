@@ -210,7 +210,7 @@ def _killed_at_a_change(rank: int, world: int, folder: Path, victim: int, number
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("number", range(1, 24, 2))
+@pytest.mark.parametrize("number", range(1, 26))
 def test_a_rank_killed_at_any_change_of_the_disk_leaves_the_old_or_the_new_checkpoint(
     tmp_path: Path, victim: int, number: int
 ) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
+import subprocess
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,6 +153,79 @@ def test_no_storage_that_refuses_stops_the_training(
         assert _steps(curve, "checkpoint_failed") == [2, 4] and len(curve.alerts) == 2 and words in curve.alerts[0].text
         left = folder / "checkpoints"
         assert not left.exists() or not list(left.iterdir())
+
+
+class _Acting(_Alerted):
+    """Does something when a step is reported."""
+
+    def __init__(self, acts: dict[int, Callable[[], object]]) -> None:
+        super().__init__(threading.Event(), 0)
+        self._acts = acts
+
+    def log(self, found: Report | str, **fields: Any) -> None:
+        super().log(found, **fields)
+        if isinstance(found, Report) and found.step in self._acts:
+            self._acts[found.step]()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def _mounted(folder: Path, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("words", ["No space left", "Read-only"])
+def test_a_disk_that_is_really_full_or_read_only_for_a_while_costs_the_saves_meanwhile(
+    tmp_path: Path, small_disk: Path, words: str
+) -> None:
+    filler = small_disk / "filler"
+
+    def fill() -> None:
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(1 << 12)):
+                pass
+
+    acts: dict[int, Callable[[], object]] = {3: fill, 5: filler.unlink}
+    if words == "Read-only":
+        acts = {3: lambda: _mounted(small_disk, "ro"), 5: lambda: _mounted(small_disk, "rw")}
+    curve = _Acting(acts)
+    cfg = replace(_cfg(tmp_path, steps=8), checkpoint=CheckpointConfig(every=2, asynchronous=False))
+    trainer = open_trainer(0, cfg, small_disk, keep=1, on_event=curve.events.append)[1]
+    assert _train(trainer, curve)
+    assert [row[0] for row in curve.rows] == list(range(1, 9))
+    assert _steps(curve, "checkpoint_saved") == [2, 6, 8] and _steps(curve, "checkpoint_failed") == [4]
+    assert words in next(e["reason"] for e in curve.events if e["event"] == "checkpoint_failed")
+    assert [alert.title for alert in curve.alerts] == ["checkpoint of step 4"]
+    assert [path.name for _, path in checkpoints(small_disk / "checkpoints")] == ["step-00000008"]
+    assert verify(small_disk / "checkpoints" / "step-00000008") == []
+
+
+def test_files_that_may_not_grow_cost_the_saves_meanwhile(tmp_path: Path) -> None:
+    """The kernel refuses writes beyond a limit, as at a quota; anybody may set that."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    curve = _Acting(
+        {
+            3: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1])),
+            5: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+        }
+    )
+    cfg = replace(_cfg(tmp_path, steps=6), checkpoint=CheckpointConfig(every=2, asynchronous=False))
+    try:
+        assert _train(open_trainer(0, cfg, tmp_path, keep=1, on_event=curve.events.append)[1], curve)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert _steps(curve, "checkpoint_saved") == [2, 6] and _steps(curve, "checkpoint_failed") == [4]
+    assert "File too large" in next(e["reason"] for e in curve.events if e["event"] == "checkpoint_failed")
 
 
 def test_a_run_with_nan_in_its_parameters_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ....configs.errors import UserError
-from ....configs.schema import Config
+from ....configs.schema import CheckpointConfig, Config
 from ....parallel.comm.collectives import all_reduce
 from ....parallel.comm.mesh import Axis, Mesh
+from ....parallel.global_tensor import GlobalTensor
 from ...run_folder import RunFile, checkpoint_folder, run_folder
 from ..checkpointer import Checkpointer, CheckpointError
 from ..retention import Retention
@@ -52,6 +53,16 @@ class Tiers:
             return self.shared.find_resume(resume)
         found = newest_verified([each.tier for each in self.all], needed)
         return found[1] if found is not None else None
+
+    def every(self, cfg: CheckpointConfig) -> list[tuple[Checkpointer, int]]:
+        """Each with the steps between its saves; 0: none but the last."""
+        return list(zip(self.all, (cfg.every, cfg.local.every), strict=False))
+
+    def prepare(self, cfg: CheckpointConfig, tensors: Callable[[], Mapping[str, GlobalTensor]]) -> None:
+        """What the first saves between steps need is made before them."""
+        for each, every in self.every(cfg):
+            if every:
+                each.prepare(tensors())
 
     def unheard(self) -> list[dict[str, Any]]:
         """Events of saves that failed or were passed over since it was asked last."""
