@@ -38,7 +38,7 @@ from ..stored import StoredTensor
 from ..team import CheckpointError
 from ..tensors import DTYPES, TensorFiles, index_of, memory_of, plan_files
 from ..tiers.local import host_words
-from ..verification import verification
+from ..verification import hosts_of, verification
 from ..writers import Write, assign
 from .layout import layout_config, layout_holdings
 
@@ -67,7 +67,7 @@ def reshard(source: Path, target: Path, layout: str, advance: Callable[[int], ob
         UserError: the source is damaged, the target is there already, or the layout cannot be.
         CheckpointError: writing failed.
     """
-    cfg = layout_config(open_full(source).state, layout)
+    cfg = layout_config(_opened(source).state, layout)
     contents = _verified(source, advance)
     _new(target, contents.state)
     everyone = assign(layout_holdings(cfg, contents))
@@ -137,14 +137,21 @@ def _shares(count: int, weights: Sequence[float] | None) -> list[float]:
     return [weight / total for weight in given]
 
 
+def _opened(path: Path) -> Contents:
+    """What a checkpoint's small files say, if it is no part of one."""
+    contents = open_full(path)
+    hosts = hosts_of(contents.state)
+    if hosts:
+        nodes = f"is the part of one of {len(hosts)} nodes ({host_words(hosts)})"
+        raise UserError(Problem(str(path), f"{nodes}; name a checkpoint that all ranks see"))
+    return contents
+
+
 def _verified(path: Path, advance: Callable[[int], object]) -> Contents:
     found = verification(path, advance)
     if found.problems:
         raise UserError(Problem(str(path), f"is damaged: {'; '.join(found.problems)}"))
-    if found.hosts:
-        nodes = f"is the part of one of {len(found.hosts)} nodes ({host_words(found.hosts)})"
-        raise UserError(Problem(str(path), f"{nodes}; name a checkpoint that all ranks see"))
-    return open_full(path)
+    return _opened(path)
 
 
 def _new(target: Path, state: Mapping[str, Any]) -> None:
