@@ -20,7 +20,6 @@ from ..checkpoint.tiers.tiers import Tiers, open_tiers
 from ..data.dataset import Dataset, open_data
 from ..metrics.introduction import introduction
 from ..metrics.notices import or_without
-from ..metrics.peak import MeasuredPeaks
 from ..metrics.sinks import EventLog, make_sinks
 from ..processes.failure import is_loss
 from ..processes.meeting import Stopped
@@ -36,7 +35,7 @@ from ..text.tokenizer_files import TokenizerFiles, of_checkpoint, of_job
 from ..trainer import Trainer
 from .arrival import arrive
 from .outputs import Outputs
-from .peaks import agreed_peak
+from .peaks import agreed_peak, kept_peaks
 from .telling import beginning, conclude_run, index_record, keep_own_record, write_configs
 from .trying_out import try_out
 
@@ -139,7 +138,7 @@ class RankOfJob:
             here=self._here,
             met=partial(self._met, epoch),
             data=self._open_data,
-            peak=partial(agreed_peak, cfg, self._here.device, MeasuredPeaks(self._run_dir / RunFile.PEAKS)),
+            peak=partial(agreed_peak, cfg, self._here.device, kept_peaks(cfg, self._run_dir)),
             state=state,
             restore=restore,
             outer=self._open_things if rejoining is None else None,

@@ -111,13 +111,17 @@ def measure_cpu_peak(dtype: torch.dtype, barrier: Callable[[], object], seconds:
 
 
 class MeasuredPeaks:
-    """What was measured in a run so far, in a file of its folder: a number for each kind of measurement.
+    """What was measured before, in a file of a run or of a host: a number for each kind of measurement.
 
     What a measurement depends on is its key: the processor, the type, the number of ranks and of each one's threads.
+
+    Args:
+        file: may be absent.
+        days: how old it may be; none: any age.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, days: float | None = None) -> None:
+        self._file, self._days = file, days
 
     def find(self, dtype: str, ranks: int) -> float | None:
         """TFLOP/s of one rank; none where nothing fitting was kept, or the file is not what `keep` wrote."""
@@ -127,12 +131,15 @@ class MeasuredPeaks:
     def keep(self, dtype: str, ranks: int, tflops: float) -> None:
         """Adds a measurement. A folder that cannot be written fails elsewhere, with the key to set."""
         values = {**self._read(), _measurement(dtype, ranks): tflops}
-        partial = self._file.with_suffix(".partial")
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._file.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(json.dumps(values, indent=1) + "\n")
         os.replace(partial, self._file)
 
     def _read(self) -> dict[str, object]:
         try:
+            if self._days is not None and time.time() - self._file.stat().st_mtime > self._days * 86400:
+                return {}
             values = read_json(self._file)
         except (OSError, JsonError):
             return {}

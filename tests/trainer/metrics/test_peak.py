@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,15 @@ def test_a_damaged_file_of_peaks_is_measured_anew(tmp_path: Path, content: str) 
     assert kept.find("fp32", 1) is None
     kept.keep("fp32", 1, 0.25)
     assert kept.find("fp32", 1) == 0.25
+
+
+def test_what_was_measured_on_a_host_holds_for_some_days(tmp_path: Path) -> None:
+    file = tmp_path / "cache" / "peaks.json"
+    kept = MeasuredPeaks(file, days=7)
+    kept.keep("fp32", 1, 0.25)
+    assert kept.find("fp32", 1) == 0.25
+    old = file.stat().st_mtime - 8 * 86400
+    os.utime(file, (old, old))
+    assert kept.find("fp32", 1) is None and MeasuredPeaks(file).find("fp32", 1) == 0.25
+    kept.keep("fp32", 2, 0.5)
+    assert (kept.find("fp32", 1), kept.find("fp32", 2)) == (None, 0.5)
