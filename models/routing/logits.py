@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...parallel.gradients import DeferredMatmul, open_store, plain_grad
 from ...parallel.kernels.precision import precise
+from ...parallel.kernels.weight_products import is_exact
 
 
 def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -27,7 +28,10 @@ class _Logits(torch.autograd.Function):
         # Parameters are not among the saved tensors: what hooks give back for one has lost its slot.
         ctx.params = weight, bias
         ctx.save_for_backward(x)
-        logits = torch.mm(x.to(dtype), weight.to(dtype).t())
+        if x.dtype != dtype and weight.dtype == x.dtype and is_exact(x.device):
+            logits = torch.mm(x, weight.t(), out_dtype=dtype)  # products of half precision are exact in fp32
+        else:
+            logits = torch.mm(x.to(dtype), weight.to(dtype).t())
         return logits if bias is None else logits.add_(bias.to(dtype))
 
     @staticmethod

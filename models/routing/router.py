@@ -5,13 +5,14 @@ Shapes: n tokens of this device, N of the microbatch, E experts, C choices (expe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ...configs.schema import ModelConfig
-from ...parallel.expert.routing import Findings, Routing
+from ...parallel.expert.routing import Findings, RouteForm, Routing
 from ...parallel.expert.tokens import TokenPool
 from ..dropout import Draws
 from ..sequences import Sequences
@@ -44,6 +45,15 @@ class Decision:
     findings: Findings = field(default_factory=Findings)
 
 
+@dataclass(frozen=True)
+class RouterKernels:
+    """Kernels for what a plain router makes of its logits; signatures as in `parallel.kernels.triton.routing`."""
+
+    route: Callable[[Tensor, Tensor, Tensor | None, RouteForm], tuple[Tensor, Tensor]]
+    totals: Callable[[Tensor], Tensor]
+    settle: Callable[[Tensor, Tensor | None, Tensor | None, Tensor, int, float, float], None]
+
+
 class Router(nn.Module):
     """Scores every choice for every token, and picks.
 
@@ -51,7 +61,7 @@ class Router(nn.Module):
     backward of the balancing losses with that of the weights.
 
     Replaceable from outside: `tokens`, who has the other tokens of a microbatch, and `fixed_width`, whether K has to be
-    the same for every microbatch.
+    the same for every microbatch; `kernels` for logits in fp32 (none: torch's operators).
 
     With name=expert_choice the weights are the scores themselves, whatever `normalize` says; sinkhorn with one expert
     per token has sigmoid scores, as it would have weight 1 otherwise.
@@ -74,6 +84,7 @@ class Router(nn.Module):
         self.register_buffer("tally", torch.zeros(columns(moe), dtype=torch.float64), persistent=False)
         self.tokens = TokenPool.whole()
         self.fixed_width = False
+        self.kernels: RouterKernels | None = None
         sinkhorn, name = self.cfg.name == "sinkhorn", self.cfg.name
         self._has_losses = self.cfg.aux_loss > 0 or self.cfg.z_loss > 0
         self._score = "sigmoid" if sinkhorn and moe.top_k == 1 else self.cfg.score
@@ -85,6 +96,8 @@ class Router(nn.Module):
         if training and self.cfg.jitter and draws is not None:
             x = draws.jitter(x, self.cfg.jitter, self.index)
         logits = router_logits(x, self.weight, self.bias)
+        if self.kernels is not None and self._suits_kernels and logits.dtype == torch.float32:
+            return self._by_kernels(self.kernels, logits, seq)
         scores = torch.softmax(logits, -1) if self._score == "softmax" else torch.sigmoid(logits)
         decision = None if seq.kept is None else seq.kept.get(self.index)
         first = decision is None
@@ -102,6 +115,31 @@ class Router(nn.Module):
                 add_to(self.tally, self.moe, decision.counts, decision.experts, shares, terms, seq.share)
             weights = self._attached(weights, terms, seq.share)
         return Routing(decision.experts, weights, decision.capacity, decision.findings)
+
+    @property
+    def _suits_kernels(self) -> bool:
+        """Whether every choice is an expert that takes the token, and loads are of whole microbatches or steps."""
+        plain = self.cfg.name == "top_k" and not self.cfg.null_experts and self.moe.capacity_factor is None
+        return plain and not (self.cfg.aux_loss and self.cfg.aux_level == "sequence")
+
+    def _by_kernels(self, kernels: RouterKernels, logits: Tensor, seq: Sequences) -> Routing:
+        """The same as `forward` of logits (n, C), without scores and losses as tensors of their own."""
+        decision = None if seq.kept is None else seq.kept.get(self.index)
+        first = decision is None
+        if decision is None:
+            decision = self._decide_by_kernels(logits.detach(), seq)
+            if seq.kept is not None:
+                seq.kept[self.index] = decision
+        tokens = self.tokens.count(len(logits))
+        aux, z = seq.share * logits.shape[1] / tokens, seq.share / tokens
+        softmax = self._score == "softmax"
+        form = RouteForm(softmax, self._normalize, self.cfg.scale, self.cfg.aux_loss * aux, self.cfg.z_loss * z)
+        weights, partial = kernels.route(logits, decision.choices, decision.loads, form)
+        if first and seq.share > 0:
+            totals = kernels.totals(partial)
+            counts = None if decision.loads is None else self._counts(totals, decision)
+            kernels.settle(totals, counts, decision.loads, self.tally, len(logits), aux, z)
+        return Routing(decision.experts, weights, None, decision.findings)
 
     @torch.no_grad()
     def rebalance(self, counts: Tensor, go: Tensor) -> None:
@@ -175,6 +213,26 @@ class Router(nn.Module):
             best = choices if is_plain(moe) else scores.topk(moe.top_k, -1).indices
             loads = fractions(best, seq, self.tokens, moe, self.load)
         return Decision(choices, real, experts, counts, padded, loads)
+
+    @torch.no_grad()
+    def _decide_by_kernels(self, logits: Tensor, seq: Sequences) -> Decision:
+        """As `_decide`; what is counted comes later."""
+        plain = is_plain(self.moe)
+        scores = logits if plain else (torch.softmax(logits, -1) if self._score == "softmax" else torch.sigmoid(logits))
+        choices = self._chosen(logits, scores, seq)
+        counts, loads = logits.new_empty(0), None
+        if seq.share > 0 and self.cfg.aux_loss:
+            loads = logits.new_empty(logits.shape[1])
+            if not plain and self.load is None:
+                counts = count_of(scores.topk(self.moe.top_k, -1).indices.reshape(-1), logits.shape[1])
+        return Decision(choices, None, choices, counts, None, loads)
+
+    def _counts(self, totals: Tensor, decision: Decision) -> Tensor:
+        """(C,) that the loads follow: of the step before, or how often tokens have each among their best scores."""
+        if self.load is not None:
+            return self.load
+        mine = decision.counts if len(decision.counts) else totals[: choices_of(self.moe)]
+        return self.tokens.sum(mine)
 
     def _chosen(self, logits: Tensor, scores: Tensor, seq: Sequences) -> Tensor:
         """(n, K) each token's choices."""

@@ -58,3 +58,22 @@ class Routing:
     weights: Tensor
     capacity: int | None = None
     findings: Findings = field(default_factory=Findings)
+
+
+@dataclass(frozen=True)
+class RouteForm:
+    """How weights follow from logits, and what the losses are multiplied by.
+
+    Args:
+        softmax: scores are a softmax of the logits, else sigmoids.
+        normalize: the weights of a token sum to 1, before the scale.
+        scale: of the weights.
+        aux: factor of Σ shares · loads over the tokens; 0: no balancing loss.
+        z: factor of Σ (log-sum-exp)².
+    """
+
+    softmax: bool
+    normalize: bool
+    scale: float
+    aux: float = 0.0
+    z: float = 0.0

@@ -15,7 +15,9 @@ from ...models.feed_forward import FeedForward
 from ...models.mla import LatentAttention
 from ...models.moe import Experts, Moe
 from ...models.norms import LayerNorm, RmsNorm
+from ...models.routing.router import RouterKernels
 from ...models.transformer import Transformer
+from ...parallel.expert.routing import RouteForm
 from ...parallel.expert.row_kernels import RowKernels
 from ...parallel.kernels.fused_norms import apex_norms
 from ...parallel.vocab import VocabHead, VocabShard, cross_entropy, fused_cross_entropy
@@ -82,9 +84,11 @@ def _use_triton(model: Transformer) -> None:
     from ...parallel.kernels.triton.gates import triton_swiglu
     from ...parallel.kernels.triton.norms import triton_rms_norm
     from ...parallel.kernels.triton.rotary import triton_rotate
+    from ...parallel.kernels.triton.routing import triton_route, triton_route_settle, triton_route_totals
     from ...parallel.kernels.triton.rows import triton_combine, triton_spread
 
     rows = RowKernels(triton_spread, triton_combine, triton_sort_by_expert)
+    router = RouterKernels(triton_route, triton_route_totals, triton_route_settle)
     for module in model.modules():
         if isinstance(module, RmsNorm):
             module.kernel = triton_rms_norm
@@ -93,7 +97,7 @@ def _use_triton(model: Transformer) -> None:
         elif isinstance(module, (Attention, LatentAttention)):
             module.rotate = triton_rotate
         elif isinstance(module, Moe):
-            module.dispatch.rows = rows
+            module.dispatch.rows, module.router.kernels = rows, router
     if isinstance(model.head_op, VocabHead):
         model.head_op.cross_entropy = fused_cross_entropy
 
@@ -140,6 +144,7 @@ def _differences(device: torch.device) -> dict[str, float]:
             results.append([y.detach(), *torch.autograd.grad(y, inputs, y.detach())])
         found[name] = _worst(*results)
     found["rows of experts"] = _rows_difference(device, make(40, 96))
+    found["router"] = _router_difference(make(40, 12).float())
     logits, labels = make(7, 130), torch.tensor([0, 129, 5, -1, 64, 7, 99], device=device)
     shard = VocabShard.whole(130)
     ours = fused_cross_entropy(logits.clone(), labels, 0.25, shard, True)
@@ -168,6 +173,26 @@ def _rows_difference(device: torch.device, x: Tensor) -> float:
         y = kernels.combine(rows * rows, places, inputs[1])
         results.append([order, places, ends, y.detach(), *torch.autograd.grad(y, inputs, x.to(dtype))])
     return _worst(*results)
+
+
+def _router_difference(logits: Tensor) -> float:
+    """Of weights of logits (n, C), their gradient with that of the losses, and what is counted."""
+    from ...parallel.kernels.triton.routing import triton_route, triton_route_settle, triton_route_totals
+
+    (n, size), choices = logits.shape, logits.topk(3, -1).indices
+    tally, loads = logits.new_zeros(8 + size, dtype=torch.float64), logits.new_empty(size)
+    ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    weights, partial = triton_route(ours, choices, loads, RouteForm(True, True, 1.0, aux=0.1, z=0.01))
+    totals = triton_route_totals(partial)
+    triton_route_settle(totals, totals[:size], loads, tally, n, 1.0, 1.0)
+    expected = torch.softmax(theirs.gather(-1, choices), -1)
+    z = torch.logsumexp(theirs, -1).square().sum()
+    counts = torch.zeros_like(theirs).scatter_(-1, choices, 1.0).sum(0).detach()
+    balance = (torch.softmax(theirs, -1).sum(0) * (counts / counts.sum())).sum()
+    grads = torch.autograd.grad(weights, ours, weights.detach())
+    (grad,) = torch.autograd.grad((expected, 0.1 * balance + 0.01 * z), theirs, (expected.detach(), torch.ones_like(z)))
+    sums = torch.stack((balance, z)).detach()
+    return _worst([weights.detach(), *grads, tally[6:8]], [expected.detach(), grad, sums])
 
 
 def _worst(ours: object, theirs: object) -> float:

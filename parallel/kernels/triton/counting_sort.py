@@ -14,7 +14,7 @@ from torch import Tensor
 from .jit import compiled
 from .operators import operator
 
-_CELLS = 16384
+_CELLS = 8192
 """Assignments times bins that one program holds."""
 
 
