@@ -25,6 +25,16 @@ SUMS = ("z", "entropy", "top1")
 
 
 @compiled
+def _column(x):
+    return tl.expand_dims(x, 1)
+
+
+@compiled
+def _sum(x):
+    return tl.sum(x, 0)
+
+
+@compiled
 def _score(x, high, SOFTMAX: tl.constexpr):
     if SOFTMAX:
         return tl.exp(x - high)
@@ -65,16 +75,16 @@ def _route_kernel(
     for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
         there = row < rows
-        x = tl.load(logits + row[:, None] * size + bins, mask=there[:, None] & used, other=0.0)
+        x = tl.load(logits + _column(row) * size + bins, mask=_column(there) & used, other=0.0)
         x = tl.where(used, x, float("-inf"))
         peak = tl.max(x, 1)
-        share = tl.exp(x - peak[:, None])
+        share = tl.exp(x - _column(peak))
         total = tl.sum(share, 1)
         lse = peak + tl.log(total)
         if not SOFTMAX:
             share = tl.where(used, tl.sigmoid(x), 0.0)
             total = tl.sum(share, 1) + 1e-20
-        share = tl.where(there[:, None], share / total[:, None], 0.0)
+        share = tl.where(_column(there), share / _column(total), 0.0)
         shared += tl.sum(share, 0)
         z += tl.where(there, lse * lse, 0.0)
         entropy -= tl.sum(share * tl.log(tl.maximum(share, 1e-37)), 1)
@@ -86,7 +96,7 @@ def _route_kernel(
             choice = tl.load(choices + row * count + k, mask=there, other=0)
             score = _score(tl.load(logits + row * size + choice, mask=there, other=0.0), high, SOFTMAX)
             tl.store(weights + row * count + k, score / chosen * scale, mask=there)
-            taken += tl.sum(tl.where((choice[:, None] == bins) & there[:, None], 1.0, 0.0), 0)
+            taken += tl.sum(tl.where((_column(choice) == bins) & _column(there), 1.0, 0.0), 0)
     bins = tl.arange(0, BLOCK)
     out = partial + program * (2 * size + 3)
     tl.store(out + bins, taken, mask=bins < size)
@@ -117,7 +127,7 @@ def _settle_kernel(
     balance = tl.sum(taken * 0.0, 0)
     if AUX:
         load = tl.load(counts + bins, mask=used, other=0.0).to(tl.float64)
-        whole = tl.sum(load, 0)
+        whole = _sum(load)
         load = tl.where(whole > 0, load / tl.where(whole > 0, whole, 1.0), 1.0 / size)
         tl.store(loads + bins, load.to(tl.float32), mask=used)
         balance = tl.sum(tl.where(used, tl.load(totals + size + bins, mask=used, other=0.0) * load, 0.0), 0)
@@ -142,22 +152,22 @@ def _back_kernel(
     used = bins < size
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     there = row < rows
-    at = row[:, None] * size + bins
-    x = tl.load(logits + at, mask=there[:, None] & used, other=0.0)
+    at = _column(row) * size + bins
+    x = tl.load(logits + at, mask=_column(there) & used, other=0.0)
     x = tl.where(used, x, float("-inf"))
     peak = tl.max(x, 1)
-    prob = tl.exp(x - peak[:, None])
+    prob = tl.exp(x - _column(peak))
     total = tl.sum(prob, 1)
-    prob = prob / total[:, None]
-    grad = prob * (2 * z * (peak + tl.log(total)))[:, None]
+    prob = prob / _column(total)
+    grad = prob * _column(2 * z * (peak + tl.log(total)))
     score = tl.where(used, tl.sigmoid(x), 0.0)
     if AUX:
         load = tl.load(loads + bins, mask=used, other=0.0)
         if SOFTMAX:
-            grad += aux * prob * (load - tl.sum(prob * load, 1)[:, None])
+            grad += aux * prob * (load - _column(tl.sum(prob * load, 1)))
         else:
-            whole = tl.sum(score, 1)[:, None] + 1e-20
-            mean = tl.sum(score / whole * load, 1)[:, None]
+            whole = _column(tl.sum(score, 1)) + 1e-20
+            mean = _column(tl.sum(score / whole * load, 1))
             grad += aux * (load - mean) / whole * score * (1 - score)
     high, chosen = _chosen(logits, choices, row, there, size, count, peak, SOFTMAX, NORMALIZE)
     if not NORMALIZE:
@@ -169,7 +179,7 @@ def _back_kernel(
         dot += value * tl.load(dweights + row * count + k, mask=there, other=0.0) * scale
     if SOFTMAX:
         if not NORMALIZE:
-            grad -= prob * dot[:, None]
+            grad -= prob * _column(dot)
             dot = dot * 0.0
     elif not NORMALIZE:
         dot = dot * 0.0
@@ -180,8 +190,8 @@ def _back_kernel(
         slope = value / chosen
         if not SOFTMAX:
             slope = slope * (1 - value)
-        grad += tl.where(choice[:, None] == bins, (slope * given)[:, None], 0.0)
-    tl.store(dlogits + at, grad, mask=there[:, None] & used)
+        grad += tl.where(_column(choice) == bins, _column(slope * given), 0.0)
+    tl.store(dlogits + at, grad, mask=_column(there) & used)
 
 
 def _tile(choices: int) -> dict[str, int]:
