@@ -116,7 +116,7 @@ def verify_checkpoints(args: argparse.Namespace) -> int:
         UserError: a source is no checkpoint and holds none.
     """
     bad = 0
-    for path in sources(args.sources):
+    for path in sources(args.sources, nodes=True):
         found = _read_whole(path)
         bad += bool(found.problems)
         if args.json:
@@ -143,7 +143,7 @@ def list_checkpoints(args: argparse.Namespace) -> int:
 
     found: dict[Path, list[ListedCheckpoint]] = {}
     verified: set[Path] = set()
-    for path in sources(args.sources):
+    for path in sources(args.sources, nodes=True):
         one = listed_checkpoint(path)
         if args.verify and one.problem is None:
             problems = _read_whole(path).problems
@@ -152,26 +152,32 @@ def list_checkpoints(args: argparse.Namespace) -> int:
         found.setdefault(path.parent, []).append(one)
     for directory, ones in found.items():
         latest = latest_of(directory, {one.path for one in ones if one.problem is not None})
+        own = any(one.of_node for one in ones)
         if args.json:
             for one in ones:
                 more = {"path": str(one.path), "verified": one.path in verified, "latest": one.path == latest}
                 print(json.dumps(dataclasses.asdict(one) | more))
             continue
-        print(directory)
-        rows = [_TITLES, *(_row(one, one.path in verified, one.path == latest) for one in ones)]
+        print(f"{directory}{', of this node' if own else ''}")
+        mark = "newest here" if own else "latest"
+        rows = [_TITLES, *(_row(one, one.path in verified, mark if one.path == latest else "") for one in ones)]
         print("\n".join(_aligned_lines(rows)))
         if latest is not None and all(one.path != latest for one in ones):
             print(f"  latest: {latest.name}")
     return int(any(one.problem is not None for ones in found.values() for one in ones))
 
 
-def sources(given: Sequence[str]) -> list[Path]:
+def sources(given: Sequence[str], *, nodes: bool = False) -> list[Path]:
     """The checkpoints that the arguments mean: runs also by their names in runs/.
+
+    Args:
+        given: the arguments.
+        nodes: of a run those too that this node keeps for itself.
 
     Raises:
         UserError: for each that means none.
     """
-    from ...trainer.checkpoint.listing import named_checkpoints
+    from ...trainer.checkpoint.listing import checkpoints_on_node, named_checkpoints
 
     found: list[Path] = []
     problems: list[Problem] = []
@@ -180,7 +186,9 @@ def sources(given: Sequence[str]) -> list[Path]:
         try:
             found += named_checkpoints(path)
         except UserError as error:
-            problems += error.problems
+            if not (nodes and checkpoints_on_node(path)):
+                problems += error.problems
+        found += checkpoints_on_node(path) if nodes else []
     if problems:
         raise UserError(*problems)
     return list(dict.fromkeys(found))
@@ -192,7 +200,7 @@ def _read_whole(path: Path) -> Verification:
     return verification(path, _advance([path]))
 
 
-def _row(one: ListedCheckpoint, verified: bool, latest: bool) -> tuple[str, ...]:
+def _row(one: ListedCheckpoint, verified: bool, mark: str) -> tuple[str, ...]:
     state = "verified" if verified else "complete"
     state += "" if one.finite else ", holds NaN or infinite values"
     state = state if one.problem is None else f"damaged: {one.problem}"
@@ -203,7 +211,7 @@ def _row(one: ListedCheckpoint, verified: bool, latest: bool) -> tuple[str, ...]
         one.layout or "-",
         one.dtype or "-",
         "-" if one.held_out is None else f"{one.held_out:.4f}",
-        f"{state} (latest)" if latest else state,
+        f"{state} ({mark})" if mark else state,
     )
 
 

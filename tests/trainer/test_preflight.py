@@ -45,8 +45,9 @@ def test_a_read_only_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     access = os.access
     # As root everything is writable, so the answer of a read-only file system is stood in for.
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
-    found = _problems(f"runs_dir={tmp_path}/runs", f"checkpoint.dir={tmp_path}/a/b")
-    assert found.keys() == {"runs_dir", "checkpoint.dir"}
+    local = (f"checkpoint.local.dir={tmp_path}/c", "checkpoint.local.every=2")
+    found = _problems(f"runs_dir={tmp_path}/runs", f"checkpoint.dir={tmp_path}/a/b", *local)
+    assert found.keys() == {"runs_dir", "checkpoint.dir", "checkpoint.local.dir"}
 
 
 def test_torch_is_not_imported() -> None:

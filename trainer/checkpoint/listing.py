@@ -13,6 +13,7 @@ from .check import visible_damage
 from .manifest import MANIFEST, read_manifest, read_state, resume_order
 from .names import checkpoints, step_of
 from .retention import held_out_loss
+from .tiers.local import LOCAL, run_number
 
 _DEGREES = ("dp", "tp", "pp", "cp", "ep", "etp")
 
@@ -30,6 +31,7 @@ class ListedCheckpoint:
         dtype: `train.dtype` of the run; None for weights alone.
         held_out: loss of the evaluation after its step, in nats; None where there was none.
         finite: whether no value of it is NaN or infinite.
+        of_node: whether a node keeps it for itself.
         problem: what is wrong, as far as it shows without reading tensors; None: nothing.
     """
 
@@ -41,6 +43,7 @@ class ListedCheckpoint:
     dtype: str | None = None
     held_out: float | None = None
     finite: bool = True
+    of_node: bool = False
     problem: str | None = None
 
 
@@ -65,6 +68,7 @@ def listed_checkpoint(path: Path) -> ListedCheckpoint:
         dtype if isinstance(dtype, str) and dtype.isprintable() else None,
         held_out_loss(state),
         not manifest.not_finite,
+        LOCAL in state,
     )
 
 
@@ -95,6 +99,19 @@ def named_checkpoints(path: Path) -> list[Path]:
     return found[::-1]
 
 
+def checkpoints_on_node(run: Path) -> list[Path]:
+    """The checkpoints that this node keeps of a run's ranks, the oldest first."""
+    folder = _resolved(run / RunFile.RESOLVED, "checkpoint.local.dir")
+    try:
+        number = run_number(run / RunFile.NUMBER, makes=False) if folder is not None else None
+    except UserError:
+        return []
+    if folder is None or number is None:
+        return []
+    found = [each for host in sorted(Path(folder, number).glob("*")) for each in checkpoints(host)]
+    return [path for _, path in sorted(found)]
+
+
 def latest_of(directory: Path, damaged: set[Path]) -> Path | None:
     """The checkpoint in a folder that `checkpoint.resume=latest` goes on from, where some are known to be damaged."""
     return next((path for path in resume_order(directory) if path not in damaged), None)
@@ -122,11 +139,17 @@ def _layout_words(value: Any) -> str | None:
 
 def _folder_of(resolved: Path) -> Path:
     """Where a run that says so puts its checkpoints."""
+    folder = _resolved(resolved, "checkpoint.dir")
+    return Path(folder) if folder is not None else resolved.parent
+
+
+def _resolved(resolved: Path, key: str) -> str | None:
+    """A text of a run's resolved configuration."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        folder = OmegaConf.select(OmegaConf.load(resolved), "checkpoint.dir")
+        found = OmegaConf.select(OmegaConf.load(resolved), key)
     except (OSError, ValueError, OmegaConfBaseException):
-        return resolved.parent
-    return Path(folder) if isinstance(folder, str) else resolved.parent
+        return None
+    return found if isinstance(found, str) else None

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pentad.configs import to_yaml
 from pentad.configs.errors import UserError
 from pentad.configs.schema import CheckpointConfig, Config, LocalCheckpointConfig
 from pentad.launch.cli import main
@@ -284,12 +285,16 @@ def test_a_folder_of_somebody_else_is_neither_believed_nor_written(
     assert _found(tiers, values) == "shared 1" and "or a link" in capsys.readouterr().err
 
 
-def test_check_leaves_to_the_ranks_what_they_alone_can_see(tmp_path: Path) -> None:
+def test_check_leaves_to_the_ranks_what_they_alone_can_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = _job(tmp_path)
     cfg = replace(cfg, checkpoint=replace(cfg.checkpoint, resume="latest"))
     _train(cfg, 9)
     shared = tmp_path / "checkpoints" / "step-00000005"
     assert checkpoint_problems(cfg) == []
+    (tmp_path / "run" / "config.resolved.yaml").write_text(to_yaml(cfg))
+    assert main(["checkpoint", "list", str(tmp_path / "run")]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in shown if line[-1] in ("(latest)", "here)")] == ["5", "8"]
     (shared / "manifest.json").unlink()
     assert checkpoint_problems(cfg) == []
     assert _train(cfg, 10)[1] == next((tmp_path / "memory").glob("*/*/step-00000008"))
