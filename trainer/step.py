@@ -352,11 +352,8 @@ class Stepper:
         """One collective for the norm, the loss, the wish to stop and the routers' counts; replicas count once."""
         now = self._now
         self._runtime.finish()
-        square = self._zero
-        for bucket in range(self.replicas.buckets):
-            for unit in self.replicas.units(bucket):
-                if unit.counted:
-                    square = square + self._square_sum(unit.grad)
+        units = (unit for bucket in range(self.replicas.buckets) for unit in self.replicas.units(bucket))
+        square = self._zero + self._square_sum([unit.grad for unit in units if unit.counted])
         now.losses = self._losses(self._runtime)
         counted = self._sum(now.losses)
         now.own_loss = own_mean(counted, now.inputs) if now.losses else counted.double() - torch.inf

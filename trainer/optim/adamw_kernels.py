@@ -5,8 +5,9 @@ What decides about the step stays on the device: the factor of the gradients, th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -171,8 +172,8 @@ def _apex(cfg: AdamWConfig) -> AdamKernel:
     return kernel
 
 
-SquareSum = Callable[[Tensor], Tensor]
-"""The sum of squares of a gradient (n,), a scalar of its own precision."""
+SquareSum = Callable[[Sequence[Tensor]], Tensor]
+"""The sum of squares of gradients (n,) each, a scalar of their precision; of none: a zero in fp32 on the CPU."""
 
 
 def square_sum(cfg: OptimConfig, device: torch.device) -> SquareSum:
@@ -183,7 +184,7 @@ def square_sum(cfg: OptimConfig, device: torch.device) -> SquareSum:
     """
     impl = cfg.impl if isinstance(cfg, AdamWConfig) else "auto"
     if not has_apex() or not (impl == "apex" or (impl == "auto" and device.type == "cuda")):
-        return sum_of_squares
+        return squares_one_by_one if device.type == "cpu" else squares_together
     fast = _apex_square_sum()
     for value in (3.0, float("inf"), float("nan")):
         x = torch.linspace(-2.0, 2.0, 5000, device=device)
@@ -191,10 +192,23 @@ def square_sum(cfg: OptimConfig, device: torch.device) -> SquareSum:
         if not torch.allclose(fast(x), sum_of_squares(x), rtol=1e-4, equal_nan=True):
             message = f"apex, as installed, does not add up squares as it should; {_WAY_OUT}"
             raise UserError(Problem("optim.impl", message))
-    return lambda gradient: (sum_of_squares if gradient.dtype == torch.float64 else fast)(gradient)
+    return partial(squares_one_by_one, of=lambda x: (sum_of_squares if x.dtype == torch.float64 else fast)(x))
 
 
-def _apex_square_sum() -> SquareSum:
+def squares_together(gradients: Sequence[Tensor]) -> Tensor:
+    """Of a GPU: one operator over all of them, which adds up chunks of 65536 elements in threads of 128 each."""
+    if not gradients:
+        return torch.zeros(())
+    return torch.stack(torch._foreach_norm(list(gradients))).square().sum()
+
+
+def squares_one_by_one(gradients: Sequence[Tensor], of: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Each by itself (`of`; none: `sum_of_squares`), added in their order."""
+    of = of or sum_of_squares
+    return reduce(torch.add, map(of, gradients)) if gradients else torch.zeros(())
+
+
+def _apex_square_sum() -> Callable[[Tensor], Tensor]:
     """NVIDIA apex's multi-tensor norm, which adds up in fp32 and lets what is not finite through."""
     import amp_C  # pyright: ignore[reportMissingImports]
     from apex.multi_tensor_apply import multi_tensor_applier  # pyright: ignore[reportMissingImports]

@@ -15,7 +15,14 @@ from torch import Tensor
 from pentad.configs.errors import UserError
 from pentad.configs.schema import AdamWConfig
 from pentad.trainer.optim import adamw_kernels
-from pentad.trainer.optim.adamw_kernels import AdamUpdate, adamw_kernel, square_sum, sum_of_squares
+from pentad.trainer.optim.adamw_kernels import (
+    AdamUpdate,
+    adamw_kernel,
+    square_sum,
+    squares_one_by_one,
+    squares_together,
+    sum_of_squares,
+)
 from tests.trainer.optim.test_optimizer import _groups, _torch, _train
 
 CPU = torch.device("cpu")
@@ -73,9 +80,18 @@ def test_apex_adds_up_squares(monkeypatch: pytest.MonkeyPatch, wrong: bool) -> N
             square_sum(AdamWConfig(impl="apex"), CPU)
         return
     add, x = square_sum(AdamWConfig(impl="apex"), CPU), torch.randn(3000, generator=torch.Generator().manual_seed(0))
-    assert add is not sum_of_squares and torch.allclose(add(x), x.double().square().sum().float(), rtol=1e-5)
-    assert torch.equal(add(x.double()), sum_of_squares(x.double())) and add(x[:0]) == 0
-    assert square_sum(AdamWConfig(impl="fused"), CPU) is sum_of_squares
+    assert torch.allclose(add([x, x]), 2 * x.double().square().sum().float(), rtol=1e-5)
+    assert torch.equal(add([x.double()]), sum_of_squares(x.double())) and add([x[:0]]) == add([]) == 0
+    assert square_sum(AdamWConfig(impl="fused"), CPU) is squares_one_by_one
+
+
+def test_squares_of_all_gradients_at_once_are_those_of_each() -> None:
+    gradients = [torch.randn(n, generator=torch.Generator().manual_seed(n)) * 1e-3 for n in (0, 1, 5000, 300_001)]
+    exact = sum(float(x.double().square().sum()) for x in gradients)
+    assert square_sum(AdamWConfig(), torch.device("cuda")) is squares_together
+    for add in (squares_together, squares_one_by_one):
+        assert float(add(gradients)) == pytest.approx(exact, rel=1e-5) and add([]) == 0
+        assert torch.isnan(add([*gradients, torch.tensor([torch.nan])]))
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., None]) -> None:
