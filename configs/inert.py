@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from .fields import all_keys, short, value_of
+from .reading.spread import is_flat
 from .resolve import resolve_model
 from .schema import CODED_STATES, AdamWConfig, Config, ModelConfig, MoeConfig
 from .schema_data import TokenizedData
@@ -125,6 +126,7 @@ JOB: tuple[Inert[Config], ...] = (
     Inert(("memory.token_share",), ("memory.recompute",), lambda c: c.memory.recompute not in ("selective", "auto")),
     Inert(("parallel.data.deepspeed",), ("parallel.data.sharding",), lambda c: c.parallel.data.sharding != "deepspeed"),
     Inert(("parallel.data.bucket_mib",), ("parallel.data.sharding",), lambda c: c.parallel.data.sharding == "fsdp"),
+    Inert(("parallel.data.states",), ("parallel.data.sharding",), lambda c: not is_flat(c)),
     Inert(
         ("memory.optimizer_stride",),
         ("memory.offload_optimizer",),

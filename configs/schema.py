@@ -287,6 +287,8 @@ class HardwareConfig:
     """Peak dense TFLOP/s of one device in train.dtype; none: by device name, on a CPU measured at start-up."""
     memory_gib: float | None = None
     """Memory of one device, for `pentad check`; none: not compared."""
+    ranks_per_node: int | None = None
+    """Ranks of a node, for what is spread over those of one (parallel.data.states=node); none: nobody asks."""
     host_gib_s: float | None = None
     """GiB/s that copies between a device and its host reach, each way; none: measured at start-up where activations
     are offloaded."""

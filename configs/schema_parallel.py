@@ -32,6 +32,9 @@ class DataParallelConfig:
     sharding: Literal["ddp", "zero1", "fsdp", "deepspeed"] = "zero1"
     """ddp: everything replicated; zero1: optimizer states sharded; fsdp: parameters and gradients too (FSDP2);
     deepspeed: what DeepSpeed's engine shards."""
+    states: int | Literal["node", "all"] | None = None
+    """Over how many neighbouring ranks of dp x cp masters and moments are spread, those of experts over as many of
+    theirs as make as many copies; node: those of one node; all; 1: every rank has all; none: what sharding names."""
     bucket_mib: float = 32.0
     """Size of a gradient bucket in MiB of parameters; one bucket is one collective."""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)

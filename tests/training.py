@@ -75,6 +75,7 @@ def job(
     memory: dict[str, Any] | None = None,
     sharding: str = "ddp",
     bucket_mib: float = 0.02,
+    states: Any = None,
     deepspeed: dict[str, Any] | None = None,
     optim: str | OptimConfig = "adamw",
     numerics: dict[str, Any] | None = None,
@@ -97,6 +98,7 @@ def job(
             data=DataParallelConfig(
                 sharding=sharding,  # type: ignore[arg-type]
                 bucket_mib=bucket_mib,
+                states=states,
                 deepspeed=DeepSpeedConfig(**(deepspeed or {})),
             ),
             pipeline=PipelineConfig(**{"schedule": "1f1b", "chunks": 1, **(pipeline or {})}),

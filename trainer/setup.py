@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..configs.errors import UserError
 from ..configs.reading.deepspeed import engine_config
+from ..configs.reading.spread import Spread, dense_spread, expert_spread, is_flat
 from ..configs.schema import Config
 from ..models.mla import LatentAttention
 from ..models.parallelize import build_model, initial_values, set_overlap_chunks
@@ -25,7 +26,8 @@ from ..parallel.record import ring
 from ..parallel.replicas.deepspeed import DeepSpeedReplicas
 from ..parallel.replicas.flat import FlatReplicas
 from ..parallel.replicas.protocol import OtherSlices, Replicas, ShardSlice, adopt, expect_uses
-from ..parallel.sharding_rules import Sharding
+from ..parallel.replicas.spread import spread_lines
+from ..parallel.sharding_rules import ReplicaFamily, Sharding
 from .devices.kernels import use_kernels
 from .optim.places import StatePlace
 from .pipeline.programs import Pipeline
@@ -119,6 +121,7 @@ def mesh_of(
         vocab=pipeline.split.balanced,
         context=1 if context.inner is None else context.inner,
         ends=_ends(cfg, pipeline),
+        lines=_lines(cfg),
         node=node,
         local_saves=cfg.checkpoint.local.dir is not None,
     )
@@ -127,7 +130,23 @@ def mesh_of(
 def unmet_mesh_of(cfg: Config, rank: int) -> UnmetMesh:
     """The axes of a rank of that mesh, for one process that works out what the rank would hold."""
     pipeline = Pipeline.of(cfg)
-    return UnmetMesh(degrees_of(cfg), rank, vocab=pipeline.split.balanced, ends=_ends(cfg, pipeline))
+    ends, lines = _ends(cfg, pipeline), _lines(cfg)
+    return UnmetMesh(degrees_of(cfg), rank, vocab=pipeline.split.balanced, ends=ends, lines=lines)
+
+
+def spreads_of(cfg: Config) -> dict[ReplicaFamily, Spread]:
+    """How flat buckets of each family are spread."""
+    return {"dense": dense_spread(cfg), "expert": expert_spread(cfg)}
+
+
+def _lines(cfg: Config) -> dict[str, list[tuple[int, ...]]]:
+    """The axes that the spread of flat buckets needs."""
+    if not is_flat(cfg):
+        return {}
+    spreads = spreads_of(cfg)
+    if not cfg.model.moe.experts:
+        del spreads["expert"]
+    return spread_lines(degrees_of(cfg), spreads)
 
 
 def _ends(cfg: Config, pipeline: Pipeline) -> tuple[int, int] | None:
@@ -295,7 +314,7 @@ def _replicas(
         model,
         where,
         mesh,
-        sharded=cfg.parallel.data.sharding == "zero1",
+        spreads=spreads_of(cfg),
         bucket_mib=cfg.parallel.data.bucket_mib,
         kept=memory,
         masters=None if place is None else place.allocate,

@@ -21,6 +21,7 @@ from .layouts import layout_problems
 from .memory import validate_memory
 from .moe import validate_moe
 from .pipeline import validate_pipeline
+from .spread import validate_spread
 
 LONGEST_NAME = 200
 """Bytes; file systems take 255, and files beside the folder add to its name."""
@@ -59,6 +60,7 @@ _POSITIVE = [
     "parallel.etp",
     "parallel.context.inner",
     "parallel.dp",
+    "hardware.ranks_per_node",
     "parallel.pipeline.chunks",
     "parallel.pipeline.group",
     "memory.recompute_every",
@@ -154,6 +156,7 @@ def validate(config: Config, world_size: int | None = None) -> list[Problem]:
         *validate_kernels(config),
         *validate_memory(config),
         *validate_deepspeed(config),
+        *validate_spread(config),
         *_batches(config),
         *_schedule(config),
         *_data(config),

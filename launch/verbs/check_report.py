@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ...configs import Config, Problem, UserError
 from ...configs.reading.deepspeed import zero_offload, zero_stage
+from ...configs.reading.spread import dense_spread, expert_replicas, expert_spread, is_flat, point
 from ...configs.schema import AdamWConfig
 from ...configs.tables.layer_parts import LAYER_PARTS
 from ...models.costs.flops import CONVENTION, flops_per_token, flops_per_token_full_attention, parameter_count
@@ -16,7 +17,6 @@ from ...models.costs.kept import Choice, SomeTokens
 from ...models.costs.times import Rates
 from ...trainer.memory.copies import hidden_share
 from ...trainer.memory.estimate import GIB, Memory, per_rank
-from ...trainer.memory.fixed import expert_replicas
 from ...trainer.pipeline.programs import Pipeline, offloads
 from ..supervise.launcher import world_size
 from .memory_table import bars, choice_table, rank_table
@@ -58,7 +58,7 @@ def _layout(cfg: Config) -> Table:
     rows.add_row("ranks", f"{degrees} = {ranks}")
     for row in _experts(cfg) if cfg.model.moe.experts else ():
         rows.add_row(*row)
-    rows.add_row("data parallelism", p.data.sharding)
+    rows.add_row("data parallelism", point(cfg))
     for row in _pipeline(cfg) if p.pp > 1 else ():
         rows.add_row(*row)
     if cfg.memory.group is not None:
@@ -165,7 +165,7 @@ def _precision(cfg: Config) -> str:
     """In which type parameters, gradients, masters and states are, and over how many ranks each."""
     precise = "fp64" if cfg.train.dtype == "fp64" else "fp32"
     sharded = cfg.parallel.data.sharding
-    over = _sharded_over(cfg) if sharded != "ddp" else ""
+    over = _spread_over(cfg) if is_flat(cfg) else _sharded_over(cfg)
     states = f"{cfg.optim.name} in {_kept(cfg, precise)}{over}"
     if sharded == "deepspeed":
         kinds = ("states", "states and gradients", "parameters, gradients and states")[zero_stage(cfg) - 1]
@@ -182,6 +182,15 @@ def _kept(cfg: Config, precise: str) -> str:
     """How moments are kept."""
     states = cfg.optim.states if isinstance(cfg.optim, AdamWConfig) else "fp32"
     return precise if states == "fp32" else states
+
+
+def _spread_over(cfg: Config) -> str:
+    dense, experts = dense_spread(cfg), expert_spread(cfg)
+    if dense.states == experts.states == 1:
+        return ""
+    copies = f", in {dense.copies} copies" if dense.copies > 1 else ""
+    own = f" (experts {experts.states})" if cfg.model.moe.experts and experts.states != dense.states else ""
+    return f" sharded over {dense.states} ranks{own}{copies}"
 
 
 def _sharded_over(cfg: Config) -> str:

@@ -11,7 +11,7 @@ ranks in their slots and a store, and can be made again from others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -88,6 +88,7 @@ class Mesh:
         vocab: whether the axes of the balanced vocabulary are wanted.
         context: how many neighbouring ranks of cp make up each line of the axis cp_inner; cp_outer joins the lines.
         ends: the ranks of the pipeline axis with the first and the last stage, where the axis "ends" is wanted.
+        lines: other axes that are wanted: their lines of ranks, disjoint and ascending, by name.
         node: where this rank is, if somebody wants to know; where there are several nodes, the axis "backup" is made.
         local_saves: whether `local_saves_group` is wanted.
     """
@@ -106,6 +107,7 @@ class Mesh:
         vocab: bool = False,
         context: int = 1,
         ends: tuple[int, int] | None = None,
+        lines: Mapping[str, Sequence[tuple[int, ...]]] | None = None,
         node: str = "",
         local_saves: bool = False,
     ) -> None:
@@ -130,7 +132,7 @@ class Mesh:
             raise ValueError("a mesh of several ranks needs a store")
         self._gloo = GlooSockets()
         recorder.vitals.listen(epoch, partial(self.abort.trigger, TOLD), self._let_go)
-        made = partial(self._make, store, channels, vocab, context, ends, node, local_saves)
+        made = partial(self._make, store, channels, vocab, context, ends, lines or {}, node, local_saves)
         # torch waits for the other ranks in there, and nobody can wake it.
         self.abort.beside("setting up the mesh", made)
 
@@ -141,6 +143,7 @@ class Mesh:
         vocab: bool,
         context: int,
         ends: tuple[int, int] | None,
+        wanted: Mapping[str, Sequence[tuple[int, ...]]],
         node: str,
         local_saves: bool,
     ) -> None:
@@ -166,6 +169,8 @@ class Mesh:
         if ends is not None and ends[0] != ends[1]:
             lines = [(line[min(ends)], line[max(ends)]) for line in self._pipelines()]
             self._axes["ends"] = self._cut("ends", lines)
+        for name, each in wanted.items():
+            self._axes[name] = self._cut(name, each)
         if local_saves:
             self.local_saves_group = _host_group("local saves")
         if node:

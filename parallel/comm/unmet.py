@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
 from .axis import Axis
@@ -14,31 +16,39 @@ class UnmetMesh(Mesh):
     Args:
         degrees: sizes of the axes.
         rank: the slot, 0 ≤ rank < degrees.world.
-        vocab, ends: as of `Mesh`.
+        vocab, ends, lines: as of `Mesh`.
     """
 
     def __init__(
-        self, degrees: Degrees, rank: int, *, vocab: bool = False, ends: tuple[int, int] | None = None
+        self,
+        degrees: Degrees,
+        rank: int,
+        *,
+        vocab: bool = False,
+        ends: tuple[int, int] | None = None,
+        lines: Mapping[str, Sequence[tuple[int, ...]]] | None = None,
     ) -> None:
         self.degrees, self.rank, self.epoch, self.device = degrees, rank, 0, "cpu"
         world = degrees.world
         dense = np.arange(world).reshape(degrees.dense)
-        lines = _lines(dense, DENSE_AXES, rank)
-        lines |= {
+        found = _lines(dense, DENSE_AXES, rank)
+        found |= {
             name: line for name, line in _lines(np.arange(world).reshape(degrees.expert), EXPERT_AXES, rank).items()
         }
+        for name, each in (lines or {}).items():
+            found[name] = np.array(next(line for line in each if rank in line))
         pp, dp, cp, *tp = (int(at) for at in np.argwhere(dense == rank)[0])
-        lines["tp"] = dense[pp, dp, cp].reshape(-1)
-        lines["data"] = dense[(pp, slice(None), slice(None), *tp)].reshape(-1)
-        lines["tokens"] = dense[pp, dp].reshape(-1)
-        lines["world"] = dense.reshape(-1)
+        found["tp"] = dense[pp, dp, cp].reshape(-1)
+        found["data"] = dense[(pp, slice(None), slice(None), *tp)].reshape(-1)
+        found["tokens"] = dense[pp, dp].reshape(-1)
+        found["world"] = dense.reshape(-1)
         stages = dense.reshape(degrees.pp, -1)
         if vocab:
             # Pipeline-major: index on the axis = pipeline rank · tp + tensor rank.
-            lines["vocab_embed"] = lines["vocab_head"] = dense[:, dp, cp].reshape(-1)
+            found["vocab_embed"] = found["vocab_head"] = dense[:, dp, cp].reshape(-1)
         if ends is not None and ends[0] != ends[1] and pp in ends:
-            lines["ends"] = stages[sorted(ends), list(stages[pp]).index(rank)]
-        self._axes = {name: _axis(name, rank, line) for name, line in lines.items()}
+            found["ends"] = stages[sorted(ends), list(stages[pp]).index(rank)]
+        self._axes = {name: _axis(name, rank, line) for name, line in found.items()}
 
 
 def _lines(grid: np.ndarray, names: tuple[str, ...], rank: int) -> dict[str, np.ndarray]:

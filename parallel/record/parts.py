@@ -85,6 +85,7 @@ _AXIS = {
     "ep": TimePart.EP, "etp": TimePart.EP,
     "pp": TimePart.PP, "ends": TimePart.PP,
     "dp": TimePart.DP, "data": TimePart.DP, "edp": TimePart.DP, "world": TimePart.DP,
+    "data_states": TimePart.DP, "data_copies": TimePart.DP, "edp_states": TimePart.DP, "edp_copies": TimePart.DP,
     "vocab_embed": TimePart.VOCABULARY, "vocab_head": TimePart.VOCABULARY,
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ class BucketGuard:
 
         gradients   each from its last addition to the moment when the bucket is handed to the collective
         own         from the end of an update to the beginning of the next one
-        others      zero1: the other ranks' shares, from when they are here to the beginning of the next update
+        others      of spread states: the other ranks' shares, from when they are here to the beginning of the next one
 
     Args:
         bucket: which; its parameters are already in place.

@@ -1,12 +1,14 @@
 """Flat buckets: many parameters, one contiguous piece of memory, one collective.
 
 Parameters whose gradients are treated alike (same family, same partial axis, same weight decay) share buckets, in the
-order in which backward finishes them. A bucket holds the parameters, the sum of their gradients and, for `zero1`, which
-equal share of both each data parallel rank owns:
+order in which backward finishes them. A bucket holds the parameters, the sum of their gradients and, where states are
+spread, which equal share of both each rank of their axis owns (`replicas.spread`):
 
     params   │ p0        │ p1    │ p2 …            │ pad │      one view per parameter
     grads    │ g0        │ g1    │ g2 …            │ pad │      one slot per parameter
-    owner    │ rank 0       │ rank 1       │ rank 2      │      zero1 only
+    owner    │ rank 0       │ rank 1       │ rank 2      │      of the axis of states
+
+What fills it up makes every share of any spread whole and aligned, so that a bucket is the same at each.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from ..comm.mesh import Axis
 from ..gradients import Slot, give_slot, route
 from ..sharding_rules import Partial, ReplicaFamily, Sharding
 from .protocol import BucketEvents, SharedBucket, SharedCopies, SharedMember, adopt
+from .spread import SpreadAxes
 
 _ALIGN = 16
 """Elements; every rank's share is a multiple, so that vectorised kernels start aligned."""
@@ -59,8 +62,7 @@ class Bucket:
     Args:
         kind: what its parameters share.
         params: (global name, parameter, sharding), in the order in which their gradients become final.
-        data: the axis over which gradients are summed.
-        sharded: zero1 (each rank owns a share) or ddp (each rank owns everything).
+        axes: over which gradients are summed and states are spread.
         partial: the axis over which the gradients are partial sums besides (size 1: none).
         grad_dtype: precision of gradient sums.
         flat: memory that holds the parameters already (`flat` of another such bucket); called with its size.
@@ -71,27 +73,25 @@ class Bucket:
         kind: BucketKind,
         params: Sequence[tuple[str, nn.Parameter, Sharding]],
         *,
-        data: Axis,
-        sharded: bool,
+        axes: SpreadAxes,
         partial: Axis,
         grad_dtype: torch.dtype,
         flat: Callable[[int, nn.Parameter], Tensor] | None = None,
     ) -> None:
-        self.kind, self.data, self.partial_axis = kind, data, partial
-        self.sharded = sharded and data.size > 1
+        self.kind, self.axes, self.data, self.partial_axis = kind, axes, axes.data, partial
         members, start = [], 0
         for name, param, sharding in params:
             members.append(Member(name, param, sharding, start))
             start = members[-1].stop
         self.members = tuple(members)
-        unit = data.size * _ALIGN
+        unit = axes.data.size * _ALIGN
         size = math.ceil(start / unit) * unit
         first = params[0][1]
         self._adopts = flat is not None
         self.flat = flat(size, first) if flat else torch.zeros(size, dtype=first.dtype, device=first.device)
         self.grads = torch.zeros(size, dtype=grad_dtype, device=first.device)
-        share = size // data.size if self.sharded else size
-        self.start = data.rank * share if self.sharded else 0
+        share = size // axes.states.size
+        self.start = axes.states.rank * share
         self.stop = self.start + share
         self.events: BucketEvents | None = None
         """Replaceable from outside: told when gradients are final, sent, and parameters whole."""
@@ -148,9 +148,13 @@ class Bucket:
         self._reducing = Handle(self.grads, finish)
 
     def _reduce_over_data(self) -> Handle:
-        if self.sharded:
-            return reduce_scatter(self.grads, self.data, out=self.owned_grad)
-        return all_reduce(self.grads, self.data)
+        states, copies = self.axes.states, self.axes.copies
+        if states.size == 1:
+            return all_reduce(self.grads, copies)
+        scattered = reduce_scatter(self.grads, states, out=self.owned_grad)
+        if copies.size == 1:
+            return scattered
+        return Handle(self.owned_grad, lambda: all_reduce(scattered.wait(), copies).wait())
 
     def reduce(self) -> None:
         """Every gradient of the bucket is final: returns when `owned_grad` is the sum over all ranks."""
@@ -172,7 +176,7 @@ class Bucket:
     @property
     def counted(self) -> bool:
         """Whether this rank's share enters the global norm; replicas enter it once."""
-        return self.partial_axis.rank == 0 and (self.sharded or self.data.rank == 0)
+        return self.partial_axis.rank == 0 and self.axes.copies.rank == 0
 
     def clear(self) -> None:
         """Drops the step's gradients and forgets what is in flight, after a step that was left half-way."""
@@ -184,8 +188,8 @@ class Bucket:
 
     def gather(self) -> None:
         """Starts handing every rank's updated share to all others."""
-        if self.sharded:
-            self._gathering = all_gather(self.owned, self.data, out=self.flat)
+        if self.axes.states.size > 1:
+            self._gathering = all_gather(self.owned, self.axes.states, out=self.flat)
 
     def wait_params(self) -> None:
         """Returns when the parameters are whole and new."""
@@ -196,10 +200,9 @@ class Bucket:
                 self.events.gathered()
 
     def shared(self, key: str) -> SharedBucket:
-        """How the data axis shares it; `key` names this rank's part."""
-        axis = self.data if self.sharded else Axis.single("")
+        """How the ranks share it; `key` names this rank's part."""
         members = tuple(SharedMember(m.name, m.sharding, m.start, m.param.numel()) for m in self.members)
-        return SharedBucket(key, axis, self.stop - self.start, members)
+        return SharedBucket(key, self.axes.states, self.stop - self.start, members)
 
     def copies(self) -> SharedCopies:
         """Who has the same parameters."""
@@ -231,9 +234,8 @@ def decays(name: str, sharding: Sharding) -> bool:
 def make_buckets(
     params: Sequence[tuple[str, nn.Parameter, Sharding]],
     *,
-    data_axes: dict[ReplicaFamily, Axis],
+    axes: Mapping[ReplicaFamily, SpreadAxes],
     partial_axes: dict[str, Axis],
-    sharded: bool,
     grad_dtype: torch.dtype,
     bucket_bytes: int,
     kept: Mapping[str, Tensor] | None = None,
@@ -243,14 +245,14 @@ def make_buckets(
     `params` come in the order of the forward pass. `kept`: the memory of such buckets, by `bucket_key`, that these take
     over with the parameters in it.
     """
-    make = partial(Bucket, sharded=sharded, grad_dtype=grad_dtype)
+    make = partial(Bucket, grad_dtype=grad_dtype)
     open_kinds: dict[BucketKind, list[tuple[str, nn.Parameter, Sharding]]] = {}
     buckets: list[Bucket] = []
 
     def close(kind: BucketKind) -> None:
-        key, axes = bucket_key(len(buckets)), (data_axes[kind.family], partial_axes[kind.partial])
+        key, summed = bucket_key(len(buckets)), partial_axes[kind.partial]
         flat = None if kept is None else partial(_kept, kept, key)
-        buckets.append(make(kind, open_kinds.pop(kind), data=axes[0], partial=axes[1], flat=flat))
+        buckets.append(make(kind, open_kinds.pop(kind), axes=axes[kind.family], partial=summed, flat=flat))
 
     for name, param, sharding in reversed(params):
         kind = BucketKind(sharding.family, sharding.partial, decay=decays(name, sharding))

@@ -1,4 +1,4 @@
-"""`ddp` and `zero1`: data parallelism over flat buckets."""
+"""Data parallelism over flat buckets, states spread as far as one likes: `ddp`, `zero1` and what is between them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ...configs.reading.spread import Spread
 from ..comm.mesh import Mesh
 from ..kernels.precision import precise
-from ..sharding_rules import Sharding
+from ..sharding_rules import ReplicaFamily, Sharding
 from .bucket_guard import BucketGuard
 from .buckets import Bucket, bucket_key, make_buckets
 from .protocol import OptimizerShard, ShardSlice, SharedBucket, SharedCopies, adopt, partial_axes
+from .spread import spread_axes
 
 
 class FlatReplicas:
-    """`ddp` and `zero1`, over flat buckets.
+    """Replicas over flat buckets.
 
     Args:
         model: this rank's part of the model, parameters in the training precision.
         where: sharding of each parameter by name.
         mesh: the mesh.
-        sharded: zero1 if true, ddp if not.
+        spreads: over how many ranks states are spread, of each family.
         bucket_mib: MiB of parameters per bucket.
         kept: what `keep` gave, of replicas with the same slices, whose memory these take over; none: new memory.
         masters: makes the memory of masters (elements, type), on the host; none: beside the parameters.
@@ -37,7 +39,7 @@ class FlatReplicas:
         where: dict[str, Sharding],
         mesh: Mesh,
         *,
-        sharded: bool,
+        spreads: Mapping[ReplicaFamily, Spread],
         bucket_mib: float,
         kept: Mapping[str, Tensor] | None = None,
         masters: Callable[[int, torch.dtype], Tensor] | None = None,
@@ -48,9 +50,8 @@ class FlatReplicas:
         self._precise = precise(dtype)
         self._buckets = make_buckets(
             params,
-            data_axes={"dense": mesh.axis("data"), "expert": mesh.axis("edp")},
+            axes={family: spread_axes(mesh, family, spread) for family, spread in spreads.items()},
             partial_axes=partial_axes(mesh),
-            sharded=sharded,
             grad_dtype=self._precise,
             bucket_bytes=int(bucket_mib * 2**20),
             kept=kept,

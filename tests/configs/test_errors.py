@@ -118,6 +118,8 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
 
 _PP = ["parallel.pp=2", "parallel.dp=1"]
 _P = "parallel.pipeline"
+_STATES = "parallel.data.states"
+_FOUR = ["parallel.tp=1", "parallel.dp=2", "parallel.cp=2"]
 _PARTS = ["memory.recompute=selective"]
 WRONG += [
     (["parallel.pp=0", "parallel.dp=2"], "parallel.pp", ["at least 1", "0"]),
@@ -142,6 +144,15 @@ WRONG += [
     ([*_PP, f"{_P}.layers=[-1, 5]"], f"{_P}.layers", ["at least 0", "-1"]),
     ([*_PP, f"{_P}.layers=even"], f"{_P}.layers", ["auto or a list of integers", "even"]),
     ([*_PP, "parallel.data.sharding=fsdp"], "parallel.data.sharding", ["fsdp", "parallel.pp=2", "zero1"]),
+    ([*_FOUR, f"{_STATES}=3"], _STATES, ["3", "parallel.dp=2 x parallel.cp=2 = 4", "states=2"]),
+    (["parallel.data.states=0"], _STATES, ["0", "states=1"]),
+    (["parallel.data.states=some"], _STATES, ["node, all", "some"]),
+    (["parallel.data.states=node"], _STATES, ["node", "set hardware.ranks_per_node"]),
+    (
+        ["parallel.data.states=node", "hardware.ranks_per_node=3", "parallel.tp=2"],
+        _STATES,
+        ["ranks_per_node=3", "parallel.tp=2"],
+    ),
     (["memory.recompute=some"], "memory.recompute", ["one of none, full, selective", "some"]),
     ([*_PARTS, "memory.recompute_parts=[]"], "memory.recompute_parts", ["empty", "norm, activation", "none"]),
     ([*_PARTS, "memory.recompute_parts=[mlp]"], "memory.recompute_parts", ["mlp is no part", "did you mean ffn"]),

@@ -28,6 +28,8 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
     rounded = model.get("train.dtype", "fp64") != "fp64"
     shardings = {"ddp": 1, "zero1": 1, "fsdp": 2 if whole else 0, "deepspeed": 3 if whole and rounded else 0}
     sharding = keys["parallel.data.sharding"] = draws.pick(shardings)
+    if sharding in ("ddp", "zero1") and draws.maybe(0.5):
+        keys |= _spread(draws, degrees["dp"] * degrees["cp"])
     keys["parallel.data.bucket_mib"] = draws.pick({0.0001: 1, 0.001: 1, 0.01: 1, 0.1: 0.5, 32: 1})
     if draws.maybe(0.3):
         del keys["parallel.dp"]  # derived
@@ -44,6 +46,12 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
         keys["memory.host_gib"] = draws.choice([1e-6, 1e-5, 1e-4])  # of kilobytes
         keys["memory.offload_disk"] = "/tmp"
     return world, keys
+
+
+def _spread(draws: Draws, replicas: int) -> Keys:
+    states = draws.choice([*common_divisors(replicas, replicas), "node", "all"])
+    nodes = {"hardware.ranks_per_node": draws.choice([2, 4, 8])} if states == "node" else {}
+    return {"parallel.data.states": states} | nodes
 
 
 def _guards(draws: Draws, *, sums: bool) -> Keys:

@@ -82,6 +82,7 @@ def _layout(layout: Layout) -> dict[str, list[str]]:
         "axis": [axis for axis, size in degrees.items() if size > 1],
         "axes together": [str(sum(size > 1 for size in degrees.values()))],
         "sharding": [p.data.sharding],
+        "states over": [str(p.data.states)],
         "bucket": [f"{p.data.bucket_mib:g}"],
         "recompute": [layout.config.memory.recompute],
         "parts": list(layout.config.memory.recompute_parts) if layout.config.memory.recompute == "selective" else [],

@@ -14,6 +14,7 @@ from itertools import count
 
 from ...configs import Config, Problem, resolve, validate
 from ...configs.fields import value_of, with_value
+from ...configs.reading.spread import dense_spread, is_flat
 from .estimate import GIB, Memory, estimate
 from .step_time import step_time
 
@@ -174,8 +175,9 @@ def _candidates(cfg: Config) -> Iterator[tuple[Change, Config]]:
     changes: list[Change] = []
     if train.micro_batch > 1:
         changes.append(Change("train.micro_batch", train.micro_batch // 2))
-    if p.data.sharding == "ddp":
-        changes.append(Change("parallel.data.sharding", "zero1"))
+    if is_flat(cfg) and dense_spread(cfg).copies > 1:
+        key, most = ("sharding", "zero1") if p.data.states is None else ("states", "all")
+        changes.append(Change(f"parallel.data.{key}", most))
     choices = {"none": ("selective", "full"), "selective": ("full",)}.get(cfg.memory.recompute, ())
     changes += [Change("memory.recompute", choice) for choice in choices]
     if cfg.memory.recompute == "selective" and isinstance(cfg.memory.token_share, float):

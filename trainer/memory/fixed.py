@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ...configs import Config
 from ...configs.reading.deepspeed import zero_offload, zero_stage
+from ...configs.reading.spread import dense_spread, expert_spread
 from ...configs.schema import CODED_STATES, AdamWConfig, SgdConfig
 from ...models.costs.parts import Part
 from ...models.costs.tensors import Cut, Group, ParameterTensor, parameter_tensors
@@ -41,12 +42,6 @@ class FlatBucket:
     partial: bool
 
 
-def expert_replicas(cfg: Config) -> int:
-    """Ranks of a pipeline stage that hold the same experts."""
-    p = cfg.parallel
-    return max(1, p.tp * p.cp * p.dp // (p.ep * p.etp))
-
-
 def cut_of(cfg: Config, pipeline: Pipeline) -> Cut:
     """Over how many ranks the job's parameters are cut."""
     p, balanced = cfg.parallel, pipeline.split.balanced
@@ -61,7 +56,7 @@ def rank_tensors(cfg: Config, pipeline: Pipeline, part: Part) -> list[ParameterT
 
 
 def flat_buckets(cfg: Config, tensors: Sequence[ParameterTensor]) -> list[FlatBucket]:
-    """The buckets of `ddp` and `zero1`, as `replicas.buckets.make_buckets` fills them: from the last parameter on, each
+    """Flat buckets, as `replicas.buckets.make_buckets` fills them: from the last parameter on, each
     kind of gradient apart, closed as soon as they are full."""
     limit, width = int(cfg.parallel.data.bucket_mib * 2**20), WIDTHS[cfg.train.dtype]
     waiting: dict[tuple[bool, str, bool], list[ParameterTensor]] = {}
@@ -76,13 +71,12 @@ def flat_buckets(cfg: Config, tensors: Sequence[ParameterTensor]) -> list[FlatBu
 
 
 def _bucket(cfg: Config, members: Sequence[ParameterTensor]) -> FlatBucket:
-    p, first = cfg.parallel, members[0]
-    replicas = expert_replicas(cfg) if first.expert else p.dp * p.cp
-    unit = replicas * _ALIGN
+    first = members[0]
+    spread = expert_spread(cfg) if first.expert else dense_spread(cfg)
+    unit = spread.replicas * _ALIGN
     elements = -(-sum(member.elements for member in members) // unit) * unit
-    sharded = p.data.sharding == "zero1" and replicas > 1
     groups = frozenset(member.group for member in members)
-    return FlatBucket(elements, elements // replicas if sharded else elements, groups, replicas, bool(first.partial))
+    return FlatBucket(elements, elements // spread.states, groups, spread.replicas, bool(first.partial))
 
 
 @dataclass(frozen=True)

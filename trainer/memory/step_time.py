@@ -14,12 +14,14 @@ from dataclasses import dataclass
 
 from ...configs import Config
 from ...configs.reading.deepspeed import zero_stage
+from ...configs.reading.spread import dense_spread
 from ...models.costs.flops import layer_flops
 from ...models.costs.times import Rates
 from ...parallel.pipeline.simulate import simulate
 from ..pipeline.programs import Pipeline, compute_program, offloaded
 from .copies import copies_of
 from .fixed import WIDTHS, held
+from .traffic import replica_traffic
 
 _LINK = 370e9
 """Bytes a second of a collective between the GPUs of a node."""
@@ -91,4 +93,8 @@ def _replica_s(cfg: Config, pipeline: Pipeline, microbatches: int) -> float:
     link = _LINK if p.tp * replicas <= _NODE else _NETWORK
     if p.data.sharding == "fsdp" or (p.data.sharding == "deepspeed" and zero_stage(cfg) == 3):
         return microbatches * 3 * local * width * share / link
-    return local * share * (max(4, width) + width) / link
+    if p.data.sharding == "deepspeed":
+        return local * share * (max(4, width) + width) / link
+    neighbours = _LINK if p.tp * dense_spread(cfg).states <= _NODE else _NETWORK
+    found = (replica_traffic(held(cfg, pipeline, rank).buckets, max(4, width), width) for rank in range(p.pp))
+    return max(each.neighbours / neighbours + each.copies / link for each in found)

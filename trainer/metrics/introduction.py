@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...configs.reading.spread import point
 from ...configs.schema import Config
 from ...models.costs.flops import parameter_count
 from ..data.dataset import Dataset
@@ -47,7 +48,7 @@ def _layout(cfg: Config) -> str:
     context = f" × cp {d.cp} ({p.context.method})" if d.cp > 1 else ""
     microbatches = t.global_batch // (t.micro_batch * d.dp)
     batch = f"{microbatches} microbatches of {t.micro_batch} × {t.seq_len} tokens each"
-    return f"layout: tp {d.tp} × pp {d.pp}{context} × dp {d.dp} ({p.data.sharding}) = {d.world} ranks, {batch}"
+    return f"layout: tp {d.tp} × pp {d.pp}{context} × dp {d.dp} ({point(cfg)}) = {d.world} ranks, {batch}"
 
 
 def _pipeline(cfg: Config) -> str:

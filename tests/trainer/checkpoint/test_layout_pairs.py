@@ -32,6 +32,7 @@ ZERO1, FSDP = {"sharding": "zero1"}, {"sharding": "fsdp"}
 DENSE: list[Layout] = [
     {"dp": 4},
     {"dp": 4, **ZERO1},
+    {"dp": 4, "states": 2},
     {"dp": 4, **FSDP},
     {"tp": 2, "dp": 2},
     {"tp": 2, "dp": 2, **ZERO1},
@@ -47,6 +48,7 @@ EXPERTS: list[Layout] = [
     {"dp": 4},
     {"dp": 4, **ZERO1},
     {"dp": 4, "ep": 2, **ZERO1},
+    {"dp": 4, "states": 2, "ep": 2},
     {"dp": 4, "ep": 4},
     {"tp": 2, "dp": 2, "ep": 4},
     {"tp": 2, "dp": 2, "ep": 2, **ZERO1},

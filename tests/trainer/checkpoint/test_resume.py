@@ -81,6 +81,7 @@ LAYOUTS = {
     "dp4 fsdp": {"dp": 4, "sharding": "fsdp"},
     "tp2 dp2 fsdp": {"tp": 2, "dp": 2, "sharding": "fsdp"},
     "dp2 ddp": {"dp": 2, "sharding": "ddp"},
+    "cp2 dp2, states over two": {"cp": 2, "dp": 2, "states": 2},
 }
 PAIRS = [
     ("one", "tp2 dp2 zero1"),
@@ -88,6 +89,8 @@ PAIRS = [
     ("dp4 fsdp", "tp4 zero1, kv replicated"),
     ("tp4 zero1, kv replicated", "dp2 ddp"),
     ("tp2 dp2 fsdp", "one"),
+    ("dp4 fsdp", "cp2 dp2, states over two"),
+    ("cp2 dp2, states over two", "tp2 dp2 zero1"),
 ]
 
 

@@ -25,7 +25,7 @@ from ....parallel.replicas.flat import FlatReplicas
 from ....parallel.replicas.protocol import ShardSlice
 from ....parallel.sharding_rules import Sharding
 from ...pipeline.programs import Pipeline
-from ...setup import DTYPES, unmet_mesh_of
+from ...setup import DTYPES, spreads_of, unmet_mesh_of
 from ..index import Contents
 from ..stored import StoredTensor
 from ..tensors import DTYPES as STORED_DTYPES
@@ -34,6 +34,7 @@ from ..writers import Extent, Holding
 OPTION = "--layout"
 _SHORT = {
     "sharding": "data.sharding",
+    "states": "data.states",
     "bucket_mib": "data.bucket_mib",
     "schedule": "pipeline.schedule",
     "chunks": "pipeline.chunks",
@@ -158,8 +159,8 @@ def _pieces(cfg: Config, rank: int) -> Iterator[tuple[str, tuple[Extent, ...]]]:
     if sharding == "fsdp" and mesh.axis("data").size > 1:
         slices = _rows(where, mesh.axis("data").rank, mesh.axis("data").size)
     else:
-        bucket_mib = cfg.parallel.data.bucket_mib
-        slices = FlatReplicas(model, where, mesh, sharded=sharding == "zero1", bucket_mib=bucket_mib).pieces()
+        mib = cfg.parallel.data.bucket_mib
+        slices = FlatReplicas(model, where, mesh, spreads=spreads_of(cfg), bucket_mib=mib).pieces()
     for piece in slices:
         found = boxes(piece.sharding.placement, piece.start, piece.stop)
         yield piece.name, tuple((box.offsets, box.sizes) for box in found)

@@ -1,0 +1,84 @@
+"""Over how many ranks data parallelism spreads what belongs to a parameter: the points of one space.
+
+`parallel.data.sharding` names points of it, and the keys beside it set single degrees.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ..schema import Config
+
+SpreadOver = int | Literal["node", "all"]
+"""So many ranks, those of one node, or all that hold the same parameters."""
+_NAMED: dict[str, SpreadOver] = {"ddp": 1, "zero1": "all"}
+"""Points of the space: what states are spread over."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Over how many neighbours of the ranks that hold the same parameters (of dp · cp; experts: of edp) each kind of
+    memory is spread; 1: every rank has all of it.
+
+    Args:
+        replicas: how many hold the same parameters; a multiple of each degree.
+        states: masters and moments.
+    """
+
+    replicas: int
+    states: int
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same share of the states."""
+        return self.replicas // self.states
+
+
+def is_flat(config: Config) -> bool:
+    """Whether parameters lie in flat buckets of our own, which is where degrees can be set."""
+    return config.parallel.data.sharding in _NAMED
+
+
+def dense_spread(config: Config) -> Spread:
+    """Of all parameters but those of routed experts."""
+    p = config.parallel
+    return Spread(p.dp * p.cp, over(config, p.data.states))
+
+
+def expert_spread(config: Config) -> Spread:
+    """Of routed experts. There are as many copies of their states as of all others, as far as edp allows: those of one
+    group then stand among the same ranks."""
+    dense, replicas = dense_spread(config), expert_replicas(config)
+    if dense.states == 1:
+        return Spread(replicas, 1)
+    return Spread(replicas, replicas // math.gcd(dense.copies, replicas))
+
+
+def expert_replicas(config: Config) -> int:
+    """Ranks of a pipeline stage that hold the same experts."""
+    p = config.parallel
+    return max(1, p.tp * p.cp * p.dp // (p.ep * p.etp))
+
+
+def point(config: Config) -> str:
+    """The point of the space, for people: the name of `parallel.data.sharding`, and what the job sets itself."""
+    data = config.parallel.data
+    if not is_flat(config) or data.states is None:
+        return data.sharding
+    dense = dense_spread(config)
+    return f"states over {dense.states} of {dense.replicas}"
+
+
+def over(config: Config, wanted: SpreadOver | None) -> int:
+    """Ranks of dp · cp that a key stands for; none: what `parallel.data.sharding` says. Whoever has validated the job
+    knows that they divide dp · cp."""
+    p = config.parallel
+    replicas = p.dp * p.cp
+    wanted = _NAMED.get(p.data.sharding, 1) if wanted is None else wanted
+    if wanted == "all":
+        return replicas
+    if wanted == "node":
+        return math.gcd(replicas, max(1, (config.hardware.ranks_per_node or p.tp) // p.tp))
+    return wanted
