@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..configs.errors import UserError
 from ..configs.reading.deepspeed import engine_config
-from ..configs.reading.spread import Spread, dense_spread, expert_spread, is_flat
+from ..configs.reading.spread import SpreadDegrees, dense_spread, expert_spread, is_flat
 from ..configs.schema import Config
 from ..models.mla import LatentAttention
 from ..models.parallelize import build_model, initial_values, set_overlap_chunks
@@ -134,7 +134,7 @@ def unmet_mesh_of(cfg: Config, rank: int) -> UnmetMesh:
     return UnmetMesh(degrees_of(cfg), rank, vocab=pipeline.split.balanced, ends=ends, lines=lines)
 
 
-def spreads_of(cfg: Config) -> dict[ReplicaFamily, Spread]:
+def spreads_of(cfg: Config) -> dict[ReplicaFamily, SpreadDegrees]:
     """How flat buckets of each family are spread."""
     return {"dense": dense_spread(cfg), "expert": expert_spread(cfg)}
 

@@ -18,7 +18,7 @@ _NAMED: dict[str, SpreadOver] = {"ddp": 1, "zero1": "all"}
 
 
 @dataclass(frozen=True)
-class Spread:
+class SpreadDegrees:
     """Over how many neighbours of the ranks that hold the same parameters (of dp · cp; experts: of edp) each kind of
     memory is spread; 1: every rank has all of it.
 
@@ -41,19 +41,19 @@ def is_flat(config: Config) -> bool:
     return config.parallel.data.sharding in _NAMED
 
 
-def dense_spread(config: Config) -> Spread:
+def dense_spread(config: Config) -> SpreadDegrees:
     """Of all parameters but those of routed experts."""
     p = config.parallel
-    return Spread(p.dp * p.cp, over(config, p.data.states))
+    return SpreadDegrees(p.dp * p.cp, over(config, p.data.states))
 
 
-def expert_spread(config: Config) -> Spread:
+def expert_spread(config: Config) -> SpreadDegrees:
     """Of routed experts. There are as many copies of their states as of all others, as far as edp allows: those of one
     group then stand among the same ranks."""
     dense, replicas = dense_spread(config), expert_replicas(config)
     if dense.states == 1:
-        return Spread(replicas, 1)
-    return Spread(replicas, replicas // math.gcd(dense.copies, replicas))
+        return SpreadDegrees(replicas, 1)
+    return SpreadDegrees(replicas, replicas // math.gcd(dense.copies, replicas))
 
 
 def expert_replicas(config: Config) -> int:

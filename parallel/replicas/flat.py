@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ...configs.reading.spread import Spread
+from ...configs.reading.spread import SpreadDegrees
 from ..comm.mesh import Mesh
 from ..kernels.precision import precise
 from ..sharding_rules import ReplicaFamily, Sharding
@@ -39,7 +39,7 @@ class FlatReplicas:
         where: dict[str, Sharding],
         mesh: Mesh,
         *,
-        spreads: Mapping[ReplicaFamily, Spread],
+        spreads: Mapping[ReplicaFamily, SpreadDegrees],
         bucket_mib: float,
         kept: Mapping[str, Tensor] | None = None,
         masters: Callable[[int, torch.dtype], Tensor] | None = None,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...configs.reading.spread import Spread
+from ...configs.reading.spread import SpreadDegrees
 from ..comm.axis import Axis
 from ..comm.mesh import Degrees, Mesh
 from ..sharding_rules import ReplicaFamily
@@ -38,7 +38,7 @@ class SpreadAxes:
     copies: Axis
 
 
-def spread_axes(mesh: Mesh, family: ReplicaFamily, spread: Spread) -> SpreadAxes:
+def spread_axes(mesh: Mesh, family: ReplicaFamily, spread: SpreadDegrees) -> SpreadAxes:
     """The axes of a mesh that was made with the `spread_lines` of the same degrees."""
     data = mesh.axis(_DATA[family])
     if spread.states == 1:
@@ -48,7 +48,7 @@ def spread_axes(mesh: Mesh, family: ReplicaFamily, spread: Spread) -> SpreadAxes
     return SpreadAxes(data, *(mesh.axis(f"{_DATA[family]}_{part}") for part in ("states", "copies")))
 
 
-def spread_lines(degrees: Degrees, spreads: Mapping[ReplicaFamily, Spread]) -> dict[str, list[tuple[int, ...]]]:
+def spread_lines(degrees: Degrees, spreads: Mapping[ReplicaFamily, SpreadDegrees]) -> dict[str, list[tuple[int, ...]]]:
     """The lines of ranks of all axes that a mesh needs beside those that it always has, by name, in one order."""
     found: dict[str, list[tuple[int, ...]]] = {}
     for family, spread in spreads.items():
