@@ -52,7 +52,7 @@ class _Counting:
         self._inner, self._layer, self._found = inner, layer, found
         self._seen: dict[int, int] = {}
         self._kept: list[Any] = []
-        self.fixed_width = inner.fixed_width
+        self.fixed_width, self.rows = inner.fixed_width, inner.rows
 
     def __call__(self, x: Tensor, routing: Any, experts: Callable[..., Tensor], beside: Any) -> Any:
         # A layer that runs again has the same findings.

@@ -17,6 +17,7 @@ NOTHING = {
     "parallel.data.deepspeed.stage": "another kind of data parallelism",
     "parallel.data.deepspeed.offload": "another kind of data parallelism",
     "parallel.data.deepspeed.config": "no file of the user's own",
+    "parallel.data.states": "as `sharding` says",
     "parallel.pipeline.group": "the schedule has no groups",
     "memory.group": "a stage is one part",
     "memory.recompute_layers": "all layers of a stage",
@@ -27,11 +28,13 @@ NOTHING = {
     "data.eod": "documents end where the index says",
     "checkpoint.resume": "from the start",
     "checkpoint.init": "drawn weights",
+    "checkpoint.local.dir": "nodes keep none of their own",
     "log.prometheus": "nobody asks",
     "hardware.preset": "written out",
     "hardware.peak_tflops": "by the device's name, or measured",
     "hardware.memory_gib": "not known",
     "hardware.host_gib_s": "measured",
+    "hardware.ranks_per_node": "not known",
 }
 """What None means for each key that may be so."""
 
