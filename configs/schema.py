@@ -96,8 +96,9 @@ class TrainConfig:
     """Seed of initialisation, data order and dropout."""
     dtype: Literal["bf16", "fp32", "fp64"] = "bf16"
     """bf16: bf16 parameters with fp32 masters, states and gradient sums; fp32 and fp64: everything in that type."""
-    deterministic: bool = False
-    """Only deterministic kernels; the same run twice is then equal bit for bit."""
+    deterministic: bool | Literal["elastic"] = False
+    """true: only deterministic kernels; the same run twice is then equal bit for bit. elastic: at any parallel.dp, too;
+    16 bytes more for every gradient, and four times as many of them on their way (docs/data_parallel.md)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     kernels: Literal["auto", "torch", "triton"] = "auto"

@@ -158,6 +158,11 @@ class GlobalTensor:
         return self.placement.global_shape
 
     @property
+    def start(self) -> int:
+        """The first of the slice's row-major elements that this rank holds."""
+        return self.boxes[0].local_flat_start if self.boxes else 0
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the elements."""
         return self.local.dtype

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .comm.collectives import Handle
+from .kernels.exact_sums import add_words
 from .kernels.grouped_gemm import Gemms
 from .kernels.precision import precise
 from .kernels.weight_products import add, add_product
@@ -51,30 +52,57 @@ class Slot:
     def add(self, grad: Tensor) -> None:
         """sum += grad, of the parameter's shape (out, in) or (…,)."""
         add(self.buffer, grad, self.fresh)
-        self.fresh = False
+        self.wrote()
 
     def add_matmul(self, dy: Tensor, x: Tensor) -> None:
         """sum += dyᵀ x, for dy (N, out) and x (N, in)."""
         add_product(self.buffer, dy, x, self.fresh)
-        self.fresh = False
+        self.wrote()
 
     def add_grouped(self, dy: Tensor, x: Tensor, gemms: Gemms) -> None:
         """sum[e] += dyᵀ x over the rows of each expert e, for dy (R, out), x (R, in) and the sum (E, out, in)."""
         gemms.add_weight(dy, x, self.buffer, self.fresh)
-        self.fresh = False
+        self.wrote()
 
     def add_rows(self, rows: Tensor, grad: Tensor) -> None:
         """sum[rows] += grad: an embedding's gradient, for rows (N,) and grad (N, hidden)."""
         if self.fresh:
             self.buffer.zero_()
-            self.fresh = False
         self.buffer.index_add_(0, rows, grad.to(self.buffer.dtype))
+        self.wrote()
+
+    def wrote(self) -> None:
+        """The buffer holds a gradient more."""
+        self.fresh = False
 
     def done(self) -> None:
         """One of the parameter's uses has added its gradient of one microbatch."""
         self.remaining -= 1
         if self.remaining == 0:
             self.on_final()
+
+
+class ExactSlot(Slot):
+    """A slot whose sum has the same bits in whatever order gradients come; the buffer holds one of them at a time.
+
+    Args:
+        buffer, on_final: as of `Slot`.
+        words: (elements, 2) fp64, the sum (`kernels.exact_sums`).
+    """
+
+    __slots__ = ("words",)
+
+    def __init__(self, buffer: Tensor, on_final: Callable[[], None], words: Tensor) -> None:
+        super().__init__(buffer, on_final)
+        self.words = words
+
+    def start_step(self, microbatches: int) -> None:
+        super().start_step(microbatches)
+        self.words.zero_()
+
+    @torch.no_grad()
+    def wrote(self) -> None:
+        add_words(self.words, self.buffer)
 
 
 class Deferred(Protocol):
@@ -232,7 +260,7 @@ def add_in_place(param: Tensor, write: Callable[[Tensor, bool], T]) -> tuple[T, 
         total = torch.empty_like(param, dtype=precise(param.dtype))
         return write(total, True), total.to(param.dtype)
     made = write(slot.buffer, slot.fresh)
-    slot.fresh = False
+    slot.wrote()
     slot.done()
     return made, None
 

@@ -316,6 +316,7 @@ def _replicas(
         mesh,
         spreads=spreads_of(cfg),
         bucket_mib=cfg.parallel.data.bucket_mib,
+        exact=cfg.train.deterministic == "elastic",
         kept=memory,
         masters=None if place is None else place.allocate,
     )

@@ -44,9 +44,9 @@ from .inputs import InputMaker, own_mean
 from .metrics.live_bytes import LiveBytes
 from .numerics.guard import NumericsGuard
 from .numerics.loss_table import loss_table
-from .optim.adamw_kernels import square_sum
 from .optim.optimizer import UpdateScalars
 from .optim.states import Optimizer
+from .optim.step_sums import StepSums
 from .outcome import Outcome, StepResult, outcome_of
 from .pipeline.host_copies import HostCopies
 from .pipeline.vocab_passes import BalancedVocabulary
@@ -107,7 +107,7 @@ class Stepper:
         self.updates = torch.zeros((), dtype=torch.float32, device=self.device)
         """Updates applied so far; skipped steps do not count."""
         self._zero = torch.zeros((), dtype=precise, device=self.device)
-        self._square_sum = square_sum(cfg.optim, self.device)
+        self.sums = StepSums.of(cfg, self._zero)
         self.guard = NumericsGuard.of(cfg, parts, optimizer, mesh)
         """Finds bits that changed by themselves; none, where nobody wants to know."""
         self._maker = InputMaker(cfg, mesh, parts.device)
@@ -269,7 +269,8 @@ class Stepper:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Microbatch], program: Program, look: Look | None = None) -> Tensor:
-        """The summed loss of this rank's microbatches; 0 on the ranks that do not count it.
+        """The summed loss of this rank's microbatches, in parts that `sums` makes a whole of; 0 on the ranks that count
+        none.
 
         Args:
             batches: one per microbatch of the program.
@@ -290,7 +291,7 @@ class Stepper:
         finally:
             self._show(None)
         losses, self._step = self._losses(runtime), None
-        return self._sum(losses)
+        return self.sums.losses(losses)
 
     def _show(self, look: Look | None) -> None:
         self.model.head_op.look = look
@@ -352,12 +353,12 @@ class Stepper:
         """One collective for the norm, the loss, the wish to stop and the routers' counts; replicas count once."""
         now = self._now
         self._runtime.finish()
-        units = (unit for bucket in range(self.replicas.buckets) for unit in self.replicas.units(bucket))
-        square = self._zero + self._square_sum([unit.grad for unit in units if unit.counted])
+        units = [unit for bucket in range(self.replicas.buckets) for unit in self.replicas.units(bucket)]
         now.losses = self._losses(self._runtime)
         counted = self._sum(now.losses)
         now.own_loss = own_mean(counted, now.inputs) if now.losses else counted.double() - torch.inf
-        mine = torch.stack((square, counted, *now.wishes)).double()
+        squares, losses = self.sums.squares([u.grad for u in units if u.counted]), self.sums.losses(now.losses)
+        mine = torch.cat((squares, losses, torch.stack(now.wishes).double()))
         if self.guard is not None:
             mine = torch.cat((mine, self.guard.check(now.number).view(1)))
         routed = collect_tallies(self.model, self.device)  # of all layers, those of other stages zero
@@ -366,7 +367,7 @@ class Stepper:
         # Nobody waits for this one inside the step.
         own = self._own(now)
         worst = all_reduce(own, self.mesh.axis("world"), "max") if len(own) else Handle(own)
-        whole = all_reduce(mine, self.mesh.axis("world")).wait()
+        whole = self.sums.told(all_reduce(mine, self.mesh.axis("world")).wait())
         clip, dtype = self.cfg.optim.clip, self._zero.dtype
         now.outcome = outcome_of(whole, worst, routed, self.guard, clip=clip, dtype=dtype)
         self._commit(now.outcome.result)

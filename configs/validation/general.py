@@ -15,6 +15,7 @@ from ..vocabulary import indivisible_vocab, padded
 from .context import validate_context
 from .deepspeed import validate_deepspeed
 from .divisible import indivisible
+from .elastic import validate_elastic
 from .faults import fault_problems
 from .kernels import validate_kernels
 from .layouts import layout_problems
@@ -157,6 +158,7 @@ def validate(config: Config, world_size: int | None = None) -> list[Problem]:
         *validate_memory(config),
         *validate_deepspeed(config),
         *validate_spread(config),
+        *validate_elastic(config),
         *_batches(config),
         *_schedule(config),
         *_data(config),

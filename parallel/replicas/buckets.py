@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from ..checksum import ParameterMemory
 from ..comm.collectives import Handle, all_gather, all_reduce, reduce_scatter
 from ..comm.mesh import Axis
-from ..gradients import Slot, give_slot, route
+from ..gradients import ExactSlot, Slot, give_slot, route
+from ..kernels.exact_sums import from_words
 from ..sharding_rules import Partial, ReplicaFamily, Sharding
 from .protocol import BucketEvents, SharedBucket, SharedCopies, SharedMember, adopt
 from .spread import SpreadAxes
@@ -65,6 +66,7 @@ class Bucket:
         axes: over which gradients are summed and states are spread.
         partial: the axis over which the gradients are partial sums besides (size 1: none).
         grad_dtype: precision of gradient sums.
+        exact: sums have the same bits in whatever order, and on however many ranks, gradients are added.
         flat: memory that holds the parameters already (`flat` of another such bucket); called with its size.
     """
 
@@ -76,6 +78,7 @@ class Bucket:
         axes: SpreadAxes,
         partial: Axis,
         grad_dtype: torch.dtype,
+        exact: bool = False,
         flat: Callable[[int, nn.Parameter], Tensor] | None = None,
     ) -> None:
         self.kind, self.axes, self.data, self.partial_axis = kind, axes, axes.data, partial
@@ -90,6 +93,8 @@ class Bucket:
         self._adopts = flat is not None
         self.flat = flat(size, first) if flat else torch.zeros(size, dtype=first.dtype, device=first.device)
         self.grads = torch.zeros(size, dtype=grad_dtype, device=first.device)
+        self._words = torch.zeros(size, 2, dtype=torch.float64, device=first.device) if exact else None
+        """The exact sums; `grads` then holds single gradients, and what is owned of the sum at the end."""
         share = size // axes.states.size
         self.start = axes.states.rank * share
         self.stop = self.start + share
@@ -107,7 +112,9 @@ class Bucket:
         if not self._adopts:
             view.copy_(member.param.data)
         member.param.data = view
-        slot = Slot(self.grads[member.start : member.stop].view_as(view), partial(self._one_final, number))
+        buffer, final = self.grads[member.start : member.stop].view_as(view), partial(self._one_final, number)
+        words = self._words
+        slot = Slot(buffer, final) if words is None else ExactSlot(buffer, final, words[member.start : member.stop])
         give_slot(member.param, slot)
         route(member.param)
         return slot
@@ -130,7 +137,7 @@ class Bucket:
             self._launch()
 
     def _launch(self) -> None:
-        for slot in self.slots:
+        for slot in self.slots if self._words is None else ():
             if slot.fresh:  # no token reached the parameter in this step
                 slot.buffer.zero_()
         self.before_reduction(self)
@@ -139,22 +146,29 @@ class Bucket:
         if self.partial_axis.size == 1:
             self._reducing = self._reduce_over_data()
             return
-        partial_sum = all_reduce(self.grads, self.partial_axis)
+        partial_sum = all_reduce(self._sums, self.partial_axis)
 
         def finish() -> Tensor:
             partial_sum.wait()
             return self._reduce_over_data().wait()
 
-        self._reducing = Handle(self.grads, finish)
+        self._reducing = Handle(self._sums, finish)
+
+    @property
+    def _sums(self) -> Tensor:
+        """What is added up over the ranks, flat."""
+        return self.grads if self._words is None else self._words.view(-1)
 
     def _reduce_over_data(self) -> Handle:
         states, copies = self.axes.states, self.axes.copies
         if states.size == 1:
-            return all_reduce(self.grads, copies)
-        scattered = reduce_scatter(self.grads, states, out=self.owned_grad)
+            return all_reduce(self._sums, copies)
+        each = len(self._sums) // len(self.grads)
+        owned = self._sums[each * self.start : each * self.stop]
+        scattered = reduce_scatter(self._sums, states, out=owned)
         if copies.size == 1:
             return scattered
-        return Handle(self.owned_grad, lambda: all_reduce(scattered.wait(), copies).wait())
+        return Handle(owned, lambda: all_reduce(scattered.wait(), copies).wait())
 
     def reduce(self) -> None:
         """Every gradient of the bucket is final: returns when `owned_grad` is the sum over all ranks."""
@@ -162,6 +176,8 @@ class Bucket:
             self._launch()
         assert self._reducing is not None
         self._reducing.wait()
+        if self._words is not None:
+            self.owned_grad.copy_(from_words(self._words[self.start : self.stop]))
 
     @property
     def owned_grad(self) -> Tensor:
@@ -238,6 +254,7 @@ def make_buckets(
     partial_axes: dict[str, Axis],
     grad_dtype: torch.dtype,
     bucket_bytes: int,
+    exact: bool = False,
     kept: Mapping[str, Tensor] | None = None,
 ) -> list[Bucket]:
     """Buckets of at most about `bucket_bytes` of parameters, in the order in which backward finishes them.
@@ -245,7 +262,7 @@ def make_buckets(
     `params` come in the order of the forward pass. `kept`: the memory of such buckets, by `bucket_key`, that these take
     over with the parameters in it.
     """
-    make = partial(Bucket, grad_dtype=grad_dtype)
+    make = partial(Bucket, grad_dtype=grad_dtype, exact=exact)
     open_kinds: dict[BucketKind, list[tuple[str, nn.Parameter, Sharding]]] = {}
     buckets: list[Bucket] = []
 

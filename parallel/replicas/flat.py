@@ -26,6 +26,7 @@ class FlatReplicas:
         mesh: the mesh.
         spreads: over how many ranks states are spread, of each family.
         bucket_mib: MiB of parameters per bucket.
+        exact: gradient sums have the same bits at any size of data parallelism.
         kept: what `keep` gave, of replicas with the same slices, whose memory these take over; none: new memory.
         masters: makes the memory of masters (elements, type), on the host; none: beside the parameters.
 
@@ -41,6 +42,7 @@ class FlatReplicas:
         *,
         spreads: Mapping[ReplicaFamily, SpreadDegrees],
         bucket_mib: float,
+        exact: bool = False,
         kept: Mapping[str, Tensor] | None = None,
         masters: Callable[[int, torch.dtype], Tensor] | None = None,
     ) -> None:
@@ -54,6 +56,7 @@ class FlatReplicas:
             partial_axes=partial_axes(mesh),
             grad_dtype=self._precise,
             bucket_bytes=int(bucket_mib * 2**20),
+            exact=exact,
             kept=kept,
         )
         self.buckets = len(self._buckets)

@@ -50,7 +50,8 @@ class Evaluator:
     def _loss(self) -> float:
         train, data = self._cfg.train, self._data
         assert data is not None
-        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
+        sums = self._stepper.sums
+        totals = torch.zeros(sums.words + 1, dtype=torch.float64, device=self._device)
         steps = heldout_batches(
             data.heldout,
             steps=self._cfg.eval.steps,
@@ -60,11 +61,11 @@ class Evaluator:
             dp_size=self._dp.size,
         )
         for batches in steps:
-            totals[0] += self._stepper.evaluate(batches, self._program)
+            totals[:-1] += self._stepper.evaluate(batches, self._program)
             if self._mesh.axis("pp").rank == 0 and self._mesh.axis("tokens").rank == 0:
-                totals[1] += sum(batch.valid for batch in batches)
+                totals[-1] += sum(batch.valid for batch in batches)
         all_reduce(totals, self._mesh.axis("world")).wait()
-        return (totals[0] / totals[1]).item()
+        return (sums.whole(totals[:-1]) / totals[-1]).item()
 
     def _sample(self, step: int, outputs: Outputs | None) -> None:
         """Continues the prompts, on all ranks."""

@@ -19,6 +19,8 @@ _CODED_BYTES = {"int8": 2 + 2 * 4 / 256, "int4": 1 + 4 / 128}
 """Of both moments of an element, with the scales of their blocks; rows and columns have a few."""
 _SUBGROUPS = 3
 """Subgroups in the host's pool for a disk (`optim.disk_place.SLOTS`)."""
+_WORDS = 2 * 8
+"""Bytes of an exact sum's words (`kernels.exact_sums`)."""
 _ALIGN = 16
 """Elements to which every rank's share of a bucket is rounded (`replicas.buckets`)."""
 
@@ -128,7 +130,7 @@ def held(cfg: Config, pipeline: Pipeline, rank: int, each: float | None = None) 
     there = masters + states if away != "none" else 0
     return Held(
         parameters=whole * width,
-        gradients=whole * precise,
+        gradients=whole * (precise + (_WORDS if cfg.train.deterministic == "elastic" else 0)),
         masters=0 if there else masters,
         states=0 if there else states,
         gathered=0,

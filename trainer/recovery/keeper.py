@@ -69,6 +69,7 @@ class SnapshotKeeper:
             self._backup = Backup(mesh, keepers[mesh.rank], source, self._folder / f"snapshot.{self._number}.partner")
             self._backup.begin(self._file.file)
         if self._file is not None:
+            self._file.go_back(point.step)
             self._write(self._file, mesh, point)
         self._last = time.monotonic()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import prod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,14 +13,14 @@ from ...configs.reading.layout import relaid
 from ...configs.schema import Config
 from ...configs.validation.general import validate
 from ...parallel.comm.mesh import Mesh
-from ...parallel.global_tensor import Box, GlobalTensor, Placement
+from ...parallel.global_tensor import Box, GlobalTensor, Placement, boxes
 from ..checkpoint.state import all_tensors
 from ..metrics.peak import Peak
 from ..overlap import ChunkSearch
 from ..step import Stepper
 from .point import RunPoint
 from .restore import begin_anew
-from .snapshots import Snapshot, snapshots_on_node
+from .snapshots import Snapshot, StoredPiece, snapshots_by_step
 
 
 def relaid_for(cfg: Config, layout: str, members: int) -> Config:
@@ -36,41 +36,66 @@ def relaid_for(cfg: Config, layout: str, members: int) -> Config:
     return laid
 
 
-def fill_from(snapshots: list[Snapshot], tensors: Mapping[str, GlobalTensor]) -> bool:
-    """Fills pieces of global tensors from whatever copies hold parts of them; whether all of them are there.
+@dataclass(frozen=True)
+class _Part:
+    """A box of a global tensor that is taken from a copy."""
+
+    snapshot: Snapshot
+    name: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def cover(snapshots: Sequence[Snapshot], tensors: Mapping[str, GlobalTensor]) -> list[_Part] | None:
+    """Where pieces of global tensors are found in copies of one step, of any layouts; None: not all of them are there.
 
     Args:
-        snapshots: of one step, of any layouts.
-        tensors: to be filled; half filled where something is not there.
+        snapshots: those that come first are preferred. Their states are not read.
+        tensors: what is wanted.
     """
+    found = list[_Part]()
     for name, mine in tensors.items():
-        missing = mine.local.numel()
-        done: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-        for theirs in (each for each in (_stored(snapshot, name) for snapshot in snapshots) if each is not None):
-            if theirs.shape != mine.shape or theirs.dtype != mine.dtype:
-                return False
-            for part in (_common(a, b) for a in mine.boxes for b in theirs.boxes):
-                if part is not None and part not in done:
-                    done.add(part)
-                    mine.view_of(*part).copy_(theirs.view_of(*part))
-                    missing -= prod(part[1])
-            if missing <= 0:
-                break
-        if missing > 0:
-            return False
-    return True
+        # Copies of several layouts overlap anyhow: which elements are found is noted one by one.
+        count = mine.local.numel()
+        there = GlobalTensor(mine.placement, mine.start, mine.start + count, torch.zeros(count, dtype=torch.bool))
+        for snapshot in snapshots:
+            piece = None if there.local.all() else snapshot.pieces.get(name)
+            if piece is None:
+                continue
+            placement, start, elements, dtype = _place(piece)
+            if placement.global_shape != mine.shape or dtype != mine.dtype:
+                return None
+            for part in (_common(a, b) for a in mine.boxes for b in boxes(placement, start, start + elements)):
+                if part is not None and not there.view_of(*part).all():
+                    there.view_of(*part).fill_(True)
+                    found.append(_Part(snapshot, name, *part))
+        if not there.local.all():
+            return None
+    return found
 
 
-def _stored(snapshot: Snapshot, name: str) -> GlobalTensor | None:
-    """A piece as it lies in a copy."""
-    piece = snapshot.pieces.get(name)
-    if piece is None:
-        return None
+def fill_from(parts: Sequence[_Part], tensors: Mapping[str, GlobalTensor]) -> None:
+    """Copies what `cover` found; the last one of what is found twice."""
+    read: dict[tuple[int, str], GlobalTensor] = {}
+    for part in parts:
+        key = id(part.snapshot), part.name
+        if key not in read:
+            read[key] = _stored(part.snapshot, part.snapshot.pieces[part.name])
+        tensors[part.name].view_of(part.offsets, part.sizes).copy_(read[key].view_of(part.offsets, part.sizes))
+
+
+def _place(piece: StoredPiece) -> tuple[Placement, int, int, torch.dtype]:
+    """Slice, first element and elements of a piece in a copy, and their type."""
     whole, offsets, local, start, count, kind = piece.described
-    dtype = getattr(torch, kind)
+    return Placement(tuple(whole), tuple(offsets), tuple(local)), start, count, getattr(torch, kind)
+
+
+def _stored(snapshot: Snapshot, piece: StoredPiece) -> GlobalTensor:
+    """A piece as it lies in a copy."""
+    placement, start, count, dtype = _place(piece)
     raw = bytearray(snapshot.copy.state[piece.at : piece.at + count * dtype.itemsize])
     data = torch.frombuffer(raw, dtype=dtype) if count else torch.empty(0, dtype=dtype)
-    return GlobalTensor(Placement(tuple(whole), tuple(offsets), tuple(local)), start, start + count, data)
+    return GlobalTensor(placement, start, start + count, data)
 
 
 def _common(one: Box, two: Box) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -106,20 +131,23 @@ class RelaidRestore:
 
     def fill(self, stepper: Stepper) -> None:
         """Fills this rank's state."""
-        by_step: dict[int, list[Snapshot]] = {}
-        for of_slot in snapshots_on_node(self._folder).values():
-            for step, snapshot in of_slot.items():
-                by_step.setdefault(step, []).append(snapshot)
-        tensors = all_tensors(stepper.parts, stepper.optimizer)
-        points = {step: each[0].point for step, each in by_step.items() if fill_from(each, tensors)}
-        offers = stepper.mesh.gather_objects(points)
-        self.furthest = max((step for each in offers for step in each), default=0)
-        common = set.intersection(*(set(each) for each in offers))
-        if not common:
-            begin_anew(stepper)
-            return
-        newest = max(common)
+        by_step, tensors = snapshots_by_step(self._folder), all_tensors(stepper.parts, stepper.optimizer)
+        found = {step: cover(snapshots, tensors) for step, snapshots in by_step.items()}
+        while True:
+            points = {step: by_step[step][0].point for step, parts in found.items() if parts is not None}
+            offers = stepper.mesh.gather_objects(points)
+            self.furthest = max((step for each in offers for step in each), default=self.furthest)
+            common = set.intersection(*(set(each) for each in offers))
+            if not common:
+                begin_anew(stepper)
+                return
+            newest = max(common)
+            parts = found[newest] or []
+            if all(stepper.mesh.gather_objects(all(part.snapshot.copy.is_sound for part in parts))):
+                break
+            by_step[newest] = [snapshot for snapshot in by_step[newest] if snapshot.copy.is_sound]
+            found[newest] = cover(by_step[newest], tensors)
         self.point = offers[0][newest]
-        fill_from(by_step[newest], tensors)
+        fill_from(parts, tensors)
         stepper.optimizer.loaded(tensors)
         stepper.updates.fill_(float(self.point.progress.updates))

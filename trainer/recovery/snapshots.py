@@ -66,9 +66,9 @@ class _PieceMap:
 
 
 def _described(piece: GlobalTensor) -> tuple[list[int], list[int], list[int], int, int, str]:
-    place, first = piece.placement, piece.boxes[0].local_flat_start if piece.boxes else 0
+    place = piece.placement
     shapes = (list(place.global_shape), list(place.offsets), list(place.local_shape))
-    return (*shapes, first, piece.local.numel(), str(piece.dtype).removeprefix("torch."))
+    return (*shapes, piece.start, piece.local.numel(), str(piece.dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ class SnapshotFile:
         self.file = CopyFile(folder / f"snapshot.{number}", places.index, places.size)
         self._tensors, self._runs = dict(tensors), _runs(tensors, places.first)
         self._count = 0
+        self._steps = [-1, -1]
+        """Of the copies in the halves."""
 
     def follow(self, tensors: Mapping[str, GlobalTensor]) -> bool:
         """Copies from other memory from now on, if it holds the same pieces in the same order; whether it does."""
@@ -122,12 +124,19 @@ class SnapshotFile:
     def write(self, point: RunPoint, epoch: int, slot: int) -> tuple[int, Seal]:
         """Makes a copy in the place of the older one; the half that it is in."""
         half = self._count % 2
-        self._count += 1
+        self._count, self._steps[half] = self._count + 1, point.step
         self.file.open(half)
         state = self.file.state(half)
         for run in self._runs:
             state[run.at : run.at + run.nbytes] = _memory(run.source, run.nbytes)
         return half, self.file.write(half, self._count, point, epoch, slot)
+
+    def go_back(self, step: int) -> None:
+        """The ranks go on from a step: copies of later ones are none any more, for those will be done again, perhaps in
+        another order of adding."""
+        for half, copied in enumerate(self._steps):
+            if copied > step:
+                self.file.open(half)
 
     def close(self) -> None:
         """Copies nothing any more. What was copied stays."""
@@ -185,17 +194,30 @@ class Snapshot:
 def snapshots_on_node(folder: Path) -> dict[int, dict[int, Snapshot]]:
     """The whole copies that a node has, by slot and step; of several of a step that of the latest epoch."""
     found: dict[int, dict[int, Snapshot]] = {}
+    for copy in (each for each in _copies(folder) if each.is_sound):
+        of_slot = found.setdefault(copy.seal.slot, {})
+        known = of_slot.get(copy.seal.step)
+        if known is None or copy.seal.epoch > known.copy.seal.epoch:
+            of_slot[copy.seal.step] = Snapshot(copy)
+    return found
+
+
+def snapshots_by_step(folder: Path) -> dict[int, list[Snapshot]]:
+    """All copies that a node has, of any mesh, whose states are still to be looked at (`WholeCopy.is_sound`); of each
+    step those of the latest epoch first."""
+    found: dict[int, list[Snapshot]] = {}
+    for copy in sorted(_copies(folder), key=lambda copy: -copy.seal.epoch):
+        found.setdefault(copy.seal.step, []).append(Snapshot(copy))
+    return found
+
+
+def _copies(folder: Path) -> Iterator[WholeCopy]:
+    """The sealed copies that a node has."""
     for path in sorted(folder.glob("snapshot.*")):
         match = COPY_NAME.fullmatch(path.name)
-        if match is None or match[3]:
-            continue
-        with suppress(OSError, NoSnapshot, JsonError):
-            for copy in read_copies(path):
-                of_slot = found.setdefault(copy.seal.slot, {})
-                known = of_slot.get(copy.seal.step)
-                if known is None or copy.seal.epoch > known.copy.seal.epoch:
-                    of_slot[copy.seal.step] = Snapshot(copy)
-    return found
+        if match is not None and not match[3]:
+            with suppress(OSError, NoSnapshot, JsonError):
+                yield from read_copies(path)
 
 
 def _pieces(index: bytes, size: int) -> Iterator[StoredPiece]:

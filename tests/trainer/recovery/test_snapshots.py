@@ -11,7 +11,8 @@ from pentad.parallel.global_tensor import GlobalTensor, Placement
 from pentad.trainer.checkpoint.same_run import RunProgress
 from pentad.trainer.recovery.copy_file import NoSnapshot, read_copies
 from pentad.trainer.recovery.point import RunPoint
-from pentad.trainer.recovery.snapshots import Snapshot, SnapshotFile, snapshots_on_node
+from pentad.trainer.recovery.relaying import cover, fill_from
+from pentad.trainer.recovery.snapshots import Snapshot, SnapshotFile, snapshots_by_step, snapshots_on_node
 
 
 def point(step: int) -> RunPoint:
@@ -85,6 +86,7 @@ def test_a_flipped_bit_anywhere_in_a_copy_makes_it_none(tmp_path: Path) -> None:
     path = file.file.path
     whole = path.read_bytes()
     (only,) = read_copies(path)
+    assert only.is_sound
     start = whole.index(bytes(only.state))
     used = [*range(64, 128), *range(4096, 4200), *range(start, start + len(only.state)), 0, 9, 14, 20, 25]
     for at in used:
@@ -122,3 +124,34 @@ def test_a_file_follows_the_same_pieces_to_other_memory(tmp_path: Path) -> None:
     for step, value in ((2, 2.0), (1, 1.0)):
         snapshots_of(tmp_path, 0)[step].fill(three)
         assert three["a"].local.tolist() == [value] * 4
+
+
+def test_who_goes_back_has_no_copy_of_what_will_be_done_again(tmp_path: Path) -> None:
+    file = SnapshotFile(tmp_path, 0, state(0))
+    file.write(point(4), 0, 0)
+    file.write(point(5), 0, 0)
+    file.go_back(4)
+    assert sorted(snapshots_of(tmp_path, 0)) == [4]
+    file.write(point(4), 1, 0)
+    assert [copy.seal.epoch for copy in read_copies(file.file.path)] == [1]
+
+
+def test_pieces_are_found_in_copies_of_other_layouts_that_overlap(tmp_path: Path) -> None:
+    """A (10, 10) tensor, of which three ranks of one layout and two of another had runs: what is nowhere is missed,
+    though as many elements are there as are wanted."""
+    whole, place = torch.arange(100.0), Placement.whole((10, 10))
+    runs = {0: [(0, 34), (34, 68), (68, 100)], 1: [(0, 50), (25, 75)]}
+    for epoch, of_ranks in runs.items():
+        for rank, (start, stop) in enumerate(of_ranks):
+            piece = GlobalTensor(place, start, stop, whole[start:stop].clone())
+            SnapshotFile(tmp_path, 10 * epoch + rank, {"a": piece}).write(point(3), epoch, rank)
+    (wanted,) = [GlobalTensor(place, 11, 100, torch.zeros(89))]
+    copies = snapshots_by_step(tmp_path)[3]
+    assert [copy.copy.seal.epoch for copy in copies] == [1, 1, 0, 0, 0]
+    parts = cover(copies, {"a": wanted})
+    assert parts is not None
+    fill_from(parts, {"a": wanted})
+    assert torch.equal(wanted.local, whole[11:])
+    assert cover([each for each in copies if each.copy.seal.epoch], {"a": wanted}) is None
+    assert cover(copies, {"b": wanted}) is None
+    assert cover(copies, {"a": GlobalTensor(place, 0, 100, torch.zeros(100, dtype=torch.float64))}) is None
