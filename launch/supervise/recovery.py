@@ -103,9 +103,9 @@ class Recovery:
         coming = frozenset(n for n in self._standing.spares if n not in ranks.spares or not ranks.spares[n].ready)
         self._standing = replace(self._standing, coming=coming)
         settled = ranks.slots and ranks.complete and not any(rank.on_its_way for rank in ranks.live())
-        if settled and self._grows and not coming:
+        if settled and self._grows and (self._asked or not coming):
             self._grow(ranks)
-        if settled and self._standing.starts and len(self._standing.spares) < self._wanted():
+        if settled and not self._asked and self._standing.starts and len(self._standing.spares) < self._wanted():
             number = self._standing.next_number
             self._wire.send(fork=number)
             ranks.spares_coming.add(number)
@@ -124,7 +124,7 @@ class Recovery:
             self._asked = rung is not None
             for rank in ranks.live() if rung is not None else ():
                 rank.ask_to_leave(self.epoch + 1)
-        elif all(rank.ready for rank in ranks.live()):
+        elif sum(rank.ready for rank in ranks.live()) == self.slots:
             rung = rung or met_anew(self._standing)
             assert rung.plan is not None
             print(f"{rung.plan.line}; {_words(rung.plan)}", file=sys.stderr, flush=True)

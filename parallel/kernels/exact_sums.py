@@ -20,7 +20,8 @@ GRADIENT_GRIDS = (-33, -72)
 """Of gradients: elements below 2^18, sums below 2^20; rounded to 2^-72 (2e-22), so that 2^15 of them may be added."""
 SCALAR_GRIDS = (8, -10, -28, -46, -64, -82, -100, -118)
 """Of losses and squares: elements below 2^59, rounded to 2^-118 (3e-36), so that 2^36 of them may be added."""
-_AT_ONCE = 1 << 20
+_AT_ONCE = 1 << 16
+"""Elements that are cut at once: the memory that it takes stays in a cache."""
 
 
 def _cut(x: Tensor, grids: Sequence[int]) -> list[Tensor]:

@@ -36,7 +36,7 @@ from ...parallel.pipeline.lower import lower
 from ...parallel.pipeline.program import Program
 from ..pipeline.programs import Pipeline, compute_program, offloaded
 from .copies import copies_of
-from .fixed import WIDTHS, FlatBucket, Held, held, input_bytes
+from .fixed import FlatBucket, Held, held, input_bytes, sum_bytes
 from .stages import Conventions, Routed, StageBytes, StagePlace, VocabularyBytes, bench_of, stage_bytes, ways_of
 from .walk import Course, Moment, Walk
 
@@ -314,7 +314,7 @@ def _routed_layers(cfg: Config, layers: tuple[int, ...], last: bool) -> tuple[in
 def _reduced(cfg: Config, ways: Ways, bucket: FlatBucket) -> float:
     """A sum over replicas reads every rank's part of the bucket into a tensor as large as that."""
     sums = bucket.replicas > 1 or bucket.partial
-    return bucket.elements * float(max(4, WIDTHS[cfg.train.dtype])) if ways.collects and sums else 0.0
+    return bucket.elements * float(sum_bytes(cfg)) if ways.collects and sums else 0.0
 
 
 def vocabulary_bytes(cfg: Config, b: Bench) -> VocabularyBytes:

@@ -44,6 +44,11 @@ class FlatBucket:
     partial: bool
 
 
+def sum_bytes(cfg: Config) -> int:
+    """Bytes of a gradient's element in sums over ranks, with flat buckets."""
+    return _WORDS if cfg.train.deterministic == "elastic" else max(4, WIDTHS[cfg.train.dtype])
+
+
 def cut_of(cfg: Config, pipeline: Pipeline) -> Cut:
     """Over how many ranks the job's parameters are cut."""
     p, balanced = cfg.parallel, pipeline.split.balanced
@@ -130,7 +135,7 @@ def held(cfg: Config, pipeline: Pipeline, rank: int, each: float | None = None) 
     there = masters + states if away != "none" else 0
     return Held(
         parameters=whole * width,
-        gradients=whole * (precise + (_WORDS if cfg.train.deterministic == "elastic" else 0)),
+        gradients=whole * (precise + (0 if sum_bytes(cfg) == precise else sum_bytes(cfg))),
         masters=0 if there else masters,
         states=0 if there else states,
         gathered=0,

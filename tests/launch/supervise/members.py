@@ -19,13 +19,14 @@ from pathlib import Path
 from pentad.launch.supervise.worker_files import WATCH, publish_text
 from pentad.parallel.comm.process_ids import ProcessId
 from pentad.parallel.record.ring import create
-from pentad.parallel.record.vitals import OUT_WORD, Heart
+from pentad.parallel.record.vitals import Heart
 from pentad.trainer.processes.failure import failure_of, write_failure
 from pentad.trainer.processes.leaving import leave
 from pentad.trainer.processes.orphans import signal_self_when_orphaned
 from pentad.trainer.processes.signals import StopRequest
 from pentad.trainer.processes.watch import WatchRequest
 from pentad.trainer.recovery.plan import Membership
+from pentad.trainer.recovery.ways import Ladder
 
 _STEP_S = 0.02
 _ALIVE_S, _HANG_S, _PAUSE_S = 1.5, 4.0, 20.0
@@ -37,6 +38,8 @@ class Member:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.number, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.left_in_order = False
+        """Whether the last mesh was left for one that others join."""
         self.membership = Membership(folder, self.number, self.world)
         self.stop = StopRequest().listen()
         stem = f"members-{folder.name}-{os.stat(folder).st_ino}"
@@ -46,32 +49,40 @@ class Member:
         publish_text(folder / f"pid.{self.number}", json.dumps(asdict(ProcessId.current())))
         if self.number == 0:
             (folder / "run" / "record").mkdir(parents=True)
-            request = WatchRequest(stem, str(folder / "run"), self.world, self.world, _ALIVE_S, _HANG_S, _PAUSE_S)
+            limits, file = (_ALIVE_S, _HANG_S, _PAUSE_S), folder / "ladder"
+            ladder = Ladder.load(json.loads(file.read_text())) if file.exists() else Ladder()
+            request = WatchRequest(stem, str(folder / "run"), self.world, self.world, *limits, ladder=ladder)
             publish_text(folder / WATCH, request.dump())
 
     def run(self) -> int:
         """From the first mesh to the last."""
         epoch, members = 0, tuple(range(self.world))
+        spares: tuple[int, ...] = ()
         while True:
             if self.number in members:
                 if self._in_mesh(epoch, members):
                     break
                 if self.stop.requested:
                     return 1
-                self.vitals.out()
-            elif epoch and self.number < self.world:
+                if not self.left_in_order:
+                    self.vitals.out()
+            elif epoch and self.number < self.world and self.number not in spares:
                 return 0
+            if self.number not in members or self.left_in_order:
+                self.vitals.ready()
             plan = self.membership.wait(epoch, 60, lambda: self.stop.requested)
             if plan is None:
                 return 0 if self.number not in members else 1
-            self.vitals._words[OUT_WORD] = 0
-            epoch, members = plan.epoch, plan.members
+            epoch, members, spares = plan.epoch, plan.members, plan.spares
+            if self.number in members:
+                self.vitals.goes_on()
         self.vitals.left()
         self.recorder.close()
         return 0
 
     def _in_mesh(self, epoch: int, members: tuple[int, ...]) -> bool:
-        """Does steps until the end (True) or a fault (False)."""
+        """Does steps until the end (True), a fault or a change of meshes (False)."""
+        self.left_in_order = False
         aborted, slot = threading.Event(), members.index(self.number)
         self.recorder.epoch = epoch
         self.vitals.listen(epoch, aborted.set, lambda: None)
@@ -88,9 +99,15 @@ class Member:
             with self.recorder.span(self.recorder.intern("F")):
                 time.sleep(_STEP_S)
             self._act(step, slot)
+            wish = self.folder / f"leave.{epoch}.{step}"
+            if self.vitals.to_leave:
+                wish.touch()
             if not self._meet(f"step.{epoch}.{step}", slot, len(members), aborted):
                 return False
             (self.folder / "stepped" / str(step + 1)).touch()
+            if wish.exists():
+                self.left_in_order = True
+                return False
         return True
 
     def _act(self, step: int, slot: int) -> None:

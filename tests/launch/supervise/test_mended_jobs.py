@@ -80,6 +80,41 @@ def test_a_job_whose_ranks_are_killed_ends_with_the_same_curve_and_bits(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_a_job_that_shrinks_and_grows_back_ends_with_the_same_curve_and_bits(tmp_path: Path) -> None:
+    elastic = ["train.deterministic=elastic", "train.steps=600", "parallel.dp=4", "train.global_batch=12"]
+    ladder = ["faults.recover=true", "faults.ladder=[spare,shrink,respawn]"]
+    hurt = _start(tmp_path, "hurt", *elastic, *ladder)
+    events = tmp_path / "hurt" / "events.jsonl"
+    try:
+        for slot, epoch in ((2, 0), (0, 2)):
+            until = time.monotonic() + 120
+            while not (epoch == 0 and len(_lines(tmp_path / "hurt" / "metrics.jsonl")) > 5) and not any(
+                each["event"] == "recovered" and each["epoch"] >= epoch > 0 for each in _lines(events)
+            ):
+                assert hurt.poll() is None and time.monotonic() < until, hurt.communicate()
+                time.sleep(0.01)
+            _kill(tmp_path / "hurt", slot)
+        _, errors = hurt.communicate(timeout=240)
+    finally:
+        hurt.kill()
+    assert hurt.returncode == 0, errors
+    whole = _start(tmp_path, "whole", *elastic)
+    assert whole.communicate(timeout=240) and whole.returncode == 0
+    keys = ("step", "loss", "grad_norm", "tokens")
+    curves = [
+        [[row[key] for key in keys] for row in _lines(tmp_path / name / "metrics.jsonl")] for name in ("hurt", "whole")
+    ]
+    assert curves[0] == curves[1] and len(curves[0]) == 600
+    told = [event for event in _lines(events) if event["event"] == "recovered"]
+    assert [event["rung"] for event in told][:3] == ["shrink", "grow", "shrink"]
+    assert told[0]["layout"] == "dp=3" and told[1]["layout"] == "" and told[1]["redone"] == 0
+    files = sorted((tmp_path / "whole" / "checkpoints").rglob("*.safetensors"))
+    assert files and all(filecmp.cmp(f, tmp_path / "hurt" / f.relative_to(tmp_path / "whole"), False) for f in files)
+    assert not list(Path("/dev/shm").glob("pentad-hurt-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_torchrun_does_not_hear_of_a_fault_that_is_mended(tmp_path: Path) -> None:
     hurt = _start(tmp_path, "torchrun", "faults.recover=true", "faults.spares=1", launcher=_TORCHRUN)
     try:

@@ -17,6 +17,7 @@ import pytest
 from pentad.launch.supervise.supervisor import processes
 from pentad.parallel.comm.processes import children
 from pentad.trainer.recovery.plan import EpochPlan
+from pentad.trainer.recovery.ways import Ladder, Way
 
 ROOT = Path(__file__).resolve().parents[3]
 _LAUNCH = """
@@ -83,7 +84,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     """Starts a job."""
     jobs: list[Job] = []
 
-    def launch(spares: int) -> Job:
+    def launch(spares: int, ladder: Ladder | None = None) -> Job:
+        if ladder is not None:
+            (tmp_path / "ladder").write_text(json.dumps(ladder.dump()))
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         command = [sys.executable, "-c", _LAUNCH, str(tmp_path), str(spares)]
@@ -152,6 +155,50 @@ def test_without_a_spare_new_processes_come_for_a_stopped_one_a_failed_one_and_o
 
 def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.distributed
+def test_a_mesh_shrinks_at_once_and_grows_back_when_a_new_process_is_ready(start: Callable[..., Job]) -> None:
+    ways = Way("", "", 3), Way("shrink", "dp=2", 2), Way("shrink", "dp=1", 1)
+    job = start(0, Ladder(("spare", "shrink", "respawn"), ways, grow=True))
+    job.comes_to(5)
+    os.kill(job.pid(2), signal.SIGKILL)
+    plan = job.plan(1)
+    assert (plan.members, plan.lost, plan.rung, plan.layout) == ((0, 1), (2,), "shrink", "dp=2")
+    plan = job.plan(2)
+    assert (plan.members, plan.lost, plan.rung, plan.layout) == ((0, 1, 3), (), "grow", "")
+    job.comes_to(job.step() + 3)
+    for number in (0, 3):  # the run's first one, too, and more than one
+        os.kill(job.pid(number), signal.SIGKILL)
+    job.until(
+        lambda: _newest(job).members == (1, *_newest(job).members[1:]) and len(_newest(job).members) == 3, "grown"
+    )
+    job.comes_to(job.step() + 3)
+    code, errors = job.end()
+    assert code == 0, errors
+    faults = [event for event in job.events() if event["event"] == "fault"]
+    assert faults[0]["rung"] == "shrink" and faults[0]["layout"] == "dp=2"
+    assert any("more processes are ready; grow: the job goes on in mesh" in line for line in errors), errors
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_job_may_end_with_fewer_slots_than_it_began_with(start: Callable[..., Job]) -> None:
+    job = start(0, Ladder(("shrink",), (Way("", "", 3), Way("shrink", "dp=1", 1))))
+    job.comes_to(5)
+    os.kill(job.pid(0), signal.SIGKILL)
+    plan = job.plan(1)
+    assert (plan.members, plan.lost, plan.spares) == ((1,), (0,), (2,))
+    job.comes_to(job.step() + 3)
+    os.kill(job.pid(1), signal.SIGKILL)  # whoever was left over takes the place
+    assert job.plan(2).members == (2,)
+    code, errors = job.end()
+    assert code == 0, errors
+
+
+def _newest(job: Job) -> EpochPlan:
+    """The plan of the newest mesh."""
+    return job.plan(max(int(file.suffix[1:]) for file in job.folder.glob("plan.*[0-9]")))
 
 
 @pytest.mark.distributed

@@ -11,7 +11,7 @@ from pentad.configs.schema import Config, MoeConfig
 from pentad.parallel.comm.collectives import all_reduce
 from pentad.trainer.pipeline.programs import evaluation_program
 from tests.distributed import run_distributed
-from tests.training import Run, job, world_of
+from tests.training import Run, job
 
 WANTED: dict[str, Any] = {"global_batch": 12, "micro_batch": 1, "dtype": "fp32", "deterministic": "elastic"}
 ROUTED = {"moe": MoeConfig(experts=4, top_k=2, ffn=24)}
@@ -32,31 +32,19 @@ def test_one_processs_microbatches_may_come_in_any_order() -> None:
     assert one[:2] == pytest.approx(two[:2], rel=1e-6)
 
 
-def trained(rank: int, world: int, cfgs: list[Config]) -> list[Any]:
-    """Of each job that this rank is in: losses, norms, held-out losses, and the parameters."""
-    found: list[Any] = []
-    for cfg in cfgs:
-        run = Run(rank, cfg) if rank < world_of(cfg) else None
-        if run is None:
-            found.append(None)
-            continue
-        numbers = []
-        for step in range(4):
-            batches, valid = run.batches(step)
-            result = run.stepper.run(step, batches, valid, 1e-2)
-            program = evaluation_program(cfg, run.parts.pipeline, len(batches))
-            parts = all_reduce(run.stepper.evaluate(batches, program), run.mesh.axis("world")).wait()
-            held_out = run.stepper.sums.whole(parts).item()
-            numbers.append((result.loss.item(), result.grad_norm.item(), held_out))
-        run.parts.replicas.wait_gathers()
-        params = {name: value.detach().clone() for name, value in run.parts.model.named_parameters()}
-        found.append((numbers, params))
-        run.close()
-    return found
-
-
-def _jobs(**wanted: Any) -> list[Config]:
-    return [job(**{**WANTED, **wanted, "dp": dp}) for dp in (1, 2, 3, 4)]
+def trained(rank: int, world: int, cfg: Config) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """Losses, norms and held-out losses of a few steps, and the parameters."""
+    run, numbers = Run(rank, cfg), []
+    for step in range(4):
+        batches, valid = run.batches(step)
+        result = run.stepper.run(step, batches, valid, 1e-2)
+        program = evaluation_program(cfg, run.parts.pipeline, len(batches))
+        parts = all_reduce(run.stepper.evaluate(batches, program), run.mesh.axis("world")).wait()
+        numbers.append((result.loss.item(), result.grad_norm.item(), run.stepper.sums.whole(parts).item()))
+    run.parts.replicas.wait_gathers()
+    params = {name: value.detach().clone() for name, value in run.parts.model.named_parameters()}
+    run.close()
+    return numbers, params
 
 
 @pytest.mark.distributed
@@ -76,10 +64,11 @@ def _jobs(**wanted: Any) -> list[Config]:
     ids=lambda wanted: " ".join(map(str, wanted)),
 )
 def test_all_sizes_have_the_same_bits(wanted: dict[str, Any]) -> None:
-    first, *others = zip(*run_distributed(trained, 4, _jobs(**wanted)), strict=True)
+    first, *others = (
+        run_distributed(trained, dp, job(**{**WANTED, **wanted, "dp": dp}), group=False) for dp in (1, 2, 3, 4)
+    )
     numbers, params = first[0]
     assert numbers[-1][0] < numbers[0][0]
-    for ranks in others:
-        for found in (each for each in ranks if each is not None):
-            assert found[0] == numbers
-            assert all(torch.equal(found[1][name], value) for name, value in params.items())
+    for found in (each for ranks in others for each in ranks):
+        assert found[0] == numbers
+        assert all(torch.equal(found[1][name], value) for name, value in params.items())

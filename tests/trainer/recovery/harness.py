@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from pentad.configs.schema import Config, EvalConfig, HardwareConfig, TextData
 from pentad.parallel.record.ring import HEADER_BYTES, Recorder, ring_folders, ring_name
-from pentad.parallel.record.vitals import ABORT_WORD
+from pentad.parallel.record.vitals import ABORT_WORD, CHANGE_WORD, READY_WORD
 from pentad.trainer.checkpoint.io import read_full
 from pentad.trainer.checkpoint.names import checkpoints
 from pentad.trainer.job.run import run
@@ -130,7 +130,10 @@ class StandIn:
         spares: processes that wait.
         kills: who is killed when.
         nodes: the pretended node of a process, by its number.
-        anew: members by slot of meshes that are made without a fault, each once the one before has reported a step.
+        anew: members by slot of meshes that are made without a fault, each once the one before has reported a step and
+            whoever was to be killed is.
+        gently: their ranks agree to leave after a step.
+        layouts: of meshes of so many members; else data parallelism of their size.
         whole_nodes: a node goes with the first of its processes, and with what is in its memory.
         plan: decides on the next mesh: members by slot, lost numbers and waiting spares → members, or None: the end.
     """
@@ -143,6 +146,8 @@ class StandIn:
     nodes: Callable[[int], int] = lambda number: 0
     whole_nodes: bool = False
     anew: tuple[tuple[int, ...], ...] = ()
+    gently: bool = False
+    layouts: Mapping[int, str] = field(default_factory=dict)
     _processes: dict[int, BaseProcess] = field(default_factory=dict)
     _port: int = 0
 
@@ -199,7 +204,7 @@ class StandIn:
         spares = [number for number in self._processes if number not in members]
         until = time.monotonic() + TIMEOUT_S
         running = {process.sentinel: number for number, process in self._processes.items()}
-        anew, reported = list(self.anew), 0
+        anew, reported, died = list(self.anew), 0, 0
         while any(number in members for number in running.values()):
             if time.monotonic() > until:
                 raise TimeoutError(f"the job did not end in {TIMEOUT_S:g} s; see {self.folder}")
@@ -218,12 +223,18 @@ class StandIn:
             lost = killed & set(members)
             if failed & set(members):
                 break
-            due = anew and self._reported() > reported
+            died += len(lost)
+            due = anew and died >= len(self.kills) and self._reported() > reported
             if not lost and not due:
                 continue
             for number in members:
                 if number in running.values():
-                    self._tell(number, epoch)
+                    self._tell(number, CHANGE_WORD if self.gently and not lost else ABORT_WORD, epoch)
+            if self.gently and not lost:
+                until_ready = time.monotonic() + 30
+                while not all(self._word(number, READY_WORD) for number in (*members, *anew[0])):
+                    assert time.monotonic() < until_ready, "the ranks do not leave their mesh"
+                    time.sleep(0.002)
             following = self._next(members, lost, spares) if lost else anew.pop(0)
             if following is None:
                 break
@@ -231,8 +242,8 @@ class StandIn:
             spares = [number for number in spares if number not in following]
             epoch, members = epoch + 1, following
             line = f"numbers {sorted(lost)} were killed" if lost else "made anew"
-            share = self.cfg.parallel.model_ranks
-            layout = f"dp={len(members) // share}" if len(members) != world_of(self.cfg) else ""
+            layout = self.layouts.get(len(members), f"dp={len(members) // self.cfg.parallel.model_ranks}")
+            layout = layout if len(members) != world_of(self.cfg) else ""
             for folder in shared.iterdir():
                 publish_plan(folder, EpochPlan(epoch, members, tuple(sorted(lost)), line, seen, "spare", layout=layout))
         for folder in shared.iterdir():
@@ -257,10 +268,20 @@ class StandIn:
         self._processes[number].join(5)
         return self._processes[number].exitcode
 
-    def _tell(self, number: int, epoch: int) -> None:
+    def _tell(self, number: int, word: int, epoch: int) -> None:
+        with self._words(number) as words:
+            words[word] = epoch + 1
+
+    def _word(self, number: int, word: int) -> int:
+        with self._words(number) as words:
+            return words[word]
+
+    @contextlib.contextmanager
+    def _words(self, number: int) -> Iterator[memoryview]:
+        """The header of a process's ring."""
         fd = os.open(self._ring(number), os.O_RDWR)
         with mmap.mmap(fd, HEADER_BYTES) as header, memoryview(header).cast("q") as words:
-            words[ABORT_WORD] = epoch + 1
+            yield words
         os.close(fd)
 
     def _ran(self) -> Ran:

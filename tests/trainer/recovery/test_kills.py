@@ -140,6 +140,71 @@ def test_data_parallelism_shrinks_and_grows(sharding: str, tmp_path_factory: pyt
         torch.testing.assert_close(ran.state[name], value, rtol=1e-7, atol=1e-9, msg=name)
 
 
+def survivors(members: tuple[int, ...], lost: set[int], spares: list[int]) -> tuple[int, ...]:
+    """Those that are left, in their order."""
+    return tuple(number for number in members if number not in lost)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("sharding", "dtype", "seed"),
+    [
+        ("zero1", "fp32", 0),
+        *(
+            pytest.param(sharding, dtype, seed, marks=pytest.mark.slow)
+            for sharding, dtype in (("zero1", "bf16"), ("ddp", "fp32"), ("zero1", "fp64"))
+            for seed in (1, 2)
+        ),
+    ],
+)
+def test_elastic_sums_have_the_bits_of_an_undisturbed_run(
+    sharding: str, dtype: str, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """dp 4, 3, 2, 4: two ranks are killed at random points of random steps; the mesh grows back between two others."""
+    wanted = {**WANTED, "steps": 12, "dp": 4, "sharding": sharding, "dtype": dtype, "global_batch": 24}
+    wanted["deterministic"] = "elastic"
+    draws = random.Random(seed)
+    steps, victims = sorted(draws.sample(range(1, 7), 2)), draws.sample(range(4), 2)
+    kills = [Kill(number, step, draws.randrange(16)) for number, step in zip(victims, steps, strict=True)]
+    left = tuple(number for number in range(4) if number not in victims)
+    folder = tmp_path_factory.mktemp(sharding)
+    whole = StandIn(small_job(folder / "whole", **wanted), folder / "whole" / "logs").run()
+    cfg = small_job(folder / "sized", **wanted)
+    ran = StandIn(cfg, folder / "logs", 2, tuple(kills), survivors, anew=((*left, 4, 5),), gently=True).run()
+    assert [(len(each["lost"]), each["layout"], each["from"]) for each in ran.recoveries] == [
+        (1, "dp=3", "snapshots"),
+        (1, "dp=2", "snapshots"),
+        (0, "", "snapshots"),
+    ]
+    assert ran.recoveries[-1]["redone"] == 0 and all(each["redone"] <= 1 for each in ran.recoveries)
+    assert_same_training(ran, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("model", [{}, ROUTED], ids=["dense", "experts"])
+def test_a_job_falls_to_other_layouts(model: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    """tp 2, dp 2 with one rank less goes on as dp 3, with two less as a pipeline, and comes back: the same training."""
+    wanted = {**WANTED, "steps": 12, "tp": 2, "dp": 2, "sharding": "zero1", "global_batch": 24, "model": model}
+    folder = tmp_path_factory.mktemp("layouts")
+    whole = StandIn(small_job(folder / "whole", **wanted), folder / "whole" / "logs").run()
+    cfg, kills = small_job(folder / "laid", **wanted), (Kill(3, 2, 10), Kill(0, 5, 10))
+    layouts = {3: "tp=1 dp=3", 2: "tp=1 dp=1 pp=2 pipeline.schedule=1f1b"}
+    there = (1, 2, 4, 5)
+    ran = StandIn(cfg, folder / "logs", 2, kills, survivors, anew=(there,), gently=True, layouts=layouts).run()
+    assert not ran.errors, "\n".join(ran.errors.values())
+    assert [(each["layout"], each["from"]) for each in ran.recoveries] == [
+        (layouts[3], "snapshots"),
+        (layouts[2], "snapshots"),
+        ("", "snapshots"),
+    ]
+    assert [m["step"] for m in ran.metrics] == [m["step"] for m in whole.metrics]
+    for mine, theirs in zip(ran.metrics, whole.metrics, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-11) and mine["tokens"] == theirs["tokens"]
+    for name, value in whole.state.items():
+        torch.testing.assert_close(ran.state[name], value, rtol=1e-7, atol=1e-9, msg=name)
+
+
 # Nodes ------------------------------------------------------------------------------------------------------------
 
 TWO = {0: 0, 1: 0, 2: 1, 3: 1}
