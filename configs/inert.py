@@ -166,7 +166,7 @@ JOB: tuple[Inert[Config], ...] = (
         lambda c: not c.faults.recover,
     ),
     Inert(("faults.layouts",), ("faults.ladder",), lambda c: "layouts" not in c.faults.ladder),
-    Inert(("faults.grow",), ("faults.ladder",), lambda c: not {"shrink", "layouts"} & {*c.faults.ladder}),
+    Inert(("faults.grow",), ("faults.ladder",), lambda c: not {"shrink", "resplit", "layouts"} & {*c.faults.ladder}),
     Inert(
         ("faults.numerics.replicas_every",),
         ("parallel.tp", "parallel.dp", "parallel.cp", "parallel.data.sharding"),

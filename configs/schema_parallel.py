@@ -212,9 +212,16 @@ class FaultsConfig:
     committed is lost."""
     spares: int = 0
     """recover: processes per node that are ready to take a lost rank's place at once."""
-    ladder: tuple[Literal["spare", "respawn", "shrink", "layouts"], ...] = ("spare", "respawn", "shrink", "layouts")
+    ladder: tuple[Literal["spare", "respawn", "shrink", "resplit", "layouts"], ...] = (
+        "spare",
+        "respawn",
+        "shrink",
+        "resplit",
+        "layouts",
+    )
     """recover: what is tried when processes are lost, in this order. spare: ready ones take their places; respawn: new
-    ones are started and waited for; shrink: data parallelism has the largest size that those left allow; layouts."""
+    ones are started and waited for; shrink: data parallelism has the largest size that those left allow; resplit: the
+    layers are split over fewer pipeline ranks; layouts."""
     layouts: tuple[str, ...] = ()
     """recover: layouts to fall to, in this order, each as overrides of `parallel` are written, `pp=2 tp=1`; without dp
     it is the largest that those left allow."""

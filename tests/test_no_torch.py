@@ -29,6 +29,7 @@ ROOMS = (
     "trainer.checkpoint.verification",
     "trainer.data.indexed",
     "trainer.recovery.plan",
+    "trainer.recovery.ways",
 )
 RUN_IT = {"parallel.pipeline.runtime", "parallel.pipeline.execute", "parallel.pipeline.saved"}
 """Modules of these rooms that move tensors."""

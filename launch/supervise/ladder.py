@@ -3,7 +3,8 @@
     rejoin    all processes live, a connection does not: the same members meet anew
     spare     a process of the node that is ready takes the slot; of another node where the whole node is lost
     respawn   a new process takes it, forked on the node
-    shrink, layouts   those that are left go on in a layout that needs no more of them (`trainer.recovery.ways`)
+    shrink, resplit, layouts
+              those that are left go on in a layout that needs no more of them (`trainer.recovery.ways`)
     end       what a new process would only meet again
     grow      without a fault: enough processes are ready for a better layout
 
@@ -33,7 +34,7 @@ from ...parallel.record.diagnosis import (
 )
 from ...trainer.recovery.plan import EpochPlan
 from ...trainer.recovery.ways import Way
-from .seats import seated
+from .seats import resplit_seating, seated
 
 _REPLACED = (
     KILLED,
@@ -68,7 +69,7 @@ class Standing:
         lines: what the last faults in that step said.
         rungs: what is tried, in this order.
         ways: layouts that the job can have, the best one first, which is its own.
-        way: the one that it has.
+        way, split: the one that it has, and which of its splits.
         coming: numbers of spares that are not ready yet.
         starts: whether new processes come up.
     """
@@ -84,13 +85,19 @@ class Standing:
     rungs: tuple[str, ...] = ("spare", "respawn")
     ways: tuple[Way, ...] = ()
     way: int = 0
+    split: int = 0
     coming: frozenset[int] = frozenset()
     starts: bool = True
 
     @property
     def layout(self) -> str:
         """Of the mesh, as a plan names it."""
-        return self.ways[self.way].layout if self.ways else ""
+        return self.now.layout if self.ways else ""
+
+    @property
+    def now(self) -> Way:
+        """Its layout."""
+        return self.ways[self.way].settled()[self.split]
 
     @property
     def where(self) -> dict[int, str]:
@@ -217,9 +224,16 @@ def _in_way(
 ) -> Rung:
     """A mesh of another layout."""
     where, ready = standing.where, standing.ready(lost_nodes)
-    members = seated(standing.ways[standing.way], standing.ways[at], standing.members, slots, ready)
+    before, splits = standing.now, standing.ways[at].settled()
+
+    def moved(split: int) -> int:
+        seating = resplit_seating(before, splits[split], standing.members, slots, ready)
+        return 0 if seating is None else seating.moved
+
+    split = min(range(len(splits)), key=moved)
+    members = seated(before, splits[split], standing.members, slots, ready)
     nodes = tuple(where[number] for number in members)
-    return _planned(replace(standing, way=at), name, members, nodes, verdict, slots)
+    return _planned(replace(standing, way=at, split=split), name, members, nodes, verdict, slots)
 
 
 def _planned(

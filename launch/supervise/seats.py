@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from ...trainer.recovery.resplit import Seating, reseated
 from ...trainer.recovery.ways import Way
 
 
@@ -12,7 +13,8 @@ def seated(
 ) -> tuple[int, ...]:
     """The number of the process in each slot of the next mesh.
 
-    Where the layouts differ in data parallelism alone, whole replicas go on as they are, and whoever is left of a
+    Where they differ in the stages alone, each pipeline goes on with its own processes (`trainer.recovery.resplit`).
+    Where they differ in data parallelism alone, whole replicas go on as they are, and whoever is left of a
     broken one goes where its own part of the model is missing: then state moves as little as can be. The process in the
     first slot stays there, for the run's files are open in it.
 
@@ -25,6 +27,9 @@ def seated(
     Raises:
         ValueError: there are too few.
     """
+    split = resplit_seating(before, after, members, gone, ready)
+    if split is not None:
+        return tuple(number for number in split.seats if number is not None)
     left = {slot: number for slot, number in enumerate(members) if slot not in gone}
     seats = _kept(before, after, left) if (before.stages, before.block) == (after.stages, after.block) else {}
     seats = seats or dict(enumerate(list(left.values())[: after.members]))
@@ -39,6 +44,23 @@ def seated(
         where = next((slot for slot, number in seats.items() if number == first), None)
         seats |= {0: first} if where is None else {0: first, where: seats[0]}
     return tuple(seats[slot] for slot in range(after.members))
+
+
+def resplit_seating(
+    before: Way, after: Way, members: Sequence[int], gone: Collection[int], ready: Sequence[int]
+) -> Seating | None:
+    """The seats where the layouts differ in the stages alone, and how much moves; None: they do not. Arguments as of
+    `seated`.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    one, two = before.holdings, after.holdings
+    if one is None or two is None or one.units == two.units:
+        return None
+    if (before.replicas, before.block) != (after.replicas, after.block):
+        return None
+    return reseated(one, two, members, gone, ready)
 
 
 def _kept(before: Way, after: Way, left: dict[int, int]) -> dict[int, int]:

@@ -11,6 +11,11 @@ _KEPT = 128
 _EXTENDED = 1 << 17
 """Partial splits that such a search extends in all, by a layer each: small models keep more of them per stage."""
 
+MOST_EVEN = 64
+"""Splits of equal worth that are listed at most."""
+_TRIED = 1 << 14
+"""Partial splits that are looked at for them."""
+
 Counts = tuple[int, ...]
 _Worth = tuple[int, int, int, int]
 """Largest rank, largest stage, sum of squares over ranks, sum of squares over stages: smaller is better, in order."""
@@ -53,6 +58,36 @@ def partition(
     return _uneven(task)
 
 
+def as_even(
+    costs: Sequence[float], counts: Counts, *, first: float = 0.0, last: float = 0.0, placement: Sequence[int]
+) -> list[Counts]:
+    """All splits that are as good as `counts` in all that `partition` minimises, that one first: where layers are
+    alike and do not divide evenly, the fuller stages can be any of them.
+
+    Args:
+        costs, first, last, placement: as of `partition`.
+        counts: what it found.
+
+    Returns:
+        At most `MOST_EVEN` of them, from the first `_TRIED` partial splits.
+    """
+    whole = _whole((*costs, first, last))
+    task = _Task.of(whole[:-2], whole[-2], whole[-1], placement)
+    best = task.worth(counts)
+    found, tried = [counts], 0
+    open_ones: list[Counts] = [()]
+    while open_ones and len(found) < MOST_EVEN and tried < _TRIED:
+        begun, tried = open_ones.pop(), tried + 1
+        if len(begun) == len(placement):
+            if begun != counts and task.worth(begun) == best:
+                found.append(begun)
+            continue
+        taken = sum(begun)
+        ends = range(taken, task.layers + 1) if len(begun) + 1 < len(placement) else (task.layers,)
+        open_ones += (more for end in ends if task.reaches(more := (*begun, end - taken), best))
+    return found
+
+
 def _whole(costs: Sequence[float]) -> list[int]:
     """The costs in a unit of which each is a multiple: sums of floats would make equal splits differ."""
     ratios = [float(cost).as_integer_ratio() for cost in costs]
@@ -83,8 +118,22 @@ class _Task:
         ends = list(accumulate(counts))
         return [
             self.sums[end] - self.sums[end - count] + beside
-            for end, count, beside in zip(ends, counts, self.beside, strict=True)
+            for end, count, beside in zip(ends, counts, self.beside, strict=False)
         ]
+
+    def reaches(self, begun: Counts, best: _Worth) -> bool:
+        """Whether the first stages leave open that the whole is as good as `best`."""
+        done, ranks = self.stage_costs(begun), [0] * (max(self.placement) + 1)
+        for rank, cost in zip(self.placement, done, strict=False):
+            ranks[rank] += cost
+        left = len(self.placement) - len(begun)
+        rest = self.sums[-1] - self.sums[sum(begun)] + sum(self.beside[len(begun) :])
+        squares = sum(cost * cost for cost in done)  # those of the rest are least when they are equal
+        return (
+            max(ranks) <= best[0]
+            and max(done) <= best[1]
+            and (squares - best[3]) * max(left, 1) + rest * rest * (left > 0) <= 0
+        )
 
     def worth(self, counts: Counts) -> _Worth:
         stages = self.stage_costs(counts)

@@ -76,7 +76,8 @@ class CopyFile:
         view = self._view = memoryview(self._map)
         view[_INDEX_AT : _INDEX_AT + len(index)] = index
         _HEADER.pack_into(view, 0, _MAGIC, _FORMAT, zlib.crc32(index), len(index), state_bytes)
-        self._published = False
+        self.published = False
+        """Whether there is a copy, and the file of before is gone."""
 
     def body(self, half: int) -> memoryview:
         """The point, on a page of its own, and the state of a half."""
@@ -102,14 +103,14 @@ class CopyFile:
     def seal(self, half: int, seal: Seal) -> Seal:
         """The half is a copy now."""
         _SEAL.pack_into(self._view, _SEALS[half], *seal.words)
-        if not self._published:
+        if not self.published:
             os.replace(self._new, self.path)
-            self._published = True
+            self.published = True
         return seal
 
     def close(self) -> None:
         """Writes nothing any more. What was copied stays."""
-        if not self._published:
+        if not self.published:
             self._new.unlink(missing_ok=True)
         with suppress(BufferError):  # a transfer that was given up may hold it a moment longer
             self._view.release()
@@ -152,7 +153,9 @@ def read_copies(path: Path) -> list[WholeCopy]:
         about = os.fstat(fd)
         if about.st_uid != os.geteuid() or about.st_size < _INDEX_AT:
             raise NoSnapshot(f"{path} is of another user, or too short")
-        view = memoryview(mmap.mmap(fd, about.st_size, prot=mmap.PROT_READ))
+        # Private, so that tensors may be made of it; nobody writes there.
+        private = {"flags": mmap.MAP_PRIVATE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+        view = memoryview(mmap.mmap(fd, about.st_size, **private))
     finally:
         os.close(fd)
     magic, kind, crc, index_bytes, size = _HEADER.unpack_from(view, 0)

@@ -78,6 +78,9 @@ class SnapshotKeeper:
         if self._file is not None and self._file.follow(tensors):
             return self._file
         before = self._file
+        if before is not None and not before.file.published:
+            before.close()  # it has the place of the next one
+            before = None
         try:
             # The copies before stay until the first one of these is there.
             return SnapshotFile(self._folder, self._number, tensors)

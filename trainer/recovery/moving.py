@@ -1,40 +1,61 @@
-"""Copies on their way to a rank of another node, when a mesh is made anew."""
+"""Pieces of states on their way between ranks, when a mesh is made anew."""
 
 from __future__ import annotations
 
 import zlib
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from ...parallel.comm.collectives import receive, send
 from ...parallel.comm.mesh import Axis
-from .copy_file import NoSnapshot, Seal, WholeCopy
-from .point import RunPoint
+from .copy_file import NoSnapshot
+
+_CHECK = 8
+"""Bytes of the checksum behind a parcel."""
 
 
-def hand_over(copy: WholeCopy, axis: Axis, to: int) -> None:
-    """Sends a copy to the rank at index `to` of an axis, which calls `take_over`."""
-    sizes = torch.tensor([len(copy.index), len(copy.state), *copy.seal.words])
-    for part in (sizes, *(torch.frombuffer(bytearray(each), dtype=torch.uint8) for each in (copy.index, copy.state))):
-        send(part, axis, to).wait()
-
-
-def take_over(point: RunPoint, axis: Axis, source: int) -> WholeCopy:
-    """The copy that the rank at index `source` sends.
+def exchange(axis: Axis, out: Mapping[int, Sequence[Tensor]], into: Mapping[int, Sequence[Tensor]]) -> None:
+    """Sends tensors to ranks of an axis and fills tensors with what comes from there; both ends know the same.
 
     Args:
-        point: how far its state is.
-        axis: over which it comes.
-        source: from where.
+        axis: all of whose ranks call it.
+        out: for each index on the axis what goes there.
+        into: what comes from there, to be filled.
 
     Raises:
-        NoSnapshot: other bytes have come than were copied.
+        NoSnapshot: other bytes have come than were sent.
+        Aborted, Overdue, PeerGone: see `Abort.wait`.
     """
-    sizes = receive(torch.zeros(10, dtype=torch.int64), axis, source).wait().tolist()
-    index = receive(torch.empty(sizes[0], dtype=torch.uint8), axis, source).wait()
-    state = receive(torch.empty(sizes[1], dtype=torch.uint8), axis, source).wait()
-    seal, found = Seal(*sizes[2:-1]), memoryview(bytearray(state.numpy().tobytes()))
-    if zlib.crc32(found) != seal.state_crc:
-        raise NoSnapshot(f"the copy of slot {seal.slot} came damaged from rank {source}")
-    return WholeCopy(Path(f"of rank {source}"), seal, point, index.numpy().tobytes(), found)
+    parcels = {peer: _packed(out[peer]) for peer in sorted(out) if out[peer]}
+    coming = {
+        peer: torch.empty(sum(each.nbytes for each in into[peer]) + _CHECK, dtype=torch.uint8)
+        for peer in sorted(into)
+        if into[peer]
+    }
+    flights = [receive(parcel, axis, peer) for peer, parcel in coming.items()]
+    flights += [send(parcel, axis, peer) for peer, parcel in parcels.items()]
+    for flight in flights:
+        flight.wait()
+    for peer, parcel in coming.items():
+        if not torch.equal(parcel[-_CHECK:], _checksum(parcel[:-_CHECK])):
+            raise NoSnapshot(f"pieces came damaged from rank {peer}")
+        _unpack(parcel, into[peer])
+
+
+def _packed(tensors: Sequence[Tensor]) -> Tensor:
+    body = torch.cat([each.contiguous().view(-1).view(torch.uint8) for each in tensors])
+    return torch.cat((body, _checksum(body)))
+
+
+def _checksum(body: Tensor) -> Tensor:
+    return torch.tensor([zlib.crc32(body.numpy().data)]).view(torch.uint8)
+
+
+def _unpack(parcel: Tensor, tensors: Sequence[Tensor]) -> None:
+    at = 0
+    for each in tensors:
+        mine = parcel[at : at + each.nbytes].clone()  # a view of another type needs memory that begins where it may
+        each.copy_(mine.view(each.dtype).view(each.shape))
+        at += each.nbytes

@@ -183,11 +183,6 @@ class Membership:
         plan = self._read(epoch) if epoch else None
         return tuple(range(self._world)) if not epoch else plan.members if plan is not None else None
 
-    def layout(self, epoch: int) -> str:
-        """That of the mesh of an epoch; empty: the job's own, or not known."""
-        plan = self._read(epoch) if epoch else None
-        return plan.layout if plan is not None else ""
-
     def _read(self, epoch: int) -> EpochPlan | None:
         path = self.folder / f"plan.{epoch}"
         with contextlib.suppress(FileNotFoundError):

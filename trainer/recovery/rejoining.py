@@ -28,8 +28,8 @@ from .keeper import SnapshotKeeper
 from .plan import EpochPlan, Fenced, Membership, PlannedChange
 from .point import RunPoint
 from .recovered import LOST_STEPS, MTTR
-from .relaying import RelaidRestore, relaid_for
-from .restore import StateRestore
+from .restore import Known, Live, StateRestore
+from .ways import relaid_for
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,27 @@ class Epoch:
     number: int
     members: tuple[int, ...]
     plan: EpochPlan | None = None
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What a process has after it left a mesh.
+
+    Args:
+        job, slot: in that mesh.
+        state: what the session left.
+        live: the same as pieces; none: it is not the state after a step.
+    """
+
+    job: Config
+    slot: int
+    state: SessionState
+    live: Live | None
+
+    def close(self) -> None:
+        """Gives back what no session has taken over."""
+        if self.state.place is not None:
+            self.state.place.close()
 
 
 class Rejoining:
@@ -65,9 +86,14 @@ class Rejoining:
         self.here = here
         """This process, as it comes to the next mesh."""
         self.keeper = SnapshotKeeper(membership.folder, membership.number)
-        self._state: SessionState | None = None
-        self._live: RunPoint | None = None
-        self._restore: StateRestore | RelaidRestore | None = None
+        self._left: _Left | None = None
+        self._old: _Left | None = None
+        """What was left behind in a mesh of other pieces, until those of the new one are filled from it."""
+        self._restore: StateRestore | None = None
+        self._job = cfg
+        """As the newest mesh has it."""
+        self._begun: dict[int, int] = {}
+        """Step at which each mesh began, by epoch."""
         self._peak: Peak | None = None
         self._search: ChunkSearch | None = None
         self._session: Session | None = None
@@ -128,6 +154,8 @@ class Rejoining:
         if plan is None:
             return None
         if self._membership.number in plan.spares:
+            self._give_back()
+            self.keeper.close()
             return self.called(plan.epoch)
         if self._membership.number not in plan.members:
             raise Fenced
@@ -143,18 +171,28 @@ class Rejoining:
     def _leave(self, *, lost: bool) -> None:
         """Leaves the mesh, in the middle of anything if others were `lost`."""
         session, trainer, self._session, self._trainer = self._session, self._trainer, None, None
-        self._state = self._live = None
         if session is None:
+            self._left, self._old = self._old, None  # nothing has taken its place
             return
+        point = None
         if lost:
             session.mesh.abort.trigger("other ranks are lost")
             session.stepper.reset(lost=True)
-            self._live = trainer.left_at if trainer is not None else None
+            point = trainer.left_at if trainer is not None else None
         elif trainer is not None:
             self.keeper.arrived()
-            self._live = trainer.point
+            point = trainer.point
         self.keeper.leave()
-        self._state = session.leave()
+        live, slot = None, session.mesh.rank
+        if point is not None:
+            live = Live(point, all_tensors(session.parts, session.optimizer), self._epoch.number, slot)
+        self._left = _Left(self._job, slot, session.leave(), live)
+
+    def _give_back(self) -> None:
+        for each in (self._left, self._old):
+            if each is not None:
+                each.close()
+        self._left = self._old = None
 
     # Into a mesh ------------------------------------------------------------------------------------------------
 
@@ -166,10 +204,6 @@ class Rejoining:
         """
         return self._cfg if epoch.plan is None else relaid_for(self._cfg, epoch.plan.layout, len(epoch.members))
 
-    def _was_relaid(self, epoch: Epoch) -> bool:
-        """Whether any mesh up to this one had another layout than the job's: all ranks know the same."""
-        return any(self._membership.layout(number) for number in range(epoch.number + 1))
-
     def brings(self, epoch: Epoch, resumed: Path | None) -> tuple[SessionState | None, Restore | None]:
         """What this process brings to a mesh, and what makes the ranks' states one.
 
@@ -177,16 +211,19 @@ class Rejoining:
             epoch: of the mesh.
             resumed: the checkpoint that the job went on from, as far as this process knows.
         """
-        self._epoch = epoch
+        self._epoch, self._job = epoch, self.job_in(epoch)
         if epoch.number == 0:
             return None, None
-        folder, state, live = self._membership.folder, self._state, self._live
-        self._state = self._live = None
-        if self._was_relaid(epoch):
-            self._restore = RelaidRestore(folder, self._peak, self._search, resumed)
-            return None, self._restore
-        self._restore = StateRestore(folder, live, resumed)
-        return state, self._restore
+        left, self._left = self._left, None
+        slot = epoch.members.index(self._membership.number)
+        folder, number = self._membership.folder, self._membership.number
+        known = Known(self._begun, self._peak, self._search, resumed)
+        live = left.live if left is not None else None
+        self._restore = StateRestore(folder, number, epoch.members, live, known)
+        if left is not None and (left.job, left.slot) == (self._job, slot):
+            return left.state, self._restore
+        self._old = left  # its pieces are others: they are given to whom they belong now
+        return None, self._restore
 
     def met(self) -> None:
         """All ranks are there."""
@@ -195,6 +232,7 @@ class Rejoining:
     def opened(self, session: Session) -> None:
         """The session stands, and its state is that of one step."""
         self._session, self._peak, self._search = session, session.peak, session.overlap.search
+        self._give_back()
 
     @property
     def point(self) -> RunPoint | None:
@@ -209,6 +247,7 @@ class Rejoining:
     def ready(self, trainer: Trainer, outputs: Outputs | None) -> None:
         """This rank is about to train."""
         self._trainer = trainer
+        self._begun[self._epoch.number] = trainer.step
         self.keeper.tell = outputs.events.log if outputs is not None else None
         state = all_tensors(trainer.parts, trainer.optimizer)
         self.keeper.begin(trainer.mesh, self._epoch.members, state, trainer.point)
@@ -223,7 +262,9 @@ class Rejoining:
             parts[name], before = round(1e3 * max(at - before, 0.0), 3), at
         total = round(1e3 * (before - began), 3)
         redone = max(0, self._restore.furthest - step) if self._restore is not None else 0
-        where = {"step": step, "epoch": plan.epoch, "rung": plan.rung, "layout": plan.layout, "from": self._from()}
+        moved = self._restore.moved if self._restore is not None else 0
+        where = {"step": step, "epoch": plan.epoch, "rung": plan.rung, "layout": plan.layout}
+        where |= {"from": self._from(), "moved": moved}
         slots = [
             slot for slot, number in enumerate(self._membership.members(plan.epoch - 1) or ()) if number in plan.lost
         ]
@@ -241,6 +282,7 @@ class Rejoining:
     def close(self) -> None:
         """At the process's end."""
         self.keeper.close()
+        self._give_back()
         self._session = self._trainer = None
 
 

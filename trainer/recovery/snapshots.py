@@ -5,18 +5,18 @@ from __future__ import annotations
 import ctypes
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ...configs.strict_json import JsonError, expect_int, expect_list, expect_text, parse_json
-from ...parallel.global_tensor import GlobalTensor
+from ...parallel.global_tensor import GlobalTensor, Placement
 from .copy_file import CopyFile, NoSnapshot, Seal, WholeCopy, read_copies
+from .pieces import TensorPiece
 from .point import RunPoint
 
 COPY_NAME = re.compile(r"snapshot\.(\d+)(\.partner)?(\.new)?")
@@ -146,18 +146,26 @@ class SnapshotFile:
 
 @dataclass(frozen=True)
 class StoredPiece:
-    """A piece of a global tensor in a snapshot: a run of a slice's elements, and where its bytes are."""
+    """A piece of a global tensor, and the first of its bytes in a state."""
 
     name: str
-    described: tuple[Any, ...]
+    piece: TensorPiece
     at: int
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A whole copy of the state of one slot after one step."""
+    """A whole copy of the state of one slot after one step.
+
+    Args:
+        copy: as it was read.
+        number: of the process that has kept it.
+        partner: of another process's state.
+    """
 
     copy: WholeCopy
+    number: int
+    partner: bool
 
     @property
     def point(self) -> RunPoint:
@@ -165,69 +173,61 @@ class Snapshot:
         return self.copy.point
 
     @cached_property
-    def pieces(self) -> dict[str, StoredPiece]:
-        """By name.
+    def tensors(self) -> dict[str, GlobalTensor]:
+        """Its pieces, by name, in the memory of the copy: nobody may write there.
 
         Raises:
             JsonError: the index is none.
         """
-        return {piece.name: piece for piece in _pieces(self.copy.index, len(self.copy.state))}
-
-    def fill(self, tensors: Mapping[str, GlobalTensor]) -> None:
-        """Copies the state into the memory of the same pieces.
-
-        Raises:
-            NoSnapshot: it holds others; nothing was copied.
-        """
-        for name, piece in tensors.items():
-            held = self.pieces.get(name)
-            if held is None or held.described != _described(piece):
-                raise NoSnapshot(f"{self.copy.path} does not hold this rank's piece of {name}")
-        if len(self.pieces) != len(tensors):
-            raise NoSnapshot(f"{self.copy.path} holds {len(self.pieces)} pieces, this rank has {len(tensors)}")
-        for name, piece in tensors.items():
-            local, at = piece.local, self.pieces[name].at
-            if local.nbytes:
-                _memory(local.data_ptr(), local.nbytes)[:] = self.copy.state[at : at + local.nbytes]
+        found = dict[str, GlobalTensor]()
+        for stored in stored_pieces(self.copy.index, len(self.copy.state)):
+            piece = stored.piece
+            memory = self.copy.state[stored.at : stored.at + piece.count * piece.dtype.itemsize]
+            data = torch.frombuffer(memory, dtype=piece.dtype) if piece.count else torch.empty(0, dtype=piece.dtype)
+            found[stored.name] = GlobalTensor(piece.placement, piece.start, piece.start + piece.count, data)
+        return found
 
 
-def snapshots_on_node(folder: Path) -> dict[int, dict[int, Snapshot]]:
-    """The whole copies that a node has, by slot and step; of several of a step that of the latest epoch."""
-    found: dict[int, dict[int, Snapshot]] = {}
-    for copy in (each for each in _copies(folder) if each.is_sound):
-        of_slot = found.setdefault(copy.seal.slot, {})
-        known = of_slot.get(copy.seal.step)
-        if known is None or copy.seal.epoch > known.copy.seal.epoch:
-            of_slot[copy.seal.step] = Snapshot(copy)
-    return found
+def snapshots_on_node(folder: Path, passed_over: Collection[int] = ()) -> list[Snapshot]:
+    """The sealed copies that a node has, those of later meshes first; their states are still to be looked at
+    (`WholeCopy.is_sound`).
 
-
-def snapshots_by_step(folder: Path) -> dict[int, list[Snapshot]]:
-    """All copies that a node has, of any mesh, whose states are still to be looked at (`WholeCopy.is_sound`); of each
-    step those of the latest epoch first."""
-    found: dict[int, list[Snapshot]] = {}
-    for copy in sorted(_copies(folder), key=lambda copy: -copy.seal.epoch):
-        found.setdefault(copy.seal.step, []).append(Snapshot(copy))
-    return found
-
-
-def _copies(folder: Path) -> Iterator[WholeCopy]:
-    """The sealed copies that a node has."""
+    Args:
+        folder: of the job on the node.
+        passed_over: numbers of processes whose files are not looked at.
+    """
+    found: list[Snapshot] = []
     for path in sorted(folder.glob("snapshot.*")):
         match = COPY_NAME.fullmatch(path.name)
-        if match is not None and not match[3]:
-            with suppress(OSError, NoSnapshot, JsonError):
-                yield from read_copies(path)
+        if match is None or match[3] or int(match[1]) in passed_over:
+            continue
+        with suppress(OSError, NoSnapshot, JsonError):
+            found += (Snapshot(copy, int(match[1]), bool(match[2])) for copy in read_copies(path))
+    return sorted(found, key=lambda each: -each.copy.seal.epoch)
 
 
-def _pieces(index: bytes, size: int) -> Iterator[StoredPiece]:
+def copy_index(tensors: Mapping[str, GlobalTensor]) -> bytes:
+    """What a copy of these pieces would have as its index."""
+    return _PieceMap.of(tensors).index
+
+
+def stored_pieces(index: bytes, size: int | None = None) -> Iterator[StoredPiece]:
+    """What an index says.
+
+    Args:
+        index: as JSON.
+        size: bytes of the state; none: there is none, as of memory.
+
+    Raises:
+        JsonError: it is no index.
+    """
     for row in expect_list(parse_json(index), "the index"):
         if len(expect_list(row, "a piece")) != 8:
             raise JsonError(f"a piece is 8 values, not {len(row)}")
-        name, dtype = expect_text(row[0], "a name"), expect_text(row[6], "a type")
-        shapes = tuple([expect_int(n, "a size") for n in expect_list(each, "a shape")] for each in row[1:4])
+        name, kind = expect_text(row[0], "a name"), expect_text(row[6], "a type")
+        shapes = [tuple(expect_int(n, "a size") for n in expect_list(each, "a shape")) for each in row[1:4]]
         start, count, at = (expect_int(row[column], "a place") for column in (4, 5, 7))
-        item = getattr(torch, dtype, None)
-        if not isinstance(item, torch.dtype) or at + count * item.itemsize > size:
+        dtype = getattr(torch, kind, None)
+        if not isinstance(dtype, torch.dtype) or (size is not None and at + count * dtype.itemsize > size):
             raise JsonError(f"{name} is of no type, or lies outside")
-        yield StoredPiece(name, (*shapes, start, count, dtype), at)
+        yield StoredPiece(name, TensorPiece(Placement(*shapes), start, count, dtype), at)

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from pentad.configs import load
 from pentad.launch.supervise.ladder import Fault, Standing, climb, grown, met_anew
 from pentad.parallel.record.diagnosis import DEADLOCK, FAILED, HANG, KILLED, LINK, LOST_NODE, STOPPED, Verdict
-from pentad.trainer.recovery.ways import Way
+from pentad.trainer.recovery.ways import Way, relaid_for, ways
 
 FOUR = Standing(0, (0, 1, 2, 3), ("a", "a", "b", "b"), {4: "a", 5: "b"}, 6)
 
@@ -140,3 +141,39 @@ def test_a_shrunk_mesh_shrinks_again_and_a_spare_joins_it() -> None:
     assert twice.plan is not None and (twice.plan.members, twice.plan.layout) == ((3, 2), "dp=2")
     thrice = climb(twice.standing, _found(KILLED, 1, step=40))
     assert thrice.plan is not None and (thrice.plan.members, thrice.plan.layout) == ((3,), "dp=1")
+
+
+def test_the_layers_are_split_over_those_that_are_left() -> None:
+    """8 layers and a balanced vocabulary: any of 3 stages may be the one with 2 layers."""
+    given = [
+        "model.layers=8",
+        "model.hidden=32",
+        "model.heads=4",
+        "model.kv_heads=4",
+        "model.ffn=48",
+        "model.vocab=264",
+    ]
+    given += ["parallel.pp=4", "parallel.dp=1", "train.global_batch=8", "train.micro_batch=1", "train.seq_len=16"]
+    given += ["parallel.pipeline.vocab=balanced", "faults.recover=true", "train.steps=2", "train.device=cpu"]
+    cfg = load(None, given)
+    four = Standing(0, (0, 1, 2, 3), ("a",) * 4, next_number=4, rungs=("resplit",), ways=ways(cfg), starts=False)
+    for lost, layers, members in (
+        (0, "3,3,2", (1, 2, 3)),
+        (1, "3,3,2", (0, 2, 3)),
+        (2, "2,3,3", (0, 1, 3)),
+        (3, "2,3,3", (0, 1, 2)),
+    ):
+        rung = climb(four, _found(KILLED, lost))
+        assert rung.plan is not None and (rung.plan.rung, rung.plan.members) == ("resplit", members)
+        assert rung.plan.layout == f"pp=3 dp=1 pipeline.layers=[{layers}]" == rung.standing.layout
+        assert relaid_for(cfg, rung.plan.layout, 3).parallel.pipeline.layers == tuple(map(int, layers.split(",")))
+        back = grown(replace(rung.standing, spares={7: "a"}))
+        assert back is not None and back.plan is not None and (back.plan.layout, back.plan.rung) == ("", "grow")
+        assert set(back.plan.members) == {*members, 7} and back.plan.members[0] == members[0]
+        again = climb(rung.standing, _found(KILLED, 1, step=30))
+        assert again.plan is not None and again.plan.layout == "pp=2 dp=1 pipeline.layers=[4,4]"
+
+
+def test_a_schedule_that_needs_its_ranks_leaves_the_next_rung() -> None:
+    ended = climb(replace(FOUR, rungs=("resplit",), spares={}, ways=(Way("", "", 4, 4),)), _found(KILLED, 1))
+    assert ended.plan is None and "nothing on the ladder (resplit)" in ended.why

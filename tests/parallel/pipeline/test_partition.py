@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import accumulate, combinations_with_replacement
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pentad.parallel.pipeline.partition import partition
+from pentad.parallel.pipeline.partition import MOST_EVEN, as_even, partition
 from pentad.parallel.pipeline.schedules import placement
 
 Worth = tuple[float, float, float, float]
@@ -26,11 +27,14 @@ def _worth(counts: tuple[int, ...], costs: list[int], first: float, last: float,
     return max(ranks), max(stages), sum(r * r for r in ranks), sum(s * s for s in stages)
 
 
+def _splits(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
+    """All there are."""
+    cuts = combinations_with_replacement(range(layers + 1), stages - 1)
+    return (tuple(b - a for a, b in zip((0, *cut), (*cut, layers), strict=True)) for cut in cuts)
+
+
 def _best(costs: list[int], first: float, last: float, where: tuple[int, ...]) -> Worth:
-    layers = len(costs)
-    cuts = combinations_with_replacement(range(layers + 1), len(where) - 1)
-    splits = (tuple(b - a for a, b in zip((0, *cut), (*cut, layers), strict=True)) for cut in cuts)
-    return min(_worth(split, costs, first, last, where) for split in splits)
+    return min(_worth(split, costs, first, last, where) for split in _splits(len(costs), len(where)))
 
 
 _PLACEMENTS = st.sampled_from(
@@ -51,6 +55,24 @@ def test_no_split_is_better(costs: list[int], first: int, last: int, size: tuple
     counts = partition(costs, len(where), first=first, last=last, placement=where)
     assert len(counts) == len(where) and sum(counts) == len(costs) and min(counts) >= 0
     assert _worth(counts, costs, first, last, where) == _best(costs, first, last, where)
+
+
+@settings(max_examples=200, deadline=None)
+@given(_COSTS, st.integers(0, 20), st.integers(0, 20), _PLACEMENTS)
+@example([1] * 7, 0, 3, ("zb-v", 3, 2))
+def test_all_that_are_as_good_are_found(costs: list[int], first: int, last: int, size: tuple[str, int, int]) -> None:
+    where = placement(*size)
+    counts = partition(costs, len(where), first=first, last=last, placement=where)
+    found = as_even(costs, counts, first=first, last=last, placement=where)
+    best = _worth(counts, costs, first, last, where)
+    alike = {split for split in _splits(len(costs), len(where)) if _worth(split, costs, first, last, where) == best}
+    assert found[0] == counts and len(set(found)) == len(found)
+    assert set(found) == alike or (len(found) == MOST_EVEN and set(found) < alike)
+
+
+def test_the_fuller_stages_can_be_any() -> None:
+    assert set(as_even([2.0] * 8, (2, 3, 3), placement=range(3))) == {(2, 3, 3), (3, 2, 3), (3, 3, 2)}
+    assert len(as_even([0.1] * 61, partition([0.1] * 61, 16, placement=range(16)), placement=range(16))) == MOST_EVEN
 
 
 def test_equal_layers() -> None:

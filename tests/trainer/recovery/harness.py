@@ -30,6 +30,8 @@ import torch
 import torch.distributed as dist
 
 from pentad.configs.schema import Config, EvalConfig, HardwareConfig, TextData
+from pentad.parallel.comm.mesh import Axis
+from pentad.parallel.global_tensor import GlobalTensor
 from pentad.parallel.record.ring import HEADER_BYTES, Recorder, ring_folders, ring_name
 from pentad.parallel.record.vitals import ABORT_WORD, CHANGE_WORD, READY_WORD
 from pentad.trainer.checkpoint.io import read_full
@@ -37,7 +39,11 @@ from pentad.trainer.checkpoint.names import checkpoints
 from pentad.trainer.job.run import run
 from pentad.trainer.processes.signals import StopRequest
 from pentad.trainer.processes.start import Start
+from pentad.trainer.recovery import restore
 from pentad.trainer.recovery.plan import EpochPlan, Membership, end_plans, publish_plan
+from pentad.trainer.recovery.restore import StateRestore
+from pentad.trainer.recovery.snapshots import Snapshot
+from pentad.trainer.step import Stepper
 from pentad.trainer.trainer import Trainer
 from tests.training import job, world_of
 
@@ -74,6 +80,7 @@ class Ran:
         state: tensors of the last checkpoint, by name.
         about: the checkpoint's own state.
         saved: steps of which there are checkpoints.
+        taken: by number, the bytes that the process got whenever a mesh was made anew, its own state not counted.
         held: by number, what the process held whenever it began to train in a mesh: threads, descriptors, maps of
             shared memory.
         errors: tracebacks of processes that failed.
@@ -87,6 +94,7 @@ class Ran:
     saved: list[int]
     errors: dict[int, str]
     held: dict[int, list[list[int]]]
+    taken: dict[int, list[int]]
 
     @property
     def curve(self) -> list[tuple[int, float, float, int]]:
@@ -134,15 +142,18 @@ class StandIn:
             whoever was to be killed is.
         gently: their ranks agree to leave after a step.
         layouts: of meshes of so many members; else data parallelism of their size.
+        grow: decides likewise, while a mesh is smaller than the first; waiting spares → plan, or None: not now.
         whole_nodes: a node goes with the first of its processes, and with what is in its memory.
-        plan: decides on the next mesh: members by slot, lost numbers and waiting spares → members, or None: the end.
+        plan: decides on the next mesh: members by slot, lost numbers and waiting spares → members, or a whole plan, or
+            None: the end.
     """
 
     cfg: Config
     folder: Path
     spares: int = 0
     kills: tuple[Kill, ...] = ()
-    plan: Callable[[tuple[int, ...], set[int], list[int]], tuple[int, ...] | None] | None = None
+    plan: Callable[[tuple[int, ...], set[int], list[int]], tuple[int, ...] | EpochPlan | None] | None = None
+    grow: Callable[[list[int]], EpochPlan | None] | None = None
     nodes: Callable[[int], int] = lambda number: 0
     whole_nodes: bool = False
     anew: tuple[tuple[int, ...], ...] = ()
@@ -210,7 +221,7 @@ class StandIn:
                 raise TimeoutError(f"the job did not end in {TIMEOUT_S:g} s; see {self.folder}")
             ended = [
                 running.pop(sentinel)
-                for sentinel in wait(list(running), 0.02 if anew else 1.0)
+                for sentinel in wait(list(running), 0.02 if anew or self.grow else 1.0)
                 if isinstance(sentinel, int)
             ]
             seen = time.time()
@@ -224,40 +235,46 @@ class StandIn:
             if failed & set(members):
                 break
             died += len(lost)
-            due = anew and died >= len(self.kills) and self._reported() > reported
-            if not lost and not due:
+            goes_on = self._reported() > reported
+            grown = self.grow(spares) if self.grow and goes_on and len(members) < world_of(self.cfg) else None
+            due = anew and goes_on and died >= len(self.kills)
+            if not lost and not grown and not due:
                 continue
             for number in members:
                 if number in running.values():
                     self._tell(number, CHANGE_WORD if self.gently and not lost else ABORT_WORD, epoch)
-            if self.gently and not lost:
-                until_ready = time.monotonic() + 30
-                while not all(self._word(number, READY_WORD) for number in (*members, *anew[0])):
-                    assert time.monotonic() < until_ready, "the ranks do not leave their mesh"
-                    time.sleep(0.002)
-            following = self._next(members, lost, spares) if lost else anew.pop(0)
+            following = self._next(members, lost, spares) if lost else grown or anew.pop(0)
             if following is None:
                 break
+            plan = following if isinstance(following, EpochPlan) else self._plan(epoch + 1, following, lost)
+            if self.gently and not lost:
+                until_ready = time.monotonic() + 30
+                while not all(self._word(number, READY_WORD) for number in (*members, *plan.members)):
+                    assert time.monotonic() < until_ready, "the ranks do not leave their mesh"
+                    time.sleep(0.002)
             reported = self._reported()
-            spares = [number for number in spares if number not in following]
-            epoch, members = epoch + 1, following
-            line = f"numbers {sorted(lost)} were killed" if lost else "made anew"
-            layout = self.layouts.get(len(members), f"dp={len(members) // self.cfg.parallel.model_ranks}")
-            layout = layout if len(members) != world_of(self.cfg) else ""
+            epoch, members = epoch + 1, plan.members
+            spares = [number for number in spares if number not in members]
             for folder in shared.iterdir():
-                publish_plan(folder, EpochPlan(epoch, members, tuple(sorted(lost)), line, seen, "spare", layout=layout))
+                publish_plan(folder, replace(plan, seen=seen))
         for folder in shared.iterdir():
             end_plans(folder)
         wait_for = time.monotonic() + 30
         for process in self._processes.values():
             process.join(max(0.0, wait_for - time.monotonic()))
 
+    def _plan(self, epoch: int, members: tuple[int, ...], lost: set[int]) -> EpochPlan:
+        line = f"numbers {sorted(lost)} were killed" if lost else "made anew"
+        layout = self.layouts.get(len(members), f"dp={len(members) // self.cfg.parallel.model_ranks}")
+        layout = layout if len(members) != world_of(self.cfg) else ""
+        return EpochPlan(epoch, members, tuple(sorted(lost)), line, rung="spare", layout=layout)
+
     def _reported(self) -> int:
         """Steps that the job has reported."""
         path = Path(self.cfg.runs_dir) / self.cfg.name / "metrics.jsonl"
         return len(path.read_text().splitlines()) if path.exists() else 0
 
-    def _next(self, members: tuple[int, ...], lost: set[int], spares: list[int]) -> tuple[int, ...] | None:
+    def _next(self, members: tuple[int, ...], lost: set[int], spares: list[int]) -> tuple[int, ...] | EpochPlan | None:
         if self.plan is not None:
             return self.plan(members, lost, spares)
         free = iter(spares)
@@ -295,9 +312,9 @@ class StandIn:
         codes = {number: process.exitcode or 0 for number, process in self._processes.items()}
         errors = {int(path.name.split(".")[0]): path.read_text() for path in self.folder.glob("*.error")}
         held = {int(path.name.split(".")[0]): json.loads(path.read_text()) for path in self.folder.glob("*.held")}
-        return Ran(
-            codes, lines["metrics"], lines["events"], state, about, sorted(step for step, _ in found), errors, held
-        )
+        taken = {int(path.name.split(".")[0]): json.loads(path.read_text()) for path in self.folder.glob("*.taken")}
+        saved = sorted(step for step, _ in found)
+        return Ran(codes, lines["metrics"], lines["events"], state, about, saved, errors, held, taken)
 
 
 def _process(
@@ -324,7 +341,7 @@ def _process(
         contextlib.redirect_stderr(file),
         _killed(kills),
         mock.patch("pentad.trainer.job.run.conclude_run"),  # pictures take longer than these jobs
-        _counted(logs / f"{number}.held"),
+        _counted(logs / f"{number}.held", logs / f"{number}.taken"),
     ):
         try:
             start = Start.of(os.environ, StopRequest(), given="", failed=lambda failure: None)
@@ -338,18 +355,46 @@ def _process(
 
 
 @contextlib.contextmanager
-def _counted(file: Path) -> Iterator[None]:
-    """Notes what the process holds whenever it begins to train."""
+def _counted(held: Path, taken: Path) -> Iterator[None]:
+    """Notes what the process holds whenever it begins to train, and the bytes that it got whenever it was filled."""
     train, found = Trainer.train, list[list[int]]()
+    fill, exchange, tensors = StateRestore.fill, restore.exchange, Snapshot.tensors
+    number, nbytes = int(held.stem), list[int]()
 
     def counting(self: Trainer, *args: Any) -> bool:
         maps = Path("/proc/self/maps").read_text()
         shared = maps.count("memfd:pentad") + maps.count("/snapshot.")
         found.append([len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), shared])
-        file.write_text(json.dumps(found))
+        held.write_text(json.dumps(found))
         return train(self, *args)
 
-    with mock.patch.object(Trainer, "train", counting):
+    def filling(self: StateRestore, stepper: Stepper) -> None:
+        nbytes.append(0)
+        fill(self, stepper)
+        taken.write_text(json.dumps(nbytes))
+
+    def coming(axis: Axis, out: Any, into: dict[int, list[torch.Tensor]]) -> None:
+        exchange(axis, out, into)
+        nbytes[-1] += sum(each.nbytes for tensors in into.values() for each in tensors)
+
+    class Read(GlobalTensor):
+        def view_of(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+            view = super().view_of(offsets, sizes)
+            nbytes[-1] += view.nbytes
+            return view
+
+    def reading(self: Snapshot) -> dict[str, GlobalTensor]:
+        pieces = tensors.func(self)
+        for piece in pieces.values() if self.number != number or self.partner else ():
+            piece.__class__ = Read
+        return pieces
+
+    with (
+        mock.patch.object(Trainer, "train", counting),
+        mock.patch.object(StateRestore, "fill", filling),
+        mock.patch.object(restore, "exchange", coming),
+        mock.patch.object(Snapshot, "tensors", property(reading)),
+    ):
         yield
 
 

@@ -10,9 +10,9 @@ import torch
 from pentad.parallel.global_tensor import GlobalTensor, Placement
 from pentad.trainer.checkpoint.same_run import RunProgress
 from pentad.trainer.recovery.copy_file import NoSnapshot, read_copies
+from pentad.trainer.recovery.pieces import TensorPiece
 from pentad.trainer.recovery.point import RunPoint
-from pentad.trainer.recovery.relaying import cover, fill_from
-from pentad.trainer.recovery.snapshots import Snapshot, SnapshotFile, snapshots_by_step, snapshots_on_node
+from pentad.trainer.recovery.snapshots import Snapshot, SnapshotFile, copy_index, snapshots_on_node, stored_pieces
 
 
 def point(step: int) -> RunPoint:
@@ -38,7 +38,13 @@ def values(tensors: dict[str, GlobalTensor]) -> dict[str, torch.Tensor]:
 
 
 def snapshots_of(folder: Path, slot: int) -> dict[int, Snapshot]:
-    return snapshots_on_node(folder).get(slot, {})
+    """By step, of several of a step that of the latest mesh."""
+    found = [each for each in snapshots_on_node(folder) if each.copy.seal.slot == slot and each.copy.is_sound]
+    return {each.point.step: each for each in reversed(found)}
+
+
+def described(index: bytes) -> dict[str, TensorPiece]:
+    return {stored.name: stored.piece for stored in stored_pieces(index)}
 
 
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
@@ -57,9 +63,8 @@ def test_the_two_newest_copies_are_there_to_the_bit(tmp_path: Path) -> None:
     found = snapshots_of(tmp_path, 3)
     assert sorted(found) == [3, 4] and not snapshots_of(tmp_path, 2)
     for step, snapshot in found.items():
-        other = state(5)
-        snapshot.fill(other)
-        assert same(values(other), wanted[step])
+        assert same(values(snapshot.tensors), wanted[step])
+        assert described(copy_index(snapshot.tensors)) == described(copy_index(mine))
         assert (snapshot.point, snapshot.copy.seal.epoch) == (point(step), 2)
     file.close()
     assert sorted(snapshots_of(tmp_path, 3)) == [3, 4]
@@ -99,19 +104,13 @@ def test_a_flipped_bit_anywhere_in_a_copy_makes_it_none(tmp_path: Path) -> None:
         read_copies(path)
 
 
-def test_the_latest_epoch_counts_and_other_pieces_are_refused(tmp_path: Path) -> None:
+def test_copies_of_later_meshes_come_first_and_others_files_are_passed_over(tmp_path: Path) -> None:
     for number, epoch in ((0, 0), (9, 2), (4, 1)):
-        file = SnapshotFile(tmp_path, number, state(number))
-        file.write(point(1), epoch, 0)
-    found = snapshots_of(tmp_path, 0)[1]
-    other = state(1)
-    found.fill(other)
-    assert other["model/n"].local.item() == 9
-    other["model/a"] = GlobalTensor(other["model/a"].placement, 5, 16, other["model/a"].local[1:])
-    with pytest.raises(NoSnapshot, match="piece of model/a"):
-        found.fill(other)
-    with pytest.raises(NoSnapshot, match="5 pieces, this rank has 4"):
-        found.fill({name: piece for name, piece in state(1).items() if name != "model/b"})
+        SnapshotFile(tmp_path, number, state(number)).write(point(1), epoch, 0)
+    found = snapshots_on_node(tmp_path)
+    assert [(each.number, each.copy.seal.epoch) for each in found] == [(9, 2), (4, 1), (0, 0)]
+    assert [each.tensors["model/n"].local.item() for each in found] == [9, 4, 0]
+    assert [each.number for each in snapshots_on_node(tmp_path, (9, 0))] == [4]
 
 
 def test_a_file_follows_the_same_pieces_to_other_memory(tmp_path: Path) -> None:
@@ -120,10 +119,8 @@ def test_a_file_follows_the_same_pieces_to_other_memory(tmp_path: Path) -> None:
     file.write(point(1), 0, 0)
     assert not file.follow({"a": GlobalTensor.of(torch.zeros(5))}) and file.follow(two)
     file.write(point(2), 0, 0)
-    three = {"a": GlobalTensor.of(torch.zeros(4))}
     for step, value in ((2, 2.0), (1, 1.0)):
-        snapshots_of(tmp_path, 0)[step].fill(three)
-        assert three["a"].local.tolist() == [value] * 4
+        assert snapshots_of(tmp_path, 0)[step].tensors["a"].local.tolist() == [value] * 4
 
 
 def test_who_goes_back_has_no_copy_of_what_will_be_done_again(tmp_path: Path) -> None:
@@ -134,24 +131,3 @@ def test_who_goes_back_has_no_copy_of_what_will_be_done_again(tmp_path: Path) ->
     assert sorted(snapshots_of(tmp_path, 0)) == [4]
     file.write(point(4), 1, 0)
     assert [copy.seal.epoch for copy in read_copies(file.file.path)] == [1]
-
-
-def test_pieces_are_found_in_copies_of_other_layouts_that_overlap(tmp_path: Path) -> None:
-    """A (10, 10) tensor, of which three ranks of one layout and two of another had runs: what is nowhere is missed,
-    though as many elements are there as are wanted."""
-    whole, place = torch.arange(100.0), Placement.whole((10, 10))
-    runs = {0: [(0, 34), (34, 68), (68, 100)], 1: [(0, 50), (25, 75)]}
-    for epoch, of_ranks in runs.items():
-        for rank, (start, stop) in enumerate(of_ranks):
-            piece = GlobalTensor(place, start, stop, whole[start:stop].clone())
-            SnapshotFile(tmp_path, 10 * epoch + rank, {"a": piece}).write(point(3), epoch, rank)
-    (wanted,) = [GlobalTensor(place, 11, 100, torch.zeros(89))]
-    copies = snapshots_by_step(tmp_path)[3]
-    assert [copy.copy.seal.epoch for copy in copies] == [1, 1, 0, 0, 0]
-    parts = cover(copies, {"a": wanted})
-    assert parts is not None
-    fill_from(parts, {"a": wanted})
-    assert torch.equal(wanted.local, whole[11:])
-    assert cover([each for each in copies if each.copy.seal.epoch], {"a": wanted}) is None
-    assert cover(copies, {"b": wanted}) is None
-    assert cover(copies, {"a": GlobalTensor(place, 0, 100, torch.zeros(100, dtype=torch.float64))}) is None
