@@ -138,10 +138,10 @@ class Checkpointer:
         The kernel gives memory when it is first written to, which takes longer than the copy: that is done beside the
         first steps. What fails here fails again, and is told, when it is wanted.
         """
+        self._join()  # a save that is being written talks to the other ranks, as planning does
         with suppress(CheckpointError):
             self._plan(tensors)
             if self._writer is not None:
-                self._join()
                 self._writer.run(self._layout.buffers.touch)
 
     def save(self, step: int, tensors: Mapping[str, GlobalTensor], state: Mapping[str, Any]) -> None:
