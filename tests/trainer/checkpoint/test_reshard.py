@@ -62,9 +62,9 @@ def _files(path: Path) -> dict[str, bytes]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", SPACES)
-@pytest.mark.parametrize("number", [1, pytest.param(12, marks=pytest.mark.slow)])
-def test_the_files_are_those_of_the_other_layout(tmp_path: Path, kind: str, number: int) -> None:
-    layouts = [*random.Random(kind).sample(SPACES[kind], number), *BALANCED]
+@pytest.mark.parametrize("number", [1, pytest.param(None, marks=pytest.mark.slow)], ids=["one", "all"])
+def test_the_files_are_those_of_the_other_layout(tmp_path: Path, kind: str, number: int | None) -> None:
+    layouts = [*random.Random(kind).sample(SPACES[kind], number or len(SPACES[kind])), *BALANCED]
     first = save_under(tmp_path, kind, {})
     run_distributed(_resaved, RANKS, tmp_path, kind, layouts, first, timeout_s=600, group=False)
     for at, layout in enumerate(layouts):
