@@ -4,9 +4,9 @@
     python benchmarks/save_block.py --gb 1 --ranks 2 --saves 6
 
 Ranks of data parallelism (`zero1`) train a dense model in fp32 with AdamW, of which parameters and moments together are
-so many GB, and save between steps; what is written beside is waited for before the next step. Of each save, on the rank
-that it held up longest: `blocks` from the call to its return; `copy` of the tensors into host buffers, inside it;
-`beyond` is the rest; `memcpy` is what a copy of as many bytes between two buffers takes, measured before it.
+so many GB, and save after every four steps; what is written beside is waited for before the next step. Of each save, on
+the rank that it held up longest: `blocks` from the call to its return; `copy` of the tensors into host buffers, inside
+it; `beyond` is the rest; `memcpy` is what a copy of as many bytes between two buffers takes, measured before it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from pentad.trainer.data.dataset import Microbatch
 from pentad.trainer.session import Here, Session
 
 HIDDEN, FFN, VOCAB, LENGTH = 1024, 2816, 2048, 32
+_STEPS = 4
+"""Between two saves."""
 LAYER_BYTES = 12 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * FFN)
 
 
@@ -84,7 +86,8 @@ def measure(rank: int, gb: float, ranks: int, saves: int, folder: Path) -> tuple
     one, other = np.ones(held // 8), np.ones(held // 8)
     saver.prepare(all_tensors(session.parts, session.optimizer))
     for step in range(saves):
-        session.stepper.run(step, [batch], LENGTH * ranks, 1e-4)
+        for _ in range(_STEPS):
+            session.stepper.run(step, [batch], LENGTH * ranks, 1e-4)
         began = time.perf_counter()
         np.copyto(one, other)
         memcpy = time.perf_counter() - began

@@ -155,6 +155,7 @@ class Checkpointer:
             tensors: by global name.
             state: JSON values, the same on every rank; rank 0's are kept.
         """
+        self._layout.buffers.want()
         self._join()
         self._error = None
         started = time.monotonic()

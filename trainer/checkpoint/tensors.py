@@ -21,7 +21,7 @@ from .format1 import decode_box
 from .index import Contents
 from .manifest import FORMAT, Damaged, FileSum, SummedFile
 from .stored import BoxOverlap, StoredBox, StoredTensor, held_once
-from .writers import Write
+from .writers import Write, memory_of
 
 DTYPES = {
     "F64": torch.float64,
@@ -135,11 +135,6 @@ def write_files(folder: Path, files: Sequence[PlannedFile], data: Sequence[Tenso
             return out.finish()
 
     return dict(zip((file.name for file in files), map_threads(write, files, _THREADS), strict=True))
-
-
-def memory_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the host."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 class TensorFiles:

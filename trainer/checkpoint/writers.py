@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,8 +20,8 @@ from ...parallel.global_tensor import GlobalTensor
 
 _SEGMENT_BYTES = 512 << 20
 _ALIGN = 64
-_PAGE = 4096
-"""Bytes that the kernel gives at once, or a part of it."""
+_PAGE, _TOUCHED = 4096, 16 << 20
+"""Bytes that the kernel gives at once, or a part of it; those that are touched in one go."""
 
 Extent = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes of a box of a global tensor."""
@@ -143,7 +144,8 @@ class HostBuffers:
 
     def __init__(self, writes: Sequence[Write], *, pinned: bool) -> None:
         self.tensors: list[Tensor] = []
-        self._segments: list[Tensor] = []
+        self._segments: list[np.ndarray] = []
+        self._wanted = False
         segment: list[Write] = []
         for write in writes:
             if segment and _aligned(segment) + write.nbytes > _SEGMENT_BYTES:
@@ -154,28 +156,45 @@ class HostBuffers:
             self._allocate(segment, pinned)
 
     def _allocate(self, segment: list[Write], pinned: bool) -> None:
-        self._segments.append(torch.empty(_aligned(segment), dtype=torch.uint8, pin_memory=pinned))
-        memory, at = self._segments[-1].numpy(), 0
+        size, at = _aligned(segment), 0
+        # numpy asks the kernel for huge pages, which it gives in less than half the time.
+        memory = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy() if pinned else np.empty(size, np.uint8)
+        self._segments.append(memory)
         for write in segment:
             flat = torch.frombuffer(memory, dtype=write.dtype, count=math.prod(write.sizes), offset=at)
             self.tensors.append(flat.view(write.sizes))
             at += _aligned([write])
 
     def touch(self) -> None:
-        """Writes to every page once."""
+        """Writes to every page once, until `fill` is to come."""
         for segment in self._segments:
-            segment[::_PAGE].zero_()
+            for at in range(0, len(segment), _TOUCHED):
+                if self._wanted:
+                    return
+                segment[at : at + _TOUCHED : _PAGE] = 0
+
+    def want(self) -> None:
+        """Ends `touch`: who fills touches what is left."""
+        self._wanted = True
 
     def fill(self, writes: Sequence[Write], tensors: Mapping[str, GlobalTensor]) -> None:
         """Copies the boxes; on return the sources may change."""
         devices: set[torch.device] = set()
         for write, host in zip(writes, self.tensors, strict=True):
             source = tensors[write.name].view_of(write.offsets, write.sizes)
-            host.copy_(source, non_blocking=True)
             devices.add(source.device)
+            if source.device.type == "cpu" and source.is_contiguous() and source.dtype == host.dtype:
+                memory_of(host)[:] = memory_of(source)  # twice as fast on one thread as torch's copy
+            else:
+                host.copy_(source, non_blocking=True)
         for device in devices:
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the host."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _aligned(writes: Sequence[Write]) -> int:

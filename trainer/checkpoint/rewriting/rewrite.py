@@ -36,10 +36,10 @@ from ..same_run import layout_of
 from ..saved_model import model_config_from_state
 from ..stored import StoredTensor
 from ..team import CheckpointError
-from ..tensors import DTYPES, TensorFiles, index_of, memory_of, plan_files
+from ..tensors import DTYPES, TensorFiles, index_of, plan_files
 from ..tiers.local import host_words
 from ..verification import hosts_of, verification
-from ..writers import Write, assign
+from ..writers import Write, assign, memory_of
 from .layout import layout_config, layout_holdings
 
 _CHUNK = 16 << 20
