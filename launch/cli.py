@@ -99,9 +99,9 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     show.add_argument("--keys", metavar="SECTION", nargs="?", const="", help="document every key of a section, or all")
     show.set_defaults(run=_show)
     rehearsal = job("rehearse", "Run a job, make faults happen to it, and say what became of it.")
-    rehearsal.add_argument(
-        "--fault", metavar="KIND:rank=R@step=S", action="append", default=[], help="kill, stop or hang; repeated"
-    )
+    what = "kill, stop or hang; node=N: kill; repeated"
+    rehearsal.add_argument("--fault", metavar="KIND:rank=R@step=S", action="append", default=[], help=what)
+    rehearsal.add_argument("--nodes", metavar="N", type=int, default=1, help="spread over so many, all on this machine")
     rehearsal.add_argument("--json", action="store_true", help="one JSON object at the end")
     rehearsal.set_defaults(run=_rehearse)
 
@@ -248,7 +248,7 @@ def _train(args: argparse.Namespace) -> int:
 def _rehearse(args: argparse.Namespace) -> int:
     from .verbs.rehearse import rehearse
 
-    return rehearse(args.config, args.overrides, args.fault, imports=args.imports, as_json=args.json)
+    return rehearse(args.config, args.overrides, args.fault, nodes=args.nodes, imports=args.imports, as_json=args.json)
 
 
 def _profile(args: argparse.Namespace) -> int:

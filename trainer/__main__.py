@@ -66,7 +66,7 @@ def main(
     try:
         newcomer = membership is not None and membership.newcomer
         env = {**os.environ, **({} if newcomer else place(os.environ))}
-        if "TORCHELASTIC_RUN_ID" in env or ("RANK" in env and "RANK" not in os.environ):
+        if membership is not None or "TORCHELASTIC_RUN_ID" in env or ("RANK" in env and "RANK" not in os.environ):
             signal_self_when_orphaned(signal.SIGTERM)  # a rank does not outlive what started it
         start = Start.of(env, stop, config=argv[0], fresh=fresh, failed=failed, watch=watch)
         start.membership = membership
@@ -104,12 +104,13 @@ def _run(
             start.membership = None
         elif alone and start.membership is None and guardable(start.env):
             options = [argument for name in modules for argument in (OPTION, name)]
-            become_guardian(cfg, [*([FRESH] if start.fresh else []), *options, start.config, *overrides])
+            argv = [*([FRESH] if start.fresh else []), *options, start.config, *overrides]
+            become_guardian(cfg, argv, start.env)
         if start.meeting.rank == 0:
             if alone:
                 preflight(cfg)
             if cfg.faults.recover and start.membership is None:
-                what = "no fault is mended under this launcher or on several nodes: the first one ends the job"
+                what = "no fault is mended under this launcher, which gives no LOCAL_RANK: the first one ends the job"
                 print(f"warning: faults.recover: {what}; docs/recovery.md", file=sys.stderr, flush=True)
             held.push(claim(cfg, fresh=start.fresh, config=start.config, env=start.env))
         from .job.run import run  # after the configuration is known to be good: importing torch takes seconds

@@ -8,4 +8,5 @@
 set -eu
 job="${1:?the job: a YAML file that all nodes have}"
 shift
+# With faults.recover=true in the job: --kill-on-bad-exit=0, and --no-kill here and as an #SBATCH line to outlive a node.
 exec srun --kill-on-bad-exit=1 python -m pentad.trainer "$job" faults.stop_code=75 "$@"

@@ -7,6 +7,9 @@ It starts the ranks with srun, one task each, and decides by srun's exit code wh
     2            a mistake of the user's: over
     others       a fault: again at once from the newest checkpoint; without progress since the last fault first from
                  the queue, on whatever nodes it gives, and at the third time over
+
+A job that mends its faults itself (faults.recover) goes on without a node that is lost. The tasks there end badly all
+the same, so that the run's events say how the job has ended.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...trainer.run_folder import RunFile
 from .request import SlurmRequest
 
 STOP_CODE = 75
@@ -54,9 +58,9 @@ step --ntasks={nodes} --ntasks-per-node=1 {check} || {{ say "a node is not as it
 
 while :; do
     [ -e "$folder/{cancelled}" ] && {{ say "cancelled"; exit 0; }}
-    step --kill-on-bad-exit=0 --open-mode=append --output={rank_log} {ranks}
+{before}    step --kill-on-bad-exit=0 {keep}--open-mode=append --output={rank_log} {ranks}
     code=$?
-    case "$code" in
+{after}    case "$code" in
         0) say "done"; exit 0 ;;
         {stop}) [ -e "$folder/{cancelled}" ] && {{ say "cancelled, and saved"; exit 0; }}
             to_queue "stopped and saved, newest checkpoint $(newest)" ;;
@@ -69,11 +73,26 @@ while :; do
     echo "$count ${{now:-none}}" > "$folder/{faults}"
     say "exit code $code, fault $count since checkpoint ${{now:-none}}: see $folder/{first}"
     case "$count" in
-        1) say "again on the same nodes" ;;
+        1) {again}say "again on the same nodes" ;;
         2) to_queue "perhaps to better nodes" ;;
         *) say "no progress in $count starts: over"; exit "$code" ;;
     esac
 done
+"""
+
+
+_BEFORE = """    told=$(cat {events} 2>/dev/null | wc -l)
+"""
+_AGAIN = '[ -n "$(sinfo -h -n "$SLURM_JOB_NODELIST" -t down,fail -o %n)" ] && to_queue "a node is lost"; '
+_AFTER = r"""    # Tasks of a node that was lost end badly however the job went on.
+    case "$code" in
+        0 | {stop} | 2) ;;
+        *) ended=$(tail -n "+$((told + 1))" {events} 2>/dev/null | grep -o '"event": "\(end\|stopped\)"' | tail -n 1)
+            case "$ended" in
+                *end*) say "the job went on without ranks that were lost (exit code $code)"; code=0 ;;
+                *stopped*) code={stop} ;;
+            esac ;;
+    esac
 """
 
 
@@ -90,6 +109,7 @@ class ScriptFacts:
         options: arguments of a rank before the config (`--import MODULE`).
         overrides: keys after it.
         command: with which the script was made.
+        recovers: whether the job goes on when a node is lost.
     """
 
     name: str
@@ -101,6 +121,7 @@ class ScriptFacts:
     options: Sequence[str] = ()
     overrides: Sequence[str] = ()
     command: str = ""
+    recovers: bool = False
 
 
 def batch_script(request: SlurmRequest, facts: ScriptFacts) -> str:
@@ -122,10 +143,15 @@ def batch_script(request: SlurmRequest, facts: ScriptFacts) -> str:
     }
     lines = ["#!/bin/bash", f"# Written by: {' '.join(facts.command.split())}"]
     lines += [f"#SBATCH {_quoted(f'--{key}={value}')}" for key, value in options.items() if value is not None]
-    lines += ["#SBATCH --requeue", *(f"#SBATCH {option}" for option in request.sbatch)]
+    lines += [
+        "#SBATCH --requeue",
+        *(["#SBATCH --no-kill"] if facts.recovers else []),
+        *(f"#SBATCH {option}" for option in request.sbatch),
+    ]
     inside = _inside(request, facts)
     rank = ["-m", "pentad.trainer", *facts.options, str(facts.folder / CONFIG), *facts.overrides]
     check = ["-m", "pentad.launch.slurm.environment", str(request.gpus_per_node), str(facts.folder), str(facts.run)]
+    events = shlex.quote(str(facts.run / RunFile.EVENTS))
     body = _BODY.format(
         folder=shlex.quote(str(facts.folder)),
         checkpoints=shlex.quote(str(facts.checkpoints)),
@@ -137,6 +163,10 @@ def batch_script(request: SlurmRequest, facts: ScriptFacts) -> str:
         ranks=shlex.join([*inside, facts.python, *rank]),
         cancelled=CANCELLED,
         rank_log=shlex.quote(f"{facts.folder}/".replace("%", "%%")) + RANK_LOG,
+        before=_BEFORE.format(events=events) if facts.recovers else "",
+        keep="--no-kill " if facts.recovers else "",
+        after=_AFTER.format(events=events, stop=STOP_CODE) if facts.recovers else "",
+        again=_AGAIN if facts.recovers else "",
         first=FIRST_RANK_LOG,
         faults=FAULTS,
         stop=STOP_CODE,

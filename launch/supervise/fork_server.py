@@ -1,5 +1,5 @@
-"""A node's fork server: `python -m pentad.launch.supervise.fork_server FOLDER PARENT`, with the id of the
-process that starts it.
+"""A node's fork server: `python -m pentad.launch.supervise.fork_server FOLDER PARENT [PORT]`, with the id of the
+process that starts it, and the port of a store that it has to start.
 
 It imports torch and all of Pentad once, and forks ranks from what it is then: a rank is there in 10 ms instead of
 seconds of a core's time each. Until it forks it starts no thread, touches no device and runs no parallel loop, none of
@@ -32,6 +32,7 @@ from .fork_protocol import Wire, listen
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 _WARM = ("pentad.trainer.__main__", "pentad.trainer.preflight", "pentad.trainer.job.run")
 """What every rank imports."""
+_STORE = "pentad.launch.supervise.nodes.store_process"
 _KEPT_S = 1.0
 """For which a process that has ended is not reaped: its node's watcher reads there how it ended."""
 _LOOK_S = 1.0
@@ -103,16 +104,23 @@ class ForkServer:
         self._slots: dict[Wire, GuardedSlot] = {}
         self._children: dict[int, Child] = {}
         self._watcher: Wire | None = None
+        self._stores: list[int] = []
+        """Processes in which a store is, for whoever comes there; they end by themselves."""
         self._woken, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(write)
 
-    def run(self) -> None:
+    def run(self, port: int | None = None) -> None:
         """Serves.
+
+        Args:
+            port: of a store for the job; none: it has one.
 
         Raises:
             _Forked: in each new process.
         """
+        if port is not None:
+            self._fork_store(port)
         while any(not child.reaped for child in self._children.values()) or os.getppid() == self._parent:
             kept = any(child.ended and not child.reaped for child in self._children.values())
             sources = [self._listener, self._woken, *self._wires]
@@ -177,6 +185,7 @@ class ForkServer:
             elif now - child.ended > _KEPT_S:
                 os.waitpid(child.pid, 0)
                 child.reaped = True
+        self._stores = [pid for pid in self._stores if not os.waitpid(pid, os.WNOHANG)[0]]
         for wire, slot in self._slots.items():
             child = self._children[slot.number]
             if child.ended and not slot.told and (not child.code or self._watcher is None):
@@ -200,25 +209,49 @@ class ForkServer:
             for slot in (each for each in self._slots.values() if each.rank >= 0):
                 slot.used = slot.rank < len(members)
                 number = members[slot.rank if slot.used else 0]
-                slot.number = number if number in self._children else slot.number
+                if number in self._children:
+                    slot.number = number
+                else:  # on another node, from where its guardian here hears nothing
+                    self._miss(slot.number)
         elif "missed" in message:
-            child = self._children.get(expect_int(message["missed"], "missed"))
-            if child is not None and child.ended:
-                child.code = 0
+            self._miss(expect_int(message["missed"], "missed"))
+        elif "store" in message:
+            self._fork_store(0)
         elif "end" in message:
             self._end()
+
+    def _miss(self, number: int) -> None:
+        """The end of a process is that of its slot, in good order."""
+        self._look()
+        child = self._children.get(number)
+        if child is not None and child.ended:
+            child.code = 0
 
     def _end(self) -> None:
         """From now on a process that ends is the end of its slot."""
         self._watcher = None
 
     def _fork(self, number: int, request: _Request, wire: Wire) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # none of its signals is to meet our handlers
-        pid = os.fork()
-        if not pid:
-            raise _Forked(request, wire.fds)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
-        self._children[number] = Child(pid)
+        self._children[number] = Child(_forked(request, wire.fds))
+
+    def _fork_store(self, port: int) -> None:
+        command = [_STORE, str(self._folder), str(port)]
+        cpus = sorted(os.sched_getaffinity(0))
+        self._stores.append(_forked(_Request(command, dict(os.environ), os.getcwd(), cpus), []))
+
+
+def _forked(request: _Request, streams: list[int]) -> int:
+    """The id of a new process.
+
+    Raises:
+        _Forked: in that one.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # none of its signals is to meet our handlers
+    pid = os.fork()
+    if not pid:
+        raise _Forked(request, streams)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+    return pid
 
 
 @dataclass(frozen=True)
@@ -293,7 +326,7 @@ def _settle(forked: _Forked) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
 
 
-def main(folder: Path, parent: int) -> int:
+def main(folder: Path, parent: int, port: int | None = None) -> int:
     """Imports, and serves the folder."""
     for number in _STOPS:  # it ends with its ranks, and not before
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -304,7 +337,7 @@ def main(folder: Path, parent: int) -> int:
     gc.collect()
     gc.freeze()  # a rank's collections need not walk what was imported, nor copy its pages
     try:
-        ForkServer(folder, parent).run()
+        ForkServer(folder, parent).run(port)
     except _Forked as forked:
         new = forked
     else:
@@ -313,4 +346,4 @@ def main(folder: Path, parent: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), *(int(argument) for argument in sys.argv[2:])))

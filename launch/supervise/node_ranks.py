@@ -18,6 +18,7 @@ from ...parallel.record.stand import Condition, Stand
 from ...trainer.processes.failure import drop_unfinished_failure, read_failure
 from ...trainer.processes.watch import WatchRequest
 from .watched import WatchedRank, still_standing
+from .worker_files import processes
 
 _GATHER_S = 0.05
 _NEAR_S = 5.0
@@ -32,10 +33,11 @@ class NodeRanks:
     Args:
         request: what to watch.
         host: for words.
+        folder: of a launcher, in which the node's ranks leave their ids; none: they are found by their rings.
     """
 
-    def __init__(self, request: WatchRequest, host: str) -> None:
-        self.request, self.host = request, host
+    def __init__(self, request: WatchRequest, host: str, folder: Path | None = None) -> None:
+        self.request, self.host, self._folder = request, host, folder
         self.run_dir = Path(request.run_dir)
         self.slots: dict[int, WatchedRank] = {}
         self.spares: dict[int, WatchedRank] = {}
@@ -47,6 +49,7 @@ class NodeRanks:
         """Exit codes, by number, of processes of which the watcher is told."""
         self._epoch = 0
         self._slots_here = request.local
+        """How many slots of the mesh are on this node."""
         self._gathered = 0.0
         self._near_until = time.monotonic() + _NEAR_S
 
@@ -77,6 +80,8 @@ class NodeRanks:
         request = self.request
         if self._epoch or len(self.slots) >= request.local:
             return dict(self.coming)
+        if self._folder is not None:
+            return {n: n for n in processes(self._folder) if n < request.world and n not in self.slots}
         # Ranks of a node are neighbours; where they are not, it is these rings that are on this host.
         near = range(request.rank, min(request.rank + request.local, request.world))
         first = near if now < self._near_until else range(request.world)
@@ -94,6 +99,11 @@ class NodeRanks:
     def live(self) -> list[WatchedRank]:
         """Those in a slot that have not ended."""
         return [rank for rank in self.slots.values() if not rank.ended]
+
+    def abort(self, epoch: int) -> None:
+        """Tells all to leave whatever they wait for in the mesh of an epoch."""
+        for rank in self.live():
+            rank.abort(epoch)
 
     def register(self, poll: select.poll) -> None:
         """Makes a `poll` wake up at their ends."""

@@ -13,13 +13,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ...configs.strict_json import JsonError, expect_int, expect_object, read_bytes, read_json
-from ...parallel.comm.process_ids import ProcessId
 from ...parallel.comm.processes import Identity, children, runs
 from ...parallel.record.diagnosis import FAILED, Verdict
 from ...trainer.processes.failure import Failure
 from ...trainer.processes.signals import STOPS, heeded
 from ...trainer.recovery.plan import Membership, end_plans
-from .worker_files import VERDICT
+from .worker_files import VERDICT, processes
 
 POLL_S = 0.05
 GRACE_S = 10.0
@@ -49,7 +48,7 @@ def supervise(
     Returns:
         The exit code of the whole job.
     """
-    with _caught_signals() as caught, _watcher(folder, watch, spares) as watcher, _fork_server(folder, env) as forks:
+    with caught_signals() as caught, _watcher(folder, watch, spares) as watcher, _fork_server(folder, env) as forks:
         guardian = ["pentad.launch.supervise.guardian", str(folder)] if forks is not None else []
         command = ["-m", "pentad.launch.supervise.agent", str(folder), str(ranks), "-m", *guardian, *worker]
         # A session of its own: Ctrl-C reaches only this process, which decides who gets it.
@@ -203,7 +202,7 @@ def _without(what: str, folder: Path, number: int, caught: list[int]) -> int:
 
 
 @contextmanager
-def _caught_signals() -> Iterator[list[int]]:
+def caught_signals() -> Iterator[list[int]]:
     """The numbers of the signals to stop that came, in a list that grows."""
     caught: list[int] = []
     previous = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in heeded(STOPS)}
@@ -258,17 +257,6 @@ def _signal_ranks(folder: Path, number: signal.Signals, only: Sequence[int] | No
                 os.kill(process.pid, number)
                 reached.add(rank)
     return reached
-
-
-def processes(folder: Path) -> dict[int, ProcessId]:
-    """The ranks that have begun, by rank."""
-    found = {}
-    for file in folder.glob("pid.*[0-9]"):
-        with suppress(OSError, JsonError):
-            known = expect_object(read_json(file), "a process", ("pid", "started", "boot"))
-            process = ProcessId(expect_int(known["pid"], "pid", 1), expect_int(known["started"], "started"))
-            found[int(file.suffix[1:])] = process
-    return found
 
 
 def _exits(folder: Path) -> dict[int, int]:

@@ -20,19 +20,17 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from ...configs.strict_json import JsonError, expect_list, read_bytes
+from ...configs.strict_json import read_bytes
 from ...parallel.record.diagnosis import ENDED, FAILED, HANG, KILLED, LINK, LOST_NODE, OUT_OF_MEMORY, Verdict, diagnose
 from ...parallel.record.files import record_folder
 from ...parallel.record.stand import Condition, Stand
-from ...parallel.record.stand_text import dump_stand, load_stand
 from ...trainer.processes.orphans import signal_self_when_orphaned
-from ...trainer.processes.watch import WatchRequest
+from ...trainer.processes.watch import LISTENS, WatchRequest
 from ...trainer.run_folder import RunFile
 from .node_ranks import NodeRanks
+from .nodes.conversation import Conversation
 from .recovery import Recovery
-from .watch_link import End, WatchLink
 from .watched import still_standing
 from .worker_files import VERDICT, WATCH, publish_text, read_places
 
@@ -48,8 +46,6 @@ _CAUSE_S = 0.75
 """After a rank has only lost another: for the cause to show itself."""
 _LEAVE_S, _END_S = 5.0, 20.0
 """After a verdict, for ranks to leave, and for those that have left to end; then they are killed."""
-_ANSWER_S = 1.0
-"""For the other nodes to say where their ranks stand."""
 _ARRIVE_S = 60.0
 """Without any rank: they had ended before there was a watcher."""
 
@@ -61,26 +57,37 @@ class Watcher:
         request: what to watch.
         tell: given the verdict, once.
         recovery: what mends a fault; None: it ends the job.
+        listener: where the watchers of other nodes call; None: nobody does.
     """
 
     def __init__(
-        self, request: WatchRequest, tell: Callable[[Verdict], object], recovery: Recovery | None = None
+        self,
+        request: WatchRequest,
+        tell: Callable[[Verdict], object],
+        recovery: Recovery | None = None,
+        listener: socket.socket | None = None,
     ) -> None:
         self.request, self._tell = request, tell
         self.run_dir = Path(request.run_dir)
         self._host = socket.gethostname()
-        self.ranks = NodeRanks(request, self._host)
+        self.ranks = NodeRanks(request, self._host, recovery.folder if recovery is not None else None)
         self._recovery = recovery
         self._not_before = 0.0
-        self._lost_at = 0.0
+        self._lost_at = self._ended = 0.0
         self.verdict: Verdict | None = None
         self._deadline = time.monotonic() + _ARRIVE_S
         self._seen = 0.0
         """When a rank was seen to be dead (Unix time)."""
-        self._link: WatchLink | None = None
-        self._answers: dict[int, Stand] = {}
-        self._asked_at = self._not_again = self._told_until = 0.0
-        self._impatient = False
+        self._others = Conversation(
+            request,
+            self.ranks,
+            recovery,
+            listener,
+            decide=self._decide,
+            judged=lambda verdict, mend: self._judged(verdict, self.ranks.stands(time.monotonic()), mend=mend),
+            mended=self._mended,
+            hurried=lambda: self._seen > 0,
+        )
 
     def run(self) -> int:
         """Watches until all ranks have ended; 0, or 1 after a verdict."""
@@ -92,12 +99,15 @@ class Watcher:
                 if now - slept > _ABSENT_S:
                     for rank in self.ranks.live():
                         rank.excuse(now - slept)
+                    self._others.excuse(now - slept)
                 self.ranks.gather(now)
                 self.ranks.look(ready, now)
                 if self._recovery is not None:
                     self._recovery.look(self.ranks, ready)
-                self._judge(now)
-                self._converse(ready, now)
+                if not self._others.waits:
+                    self._judge(now)
+                self._others.converse(ready, now)
+                self._others.look()
                 if self.verdict is not None:
                     self._end()
                     return 1
@@ -105,13 +115,19 @@ class Watcher:
         finally:
             if self._recovery is not None:
                 self._recovery.close(self.ranks)
-            if self._link is not None:
-                self._link.close()
+            self._others.close()
 
     def _over(self) -> bool:
         if not self.ranks.slots and not self.ranks.coming:
-            return time.monotonic() > self._deadline
-        return not self.ranks.live() and not self.ranks.coming
+            left_out = self._recovery is not None and self._recovery.epoch > 0
+            return left_out or time.monotonic() > self._deadline
+        if self.ranks.live() or self.ranks.coming:
+            self._ended = 0.0
+            return False
+        self._ended = self._ended or time.monotonic()
+        well = set(self.ranks.conditions().values()) <= {Condition.DONE}
+        # Of what has happened to a node's last rank others may still be asked, and it may be mended.
+        return well or not self._others.several or time.monotonic() - self._ended > _LEAVE_S
 
     def _sleep(self) -> set[int]:
         """Waits for the next look, or for something to happen; the descriptors that are ready."""
@@ -119,8 +135,8 @@ class Watcher:
         self.ranks.register(poll)
         if self._recovery is not None and self._recovery.reachable:
             poll.register(self._recovery, select.POLLIN)
-        for end in self._link.sockets() if self._link is not None else ():
-            poll.register(end, select.POLLIN)
+        for connection in self._others.sockets():
+            poll.register(connection, select.POLLIN)
         return {descriptor for descriptor, _ in poll.poll(LOOK_S * 1000)}
 
     # What is wrong ----------------------------------------------------------------------------------------------
@@ -137,7 +153,10 @@ class Watcher:
                 self._suspect(now, impatient=now - self._lost_at > _CAUSE_S)
             return
         if self._recovery is not None and (verdict := self._between_meshes(now)) is not None:
-            self._judged(verdict, self.ranks.stands(now))
+            if self._others.is_home:
+                self._judged(verdict, self.ranks.stands(now))
+            else:
+                self._others.blame(verdict)
             return
         late = [rank for rank in self.ranks.live() if rank.late(now) and not rank.done]
         if late and now > self._not_before and not any(rank.unsure for rank in late):
@@ -168,102 +187,51 @@ class Watcher:
         if Condition.DEAD in self.ranks.conditions().values():
             self._seen = self._seen or time.time()
             self._abort()  # nothing can change the verdict, only its words are missing
-        link = self._link
-        if link is None:
-            self._decide(self.ranks.stands(now), impatient)
-        elif link.is_home:
-            self._ask(now, impatient)
-        elif now > self._told_until:
-            self._told_until = now + _AGAIN_S
-            link.tell(trouble=impatient)
+        if self._others.several:
+            self._others.suspect(now, impatient=impatient)
+        else:
+            self._decide(self.ranks.stands(now), impatient, False)
 
-    def _decide(self, stands: dict[int, Stand], impatient: bool) -> None:
+    def _decide(self, stands: dict[int, Stand], impatient: bool, user: bool) -> None:
         seen = self._seen or time.time()
         places = read_places(self.run_dir, self._recovery.slots if self._recovery is not None else self.request.world)
         verdict = diagnose(stands, places, impatient=impatient)
         if verdict is None:
             return
-        if self._link is None and verdict.kind not in (KILLED, OUT_OF_MEMORY, ENDED, FAILED, LOST_NODE):
+        if not self._others.several and verdict.kind not in (KILLED, OUT_OF_MEMORY, ENDED, FAILED, LOST_NODE):
             stands = still_standing(self.ranks.with_stacks(stands), self.ranks.slots)
             verdict = diagnose(stands, places, impatient=impatient)
         if verdict is not None:
-            self._judged(replace(verdict, at=seen), stands)
+            self._judged(replace(verdict, at=seen), stands, user=user)
 
-    def _judged(self, verdict: Verdict, stands: dict[int, Stand]) -> None:
+    def _judged(self, verdict: Verdict, stands: dict[int, Stand], *, mend: bool = True, user: bool = False) -> None:
+        """After a verdict the job goes on, or ends.
+
+        Args:
+            verdict: whom the watchers blame.
+            stands: where the ranks stood.
+            mend: whether to try.
+            user: whether some error is a mistake of the user's.
+        """
         self._abort()
-        if self._recovery is not None and self._recovery.mends(verdict, stands, self.ranks):
-            self._seen = self._lost_at = self._not_before = 0.0
+        decider = self._others.decider if self._others.is_home else None
+        user = user or any(rank.by_user for rank in self.ranks.slots.values())
+        if mend and decider is not None and decider.mends(verdict, stands, self.ranks, self._others.link, user=user):
+            self._mended()
             return
         self.verdict = verdict
-        if self._link is not None and self._link.is_home:
-            self._link.tell(verdict=self.verdict.as_dict())
-        if self._link is None or self._link.is_home:
+        self._others.tell_verdict(verdict)
+        if mend and self._others.is_home:
             self._publish(self.verdict)
+        elif not verdict.ranks:
+            self._tell(verdict)  # the job may go on elsewhere, and the run is its
+
+    def _mended(self) -> None:
+        """The job goes on."""
+        self._seen = self._lost_at = self._not_before = 0.0
 
     def _abort(self) -> None:
-        epoch = self._recovery.epoch if self._recovery is not None else 0
-        for rank in self.ranks.live():
-            rank.abort(epoch)
-
-    # Several nodes ----------------------------------------------------------------------------------------------
-
-    def _ask(self, now: float, impatient: bool) -> None:
-        """Asks the other nodes where their ranks stand; what they say is judged in `_converse`."""
-        self._impatient = self._impatient or impatient
-        if self._link is not None and not self._asked_at and now > self._not_again:
-            self._asked_at, self._answers = now, {}
-            self._link.tell(ask=not self._seen)
-
-    def _converse(self, ready: set[int], now: float) -> None:
-        """Hears the other nodes, and answers."""
-        if self._link is None:
-            self._meet()
-            return
-        for end, message in self._link.read(ready):
-            with contextlib.suppress(JsonError):
-                self._hear(end, message, now)
-        for end in self._link.lost:
-            if not self._link.is_home:
-                line = "the first node's watcher cannot be reached any more: that node is down, or the way to it"
-                self._judged(Verdict(LOST_NODE, (0,), line, at=time.time()), {})
-                return
-            self._ask(now, impatient=False)
-            self._answers |= {rank: Stand(rank, end.host, condition=Condition.GONE) for rank in end.ranks}
-        complete = len(self._answers) + len(self.ranks.slots) >= self.request.world
-        if self._asked_at and (complete or now - self._asked_at > _ANSWER_S):
-            own = self.ranks.stands(now)
-            own = own if self._seen else self.ranks.with_stacks(own)
-            impatient, self._impatient = self._impatient, False
-            self._asked_at, self._not_again = 0.0, now + _AGAIN_S
-            self._decide({**own, **self._answers}, impatient)
-
-    def _hear(self, end: End, message: dict[str, Any], now: float) -> None:
-        link = self._link
-        if link is None or self.verdict is not None:
-            return
-        if link.is_home and "trouble" in message:
-            self._ask(now, message["trouble"] is True)
-        elif link.is_home and "stands" in message:
-            stands = [load_stand(each) for each in expect_list(message["stands"], "stands")]
-            self._answers |= {stand.rank: stand for stand in stands if stand.rank in end.ranks}
-        elif "ask" in message:
-            stands = self.ranks.stands(now)
-            stands = self.ranks.with_stacks(stands) if message["ask"] is True else stands
-            end.send(stands=[dump_stand(stand) for stand in stands.values()])
-        elif "verdict" in message:
-            self._judged(Verdict.load(message["verdict"]), {})
-
-    def _meet(self) -> None:
-        """Comes together with the other nodes' watchers, once all ranks of this node are there."""
-        request = self.request
-        if not request.token or len(self.ranks.slots) < request.local:
-            return
-        host, _, port = request.home.rpartition(":")
-        home = (host, int(port)) if request.home else None
-        listener = socket.socket(fileno=request.listener) if request.listener >= 0 else None
-        ranks = sorted(self.ranks.slots)
-        with contextlib.suppress(OSError):
-            self._link = WatchLink(request.token, listener=listener, home=home, host=self._host, ranks=ranks)
+        self.ranks.abort(self._recovery.epoch if self._recovery is not None else 0)
 
     # After a verdict --------------------------------------------------------------------------------------------
 
@@ -302,7 +270,9 @@ def main(argument: str, spares: int | None = None, *, aloud: bool = False) -> in
     """Watches what the first argument says; with `spares`, mends faults and keeps so many processes ready; `aloud`: it
     prints the verdict itself."""
     if argument == "-":
-        return Watcher(WatchRequest.load(sys.stdin.buffer.read()), _print).run()
+        request = WatchRequest.load(sys.stdin.buffer.read())
+        listener = socket.socket(fileno=request.listener) if request.listener >= 0 else None
+        return Watcher(request, _print, None, listener).run()
     folder = Path(argument)
     signal_self_when_orphaned(signal.SIGKILL)  # the launcher's ranks say themselves what they lost
 
@@ -311,13 +281,16 @@ def main(argument: str, spares: int | None = None, *, aloud: bool = False) -> in
         if aloud:
             _print(verdict)
 
+    listener = socket.create_server(("", 0), backlog=1024) if aloud else None
+    if listener is not None:
+        publish_text(folder / LISTENS, str(listener.getsockname()[1]))
     while not (folder / WATCH).exists():
         if not folder.exists():
             return 0
         time.sleep(LOOK_S)
     request = WatchRequest.load(read_bytes(folder / WATCH))
     recovery = Recovery.of(folder, request, spares) if spares is not None else None
-    return Watcher(request, tell, recovery).run()
+    return Watcher(request, tell, recovery, listener).run()
 
 
 def _print(verdict: Verdict) -> None:

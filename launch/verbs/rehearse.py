@@ -1,4 +1,7 @@
-"""`pentad rehearse CONFIG --fault kill:rank=3@step=20`: makes faults happen to a job, and says what became of it."""
+"""`pentad rehearse CONFIG --fault kill:rank=3@step=20`: makes faults happen to a job, and says what became of it.
+
+With `--nodes N` the job runs over nodes that share this machine, and `kill:node=1@step=20` takes a whole one away.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,26 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...configs import Config, Problem, UserError, load
 from ...configs.errors import nearest
 from ...configs.strict_json import JsonError
+from ...configs.tables.imports import OPTION, import_modules
 from ...parallel.record.files import RingFile, open_ring, read_index
 from ...parallel.record.reader import RecordError, read_open
+from ...trainer.memory.plan import decided
 from ...trainer.metrics.summary import lines_of
-from ...trainer.run_folder import RunFile, run_folder
+from ...trainer.preflight import preflight
+from ...trainer.run_folder import FRESH, RunFile, run_folder
+from ..supervise.launcher import rank_environment, train
+from ..supervise.nodes.pretended import PretendedNodes
+from ..supervise.supervisor import POLL_S, caught_signals
 
 _KINDS = ("kill", "stop", "hang")
-_FAULT = re.compile(r"([a-z]+):rank=(\d{1,6})@step=(\d{1,9})")
+_FAULT = re.compile(r"([a-z]+):(rank|node)=(\d{1,6})@step=(\d{1,9})")
 _AFTER = 5
 """Steps that the job goes on after the last fault."""
 _LOOK_S = 0.005
@@ -40,43 +49,62 @@ class RehearsedFault:
         rank: to whom: whoever is in this slot of the mesh.
         step: in which, from 1.
         at: Unix time at which it was done; 0: it was not.
+        node: to whom, if not to a rank: everything on this node.
     """
 
     kind: str
     rank: int
     step: int
     at: float = 0.0
+    node: int | None = None
+
+    @property
+    def whom(self) -> str:
+        """`rank 3`, or `node 1`."""
+        return f"rank {self.rank}" if self.node is None else f"node {self.node}"
 
     @staticmethod
-    def parse(text: str, cfg: Config) -> RehearsedFault:
-        """From `kill:rank=3@step=20`.
+    def parse(text: str, cfg: Config, nodes: int = 1) -> RehearsedFault:
+        """From `kill:rank=3@step=20`, or of several nodes `kill:node=1@step=20`.
 
         Raises:
             UserError: it is something else, or the job has no such rank or step.
         """
         match = _FAULT.fullmatch(text)
         if match is None:
-            raise UserError(f"--fault {text}: give KIND:rank=R@step=S, as kill:rank=0@step=3")
-        kind, rank, step = match[1], int(match[2]), int(match[3])
+            raise UserError(f"--fault {text}: give KIND:rank=R@step=S, as kill:rank=0@step=3, or kill:node=N@step=S")
+        kind, whom, number, step = match[1], match[2], int(match[3]), int(match[4])
         if kind not in _KINDS:
             meant = nearest(kind, _KINDS)
             hint = f"; set {meant}" if meant else ""
             raise UserError(f"--fault {text}: {kind} is none of {', '.join(_KINDS)}{hint}")
-        if rank >= cfg.parallel.ranks:
+        if (kind == "hang" and nodes > 1) or (kind != "kill" and whom == "node"):
+            raise UserError(f"--fault {text}: over several nodes there are kill and stop of a rank, and kill of a node")
+        if whom == "node" and number >= (nodes if nodes > 1 else 0):
+            has = f"there are nodes 0 to {nodes - 1}" if nodes > 1 else "the job has one node; give --nodes 2"
+            raise UserError(f"--fault {text}: {has}")
+        if whom == "rank" and number >= cfg.parallel.ranks:
             raise UserError(f"--fault {text}: the job has ranks 0 to {cfg.parallel.ranks - 1}")
         if not 1 <= step <= cfg.train.steps:
             raise UserError(Problem("train.steps", f"--fault {text}: the job has steps 1 to {cfg.train.steps}"))
-        return RehearsedFault(kind, rank, step)
+        return RehearsedFault(kind, -1 if whom == "node" else number, step, node=number if whom == "node" else None)
 
 
 def rehearse(
-    config: str, overrides: Sequence[str], faults: Sequence[str], *, imports: Sequence[str] = (), as_json: bool = False
+    config: str,
+    overrides: Sequence[str],
+    faults: Sequence[str],
+    *,
+    nodes: int = 1,
+    imports: Sequence[str] = (),
+    as_json: bool = False,
 ) -> int:
     """Runs a job in a folder of its own, makes the faults happen, lets it go on for some steps, and stops it.
 
     Args:
         config, overrides, imports: as of `pentad train`.
         faults: as `RehearsedFault.parse` reads them.
+        nodes: how many the ranks are spread over; all are on this machine.
         as_json: one JSON object at the end.
 
     Returns:
@@ -85,17 +113,20 @@ def rehearse(
     Raises:
         UserError: what is wrong with job or faults, before anything is started.
     """
-    from ..supervise.launcher import train
-
     own = [*overrides, "log.wandb=false", "log.tensorboard=false", "log.prometheus=null"]
     own.append(f"name={load(config, own).name}.rehearsal")
     cfg = load(config, own)
-    wanted = sorted((RehearsedFault.parse(text, cfg) for text in faults), key=lambda fault: fault.step)
+    if nodes < 1 or cfg.parallel.ranks % nodes:
+        raise UserError(f"--nodes {nodes}: {cfg.parallel.ranks} ranks are to be spread evenly")
+    wanted = sorted((RehearsedFault.parse(text, cfg, nodes) for text in faults), key=lambda fault: fault.step)
     if not wanted:
         raise UserError("--fault is missing: what is to happen, as --fault kill:rank=0@step=3")
     causing = _Causing(run_folder(cfg), wanted, cfg.train.steps)
-    causing.thread.start()
-    code = train(config, own, fresh=True, imports=imports, worker=_WORKER)
+    if nodes > 1:
+        code = _over_nodes(cfg, nodes, [config, *own], imports, causing)
+    else:
+        causing.thread.start()
+        code = train(config, own, fresh=True, imports=imports, worker=_WORKER)
     causing.over.set()
     causing.thread.join()
     found = _found(causing.done, lines_of(run_folder(cfg) / RunFile.EVENTS))
@@ -107,24 +138,50 @@ def rehearse(
     return 0 if mended else 1
 
 
+def _over_nodes(cfg: Config, nodes: int, argv: Sequence[str], imports: Sequence[str], causing: _Causing) -> int:
+    """Runs the job over pretended nodes; its exit code."""
+    import_modules(imports)
+    preflight(decided(cfg))
+    options = [argument for name in imports for argument in (OPTION, name)]
+    ranks = cfg.parallel.ranks
+    there = PretendedNodes(nodes, ranks // nodes, [FRESH, *options, *argv], rank_environment(ranks, cuda=False))
+    causing.nodes = there
+    try:
+        with caught_signals() as caught:
+            causing.thread.start()
+            told = 0
+            while None in there.codes() and told < 2:
+                if len(caught) > told:
+                    told = len(caught)
+                    there.send(signal.SIGTERM)
+                time.sleep(POLL_S)
+        return there.exit_code() if told < 2 else 128 + caught[-1]
+    finally:
+        there.close()
+
+
 class _Causing:
     """Makes faults happen to a job that this process starts."""
 
     def __init__(self, run: Path, wanted: Sequence[RehearsedFault], last: int) -> None:
         self._run, self._wanted, self._last = run, wanted, last
         self.done: list[RehearsedFault] = []
+        self.nodes: PretendedNodes | None = None
         self.over = threading.Event()
         self._began = time.time()
         self.thread = threading.Thread(target=self._work, name="faults", daemon=True)
 
     def _work(self) -> None:
         for fault in self._wanted:
-            ring = self._when(fault.rank, fault.step)
+            ring = self._when(max(fault.rank, 0), fault.step)
             if ring is None:
                 return
-            self.done.append(RehearsedFault(fault.kind, fault.rank, fault.step, time.time()))
-            os.kill(ring.pid, _number(fault.kind))
-            print(f"rehearsal: {fault.kind} of rank {fault.rank} in step {fault.step}", file=sys.stderr, flush=True)
+            self.done.append(replace(fault, at=time.time()))
+            if self.nodes is not None and fault.node is not None:
+                self.nodes.lose(fault.node)
+            else:
+                os.kill(ring.pid, _number(fault.kind))
+            print(f"rehearsal: {fault.kind} of {fault.whom} in step {fault.step}", file=sys.stderr, flush=True)
         if self._when(0, self._wanted[-1].step + _AFTER, more=True) is not None:
             os.kill(os.getpid(), signal.SIGTERM)  # as somebody would who has seen enough
 
@@ -174,7 +231,8 @@ def _found(done: Sequence[RehearsedFault], events: Sequence[dict[str, Any]]) -> 
 def _words(found: Sequence[dict[str, Any]], undone: Sequence[RehearsedFault], code: int) -> list[str]:
     lines: list[str] = []
     for each in found:
-        lines.append(f"{each['kind']} of rank {each['rank']} in step {each['step']}:")
+        whom = f"rank {each['rank']}" if each["node"] is None else f"node {each['node']}"
+        lines.append(f"{each['kind']} of {whom} in step {each['step']}:")
         if "verdict" not in each:
             lines.append("  nobody saw it")
             continue
@@ -188,5 +246,5 @@ def _words(found: Sequence[dict[str, Any]], undone: Sequence[RehearsedFault], co
         lines.append(
             f"  {mended['rung']}: went on at step {mended['step']} after {mended['ms']:.0f} ms ({parts}); {again}"
         )
-    lines += [f"{fault.kind} of rank {fault.rank} in step {fault.step}: the job was over before" for fault in undone]
+    lines += [f"{fault.kind} of {fault.whom} in step {fault.step}: the job was over before" for fault in undone]
     return [*lines, f"the job ended with exit code {code}"]

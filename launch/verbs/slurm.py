@@ -122,6 +122,7 @@ def _fill(folder: Path, cfg: Config, args: argparse.Namespace, request: SlurmReq
         options=import_arguments(),
         overrides=[*resume, f"faults.stop_code={STOP_CODE}"],
         command=f"pentad {shlex.join(args.argv)} ({version})",
+        recovers=cfg.faults.recover,
     )
     (folder / SCRIPT).write_text(batch_script(request, facts))
     return folder

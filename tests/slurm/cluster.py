@@ -103,9 +103,10 @@ class Cluster:
         doomed = {pid for pid, _, _ in roots}
         for _ in range(8):  # and the children of those
             doomed |= {pid for pid, parent, _ in _processes() if parent in doomed}
-        for pid in doomed:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # at once: none of them sees another one end
+            for pid in doomed:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def stop(self) -> None:
         """Ends all of it."""

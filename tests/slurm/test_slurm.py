@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pentad.trainer.checkpoint.names import checkpoints
 from tests.jobs import DENSE
+from tests.launch.supervise.whole_jobs import RECOVER, events, kill, spares, until_step
 from tests.slurm.cluster import Cluster, can_run
 
 pytestmark = [
@@ -68,8 +70,8 @@ def _losses(run: Path) -> list[float]:
 class _Job:
     """A job of a test in the queue."""
 
-    def __init__(self, cluster: Cluster, work: Path) -> None:
-        self._cluster, self._work = cluster, work
+    def __init__(self, cluster: Cluster, work: Path, *more: str) -> None:
+        self._cluster, self._work, self._more = cluster, work, more
         self._environment = {**cluster.environment, "OMP_NUM_THREADS": "1"}
         self._slurm("--nodes", "4", "--ranks-per-node", "1", "--notice", "0", "--submit")
         self.run = work / "runs" / "a job"
@@ -77,7 +79,11 @@ class _Job:
         self.number = (self.folder / "job").read_text().strip()
 
     def _slurm(self, *options: str) -> str:
-        return _pentad(self._environment, self._work, "slurm", DENSE, *_JOB, *options)
+        return _pentad(self._environment, self._work, "slurm", DENSE, *_JOB, *self._more, *options)
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """Those of one kind."""
+        return events(self.run, kind)
 
     def saved(self) -> bool:
         """Whether there is a checkpoint."""
@@ -124,6 +130,23 @@ def test_a_job_whose_node_dies_goes_on(cluster: Cluster, undisturbed: list[float
     assert _losses(job.run) == pytest.approx(undisturbed, rel=1e-11)
 
 
+def test_a_job_outlives_a_node_where_it_runs(cluster: Cluster, undisturbed: list[float], tmp_path: Path) -> None:
+    job = _Job(cluster, tmp_path, *RECOVER)
+    job.until(job.saved)
+    job.until(lambda: len(spares(job.run)) >= 4)
+    cluster.kill_node(2)
+    job.until(lambda: bool(job.events("recovered")))
+    recovered = job.events("recovered")[0]
+    assert (recovered["lost"], recovered["rung"], recovered["from"]) == ([2], "spare", "snapshots"), job.said()
+    job.until(lambda: job.state() == "COMPLETED")
+    said = job.said()
+    assert "start 0: the job went on without ranks that were lost" in said and "start 1" not in said
+    assert [event["step"] for event in job.events("start")] == [0]
+    assert _losses(job.run) == pytest.approx(undisturbed, rel=1e-11)
+    cluster.start_node(2)  # repaired
+    job.until(lambda: cluster.ask("sinfo", "-h", "-t", "idle", "-o", "%D") == "4")
+
+
 def test_a_cancelled_job_saves_and_stays_away(cluster: Cluster, tmp_path: Path) -> None:
     job = _Job(cluster, tmp_path)
     job.until(job.saved)
@@ -132,12 +155,20 @@ def test_a_cancelled_job_saves_and_stays_away(cluster: Cluster, tmp_path: Path) 
     assert "cancelled, and saved" in job.said() and "back into the queue" not in job.said()
 
 
-def test_ranks_need_no_torchrun_under_srun(cluster: Cluster, undisturbed: list[float], tmp_path: Path) -> None:
-    command = ["srun", "-N4", "--ntasks-per-node=1", sys.executable, "-m", "pentad.trainer", DENSE, *_JOB]
+@pytest.mark.parametrize("recovers", [False, True], ids=["undisturbed", "a killed rank is replaced"])
+def test_ranks_need_no_torchrun_under_srun(
+    cluster: Cluster, undisturbed: list[float], tmp_path: Path, recovers: bool
+) -> None:
+    more, run = RECOVER if recovers else [], tmp_path / "runs" / "a job"
+    command = ["srun", "-N4", "--ntasks-per-node=1", sys.executable, "-m", "pentad.trainer", DENSE, *_JOB, *more]
     environment = {**cluster.environment, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     try:
+        if recovers:
+            until_step(run, 5, process)
+            kill(run, 3)
         assert process.wait(timeout=300) == 0
     finally:
         process.send_signal(signal.SIGKILL)
-    assert _losses(tmp_path / "runs" / "a job") == pytest.approx(undisturbed, rel=1e-11)
+    assert _losses(run) == pytest.approx(undisturbed, rel=1e-11)
+    assert [event["lost"] for event in events(run, "recovered")] == ([[3]] if recovers else [])

@@ -7,6 +7,7 @@ import json
 import socket
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -46,16 +47,22 @@ def arrive(cfg: Config, start: Start, ranks: Ranks, open_things: ExitStack) -> H
         return Here(ranks.rank, store, device, recorder, _node(start))
     if request is not None and ranks.rank == 0:
         if store is not None and ranks.local_world < ranks.world:
-            request = between_nodes(request, 0, store, "")
+            request = between_nodes(request, 0, store, *_meeting_point(start))
         start.watch(request)
     start.meeting.come(_about(cfg), cfg.faults.timeout_s)
     if request is not None and ranks.rank and store is not None:
-        start.watch(between_nodes(request, ranks.rank, store, start.env.get("MASTER_ADDR", "")))
+        start.watch(between_nodes(request, ranks.rank, store, *_meeting_point(start)))
     if start.stop.requested:
         raise Stopped
     start.stop.listen()
     open_things.callback(start.stop.close)
     return Here(ranks.rank, store, device, recorder, _node(start))
+
+
+def _meeting_point(start: Start) -> tuple[tuple[str, int], Path | None]:
+    """Where the ranks meet, and the folder of a launcher that has started a watcher."""
+    folder = start.membership.folder if start.membership is not None else None
+    return (start.env.get("MASTER_ADDR", ""), int(start.env.get("MASTER_PORT", 0))), folder
 
 
 def _node(start: Start) -> str:

@@ -12,20 +12,26 @@ GUARDED = "pentad.launch.supervise.guarded"
 """The module that is a guardian; a string, for this room knows nothing of the one above it."""
 
 
-def guardable(env: Mapping[str, str]) -> bool:
-    """Whether a fault can be mended behind this launcher's back: torchrun's agent has the store, and all ranks are on
-    this host."""
-    one_host = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE")
-    return sys.platform == "linux" and one_host and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+def guardable(env: Mapping[str, str], given: Mapping[str, str] = os.environ) -> bool:
+    """Whether a fault can be mended behind this launcher's back.
+
+    Args:
+        env: with torch's names for what the launcher says.
+        given: as it was before those were added. Where nobody says which of its host's ranks this is, none of them
+            can begin with what they share.
+    """
+    told = "LOCAL_RANK" in given or "RANK" not in given
+    return sys.platform == "linux" and told and int(env.get("WORLD_SIZE", 1)) > 1
 
 
-def become_guardian(cfg: Config, argv: Sequence[str]) -> None:
+def become_guardian(cfg: Config, argv: Sequence[str], env: Mapping[str, str]) -> None:
     """Makes this process the guardian of the rank that it was to be; does not return.
 
     Args:
         cfg: the job.
         argv: of the rank.
+        env: its environment, with torch's names for what the launcher says.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", GUARDED, str(cfg.faults.spares), *argv])
+    os.execve(sys.executable, [sys.executable, "-m", GUARDED, str(cfg.faults.spares), *argv], dict(env))

@@ -26,6 +26,8 @@ HANDSHAKE_S = 30.0
 """Seconds for an answer of the store once something listens there."""
 TELL_S = 15.0
 """Seconds for which a failing rank looks for the others, or waits until they know."""
+STORE_PREFIX = "pentad/{}"
+"""Of the keys of one start of the job."""
 _POLL_S = (0.02, 0.5)
 _GO = "go"
 _GREETING = b"pentad "
@@ -76,13 +78,13 @@ class Meeting:
         if self.world == 1 or self._store is not None:
             return self._store
         host, port = _address(self._env)
-        if not self._hosts:
+        if not self._hosts and not self._complete:
             self._find_rank_0(host, port, timeout_s)
         import torch.distributed as dist
 
         store = self._connect(host, port, timeout_s)
         # Every start by torchrun has keys of its own.
-        self._store = dist.PrefixStore(f"pentad/{self._env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        self._store = dist.PrefixStore(STORE_PREFIX.format(self._env.get("TORCHELASTIC_RESTART_COUNT", "0")), store)
         return self._store
 
     def move(self, address: str, timeout_s: float) -> dist.Store | None:
@@ -262,6 +264,15 @@ class Meeting:
                 raise TimeoutError(f"{late()} within {timeout_s:g} s (faults.timeout_s)")
             time.sleep(pause)
             pause = min(2 * pause, _POLL_S[1])
+
+
+def wait_until_told(store: dist.Store, world: int) -> None:
+    """Of whoever keeps the store: where the job does not start, returns when all ranks know that, or late."""
+    until = time.monotonic() + TELL_S
+    if not store.check(["verdict"]) or store.get("verdict").decode() == _GO:
+        return
+    while store.add("told", 0) < world and time.monotonic() < until:
+        time.sleep(_POLL_S[0])
 
 
 def _address(env: Mapping[str, str]) -> tuple[str, int]:

@@ -9,16 +9,21 @@ import secrets
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...configs.strict_json import expect_int, expect_number, expect_object, expect_text, parse_json
+from ...configs.strict_json import expect_int, expect_number, expect_object, expect_text, parse_json, read_bytes
 from ..recovery.ways import Ladder
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
 _KEY = "watchers"
+LISTENS = "listens"
+"""The file in a launcher's folder that says where the node's watcher listens."""
+_WATCHER_S = 30.0
 WATCHER = "pentad.launch.supervise.watcher"
 """The module that is a watcher; a string, for this room knows nothing of the one above it."""
 
@@ -53,6 +58,8 @@ class WatchRequest:
     """A descriptor that listens there, for that watcher."""
     ladder: Ladder = field(default_factory=Ladder)
     """How faults are mended, where they are."""
+    host: str = ""
+    """By what the other nodes reach the first one, for that watcher."""
 
     def dump(self) -> str:
         return json.dumps({**asdict(self), "ladder": self.ladder.dump()})
@@ -78,6 +85,7 @@ class WatchRequest:
             expect_text(known["home"], "home"),
             expect_int(known["listener"], "listener", -1),
             Ladder.load(known["ladder"]),
+            expect_text(known["host"], "host"),
         )
 
 
@@ -97,7 +105,9 @@ def start_watcher(request: WatchRequest) -> None:
             way.write(request.dump().encode())
 
 
-def between_nodes(request: WatchRequest, rank: int, store: dist.Store, address: str) -> WatchRequest:
+def between_nodes(
+    request: WatchRequest, rank: int, store: dist.Store, address: tuple[str, int], folder: Path | None = None
+) -> WatchRequest:
     """The request of a node among several, for its watcher to find the others. Called on each node's first rank, on
     that of rank 0 before the ranks come together, elsewhere after it.
 
@@ -105,13 +115,33 @@ def between_nodes(request: WatchRequest, rank: int, store: dist.Store, address: 
         request: of this node alone.
         rank: that asks.
         store: of the job.
-        address: of the host of rank 0.
+        address: at which the store is reached.
+        folder: of a launcher that has started a watcher, which says there where it listens.
     """
     if rank:
-        known = expect_object(parse_json(store.get(_KEY)), "the watchers' meeting point", ("port", "token"))
-        home = f"{address}:{expect_int(known['port'], 'port', 1, 65535)}"
+        known = expect_object(parse_json(store.get(_KEY)), "the watchers' meeting point", ("host", "port", "token"))
+        home = f"{expect_text(known['host'], 'host')}:{expect_int(known['port'], 'port', 1, 65535)}"
         return replace(request, home=home, token=expect_text(known["token"], "token"))
-    listener = socket.create_server(("", 0), backlog=1024)
-    token = secrets.token_hex(16)
-    store.set(_KEY, json.dumps({"port": listener.getsockname()[1], "token": token}))
-    return replace(request, token=token, listener=listener.detach())
+    listener = None if folder is not None else socket.create_server(("", 0), backlog=1024)
+    port = listener.getsockname()[1] if listener is not None else _port(folder) if folder is not None else 0
+    token, host = secrets.token_hex(16), _own_host(*address)
+    store.set(_KEY, json.dumps({"host": host, "port": port, "token": token}))
+    return replace(request, token=token, host=host, listener=listener.detach() if listener is not None else -1)
+
+
+def _port(folder: Path) -> int:
+    """Where the node's watcher listens, which starts with the rank."""
+    until = time.monotonic() + _WATCHER_S
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError, ValueError):
+            return int(read_bytes(folder / LISTENS))
+        time.sleep(0.005)
+    return 0
+
+
+def _own_host(host: str, port: int) -> str:
+    """What the others call this host, which has to reach the store as they do."""
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5) as way:
+        mine, there = way.getsockname()[0], way.getpeername()[0]
+        return host if mine == there else mine
+    return host

@@ -103,11 +103,11 @@ def test_what_cannot_be_asked_for_is_refused(fields: dict[str, object], named: s
 class _Job:
     """A script in a folder, and stand-ins for srun and scontrol."""
 
-    def __init__(self, folder: Path) -> None:
-        self.facts = _facts(folder)
+    def __init__(self, folder: Path, *, recovers: bool = False) -> None:
+        self.facts = replace(_facts(folder), recovers=recovers)
         self.facts.folder.mkdir(parents=True)
         self.facts.checkpoints.mkdir(parents=True)
-        self.cluster = StandInCluster(folder / "cluster", "srun", "scontrol", "sleep")
+        self.cluster = StandInCluster(folder / "cluster", "srun", "scontrol", "sleep", *(["sinfo"] if recovers else []))
         self.script = folder / "job.sbatch"
         self.script.write_text(batch_script(_REQUEST, self.facts))
         assert subprocess.run(["bash", "-n", str(self.script)], check=False).returncode == 0
@@ -182,3 +182,30 @@ def test_the_script_outlives_the_notice_and_hears_how_the_ranks_end(job: _Job) -
     """The signal comes while srun runs: the script goes on waiting, and takes srun's own code."""
     code, _, calls = job.run(f"kill -USR1 $PPID; kill -TERM $PPID; /bin/sleep 0.2; exit {STOP_CODE}")
     assert (code, calls) == (1, ["srun", "scontrol", "sleep"])
+
+
+def _event(kind: str) -> str:
+    """What a rank does to say that."""
+    return f"""echo '{{"time": 1, "event": "{kind}", "step": 3}}' >> "$(dirname "$0")/../../run/events.jsonl" """
+
+
+def test_a_job_that_went_on_without_a_node_has_ended_as_its_events_say(tmp_path: Path) -> None:
+    job = _Job(tmp_path, recovers=True)
+    text = job.script.read_text()
+    assert "\n#SBATCH --no-kill\n" in text and " --no-kill --open-mode" in text
+    code, said, calls = job.run(f"{_event('fault')}; {_event('end')}; exit 137")
+    assert (code, calls) == (0, ["srun"]) and "went on without ranks that were lost (exit code 137)" in said
+    code, said, calls = job.run(f"{_event('stopped')}; exit 137")
+    assert (code, calls) == (1, ["srun", "scontrol", "sleep"]) and "stopped and saved" in said
+
+
+def test_a_fault_that_was_not_mended_is_none_the_less_one(tmp_path: Path) -> None:
+    job = _Job(tmp_path, recovers=True)
+    (job.facts.run / "events.jsonl").write_text('{"time": 1, "event": "end", "step": 3}\n')  # of a start before
+    job.cluster.answers("sinfo", "exit 0")
+    code, said, calls = job.run("exit 137", "exit 0")
+    assert (code, calls) == (0, ["srun", "sinfo", "srun"]) and "again on the same nodes" in said
+    job.cluster.answers("sinfo", "echo n2")
+    (job.facts.folder / FAULTS).unlink()
+    code, said, calls = job.run("exit 137")
+    assert (code, calls[:3]) == (1, ["srun", "sinfo", "scontrol"]) and "back into the queue: a node is lost" in said

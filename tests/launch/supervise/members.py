@@ -70,6 +70,7 @@ class Member:
                 return 0
             if self.number not in members or self.left_in_order:
                 self.vitals.ready()
+                (self.folder / f"ready.{self.number}").touch()
             plan = self.membership.wait(epoch, 60, lambda: self.stop.requested)
             if plan is None:
                 return 0 if self.number not in members else 1

@@ -19,7 +19,8 @@ from pentad.configs import UserError, load
 from pentad.configs.strict_json import expect_int, expect_object, read_json
 from pentad.launch.cli import main
 from pentad.launch.supervise import launcher as launch
-from pentad.launch.supervise.supervisor import processes, supervise
+from pentad.launch.supervise.supervisor import supervise
+from pentad.launch.supervise.worker_files import processes
 from pentad.parallel.comm.process_ids import ProcessId
 from pentad.trainer.__main__ import main as run_rank
 from pentad.trainer.devices import visible as devices

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from pentad.launch.supervise.supervisor import processes
+from pentad.launch.supervise.worker_files import processes
 from pentad.parallel.comm.processes import children
 from pentad.trainer.recovery.plan import EpochPlan
 from pentad.trainer.recovery.ways import Ladder, Way
 
 ROOT = Path(__file__).resolve().parents[3]
+_SEEN_S = 0.5
 _LAUNCH = """
 import os, sys
 from pathlib import Path
@@ -44,6 +45,12 @@ class Job:
         """Of a process of the job, once it is there."""
         self.until(lambda: number in processes(self.folder), f"process {number} is there")
         return processes(self.folder)[number].pid
+
+    def spare(self, number: int) -> int:
+        """Of a process that is ready to take a slot, once the watcher has seen that."""
+        self.until((self.folder / f"ready.{number}").exists, f"process {number} is ready")
+        time.sleep(_SEEN_S)
+        return self.pid(number)
 
     def step(self) -> int:
         """The newest one that was done."""
@@ -107,7 +114,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 def test_a_spare_takes_the_place_of_a_killed_rank_and_then_a_new_process_does(start: Callable[..., Job]) -> None:
     job = start(1)
     job.comes_to(5)
-    job.pid(3)  # the spare
+    job.spare(3)
     killed = time.time()
     os.kill(job.pid(0), signal.SIGKILL)
     plan = job.plan(1)
@@ -220,7 +227,7 @@ def test_an_error_that_comes_again_ends_the_job_with_it_on_top(start: Callable[.
 def test_without_its_watcher_a_job_goes_on_and_its_next_fault_ends_it(start: Callable[..., Job]) -> None:
     job = start(1)
     job.comes_to(5)
-    job.pid(3)
+    job.spare(3)
     os.kill(_watcher_of(job.launcher.pid), signal.SIGKILL)
     job.until((job.folder / "plan.end").exists, "the ranks know that no plan comes")
     job.comes_to(job.step() + 5)

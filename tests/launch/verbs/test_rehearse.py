@@ -10,7 +10,7 @@ import pytest
 
 from pentad.configs import UserError, load
 from pentad.launch.cli import main
-from pentad.launch.verbs.rehearse import RehearsedFault, _found, _words
+from pentad.launch.verbs.rehearse import RehearsedFault, _found, _words, rehearse
 from tests.jobs import DENSE
 
 _KILL = RehearsedFault("kill", 1, 20, 100.0)
@@ -32,6 +32,21 @@ def test_faults_are_read_and_wrong_ones_are_told_in_one_line() -> None:
     ):
         with pytest.raises(UserError, match=words):
             RehearsedFault.parse(text, cfg)
+
+
+def test_faults_of_nodes_need_several() -> None:
+    cfg = load(DENSE, ["parallel.dp=2", "train.global_batch=8"])
+    assert RehearsedFault.parse("kill:node=1@step=2", cfg, 2) == RehearsedFault("kill", -1, 2, node=1)
+    for text, nodes, words in (
+        ("kill:node=0@step=1", 1, "one node; give --nodes 2"),
+        ("kill:node=2@step=1", 2, "nodes 0 to 1"),
+        ("stop:node=1@step=1", 2, "kill of a node"),
+        ("hang:rank=1@step=1", 2, "kill and stop of a rank"),
+    ):
+        with pytest.raises(UserError, match=words):
+            RehearsedFault.parse(text, cfg, nodes)
+    with pytest.raises(UserError, match="spread evenly"):
+        rehearse(DENSE, ["parallel.dp=2"], ["kill:node=1@step=2"], nodes=3)
 
 
 def test_nothing_is_started_without_a_fault(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -69,3 +84,16 @@ def test_a_hang_and_a_kill_are_rehearsed(capfd: pytest.CaptureFixture[str], tmp_
     assert [fault["verdict"]["ranks"] for fault in said["faults"]] == [[0], [1]]
     assert all(fault["recovered"]["rung"] == "respawn" for fault in said["faults"])
     assert (tmp_path / "job.rehearsal" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_loss_of_the_first_node_is_rehearsed(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    job = ["model.hidden=32", "model.heads=4", "model.kv_heads=4", "model.ffn=32", "train.seq_len=16", "eval.every=0"]
+    job += ["parallel.dp=2", "train.global_batch=4", "train.micro_batch=1", "train.steps=100000", "name=job"]
+    job += ["faults.recover=true", "faults.spares=1", f"runs_dir={tmp_path}", "hardware.peak_tflops=1"]
+    assert main(["rehearse", DENSE, *job, "--nodes", "2", "--fault", "kill:node=0@step=100", "--json"]) == 0
+    said: dict[str, Any] = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert said["mended"] and said["code"] == 0
+    (fault,) = said["faults"]
+    assert fault["verdict"]["kind"] == "lost node" and fault["recovered"]["lost"] == [0]
