@@ -62,7 +62,9 @@ def measure(size: tuple[int, int, int], ranks: int, steps: int, folder: Path) ->
     command = [sys.executable, "-m", "pentad.launch.cli", "train", str(config), "train.device=cpu"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     told = [found for found in _lines(folder / "budget" / "events.jsonl") if found["event"] == "snapshots"][-1]
-    rows = [row for row in _lines(folder / "budget" / "metrics.jsonl") if row["step"] > told["step"]]
+    rows = [
+        row for row in _lines(folder / "budget" / "metrics.jsonl") if row["step"] > told["step"] and row["waterfall"]
+    ]
     seconds = sum(row["step_time_s"] for row in rows)
     copies = sum(row["step_time_s"] * (row["waterfall"].get("snapshot") or 0.0) for row in rows)
     return Budget(told["mib"], told["every"], told["ms"], told["step_ms"], copies / seconds)
