@@ -43,12 +43,14 @@ EXACT: dict[str, dict[str, Any]] = {
     "gpipe, fp32": {"model": {"layers": 7}, "pipeline": {"schedule": "gpipe"}, "dtype": "fp32"},
     "interleaved": {"model": {"layers": 12}, "pipeline": {"schedule": "interleaved", "chunks": 2}, "global_batch": 24},
     "zb-h1, experts": {"model": {"layers": 6, **MOE}, "pipeline": {"schedule": "zb-h1"}},
-    "zb-v, tied": {"model": {"layers": 9, "tied": True}, "pipeline": {"schedule": "zb-v", "chunks": 2}},
+    "zb-v": {"model": {"layers": 9}, "pipeline": {"schedule": "zb-v", "chunks": 2}},
     "dp 2": {"model": {"layers": 5}, "dp": 2},
     "dp 2, zero1": {"model": {"layers": 5}, "dp": 2, "sharding": "zero1"},
     "tp 2": {"model": {"layers": 5}, "tp": 2},
 }
 CLOSE: dict[str, dict[str, Any]] = {
+    # Both uses of the table are on one rank, and which one's gradient comes first follows from the schedule.
+    "zb-v, tied": {"model": {"layers": 9, "tied": True}, "pipeline": {"schedule": "zb-v", "chunks": 2}},
     "1f1b, balanced": {"model": {"layers": 8}, "pipeline": {"vocab": "balanced"}},
     "gis, balanced, experts": {
         "model": {"layers": 6, **MOE},
@@ -83,16 +85,17 @@ class LadderOf:
     def lost(self, members: tuple[int, ...], lost: set[int], spares: list[int]) -> EpochPlan | None:
         slots = tuple(members.index(number) for number in lost)
         verdict = Verdict(KILLED, slots, f"{sorted(lost)} were killed", at=0.0)
-        return self._went(climb(self.standing, Fault(verdict, slots, step=self.standing.step + 1)), slots, spares)
+        return self._went(climb(self.standing, Fault(verdict, slots, step=self.standing.step + 1)), slots)
 
     def more(self, spares: list[int]) -> EpochPlan | None:
         there = {**self.standing.spares, **dict.fromkeys(spares, "here")}
         self.standing = replace(self.standing, spares=there)
-        return self._went(grown(self.standing), (), spares)
+        return self._went(grown(self.standing), ())
 
-    def _went(self, rung: Rung | None, slots: tuple[int, ...], ready: list[int]) -> EpochPlan | None:
+    def _went(self, rung: Rung | None, slots: tuple[int, ...]) -> EpochPlan | None:
         if rung is None or rung.plan is None:
             return None
+        ready = self.standing.ready()
         seating = resplit_seating(self.standing.now, rung.standing.now, self.standing.members, slots, ready)
         assert seating is not None
         self.moved += seating.moved
