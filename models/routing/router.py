@@ -49,7 +49,7 @@ class Decision:
 class RouterKernels:
     """Kernels for what a plain router makes of its logits; signatures as in `parallel.kernels.triton.routing`."""
 
-    route: Callable[[Tensor, Tensor, Tensor | None, RouteForm], tuple[Tensor, Tensor]]
+    route: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, RouteForm], tuple[Tensor, Tensor]]
     totals: Callable[[Tensor], Tensor]
     settle: Callable[[Tensor, Tensor | None, Tensor | None, Tensor, int, float, float], None]
 
@@ -118,9 +118,8 @@ class Router(nn.Module):
 
     @property
     def _suits_kernels(self) -> bool:
-        """Whether every choice is an expert that takes the token, and loads are of whole microbatches or steps."""
-        plain = self.cfg.name == "top_k" and not self.cfg.null_experts and self.moe.capacity_factor is None
-        return plain and not (self.cfg.aux_loss and self.cfg.aux_level == "sequence")
+        """Whether every choice is an expert that takes the token."""
+        return self.cfg.name == "top_k" and not self.cfg.null_experts and self.moe.capacity_factor is None
 
     def _by_kernels(self, kernels: RouterKernels, logits: Tensor, seq: Sequences) -> Routing:
         """The same as `forward` of logits (n, C), without scores and losses as tensors of their own."""
@@ -134,10 +133,11 @@ class Router(nn.Module):
         aux, z = seq.share * logits.shape[1] / tokens, seq.share / tokens
         softmax = self._score == "softmax"
         form = RouteForm(softmax, self._normalize, self.cfg.scale, self.cfg.aux_loss * aux, self.cfg.z_loss * z)
-        weights, partial = kernels.route(logits, decision.choices, decision.loads, form)
+        sequences = seq.rows if decision.loads is not None and decision.loads.ndim == 2 else None
+        weights, partial = kernels.route(logits, decision.choices, decision.loads, sequences, form)
         if first and seq.share > 0:
             totals = kernels.totals(partial)
-            counts = None if decision.loads is None else self._counts(totals, decision)
+            counts = None if decision.loads is None or sequences is not None else self._counts(totals, decision)
             kernels.settle(totals, counts, decision.loads, self.tally, len(logits), aux, z)
         return Routing(decision.experts, weights, None, decision.findings)
 
@@ -221,7 +221,10 @@ class Router(nn.Module):
         scores = logits if plain else (torch.softmax(logits, -1) if self._score == "softmax" else torch.sigmoid(logits))
         choices = self._chosen(logits, scores, seq)
         counts, loads = logits.new_empty(0), None
-        if seq.share > 0 and self.cfg.aux_loss:
+        if seq.share > 0 and self.cfg.aux_loss and self.cfg.aux_level == "sequence":
+            best = choices if plain else scores.topk(self.moe.top_k, -1).indices
+            loads = fractions(best, seq, self.tokens, self.moe, None).to(logits.dtype)
+        elif seq.share > 0 and self.cfg.aux_loss:
             loads = logits.new_empty(logits.shape[1])
             if not plain and self.load is None:
                 counts = count_of(scores.topk(self.moe.top_k, -1).indices.reshape(-1), logits.shape[1])

@@ -182,7 +182,7 @@ def _router_difference(logits: Tensor) -> float:
     (n, size), choices = logits.shape, logits.topk(3, -1).indices
     tally, loads = logits.new_zeros(8 + size, dtype=torch.float64), logits.new_empty(size)
     ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    weights, partial = triton_route(ours, choices, loads, RouteForm(True, True, 1.0, aux=0.1, z=0.01))
+    weights, partial = triton_route(ours, choices, loads, None, RouteForm(True, True, 1.0, aux=0.1, z=0.01))
     totals = triton_route_totals(partial)
     triton_route_settle(totals, totals[:size], loads, tally, n, 1.0, 1.0)
     expected = torch.softmax(theirs.gather(-1, choices), -1)

@@ -20,8 +20,9 @@ _CELLS = 2048
 """Logits that a program holds."""
 _PARTS = 64
 """Rows of partial sums that are added at once."""
-SUMS = ("z", "entropy", "top1")
-"""Sums over tokens behind those of the choices and of the shares: (log-sum-exp)², entropy, largest share."""
+SUMS = ("z", "entropy", "top1", "balance")
+"""Sums over tokens behind those of the choices and of the shares: (log-sum-exp)², entropy, largest share, and
+shares · loads where these differ between sequences."""
 
 
 @compiled
@@ -61,8 +62,8 @@ def _chosen(logits, choices, row, there, size, count, high, SOFTMAX: tl.constexp
 
 @compiled
 def _route_kernel(
-    logits, choices, weights, partial, rows, size, count, scale,
-    SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    logits, choices, loads, sequences, weights, partial, rows, size, count, scale,
+    SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     bins = tl.arange(0, BLOCK)[None, :]
@@ -72,6 +73,7 @@ def _route_kernel(
     z = tl.zeros((ROWS,), tl.float32)
     entropy = tl.zeros((ROWS,), tl.float32)
     top = tl.zeros((ROWS,), tl.float32)
+    balance = tl.zeros((ROWS,), tl.float32)
     for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
         there = row < rows
@@ -89,6 +91,10 @@ def _route_kernel(
         z += tl.where(there, lse * lse, 0.0)
         entropy -= tl.sum(share * tl.log(tl.maximum(share, 1e-37)), 1)
         top += tl.max(share, 1)
+        if EACH:
+            of = tl.load(sequences + row, mask=there, other=0)
+            load = tl.load(loads + _column(of) * size + bins, mask=_column(there) & used, other=0.0)
+            balance += tl.sum(share * load, 1)
         high, chosen = _chosen(logits, choices, row, there, size, count, peak, SOFTMAX, NORMALIZE)
         if not NORMALIZE:
             chosen = total if SOFTMAX else chosen + 1.0
@@ -98,12 +104,13 @@ def _route_kernel(
             tl.store(weights + row * count + k, score / chosen * scale, mask=there)
             taken += tl.sum(tl.where((_column(choice) == bins) & _column(there), 1.0, 0.0), 0)
     bins = tl.arange(0, BLOCK)
-    out = partial + program * (2 * size + 3)
+    out = partial + program * (2 * size + 4)
     tl.store(out + bins, taken, mask=bins < size)
     tl.store(out + size + bins, shared, mask=bins < size)
     tl.store(out + 2 * size, tl.sum(z, 0))
     tl.store(out + 2 * size + 1, tl.sum(entropy, 0))
     tl.store(out + 2 * size + 2, tl.sum(top, 0))
+    tl.store(out + 2 * size + 3, tl.sum(balance, 0))
 
 
 @compiled
@@ -124,7 +131,7 @@ def _settle_kernel(
     bins = tl.arange(0, BLOCK)
     used = bins < size
     taken = tl.load(totals + bins, mask=used, other=0.0)
-    balance = tl.sum(taken * 0.0, 0)
+    balance = tl.load(totals + 2 * size + 3)
     if AUX:
         load = tl.load(counts + bins, mask=used, other=0.0).to(tl.float64)
         whole = _sum(load)
@@ -145,8 +152,9 @@ def _settle_kernel(
 
 @compiled
 def _back_kernel(
-    dweights, logits, choices, loads, dlogits, rows, size, count, scale, aux, z,
-    SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr, AUX: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dweights, logits, choices, loads, sequences, dlogits, rows, size, count, scale, aux, z,
+    SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr, AUX: tl.constexpr, EACH: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     bins = tl.arange(0, BLOCK)[None, :]
     used = bins < size
@@ -162,7 +170,10 @@ def _back_kernel(
     grad = prob * _column(2 * z * (peak + tl.log(total)))
     score = tl.where(used, tl.sigmoid(x), 0.0)
     if AUX:
-        load = tl.load(loads + bins, mask=used, other=0.0)
+        base = row * 0
+        if EACH:
+            base = tl.load(sequences + row, mask=there, other=0) * size
+        load = tl.load(loads + _column(base) + bins, mask=_column(there) & used, other=0.0)
         if SOFTMAX:
             grad += aux * prob * (load - _column(tl.sum(prob * load, 1)))
         else:
@@ -199,34 +210,40 @@ def _tile(choices: int) -> dict[str, int]:
     return {"ROWS": max(2, _CELLS // block), "BLOCK": block}
 
 
-def _route_shapes(logits: Tensor, choices: Tensor, *_: float) -> tuple[Tensor, Tensor]:
+def _route_shapes(logits: Tensor, choices: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     n, size = logits.shape
     programs = max(1, min(programs_of(logits) // 4, -(-n // _tile(size)["ROWS"])))
     return logits.new_empty(choices.shape), logits.new_empty((programs, 2 * size + len(SUMS)))
 
 
 @operator(
-    "route(Tensor logits, Tensor choices, bool softmax, bool normalize, float scale) -> (Tensor, Tensor)", _route_shapes
+    "route(Tensor logits, Tensor choices, Tensor? loads, Tensor? sequences, bool softmax, bool normalize, float scale)"
+    " -> (Tensor, Tensor)",
+    _route_shapes,
 )
-def _route(logits: Tensor, choices: Tensor, softmax: bool, normalize: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Weights (n, K) fp32, and partial sums (programs, 2 C + 3)."""
+def _route(
+    logits: Tensor, choices: Tensor, loads: Tensor | None, sequences: Tensor | None, softmax: bool, normalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weights (n, K) fp32, and partial sums (programs, 2 C + 4); loads are read where `sequences` are given."""
     weights, partial = _route_shapes(logits, choices)
     (n, size), count = logits.shape, choices.shape[1]
     _route_kernel[(len(partial),)](
-        logits.contiguous(), choices.contiguous(), weights, partial, n, size, count, float(scale),
-        SOFTMAX=softmax, NORMALIZE=normalize, **_tile(size),
+        logits.contiguous(), choices.contiguous(), logits if loads is None else loads,
+        choices if sequences is None else sequences, weights, partial, n, size, count, float(scale),
+        SOFTMAX=softmax, NORMALIZE=normalize, EACH=sequences is not None, **_tile(size),
     )  # fmt: skip
     return weights, partial
 
 
 @operator(
-    "route_backward(Tensor dweights, Tensor logits, Tensor choices, Tensor? loads, bool softmax, bool normalize,"
-    " float scale, float aux, float z) -> Tensor",
+    "route_backward(Tensor dweights, Tensor logits, Tensor choices, Tensor? loads, Tensor? sequences, bool softmax,"
+    " bool normalize, float scale, float aux, float z) -> Tensor",
     lambda dweights, logits, *_: logits.new_empty(logits.shape),
 )
 def _route_backward(
-    dweights: Tensor, logits: Tensor, choices: Tensor, loads: Tensor | None, softmax: bool, normalize: bool,
-    scale: float, aux: float, z: float,
+    dweights: Tensor, logits: Tensor, choices: Tensor, loads: Tensor | None, sequences: Tensor | None, softmax: bool,
+    normalize: bool, scale: float, aux: float, z: float,
 ) -> Tensor:  # fmt: skip
     """dlogits (n, C)."""
     dlogits = logits.new_empty(logits.shape)
@@ -234,8 +251,9 @@ def _route_backward(
     if n:
         _back_kernel[(triton.cdiv(n, tile["ROWS"]),)](
             dweights.contiguous(), logits.contiguous(), choices.contiguous(), logits if loads is None else loads,
-            dlogits, n, size, count, float(scale), float(aux), float(z),
-            SOFTMAX=softmax, NORMALIZE=normalize, AUX=loads is not None, **tile,
+            choices if sequences is None else sequences, dlogits, n, size, count, float(scale), float(aux), float(z),
+            SOFTMAX=softmax, NORMALIZE=normalize, AUX=loads is not None, EACH=sequences is not None,
+            **tile,
         )  # fmt: skip
     return dlogits
 
@@ -245,7 +263,7 @@ def _route_backward(
     lambda partial: partial.new_empty(partial.shape[1], dtype=torch.float64),
 )
 def triton_route_totals(partial: Tensor) -> Tensor:
-    """(2 C + 3,) fp64 of partial sums: how often each choice was taken, the sums of the shares, then `SUMS`."""
+    """(2 C + 4,) fp64 of partial sums: how often each choice was taken, the sums of the shares, then `SUMS`."""
     count, width = partial.shape
     totals = partial.new_empty(width, dtype=torch.float64)
     _total_kernel[(triton.cdiv(width, 16),)](partial, totals, count, width, PARTS=_PARTS, BLOCK=16)
@@ -264,7 +282,8 @@ def triton_route_settle(
 
     Args:
         totals: of this device's tokens, as `triton_route_totals` gives them.
-        counts: (C,) that the loads follow, in any unit; zeros: even ones. None: there is no balancing loss.
+        counts: (C,) that the loads follow, in any unit; zeros: even ones. None: there is no balancing loss, or the loads are
+            those of sequences, which were known before.
         loads: (C,) fp32, becomes counts as fractions.
         tally: as of `models.routing.tally.add_to`.
         tokens: of this device.
@@ -279,23 +298,25 @@ def triton_route_settle(
 class _TritonRoute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, choices: Tensor, loads: Tensor | None, form: RouteForm
+        ctx: Any, logits: Tensor, choices: Tensor, loads: Tensor | None, sequences: Tensor | None, form: RouteForm
     ) -> tuple[Tensor, Tensor]:
-        # The loads are written after this and before the backward pass.
+        # Loads that are no sequences' are written after this and before the backward pass.
         ctx.loads, ctx.form = loads, form
-        ctx.save_for_backward(logits, choices)
-        weights, partial = _route(logits, choices, form.softmax, form.normalize, form.scale)
+        ctx.save_for_backward(logits, choices, sequences)
+        weights, partial = _route(logits, choices, loads, sequences, form.softmax, form.normalize, form.scale)
         ctx.mark_non_differentiable(partial)
         return weights, partial
 
     @staticmethod
     def backward(ctx: Any, dweights: Tensor, _: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (logits, choices), form = ctx.saved_tensors, ctx.form
+        (logits, choices, sequences), form = ctx.saved_tensors, ctx.form
         how = (form.softmax, form.normalize, form.scale, form.aux, form.z)
-        return _route_backward(dweights, logits, choices, ctx.loads, *how), None, None, None
+        return _route_backward(dweights, logits, choices, ctx.loads, sequences, *how), None, None, None, None
 
 
-def triton_route(logits: Tensor, choices: Tensor, loads: Tensor | None, form: RouteForm) -> tuple[Tensor, Tensor]:
+def triton_route(
+    logits: Tensor, choices: Tensor, loads: Tensor | None, sequences: Tensor | None, form: RouteForm
+) -> tuple[Tensor, Tensor]:
     """Weights of the choices, and partial sums for `triton_route_totals`.
 
     The gradient of the weights brings that of the losses with it, as if these had been added to the training loss.
@@ -303,7 +324,8 @@ def triton_route(logits: Tensor, choices: Tensor, loads: Tensor | None, form: Ro
     Args:
         logits: (n, C) fp32.
         choices: (n, K), different ones in a row.
-        loads: (C,) fp32, read in backward; none: no balancing loss.
+        loads: (C,) fp32, read in backward, or (B, C) of sequences; none: no balancing loss.
+        sequences: (n,) the sequence of each token, whose loads count; none: all tokens have the same.
         form: what is made of them.
     """
-    return _TritonRoute.apply(logits, choices, loads, form)
+    return _TritonRoute.apply(logits, choices, loads, sequences, form)

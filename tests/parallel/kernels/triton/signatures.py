@@ -35,12 +35,19 @@ SIGNATURES: dict[tuple[str, str], Cases] = {
     ("counting_sort", "_offset_kernel"): [("w w i", {"BLOCKS": 64, "BINS": 16})],
     ("counting_sort", "_place_kernel"): [("l w w l l w i i", {"BLOCK": 512, "BINS": 16})],
     ("routing", "_route_kernel"): [
-        *_each("s l s s i i i f", {"ROWS": 128, "BLOCK": 16}, SOFTMAX=BOOLEAN, NORMALIZE=BOOLEAN),
-        ("s l s s i i f", {"count": 1, "ROWS": 128, "BLOCK": 16, "SOFTMAX": True, "NORMALIZE": True}),
+        *_each("s l s l s s i i i f", {"ROWS": 128, "BLOCK": 16, "EACH": True}, SOFTMAX=BOOLEAN, NORMALIZE=BOOLEAN),
+        (
+            "s l s l s s i i f",
+            {"count": 1, "ROWS": 128, "BLOCK": 16, "SOFTMAX": True, "NORMALIZE": True, "EACH": False},
+        ),
     ],
     ("routing", "_total_kernel"): [("s d i i", {"PARTS": 64, "BLOCK": 16})],
     ("routing", "_settle_kernel"): _each("d d s d i i f f", {"BLOCK": 16}, AUX=BOOLEAN),
     ("routing", "_back_kernel"): _each(
-        "s s l s s i i i f f f", {"ROWS": 128, "BLOCK": 16, "AUX": True}, SOFTMAX=BOOLEAN, NORMALIZE=BOOLEAN
+        "s s l s l s i i i f f f",
+        {"ROWS": 128, "BLOCK": 16, "AUX": True},
+        SOFTMAX=BOOLEAN,
+        EACH=BOOLEAN,
+        NORMALIZE=(True,),
     ),
 }
