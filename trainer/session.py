@@ -338,7 +338,7 @@ def _stepper(
     trains: bool,
     peak: Peak | None,
 ) -> Stepper:
-    fixed = cfg.train.deterministic
+    fixed = cfg.train.deterministic is not False
     optimizer = make_optimizer(
         cfg.optim, parts.device, place, cfg.memory, mesh=mesh, fixed=fixed, replicas=parts.replicas
     )
