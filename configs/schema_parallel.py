@@ -29,9 +29,13 @@ class DeepSpeedConfig:
 class DataParallelConfig:
     """How replicas share parameters, gradients and optimizer states."""
 
-    sharding: Literal["ddp", "zero1", "fsdp", "deepspeed"] = "zero1"
-    """ddp: everything replicated; zero1: optimizer states sharded; fsdp: parameters and gradients too (FSDP2);
+    sharding: Literal["ddp", "zero1", "zero2", "fsdp", "deepspeed"] = "zero1"
+    """ddp: everything replicated; zero1: optimizer states sharded; zero2: gradients too; fsdp: parameters too (FSDP2);
     deepspeed: what DeepSpeed's engine shards."""
+    grads: int | Literal["node", "all"] | None = None
+    """Over how many neighbouring ranks of dp x cp gradient sums are spread, as `states`, which are spread over a
+    multiple of them: each microbatch's gradients are scattered at once. 1: whole until the update; none: what sharding
+    names."""
     states: int | Literal["node", "all"] | None = None
     """Over how many neighbouring ranks of dp x cp masters and moments are spread, those of experts over as many of
     theirs as make as many copies; node: those of one node; all; 1: every rank has all; none: what sharding names."""

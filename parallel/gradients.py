@@ -31,19 +31,35 @@ class Slot:
     """One parameter's gradient sum, a view into a flat bucket.
 
     Args:
-        buffer: the sum, of the parameter's shape, in the precision of gradient sums.
-        on_final: called when the last gradient of the step has been added.
+        buffer: the sum, of the parameter's shape, in the precision of gradient sums; none: there is no memory for it
+            until `make` gives some.
+        on_final: called when the last gradient has been added that is expected.
+        make: called when there is no memory and a gradient comes.
     """
 
-    __slots__ = ("buffer", "fresh", "on_final", "remaining", "store", "uses")
+    __slots__ = ("_buffer", "_make", "fresh", "on_final", "remaining", "store", "uses")
 
-    def __init__(self, buffer: Tensor, on_final: Callable[[], None]) -> None:
-        self.buffer, self.on_final = buffer, on_final
+    def __init__(
+        self, buffer: Tensor | None, on_final: Callable[[], None], make: Callable[[], None] = lambda: None
+    ) -> None:
+        self._buffer, self._make, self.on_final = buffer, make, on_final
         self.fresh = True
         self.uses = 1
         self.remaining = 0
         self.store: WeightGradients | None = None
         """Where weight gradients wait while their stage's backward is split."""
+
+    @property
+    def buffer(self) -> Tensor:
+        """The sum."""
+        if self._buffer is None:
+            self._make()
+        assert self._buffer is not None
+        return self._buffer
+
+    def give(self, buffer: Tensor | None) -> None:
+        """Other memory, which has no gradients yet; none: none, until the next one comes."""
+        self._buffer, self.fresh = buffer, True
 
     def start_step(self, microbatches: int) -> None:
         """Forgets the last step's sum, which the next gradient overwrites; expects `uses` gradients a microbatch."""

@@ -137,6 +137,7 @@ def check(
         "ep": 1,
         "etp": 1,
         "sharding": "ddp",
+        "grads": None,
         "states": None,
         "pipeline": None,
         "recompute": "none",

@@ -75,6 +75,7 @@ def job(
     memory: dict[str, Any] | None = None,
     sharding: str = "ddp",
     bucket_mib: float = 0.02,
+    grads: Any = None,
     states: Any = None,
     deepspeed: dict[str, Any] | None = None,
     optim: str | OptimConfig = "adamw",
@@ -98,6 +99,7 @@ def job(
             data=DataParallelConfig(
                 sharding=sharding,  # type: ignore[arg-type]
                 bucket_mib=bucket_mib,
+                grads=grads,
                 states=states,
                 deepspeed=DeepSpeedConfig(**(deepspeed or {})),
             ),

@@ -317,6 +317,7 @@ def _replicas(
         spreads=spreads_of(cfg),
         bucket_mib=cfg.parallel.data.bucket_mib,
         exact=cfg.train.deterministic == "elastic",
+        stage_of=Pipeline.of(cfg).split.stage_of,
         kept=memory,
         masters=None if place is None else place.allocate,
     )

@@ -13,8 +13,8 @@ from ..schema import Config
 
 SpreadOver = int | Literal["node", "all"]
 """So many ranks, those of one node, or all that hold the same parameters."""
-_NAMED: dict[str, SpreadOver] = {"ddp": 1, "zero1": "all"}
-"""Points of the space: what states are spread over."""
+_NAMED: dict[str, tuple[SpreadOver, SpreadOver]] = {"ddp": (1, 1), "zero1": (1, "all"), "zero2": ("all", "all")}
+"""Points of the space: what gradients and states are spread over."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,12 @@ class SpreadDegrees:
 
     Args:
         replicas: how many hold the same parameters; a multiple of each degree.
-        states: masters and moments.
+        grads: gradient sums, from one microbatch to the next.
+        states: masters and moments; a multiple of `grads`.
     """
 
     replicas: int
+    grads: int
     states: int
 
     @property
@@ -44,16 +46,22 @@ def is_flat(config: Config) -> bool:
 def dense_spread(config: Config) -> SpreadDegrees:
     """Of all parameters but those of routed experts."""
     p = config.parallel
-    return SpreadDegrees(p.dp * p.cp, over(config, p.data.states))
+    grads, states = _NAMED.get(p.data.sharding, (1, 1))
+    own = p.data.grads if p.data.grads is not None else grads
+    return SpreadDegrees(
+        p.dp * p.cp, over(config, own), over(config, p.data.states if p.data.states is not None else states)
+    )
 
 
 def expert_spread(config: Config) -> SpreadDegrees:
     """Of routed experts. There are as many copies of their states as of all others, as far as edp allows: those of one
-    group then stand among the same ranks."""
+    group then stand among the same ranks. So with their gradients."""
     dense, replicas = dense_spread(config), expert_replicas(config)
-    if dense.states == 1:
-        return SpreadDegrees(replicas, 1)
-    return SpreadDegrees(replicas, replicas // math.gcd(dense.copies, replicas))
+
+    def like(degree: int) -> int:
+        return 1 if degree == 1 else replicas // math.gcd(dense.replicas // degree, replicas)
+
+    return SpreadDegrees(replicas, like(dense.grads), like(dense.states))
 
 
 def expert_replicas(config: Config) -> int:
@@ -64,19 +72,17 @@ def expert_replicas(config: Config) -> int:
 
 def point(config: Config) -> str:
     """The point of the space, for people: the name of `parallel.data.sharding`, and what the job sets itself."""
-    data = config.parallel.data
-    if not is_flat(config) or data.states is None:
+    data, dense = config.parallel.data, dense_spread(config)
+    if not is_flat(config) or (data.states is None and data.grads is None):
         return data.sharding
-    dense = dense_spread(config)
-    return f"states over {dense.states} of {dense.replicas}"
+    grads = f"gradients over {dense.grads}, " if dense.grads > 1 else ""
+    return f"{grads}states over {dense.states} of {dense.replicas}"
 
 
-def over(config: Config, wanted: SpreadOver | None) -> int:
-    """Ranks of dp · cp that a key stands for; none: what `parallel.data.sharding` says. Whoever has validated the job
-    knows that they divide dp · cp."""
+def over(config: Config, wanted: SpreadOver) -> int:
+    """Ranks of dp · cp that a key stands for. Whoever has validated the job knows that they divide dp · cp."""
     p = config.parallel
     replicas = p.dp * p.cp
-    wanted = _NAMED.get(p.data.sharding, 1) if wanted is None else wanted
     if wanted == "all":
         return replicas
     if wanted == "node":

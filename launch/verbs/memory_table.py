@@ -21,6 +21,7 @@ _HUES = {
     "masters": "#1f9a78",
     "optimizer states": "#7cc9b1",
     "gathered layers": "#e6d44c",
+    "gradients to send": "#c49a3c",
     "inputs": "#98a1b0",
     "buffers of stages": "#667085",
     "activations": "#eb9c2d",

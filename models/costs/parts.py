@@ -43,6 +43,14 @@ class StageSplit:
         layers = tuple(tuple(range(start, start + count)) for start, count in zip(starts, counts, strict=True))
         return StageSplit(layers, balanced)
 
+    def stage_of(self, name: str) -> int:
+        """The stage with the layer of a parameter, by its name; −1: it belongs to no stage's layers."""
+        section, _, rest = name.partition(".")
+        if section != "layers":
+            return -1
+        layer = int(rest.partition(".")[0])
+        return next(stage for stage, layers in enumerate(self.layers) if layer in layers)
+
     def part(self, stages: Sequence[int]) -> Part:
         """What a rank with these stages holds."""
         begins, ends = 0 in stages, len(self.layers) - 1 in stages

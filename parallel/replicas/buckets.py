@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from ..checksum import ParameterMemory
-from ..comm.collectives import Handle, all_gather, all_reduce, reduce_scatter
+from ..comm.collectives import Handle, all_gather
 from ..comm.mesh import Axis
-from ..gradients import ExactSlot, Slot, give_slot, route
-from ..kernels.exact_sums import from_words
+from ..gradients import Slot, give_slot, route
 from ..sharding_rules import Partial, ReplicaFamily, Sharding
+from .gradient_sums import GradientSums, SpreadSums, SumPlace, WholeSums
 from .protocol import BucketEvents, SharedBucket, SharedCopies, SharedMember, adopt
 from .spread import SpreadAxes
 
@@ -41,6 +41,8 @@ class BucketKind:
     family: ReplicaFamily
     partial: Partial
     decay: bool
+    stage: int = -1
+    """Of the layers; −1: none, or those of all."""
 
 
 @dataclass(frozen=True)
@@ -92,97 +94,59 @@ class Bucket:
         first = params[0][1]
         self._adopts = flat is not None
         self.flat = flat(size, first) if flat else torch.zeros(size, dtype=first.dtype, device=first.device)
-        self.grads = torch.zeros(size, dtype=grad_dtype, device=first.device)
-        self._words = torch.zeros(size, 2, dtype=torch.float64, device=first.device) if exact else None
-        """The exact sums; `grads` then holds single gradients, and what is owned of the sum at the end."""
         share = size // axes.states.size
         self.start = axes.states.rank * share
         self.stop = self.start + share
+        spans = [(m.start, m.stop, m.param.shape) for m in self.members]
+        place = SumPlace(spans, size, axes, partial, grad_dtype, first.device, exact)
+        self.sums: GradientSums = SpreadSums(place, self) if axes.grads.size > 1 else WholeSums(place, self)
         self.events: BucketEvents | None = None
         """Replaceable from outside: told when gradients are final, sent, and parameters whole."""
-        self.slots = [self._adopt(number, member) for number, member in enumerate(members)]
-        self._missing = 0
-        self._reducing: Handle | None = None
+        self.slots = self.sums.slots
+        for member, slot in zip(self.members, self.slots, strict=True):
+            self._adopt(member, slot)
         self._gathering: Handle | None = None
         self.before_reduction: Callable[[Bucket], None] = lambda bucket: None
         """Replaceable from outside: called when the reduction is about to start."""
 
-    def _adopt(self, number: int, member: Member) -> Slot:
+    def _adopt(self, member: Member, slot: Slot) -> None:
         view = self.flat[member.start : member.stop].view_as(member.param)
         if not self._adopts:
             view.copy_(member.param.data)
         member.param.data = view
-        buffer, final = self.grads[member.start : member.stop].view_as(view), partial(self._one_final, number)
-        words = self._words
-        slot = Slot(buffer, final) if words is None else ExactSlot(buffer, final, words[member.start : member.stop])
         give_slot(member.param, slot)
         route(member.param)
-        return slot
 
     # Gradients ------------------------------------------------------------------------------------------------
 
     def start_step(self, microbatches: int) -> None:
-        """Before the first forward of a step. The reduction starts as soon as every gradient is final."""
-        self._missing, self._reducing = len(self.slots), None
-        for slot in self.slots:
-            slot.start_step(microbatches)
+        """Before the first forward of a step. A reduction starts as soon as every gradient is there."""
+        self.sums.start_step(microbatches)
         if self.events is not None:
             self.events.start_step()
 
-    def _one_final(self, number: int) -> None:
+    def before_sums(self) -> None:
+        """Of `SumHooks`."""
+        self.before_reduction(self)
+
+    def final(self, number: int) -> None:
+        """Of `SumHooks`."""
         if self.events is not None:
             self.events.final(number)
-        self._missing -= 1
-        if self._missing == 0:
-            self._launch()
 
-    def _launch(self) -> None:
-        for slot in self.slots if self._words is None else ():
-            if slot.fresh:  # no token reached the parameter in this step
-                slot.buffer.zero_()
-        self.before_reduction(self)
+    def handed_over(self) -> None:
+        """Of `SumHooks`."""
         if self.events is not None:
             self.events.handed_over()
-        if self.partial_axis.size == 1:
-            self._reducing = self._reduce_over_data()
-            return
-        partial_sum = all_reduce(self._sums, self.partial_axis)
-
-        def finish() -> Tensor:
-            partial_sum.wait()
-            return self._reduce_over_data().wait()
-
-        self._reducing = Handle(self._sums, finish)
-
-    @property
-    def _sums(self) -> Tensor:
-        """What is added up over the ranks, flat."""
-        return self.grads if self._words is None else self._words.view(-1)
-
-    def _reduce_over_data(self) -> Handle:
-        states, copies = self.axes.states, self.axes.copies
-        if states.size == 1:
-            return all_reduce(self._sums, copies)
-        each = len(self._sums) // len(self.grads)
-        owned = self._sums[each * self.start : each * self.stop]
-        scattered = reduce_scatter(self._sums, states, out=owned)
-        if copies.size == 1:
-            return scattered
-        return Handle(owned, lambda: all_reduce(scattered.wait(), copies).wait())
 
     def reduce(self) -> None:
         """Every gradient of the bucket is final: returns when `owned_grad` is the sum over all ranks."""
-        if self._reducing is None:
-            self._launch()
-        assert self._reducing is not None
-        self._reducing.wait()
-        if self._words is not None:
-            self.owned_grad.copy_(from_words(self._words[self.start : self.stop]))
+        self.sums.reduce()
 
     @property
     def owned_grad(self) -> Tensor:
         """The reduced gradient of this rank's share, flat (n,)."""
-        return self.grads[self.start : self.stop]
+        return self.sums.owned
 
     @property
     def owned(self) -> Tensor:
@@ -196,7 +160,8 @@ class Bucket:
 
     def clear(self) -> None:
         """Drops the step's gradients and forgets what is in flight, after a step that was left half-way."""
-        self._reducing = self._gathering = None
+        self._gathering = None
+        self.sums.clear()
         for member in self.members:
             member.param.grad = None
 
@@ -255,12 +220,14 @@ def make_buckets(
     grad_dtype: torch.dtype,
     bucket_bytes: int,
     exact: bool = False,
+    stage_of: Callable[[str], int],
     kept: Mapping[str, Tensor] | None = None,
 ) -> list[Bucket]:
     """Buckets of at most about `bucket_bytes` of parameters, in the order in which backward finishes them.
 
-    `params` come in the order of the forward pass. `kept`: the memory of such buckets, by `bucket_key`, that these take
-    over with the parameters in it.
+    Where gradients are spread, a bucket has parameters of one (part-)stage, which `stage_of` tells by name: they are
+    all through when a microbatch's backward pass of that stage is. `params` come in the order of the forward pass.
+    `kept`: the memory of such buckets, by `bucket_key`, that these take over with the parameters in it.
     """
     make = partial(Bucket, grad_dtype=grad_dtype, exact=exact)
     open_kinds: dict[BucketKind, list[tuple[str, nn.Parameter, Sharding]]] = {}
@@ -272,7 +239,8 @@ def make_buckets(
         buckets.append(make(kind, open_kinds.pop(kind), axes=axes[kind.family], partial=summed, flat=flat))
 
     for name, param, sharding in reversed(params):
-        kind = BucketKind(sharding.family, sharding.partial, decay=decays(name, sharding))
+        stage = stage_of(name) if axes[sharding.family].grads.size > 1 else -1
+        kind = BucketKind(sharding.family, sharding.partial, decays(name, sharding), stage)
         members = open_kinds.setdefault(kind, [])
         members.append((name, param, sharding))
         if sum(p.numel() * p.element_size() for _, p, _ in members) >= bucket_bytes:

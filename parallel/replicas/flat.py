@@ -27,6 +27,7 @@ class FlatReplicas:
         spreads: over how many ranks states are spread, of each family.
         bucket_mib: MiB of parameters per bucket.
         exact: gradient sums have the same bits at any size of data parallelism.
+        stage_of: the (part-)stage of a layer's parameter by its name, −1 of others; for gradients that are spread.
         kept: what `keep` gave, of replicas with the same slices, whose memory these take over; none: new memory.
         masters: makes the memory of masters (elements, type), on the host; none: beside the parameters.
 
@@ -43,6 +44,7 @@ class FlatReplicas:
         spreads: Mapping[ReplicaFamily, SpreadDegrees],
         bucket_mib: float,
         exact: bool = False,
+        stage_of: Callable[[str], int] = lambda name: -1,
         kept: Mapping[str, Tensor] | None = None,
         masters: Callable[[int, torch.dtype], Tensor] | None = None,
     ) -> None:
@@ -57,6 +59,7 @@ class FlatReplicas:
             grad_dtype=self._precise,
             bucket_bytes=int(bucket_mib * 2**20),
             exact=exact,
+            stage_of=stage_of,
             kept=kept,
         )
         self.buckets = len(self._buckets)
@@ -71,12 +74,16 @@ class FlatReplicas:
     def _take_turn(self, bucket: Bucket) -> None:
         """Between the processes of a host a sum reads every rank's part into memory as large as the bucket, so there is
         one at a time: the one before has to be done. Its ranks have started it, or will without this one's help: they
-        run the same program. That is not so for sums over the ends of a pipeline, so partial sums take no turns."""
-        if bucket.data.local is None or bucket.data.size == 1 or bucket.partial_axis.size > 1:
+        run the same program. That is not so for sums over the ends of a pipeline, so partial sums take no turns.
+
+        Where gradients are spread there are no partial sums before the update, and buckets that wait to be sent would
+        hold the memory that is to be saved."""
+        spread, local = bucket.axes.grads.size > 1, bucket.data.local is not None and bucket.data.size > 1
+        if not spread and (not local or bucket.partial_axis.size > 1):
             return
         before, self._summing = self._summing, bucket
         if before is not None:
-            before.reduce()
+            before.sums.settle()
 
     def _master(self, index: int, bucket: Bucket, kept: Mapping[str, Tensor] | None) -> Tensor:
         """A bucket's owned parameters in full precision."""

@@ -118,7 +118,7 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
 
 _PP = ["parallel.pp=2", "parallel.dp=1"]
 _P = "parallel.pipeline"
-_STATES = "parallel.data.states"
+_GRADS, _STATES = "parallel.data.grads", "parallel.data.states"
 _FOUR = ["parallel.tp=1", "parallel.dp=2", "parallel.cp=2"]
 _PARTS = ["memory.recompute=selective"]
 WRONG += [
@@ -147,6 +147,19 @@ WRONG += [
     ([*_FOUR, f"{_STATES}=3"], _STATES, ["3", "parallel.dp=2 x parallel.cp=2 = 4", "states=2"]),
     (["parallel.data.states=0"], _STATES, ["0", "states=1"]),
     (["parallel.data.states=some"], _STATES, ["node, all", "some"]),
+    ([*_FOUR, "parallel.data.grads=4", f"{_STATES}=2"], _GRADS, ["4 ranks", "states over 2", "divisor of 2"]),
+    ([*_FOUR, "parallel.data.sharding=zero2", f"{_STATES}=2"], _GRADS, ["4 ranks", "states over 2"]),
+    ([*_FOUR, f"{_GRADS}=3"], _GRADS, ["3", "= 4", "set parallel.data.grads=2"]),
+    (
+        ["parallel.data.sharding=zero2", "faults.numerics.checksums=true"],
+        "faults.numerics.checksums",
+        ["2 ranks", "parallel.data.grads=1", "replicas_every"],
+    ),
+    (
+        ["parallel.data.sharding=zero2", "train.deterministic=elastic"],
+        "train.deterministic",
+        ["2 ranks", "parallel.data.grads=1"],
+    ),
     (["parallel.data.states=node"], _STATES, ["node", "set hardware.ranks_per_node"]),
     (
         ["parallel.data.states=node", "hardware.ranks_per_node=3", "parallel.tp=2"],

@@ -26,9 +26,9 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
         keys |= _context(draws, hybrid=model.get("model.attention_every", 1) != 1)
     whole = degrees["pp"] == 1 and not experts
     rounded = model.get("train.dtype", "fp64") != "fp64"
-    shardings = {"ddp": 1, "zero1": 1, "fsdp": 2 if whole else 0, "deepspeed": 3 if whole and rounded else 0}
-    sharding = keys["parallel.data.sharding"] = draws.pick(shardings)
-    if sharding in ("ddp", "zero1") and draws.maybe(0.5):
+    theirs = {"fsdp": 2 if whole else 0, "deepspeed": 3 if whole and rounded else 0}
+    sharding = keys["parallel.data.sharding"] = draws.pick({"ddp": 1, "zero1": 1, "zero2": 1} | theirs)
+    if sharding in ("ddp", "zero1", "zero2") and draws.maybe(0.5):
         keys |= _spread(draws, degrees["dp"] * degrees["cp"])
     keys["parallel.data.bucket_mib"] = draws.pick({0.0001: 1, 0.001: 1, 0.01: 1, 0.1: 0.5, 32: 1})
     if draws.maybe(0.3):
@@ -50,8 +50,9 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
 
 def _spread(draws: Draws, replicas: int) -> Keys:
     states = draws.choice([*common_divisors(replicas, replicas), "node", "all"])
-    nodes = {"hardware.ranks_per_node": draws.choice([2, 4, 8])} if states == "node" else {}
-    return {"parallel.data.states": states} | nodes
+    grads = draws.choice([None, 1, *common_divisors(replicas, replicas), states])
+    nodes = {"hardware.ranks_per_node": draws.choice([2, 4, 8])} if "node" in (states, grads) else {}
+    return {"parallel.data.states": states, "parallel.data.grads": grads} | nodes
 
 
 def _guards(draws: Draws, *, sums: bool) -> Keys:

@@ -83,6 +83,7 @@ def _layout(layout: Layout) -> dict[str, list[str]]:
         "axes together": [str(sum(size > 1 for size in degrees.values()))],
         "sharding": [p.data.sharding],
         "states over": [str(p.data.states)],
+        "gradients over": [str(p.data.grads)],
         "bucket": [f"{p.data.bucket_mib:g}"],
         "recompute": [layout.config.memory.recompute],
         "parts": list(layout.config.memory.recompute_parts) if layout.config.memory.recompute == "selective" else [],

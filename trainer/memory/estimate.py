@@ -5,6 +5,7 @@ Bytes that tensors take while a step goes on, on the rank of the pipeline that n
 
     parameters, gradients, masters, states    flat buckets, filled up to what the replicas share (`fixed`)
     gathered layers                           of fsdp
+    gradients to send                         of spread gradients
     inputs, buffers                           the step's microbatches; slots of what other stages send
     activations                               what microbatches in flight keep: rows of `models.costs.activations`,
                                               summed over layers (`stages`), counted by the program (`walk`)
@@ -93,6 +94,7 @@ class Memory:
             "masters": h.masters,
             "optimizer states": h.states,
             "gathered layers": h.gathered,
+            "gradients to send": h.opened,
             "inputs": self.inputs,
             "buffers of stages": self.buffers,
             "activations": self.activations,

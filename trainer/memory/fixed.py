@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from ...configs import Config
 from ...configs.reading.deepspeed import zero_offload, zero_stage
-from ...configs.reading.spread import dense_spread, expert_spread
+from ...configs.reading.spread import SpreadDegrees, dense_spread, expert_spread
 from ...configs.schema import CODED_STATES, AdamWConfig, SgdConfig
+from ...configs.tables.schedules import SCHEDULES
 from ...models.costs.parts import Part
 from ...models.costs.tensors import Cut, Group, ParameterTensor, parameter_tensors
 from ..pipeline.programs import Pipeline
@@ -21,6 +22,7 @@ _SUBGROUPS = 3
 """Subgroups in the host's pool for a disk (`optim.disk_place.SLOTS`)."""
 _WORDS = 2 * 8
 """Bytes of an exact sum's words (`kernels.exact_sums`)."""
+BucketKey = tuple[bool, str, bool, int]
 _ALIGN = 16
 """Elements to which every rank's share of a bucket is rounded (`replicas.buckets`)."""
 
@@ -33,6 +35,9 @@ class FlatBucket:
         elements: with what fills it up.
         share: of it that this rank updates.
         groups: whose gradients it has.
+        kept: elements of gradient sums that are there all the time.
+        kind: what its parameters have in common: in experts, partial over, matrices; and the stage of their layers,
+            where gradients are spread (else, and of those of no layer, −1).
         replicas: ranks that have the same parameters.
         partial: the gradients are summed over other ranks besides.
     """
@@ -42,6 +47,13 @@ class FlatBucket:
     groups: frozenset[Group]
     replicas: int
     partial: bool
+    kept: int
+    kind: BucketKey
+
+    @property
+    def spread(self) -> bool:
+        """Whether gradients are."""
+        return self.kept < self.elements
 
 
 def sum_bytes(cfg: Config) -> int:
@@ -62,28 +74,59 @@ def rank_tensors(cfg: Config, pipeline: Pipeline, part: Part) -> list[ParameterT
     return parameter_tensors(cfg.model, cut_of(cfg, pipeline), part)
 
 
-def flat_buckets(cfg: Config, tensors: Sequence[ParameterTensor]) -> list[FlatBucket]:
+def flat_buckets(cfg: Config, pipeline: Pipeline, tensors: Sequence[ParameterTensor]) -> list[FlatBucket]:
     """Flat buckets, as `replicas.buckets.make_buckets` fills them: from the last parameter on, each
     kind of gradient apart, closed as soon as they are full."""
     limit, width = int(cfg.parallel.data.bucket_mib * 2**20), WIDTHS[cfg.train.dtype]
-    waiting: dict[tuple[bool, str, bool], list[ParameterTensor]] = {}
+    spreads = {False: dense_spread(cfg), True: expert_spread(cfg)}
+    waiting: dict[BucketKey, list[ParameterTensor]] = {}
     found = []
     for tensor in reversed(tensors):
-        kind = (tensor.expert, tensor.partial, tensor.matrix)
+        stage = pipeline.split.stage_of(tensor.name) if spreads[tensor.expert].grads > 1 else -1
+        kind = (tensor.expert, tensor.partial, tensor.matrix, stage)
         members = waiting.setdefault(kind, [])
         members.append(tensor)
         if sum(member.elements for member in members) * width >= limit:
-            found.append(_bucket(cfg, waiting.pop(kind)))
-    return [*found, *(_bucket(cfg, members) for members in waiting.values())]
+            found.append(_bucket(spreads[tensor.expert], waiting.pop(kind), kind))
+    return [*found, *(_bucket(spreads[kind[0]], members, kind) for kind, members in waiting.items())]
 
 
-def _bucket(cfg: Config, members: Sequence[ParameterTensor]) -> FlatBucket:
-    first = members[0]
-    spread = expert_spread(cfg) if first.expert else dense_spread(cfg)
+def _bucket(spread: SpreadDegrees, members: Sequence[ParameterTensor], kind: BucketKey) -> FlatBucket:
     unit = spread.replicas * _ALIGN
     elements = -(-sum(member.elements for member in members) // unit) * unit
     groups = frozenset(member.group for member in members)
-    return FlatBucket(elements, elements // spread.states, groups, spread.replicas, bool(first.partial))
+    share, kept, partial = elements // spread.states, elements // spread.grads, bool(members[0].partial)
+    return FlatBucket(elements, share, groups, spread.replicas, partial, kept, kind)
+
+
+def opened(cfg: Config, pipeline: Pipeline, rank: int, buckets: Sequence[FlatBucket]) -> int:
+    """The most elements of spread gradients that are whole at a time: of one stage two buckets of each kind (gradients
+    come in nearly the order in which buckets were filled), those of no stage, the one that is being sent, its copy in
+    another order, and what arrives of it. Where weight gradients are left for later, microbatches overlap, and every
+    bucket may be there."""
+    mine = [bucket for bucket in buckets if bucket.spread]
+    largest = max(mine, key=lambda bucket: bucket.elements, default=None)
+    if largest is None:
+        return 0
+    sizes: dict[BucketKey, list[int]] = {}
+    for each in mine:
+        sizes.setdefault(each.kind, []).append(each.elements)
+    if _splits(cfg):
+        whole = sum(each.elements for each in mine)
+    else:
+        stages = dict.fromkeys(pipeline.stages_of(rank), 0)
+        for kind, each in sizes.items():
+            if kind[-1] >= 0:
+                stages[kind[-1]] += sum(sorted(each)[-2:])
+        whole = max(stages.values(), default=0) + sum(sum(each) for kind, each in sizes.items() if kind[-1] < 0)
+    reordered = largest.elements if largest.kept > largest.share else 0
+    return whole + largest.elements + reordered + largest.kept
+
+
+def _splits(cfg: Config) -> bool:
+    """Whether weight gradients may be left for later."""
+    row = SCHEDULES.get(cfg.parallel.pipeline_in_use.schedule or "")
+    return row is None or row.splits
 
 
 @dataclass(frozen=True)
@@ -93,6 +136,7 @@ class Held:
     Args:
         parameters, gradients, masters, states: of the optimizer's units.
         gathered: of fsdp: the layers that are whole at a time.
+        opened: of spread gradients: sums that are whole at a time, at most.
         update: what an update of the largest bucket makes beside them.
         buckets: of flat replicas; none with fsdp.
         local: parameters of the rank; `experts` of them in routed experts.
@@ -112,6 +156,7 @@ class Held:
     experts: int
     host: int = 0
     disk: int = 0
+    opened: int = 0
 
 
 def held(cfg: Config, pipeline: Pipeline, rank: int, each: float | None = None) -> Held:
@@ -128,14 +173,14 @@ def held(cfg: Config, pipeline: Pipeline, rank: int, each: float | None = None) 
     if cfg.parallel.data.sharding == "deepspeed":
         return _engine(cfg, tensors, local)
     width = WIDTHS[cfg.train.dtype]
-    precise, buckets = max(4, width), flat_buckets(cfg, tensors)
+    precise, buckets = max(4, width), flat_buckets(cfg, pipeline, tensors)
     whole, shares = (sum(each) for each in ([b.elements for b in buckets], [b.share for b in buckets]))
     masters, states = shares * precise if width < precise else 0, state_bytes(cfg, shares, coded_share(cfg, tensors))
     away, largest = cfg.memory.offload_optimizer, max((b.share for b in buckets), default=0)
     there = masters + states if away != "none" else 0
     return Held(
         parameters=whole * width,
-        gradients=whole * (precise + (0 if sum_bytes(cfg) == precise else sum_bytes(cfg))),
+        gradients=sum(b.kept for b in buckets) * (precise + (0 if sum_bytes(cfg) == precise else sum_bytes(cfg))),
         masters=0 if there else masters,
         states=0 if there else states,
         gathered=0,
@@ -145,6 +190,7 @@ def held(cfg: Config, pipeline: Pipeline, rank: int, each: float | None = None) 
         experts=experts,
         host=_SUBGROUPS * subgroup_bytes(cfg, largest) if away == "disk" else there,
         disk=there if away == "disk" else 0,
+        opened=opened(cfg, pipeline, rank, buckets) * precise,
     )
 
 

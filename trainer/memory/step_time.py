@@ -95,6 +95,7 @@ def _replica_s(cfg: Config, pipeline: Pipeline, microbatches: int) -> float:
         return microbatches * 3 * local * width * share / link
     if p.data.sharding == "deepspeed":
         return local * share * (max(4, width) + width) / link
-    neighbours = _LINK if p.tp * dense_spread(cfg).states <= _NODE else _NETWORK
-    found = (replica_traffic(held(cfg, pipeline, rank).buckets, max(4, width), width) for rank in range(p.pp))
-    return max(each.neighbours / neighbours + each.copies / link for each in found)
+    dense, wide = dense_spread(cfg), max(4, width)
+    near, among = (_LINK if p.tp * degree <= _NODE else _NETWORK for degree in (dense.grads, dense.states))
+    found = (replica_traffic(held(cfg, pipeline, rank).buckets, wide, width, microbatches) for rank in range(p.pp))
+    return max(each.grads / near + each.neighbours / among + each.copies / link for each in found)

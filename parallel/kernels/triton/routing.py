@@ -282,8 +282,8 @@ def triton_route_settle(
 
     Args:
         totals: of this device's tokens, as `triton_route_totals` gives them.
-        counts: (C,) that the loads follow, in any unit; zeros: even ones. None: there is no balancing loss, or the loads are
-            those of sequences, which were known before.
+        counts: (C,) that the loads follow, in any unit; zeros: even ones. None: there is no balancing loss, or the
+            loads are those of sequences, which were known before.
         loads: (C,) fp32, becomes counts as fractions.
         tally: as of `models.routing.tally.add_to`.
         tokens: of this device.

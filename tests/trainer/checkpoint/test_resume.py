@@ -81,6 +81,7 @@ LAYOUTS = {
     "dp4 fsdp": {"dp": 4, "sharding": "fsdp"},
     "tp2 dp2 fsdp": {"tp": 2, "dp": 2, "sharding": "fsdp"},
     "dp2 ddp": {"dp": 2, "sharding": "ddp"},
+    "pp2 dp2 zero2": {"pp": 2, "dp": 2, "sharding": "zero2"},
     "cp2 dp2, states over two": {"cp": 2, "dp": 2, "states": 2},
 }
 PAIRS = [
@@ -90,7 +91,8 @@ PAIRS = [
     ("tp4 zero1, kv replicated", "dp2 ddp"),
     ("tp2 dp2 fsdp", "one"),
     ("dp4 fsdp", "cp2 dp2, states over two"),
-    ("cp2 dp2, states over two", "tp2 dp2 zero1"),
+    ("cp2 dp2, states over two", "pp2 dp2 zero2"),
+    ("pp2 dp2 zero2", "tp2 dp2 zero1"),
 ]
 
 

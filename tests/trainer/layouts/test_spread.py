@@ -1,8 +1,8 @@
-"""States over any number of ranks: the same training at every point, the named points to the bit, bytes by closed
-form."""
+"""Gradients and states over any number of ranks: the same training at every point, the named ones to the bit, bytes."""
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from pentad.configs.reading.spread import dense_spread, expert_spread
 from pentad.configs.schema import AdamWConfig, ConstantSchedule, MoeConfig, RouterConfig
+from pentad.parallel.gradients import Slot
 from pentad.parallel.record import reader
 from pentad.trainer.memory.fixed import held
 from pentad.trainer.memory.traffic import replica_traffic
@@ -37,6 +38,7 @@ LAYOUTS = [
 FACTORS: dict[str, list[Any]] = {
     "layout": LAYOUTS,
     "states": [1, 2, 4, "all"],
+    "grads": [1, 2, 4, "all"],
     "experts": [False, True],
     "pipeline": ["1f1b", "zb-h1", "gis", "v-half-balanced"],
     "tied": [False, True],
@@ -47,8 +49,8 @@ FACTORS: dict[str, list[Any]] = {
 
 def _allowed(case: Case) -> bool:
     _, pp, cp, dp, _ = case["layout"]
-    fits = case["states"] == "all" or (dp * cp) % case["states"] == 0
-    return fits and (pp > 1 or case["pipeline"] == "1f1b")
+    grads, states = (dp * cp if case[key] == "all" else case[key] for key in ("grads", "states"))
+    return dp * cp % states == 0 and states % grads == 0 and (pp > 1 or case["pipeline"] == "1f1b")
 
 
 CASES = pairwise(FACTORS, _allowed, seed=3)
@@ -64,6 +66,7 @@ def settings(case: Case) -> dict[str, Any]:
         "tp": tp, "pp": pp, "cp": cp, "dp": dp, "ep": ep if case["experts"] else 1,
         "pipeline": {"schedule": schedule, "chunks": 1 if schedule in ("1f1b", "zb-h1") else 2, "vocab": vocab},
         "model": {"layers": 4, "tied": case["tied"], **experts},
+        "grads": case["grads"],
         "states": case["states"],
         "bucket_mib": case["bucket_mib"],
         "steps": 3, "micro_batch": 1, "global_batch": 8,
@@ -92,10 +95,18 @@ def _bits(**wanted: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.distributed
 def test_names_are_points_to_the_bit() -> None:
     experts = {"layers": 1, "moe": EXPERTS}
-    for name, states in (("ddp", 1), ("zero1", 4)):
+    points = {"ddp": (1, 1), "zero1": (1, 4), "zero2": (4, "all")}
+    for name, (grads, states) in points.items():
         named = _bits(sharding=name, ep=2, model=experts)
-        point = _bits(sharding="ddp" if name == "zero1" else "zero1", states=states, ep=2, model=experts)
+        other = "zero2" if name == "ddp" else "ddp"
+        point = _bits(sharding=other, grads=grads, states=states, ep=2, model=experts)
         assert all(torch.equal(named[each], point[each]) for each in named)
+
+
+@pytest.mark.distributed
+def test_a_single_microbatch_is_summed_alike_however_gradients_are_spread() -> None:
+    whole, spread = (_bits(sharding=name, global_batch=4, micro_batch=1) for name in ("zero1", "zero2"))
+    assert all(torch.equal(whole[each], spread[each]) for each in whole)
 
 
 def test_experts_have_as_many_copies_of_their_states_as_the_rest() -> None:
@@ -117,31 +128,61 @@ _ADAM = AdamWConfig(lr=1e-3, schedule=ConstantSchedule())
 _SENT = {"reduce_scatter": 1, "all_gather": 1, "all_reduce": 2}
 
 
-def _measured(rank: int, world: int, cfg: Any, folder: str) -> tuple[tuple[int, ...], float, float]:
-    """Bytes of parameters, gradients, masters and states that a rank has; those that it sends among neighbours, and
-    between copies, in a step."""
+def _measured(rank: int, world: int, cfg: Any, folder: str) -> tuple[tuple[int, ...], dict[str, float], int]:
+    """Bytes of parameters, gradients, masters and states that a rank has; what it sends in a step for the gradients of
+    microbatches, among neighbours and between copies; the most of gradients that is whole at a time."""
     path = Path(folder) / f"{rank}.ring"
     run = Run(rank, cfg, record=path)
     try:
-        for step in (0, 1):
-            run.step(step)
+        run.step(0)
+        with _Opened() as opened:
+            run.step(1)
         run.parts.replicas.wait_gathers()
-        ring = reader.read(path)
-        sent = {"states": 0.0, "copies": 0.0}
-        for entry in without_copies(ring):
-            kind, axis = ring.name(entry["kind"]), ring.name(entry["axis"])
-            if int(entry["step"]) == 1 and axis.startswith(("data", "edp")) and kind in _SENT:
-                size = run.mesh.axis(axis).size
-                part = "copies" if kind == "all_reduce" else "states"
-                sent[part] += _SENT[kind] * (size - 1) / size * int(entry["nbytes"])
         kept = run.parts.replicas.keep()
         masters = sum(each.nbytes for key, each in kept.items() if key.endswith(".master"))
         parameters = sum(each.nbytes for key, each in kept.items() if not key.endswith(".master"))
-        gradients = sum(slot.nbytes() for slot in _gradient_memory(run))
+        gradients = sum(memory.nbytes() for memory in _gradient_memory(run))
         states = sum(each.nbytes for unit in run.optimizer.states.values() for each in unit.values())
-        return (parameters, gradients, masters, states), sent["states"], sent["copies"]
+        return (parameters, gradients, masters, states), _sent(run, path), opened.most
     finally:
         run.close()
+
+
+def _sent(run: Run, path: Path) -> dict[str, float]:
+    ring, spreads = reader.read(path), {"data": dense_spread(run.cfg), "edp": expert_spread(run.cfg)}
+    sent = {"grads": 0.0, "states": 0.0, "copies": 0.0}
+    for entry in without_copies(ring):
+        kind, axis = ring.name(entry["kind"]), ring.name(entry["axis"])
+        if int(entry["step"]) != 1 or not axis.startswith(("data", "edp")) or kind not in _SENT:
+            continue
+        size, grads = run.mesh.axis(axis).size, spreads[axis.partition("_")[0]].grads
+        scatters = kind == "reduce_scatter" and grads > 1 and not axis.endswith("_between")
+        part = "copies" if kind == "all_reduce" else "grads" if scatters else "states"
+        sent[part] += _SENT[kind] * (size - 1) / size * int(entry["nbytes"])
+    return sent
+
+
+class _Opened:
+    """Counts the bytes of full-size sums that are there at a time, by the storages that slots are given."""
+
+    def __init__(self) -> None:
+        self.most, self._alive = 0, dict[int, tuple[weakref.ref, int]]()
+        self._give = Slot.give
+
+    def __enter__(self) -> _Opened:
+        def give(slot: Slot, buffer: torch.Tensor | None) -> None:
+            self._give(slot, buffer)
+            if buffer is not None and buffer._base is not None:
+                base = buffer._base
+                self._alive[id(base)] = weakref.ref(base), base.nbytes
+            alive = sum(nbytes for ref, nbytes in self._alive.values() if ref() is not None)
+            self.most = max(self.most, alive)
+
+        Slot.give = give  # pyright: ignore[reportAttributeAccessIssue]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Slot.give = self._give
 
 
 def _gradient_memory(run: Run) -> list[torch.UntypedStorage]:
@@ -152,22 +193,25 @@ def _gradient_memory(run: Run) -> list[torch.UntypedStorage]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("states", [1, 2, "all"])
-def test_bytes_are_those_of_the_closed_forms(tmp_path: Path, states: Any, dtype: str) -> None:
-    cfg = job(
-        dp=4, ep=2, states=states, dtype=dtype, optim=_ADAM, model={"moe": EXPERTS}, global_batch=4, micro_batch=1
-    )
+@pytest.mark.parametrize(("grads", "states"), [(1, 1), (1, 2), (1, "all"), (2, 2), (2, "all"), ("all", "all")])
+def test_bytes_are_those_of_the_closed_forms(tmp_path: Path, grads: Any, states: Any, dtype: str) -> None:
+    wanted = {"model": {"layers": 4, "moe": EXPERTS}, "global_batch": 12, "micro_batch": 1, "bucket_mib": 0.01}
+    cfg = job(dp=4, ep=2, grads=grads, states=states, dtype=dtype, optim=_ADAM, **wanted)
     found = run_distributed(_measured, 4, cfg, str(tmp_path), group=False)
     mine = held(cfg, Pipeline.of(cfg), 0)
     width = 2 if dtype == "bf16" else 4
-    traffic = replica_traffic(mine.buckets, 4, width)
-    for memory, neighbours, copies in found:
+    traffic = replica_traffic(mine.buckets, 4, width, microbatches=3)
+    for memory, sent, opened in found:
         assert memory == (mine.parameters, mine.gradients, mine.masters, mine.states)
-        assert (neighbours, copies) == pytest.approx((traffic.neighbours, traffic.copies), abs=0.5)
+        assert sent == pytest.approx(
+            {"grads": traffic.grads, "states": traffic.neighbours, "copies": traffic.copies}, abs=0.5
+        )
+        assert opened <= mine.opened < sum(bucket.elements for bucket in mine.buckets) * 4
+        assert bool(opened) == (grads != 1)
     # Of N parameters, of which fragmentation is what fills up the buckets.
     for bucket in mine.buckets:
-        spread = 1 if states == 1 else bucket.replicas if states == "all" else bucket.replicas // 2
-        assert bucket.share * spread == bucket.elements
+        over, part = (1 if n == 1 else bucket.replicas if n == "all" else bucket.replicas // 2 for n in (states, grads))
+        assert bucket.share * over == bucket.kept * part == bucket.elements
     assert mine.parameters == width * sum(bucket.elements for bucket in mine.buckets)
     assert mine.local <= sum(bucket.elements for bucket in mine.buckets) < mine.local + 64 * len(mine.buckets)
 
@@ -180,3 +224,6 @@ def test_groups_of_neighbours_and_of_copies() -> None:
     assert mesh.axis("data_copies").ranks == (11, 15)
     assert mesh.axis("edp").ranks == (9, 11, 13, 15)
     assert (mesh.axis("edp_states").ranks, mesh.axis("edp_copies").ranks) == ((9, 11), (11, 15))
+    mesh = unmet_mesh_of(job(dp=8, grads=2, states=4), 6)
+    assert (mesh.axis("data_grads").ranks, mesh.axis("data_between").ranks) == ((6, 7), (4, 6))
+    assert (mesh.axis("data_states").ranks, mesh.axis("data_copies").ranks) == ((4, 5, 6, 7), (2, 6))

@@ -107,18 +107,18 @@ def flipping(run: Run | Session, flip: Flip, flipped: list[Flipped]) -> Abstract
 @contextmanager
 def _before_sending(draws: random.Random, flipped: list[Flipped]) -> Iterator[None]:
     """In a gradient that is final, of some bucket, before the bucket is handed to its collective."""
-    handed, launched = Bucket._launch, iter(range(1 << 30))
+    handed, launched = Bucket.handed_over, iter(range(1 << 30))
     chosen = draws.randrange(2)
 
-    def launch(bucket: Bucket) -> None:
+    def hand_over(bucket: Bucket) -> None:
         final = [m for m, slot in zip(bucket.members, bucket.slots, strict=True) if not slot.fresh]
         if next(launched) >= chosen and not flipped and final:
             member = draws.choice(final)
-            flip_bit(bucket.grads[member.start : member.stop], draws)
+            flip_bit(bucket.sums.held[member.start : member.stop], draws)
             flipped.append(Flipped("gradient", member.name))
         handed(bucket)
 
-    with patch.object(Bucket, "_launch", launch):
+    with patch.object(Bucket, "handed_over", hand_over):
         yield
 
 

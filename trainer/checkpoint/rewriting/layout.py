@@ -34,6 +34,7 @@ from ..writers import Extent, Holding
 OPTION = "--layout"
 _SHORT = {
     "sharding": "data.sharding",
+    "grads": "data.grads",
     "states": "data.states",
     "bucket_mib": "data.bucket_mib",
     "schedule": "pipeline.schedule",
@@ -160,7 +161,8 @@ def _pieces(cfg: Config, rank: int) -> Iterator[tuple[str, tuple[Extent, ...]]]:
         slices = _rows(where, mesh.axis("data").rank, mesh.axis("data").size)
     else:
         mib = cfg.parallel.data.bucket_mib
-        slices = FlatReplicas(model, where, mesh, spreads=spreads_of(cfg), bucket_mib=mib).pieces()
+        stage_of = pipeline.split.stage_of
+        slices = FlatReplicas(model, where, mesh, spreads=spreads_of(cfg), bucket_mib=mib, stage_of=stage_of).pieces()
     for piece in slices:
         found = boxes(piece.sharding.placement, piece.start, piece.stop)
         yield piece.name, tuple((box.offsets, box.sizes) for box in found)
