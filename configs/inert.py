@@ -126,7 +126,11 @@ JOB: tuple[Inert[Config], ...] = (
     Inert(("memory.token_share",), ("memory.recompute",), lambda c: c.memory.recompute not in ("selective", "auto")),
     Inert(("parallel.data.deepspeed",), ("parallel.data.sharding",), lambda c: c.parallel.data.sharding != "deepspeed"),
     Inert(("parallel.data.bucket_mib",), ("parallel.data.sharding",), lambda c: c.parallel.data.sharding == "fsdp"),
-    Inert(("parallel.data.grads", "parallel.data.states"), ("parallel.data.sharding",), lambda c: not is_flat(c)),
+    Inert(
+        ("parallel.data.params", "parallel.data.grads", "parallel.data.states"),
+        ("parallel.data.sharding",),
+        lambda c: not is_flat(c),
+    ),
     Inert(
         ("memory.optimizer_stride",),
         ("memory.offload_optimizer",),

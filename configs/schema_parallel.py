@@ -32,6 +32,10 @@ class DataParallelConfig:
     sharding: Literal["ddp", "zero1", "zero2", "fsdp", "deepspeed"] = "zero1"
     """ddp: everything replicated; zero1: optimizer states sharded; zero2: gradients too; fsdp: parameters too (FSDP2);
     deepspeed: what DeepSpeed's engine shards."""
+    params: int | Literal["node", "all"] | None = None
+    """Over how many neighbouring ranks of dp x cp the parameters of layers are spread: a (part-)stage's are gathered
+    for its passes only (`memory.group`: 1 layer unless it says more). Gradients are spread over a multiple of them. 1:
+    whole all the time; none: what sharding names."""
     grads: int | Literal["node", "all"] | None = None
     """Over how many neighbouring ranks of dp x cp gradient sums are spread, as `states`, which are spread over a
     multiple of them: each microbatch's gradients are scattered at once. 1: whole until the update; none: what sharding

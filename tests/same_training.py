@@ -10,6 +10,9 @@ import torch
 
 from pentad.configs.schema import Config
 from pentad.parallel.global_tensor import boxes
+from pentad.parallel.pipeline.needs import Kinds
+from pentad.parallel.pipeline.program import Op
+from pentad.parallel.replicas.collecting import gathers
 from pentad.trainer.checkpoint.state import units_by_key
 from tests.distributed import run_distributed
 from tests.training import Run, job
@@ -42,6 +45,7 @@ def train(rank: int, world: int, cfg: Config, masked: bool) -> Trained:
     try:
         results = [run.issue(step) for step in range(cfg.train.steps)]
         run.parts.replicas.wait_gathers()
+        make_whole(run)
         where = run.parts.where
         return Trained(
             [(float(r.loss), float(r.grad_norm), float(r.skipped)) for r in results],
@@ -52,6 +56,14 @@ def train(rank: int, world: int, cfg: Config, masked: bool) -> Trained:
         )
     finally:
         run.close()
+
+
+def make_whole(run: Run) -> None:
+    """Gathers parameters that are spread, for good."""
+    handlers = run.parts.replicas.handlers
+    for stage in gathers(run.stepper.ops):
+        for kind in (Kinds.COLLECT_FORWARD, Kinds.HAVE_FORWARD):
+            handlers[kind](Op(kind, 0, stage))
 
 
 def _gradients(run: Run) -> list[tuple[str, Any, int, torch.Tensor]]:
@@ -137,6 +149,7 @@ def check(
         "ep": 1,
         "etp": 1,
         "sharding": "ddp",
+        "params": None,
         "grads": None,
         "states": None,
         "pipeline": None,

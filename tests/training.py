@@ -75,6 +75,7 @@ def job(
     memory: dict[str, Any] | None = None,
     sharding: str = "ddp",
     bucket_mib: float = 0.02,
+    params: Any = None,
     grads: Any = None,
     states: Any = None,
     deepspeed: dict[str, Any] | None = None,
@@ -99,6 +100,7 @@ def job(
             data=DataParallelConfig(
                 sharding=sharding,  # type: ignore[arg-type]
                 bucket_mib=bucket_mib,
+                params=params,
                 grads=grads,
                 states=states,
                 deepspeed=DeepSpeedConfig(**(deepspeed or {})),

@@ -117,7 +117,9 @@ class Stepper:
             self._vocabulary = BalancedVocabulary(parts, mesh, barriers, self.dtype, self.inputs)
         self._copies = HostCopies.of(program, parts, mesh, cfg.memory.offload_disk)
         self._runtime = self._make_runtime(program, self._copies)
-        self._handlers: dict[Kind, Handler] = self._runtime.handlers | {
+        self._handlers: dict[Kind, Handler] = {
+            **self._runtime.handlers,
+            **self.replicas.handlers,
             Kinds.REDUCE: lambda op: self.replicas.reduce(op.index),
             Kinds.NORM: self._norm,
             Kinds.OPTIMIZE: self._optimize,
@@ -286,7 +288,7 @@ class Stepper:
         self._begin(-1, batches, 1.0)
         self._show(look)
         try:
-            execute(program.ranks[self.rank], runtime.handlers, self.mesh.recorder)
+            execute(program.ranks[self.rank], runtime.handlers | self.replicas.handlers, self.mesh.recorder)
             runtime.finish()
         finally:
             self._show(None)

@@ -13,8 +13,12 @@ from ..schema import Config
 
 SpreadOver = int | Literal["node", "all"]
 """So many ranks, those of one node, or all that hold the same parameters."""
-_NAMED: dict[str, tuple[SpreadOver, SpreadOver]] = {"ddp": (1, 1), "zero1": (1, "all"), "zero2": ("all", "all")}
-"""Points of the space: what gradients and states are spread over."""
+_NAMED: dict[str, tuple[SpreadOver, SpreadOver, SpreadOver]] = {
+    "ddp": (1, 1, 1),
+    "zero1": (1, 1, "all"),
+    "zero2": (1, "all", "all"),
+}
+"""Points of the space: what parameters, gradients and states are spread over."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,13 @@ class SpreadDegrees:
 
     Args:
         replicas: how many hold the same parameters; a multiple of each degree.
-        grads: gradient sums, from one microbatch to the next.
+        params: parameters of layers, between their stage's passes.
+        grads: gradient sums, from one microbatch to the next; a multiple of `params`.
         states: masters and moments; a multiple of `grads`.
     """
 
     replicas: int
+    params: int
     grads: int
     states: int
 
@@ -45,12 +51,11 @@ def is_flat(config: Config) -> bool:
 
 def dense_spread(config: Config) -> SpreadDegrees:
     """Of all parameters but those of routed experts."""
-    p = config.parallel
-    grads, states = _NAMED.get(p.data.sharding, (1, 1))
-    own = p.data.grads if p.data.grads is not None else grads
-    return SpreadDegrees(
-        p.dp * p.cp, over(config, own), over(config, p.data.states if p.data.states is not None else states)
-    )
+    data = config.parallel.data
+    own = (data.params, data.grads, data.states)
+    named = _NAMED.get(data.sharding, (1, 1, 1))
+    degrees = (over(config, name if set_ is None else set_) for set_, name in zip(own, named, strict=True))
+    return SpreadDegrees(config.parallel.dp * config.parallel.cp, *degrees)
 
 
 def expert_spread(config: Config) -> SpreadDegrees:
@@ -61,7 +66,7 @@ def expert_spread(config: Config) -> SpreadDegrees:
     def like(degree: int) -> int:
         return 1 if degree == 1 else replicas // math.gcd(dense.replicas // degree, replicas)
 
-    return SpreadDegrees(replicas, like(dense.grads), like(dense.states))
+    return SpreadDegrees(replicas, like(dense.params), like(dense.grads), like(dense.states))
 
 
 def expert_replicas(config: Config) -> int:
@@ -73,10 +78,18 @@ def expert_replicas(config: Config) -> int:
 def point(config: Config) -> str:
     """The point of the space, for people: the name of `parallel.data.sharding`, and what the job sets itself."""
     data, dense = config.parallel.data, dense_spread(config)
-    if not is_flat(config) or (data.states is None and data.grads is None):
+    if not is_flat(config) or (data.params, data.grads, data.states) == (None, None, None):
         return data.sharding
+    params = f"parameters over {dense.params}, " if dense.params > 1 else ""
     grads = f"gradients over {dense.grads}, " if dense.grads > 1 else ""
-    return f"{grads}states over {dense.states} of {dense.replicas}"
+    return f"{params}{grads}states over {dense.states} of {dense.replicas}"
+
+
+def part_layers(config: Config) -> int | None:
+    """The most layers of a part-stage; none: a stage is one. One layer where parameters are spread and the job says
+    nothing: so many are whole at a time."""
+    spread = is_flat(config) and dense_spread(config).params > 1
+    return 1 if config.memory.group is None and spread else config.memory.group
 
 
 def over(config: Config, wanted: SpreadOver) -> int:

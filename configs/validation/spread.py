@@ -8,6 +8,7 @@ from ..errors import Problem
 from ..fields import value_of
 from ..reading.spread import dense_spread, is_flat
 from ..schema import Config
+from ..tables.schedules import SCHEDULES
 
 _SECTION = "parallel.data"
 _PER_NODE = "hardware.ranks_per_node"
@@ -17,8 +18,8 @@ def validate_spread(config: Config) -> list[Problem]:
     """Every problem that follows from the values alone."""
     if not is_flat(config) or config.parallel.dp is None or config.parallel.dp * config.parallel.cp < 1:
         return []
-    found = [each for key in ("grads", "states") for each in (*_divisors(config, key), *_node(config, key))]
-    return found or [*_nested(config), *_whole_sums(config)]
+    found = [each for key in ("params", "grads", "states") for each in (*_divisors(config, key), *_node(config, key))]
+    return found or [*_nested(config), *_whole_sums(config), *_whole_params(config)]
 
 
 def _divisors(config: Config, key: str) -> Iterator[Problem]:
@@ -51,7 +52,14 @@ def _node(config: Config, key: str) -> Iterator[Problem]:
 
 def _nested(config: Config) -> Iterator[Problem]:
     spread = dense_spread(config)
-    if spread.states % spread.grads:
+    if spread.grads % spread.params:
+        message = (
+            f"parameters over {spread.params} ranks and gradients over {spread.grads}: who has a share would not have "
+            f"its gradient; set {_SECTION}.grads to a multiple of {spread.params}, or {_SECTION}.params to a divisor "
+            f"of {spread.grads}"
+        )
+        yield Problem(f"{_SECTION}.params", message, (f"{_SECTION}.grads", f"{_SECTION}.sharding"))
+    elif spread.states % spread.grads:
         message = (
             f"gradients over {spread.grads} ranks and states over {spread.states}: who updates a share would not have "
             f"its gradient; set {_SECTION}.states to a multiple of {spread.grads}, or {_SECTION}.grads to a divisor of "
@@ -76,3 +84,28 @@ def _whole_sums(config: Config) -> Iterator[Problem]:
             "train.deterministic=true"
         )
         yield Problem("train.deterministic", message, keys)
+
+
+def _whole_params(config: Config) -> Iterator[Problem]:
+    """What does not go together with parameters that are spread."""
+    params, memory = dense_spread(config).params, config.memory
+    if params == 1:
+        return
+    row = SCHEDULES.get(config.parallel.pipeline_in_use.schedule or "")
+    rows = (
+        (config.model.moe.experts > 0, "model.moe.experts", "experts are not spread"),
+        (
+            memory.offload_activations != "none" or (row is not None and row.offloads > 0),
+            "memory.offload_activations",
+            "activations cannot be told from parameters that come and go",
+        ),
+        (
+            config.faults.numerics.replicas_every > 0,
+            "faults.numerics.replicas_every",
+            "there are no whole parameters that could be compared",
+        ),
+    )
+    for wrong, key, why in rows:
+        if wrong:
+            message = f"with parameters over {params} ranks {why}; set {_SECTION}.params=1"
+            yield Problem(key, message, (f"{_SECTION}.params", f"{_SECTION}.sharding"))

@@ -175,7 +175,8 @@ def _precision(cfg: Config) -> str:
         return f"{precise} masters{over}, gathered in {cfg.train.dtype}; {states}"
     masters = f"masters in {precise}{over}, " if cfg.train.dtype == "bf16" else ""
     own = f" sharded over {dense_spread(cfg).grads} ranks" if dense_spread(cfg).grads > 1 else ""
-    gradients = f"parameters in {cfg.train.dtype}, gradients in {precise}{own}"
+    parts = f" sharded over {dense_spread(cfg).params} ranks" if dense_spread(cfg).params > 1 else ""
+    gradients = f"parameters in {cfg.train.dtype}{parts}, gradients in {precise}{own}"
     return f"{gradients}, {masters}{states}"
 
 

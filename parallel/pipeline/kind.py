@@ -118,7 +118,8 @@ class Kind:
         pool: kinds with the same word here fill the same slots, of which a rank has some for all its stages; none: it
             fills slots of its own, of its stage.
         lane: of a collective.
-        engine: of a copy: "out" to the host, "in" to the device, "store" to the disk, "get" from it.
+        engine: of a copy: "out" to the host, "in" to the device, "store" to the disk, "get" from it, "collect" from
+            other replicas.
         before: the token of what must follow in the rank's list, at the same stage and of the same microbatch.
         phase: of an update, its place in the order of phases.
         holds: the memory that it takes and gives back.

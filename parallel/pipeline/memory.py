@@ -28,6 +28,7 @@ class ActivationBytes:
         offloaded: of a stage's activation, what is on the host between RELEASE and PREPARE, or on the disk between
             DROP and FETCH; all of it where None.
         head: of a rank's part of the vocabulary (logits, softmax, hidden states), from S to the end of T.
+        parameters: of a stage whose parameters are spread, from their gather until they are given back.
         constant: of a rank, all the time (parameters, gradients, optimizer state, buffers).
     """
 
@@ -35,6 +36,7 @@ class ActivationBytes:
     deferred: tuple[float, ...] | None = None
     offloaded: tuple[float, ...] | None = None
     head: tuple[float, ...] = (0.0,)
+    parameters: tuple[float, ...] = (0.0,)
     constant: tuple[float, ...] = (0.0,)
 
 
@@ -168,6 +170,7 @@ def _weighed(
         "deferred": sizes.activation if sizes.deferred is None else sizes.deferred,
         "offloaded": sizes.activation if sizes.offloaded is None else sizes.offloaded,
         "head": sizes.head,
+        "parameters": sizes.parameters,
     }
     given["host"] = given["disk"] = given["offloaded"]
     places = {"stages": program.stages, "ranks": len(program.ranks)}

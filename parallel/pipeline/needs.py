@@ -60,7 +60,7 @@ def _collective(token: str, lane: str, *, trains: bool = False) -> Kind:
     )
 
 
-def _memory(token: str, waits: str = "", *, before: str, after: str = "", holds: tuple[Hold, ...]) -> Kind:
+def _memory(token: str, waits: str = "", *, before: str, after: str = "", holds: tuple[Hold, ...] = ()) -> Kind:
     need = Need(waits or after, Place.SAME, by=waits)
     return Kind(
         token=token,
@@ -104,6 +104,23 @@ def _copy(
         pool=pool,
         holds=(Hold(takes, +1, at_end=False),) if takes else (),
         hue=hue,
+    )
+
+
+def _collect(token: str, before: str) -> Kind:
+    """A gather of a stage's parameters, which takes their memory from its start on."""
+    return Kind(
+        token=token,
+        acts=Acts.STAGE,
+        role=Role.COPY,
+        words="parameters",
+        duration=("collect",),
+        started=True,
+        optional=True,
+        engine="collect",
+        before=before,
+        holds=(Hold("parameters", +1, at_end=False),),
+        hue="#7a9e3f",
     )
 
 
@@ -273,6 +290,19 @@ class Kinds:
     """Start copying it back; it waits for its own way there by the release before."""
     RESUME = _memory("RES", "RLD", before="B", holds=(Hold("host", -1, at_end=True),))
     """Wait for the copy to the device, which the backward pass now finds in place; the slab is free."""
+
+    COLLECT_FORWARD = _collect("PF", "HF")
+    """Start gathering the parameters of a stage over the replicas that have parts of them, for a forward pass."""
+    HAVE_FORWARD = _memory("HF", "PF", before="F")
+    """Wait for them."""
+    DROP_FORWARD = _memory("DF", before="", after="F", holds=(Hold("parameters", -1, at_end=True),))
+    """Give their memory back."""
+    COLLECT_BACKWARD = _collect("PB", "HB")
+    """As `COLLECT_FORWARD`, for a backward pass."""
+    HAVE_BACKWARD = _memory("HB", "PB", before="B")
+    """Wait for them."""
+    DROP_BACKWARD = _memory("DB", before="", after="B", holds=(Hold("parameters", -1, at_end=True),))
+    """Give their memory back; weight gradients do not need it."""
 
     SEND_FORWARD = _send("SF", +1, "RF", "the activations that rank {rank} sends in {place}")
     """Start sending the output of a stage to the next one."""

@@ -32,6 +32,7 @@ class Times:
         collective: of each collective of the vocabulary, from the last rank's start to its end; occupies no compute.
         offload, reload: of the copies of what a stage keeps of one microbatch, per stage; they occupy no compute.
         store, fetch: of those between host and disk, likewise.
+        collect: of gathers of a stage's parameters, per stage; they occupy no compute.
         one_engine: one copy between device and host at a time in either direction, not one in each.
         other: of kinds that have no field of their own, by token: per stage or rank, as the kind acts.
 
@@ -57,6 +58,7 @@ class Times:
     reload: tuple[float, ...] = _ZERO
     store: tuple[float, ...] = _ZERO
     fetch: tuple[float, ...] = _ZERO
+    collect: tuple[float, ...] = _ZERO
     one_engine: bool = False
     other: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 

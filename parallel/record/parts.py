@@ -86,6 +86,7 @@ _AXIS = {
     "pp": TimePart.PP, "ends": TimePart.PP,
     "dp": TimePart.DP, "data": TimePart.DP, "edp": TimePart.DP, "world": TimePart.DP,
     "data_states": TimePart.DP, "data_copies": TimePart.DP, "edp_states": TimePart.DP, "edp_copies": TimePart.DP,
+    "data_params": TimePart.DP, "data_holders": TimePart.DP, "edp_params": TimePart.DP, "edp_holders": TimePart.DP,
     "data_grads": TimePart.DP, "data_between": TimePart.DP, "edp_grads": TimePart.DP, "edp_between": TimePart.DP,
     "vocab_embed": TimePart.VOCABULARY, "vocab_head": TimePart.VOCABULARY,
 }  # fmt: skip

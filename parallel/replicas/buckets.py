@@ -1,8 +1,8 @@
 """Flat buckets: many parameters, one contiguous piece of memory, one collective.
 
 Parameters whose gradients are treated alike (same family, same partial axis, same weight decay) share buckets, in the
-order in which backward finishes them. A bucket holds the parameters, the sum of their gradients and, where states are
-spread, which equal share of both each rank of their axis owns (`replicas.spread`):
+order in which backward finishes them. A bucket holds the parameters, the sum of their gradients (or parts of them:
+`parameters`, `gradient_sums`) and, where states are spread, which equal share of both each rank owns (`spread`):
 
     params   │ p0        │ p1    │ p2 …            │ pad │      one view per parameter
     grads    │ g0        │ g1    │ g2 …            │ pad │      one slot per parameter
@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checksum import ParameterMemory
-from ..comm.collectives import Handle, all_gather
+from ..comm.collectives import Handle
 from ..comm.mesh import Axis
 from ..gradients import Slot, give_slot, route
 from ..sharding_rules import Partial, ReplicaFamily, Sharding
 from .gradient_sums import GradientSums, SpreadSums, SumPlace, WholeSums
+from .parameters import SpreadParameters, WholeParameters, give_part
 from .protocol import BucketEvents, SharedBucket, SharedCopies, SharedMember, adopt
 from .spread import SpreadAxes
 
@@ -92,10 +93,12 @@ class Bucket:
         unit = axes.data.size * _ALIGN
         size = math.ceil(start / unit) * unit
         first = params[0][1]
-        self._adopts = flat is not None
-        self.flat = flat(size, first) if flat else torch.zeros(size, dtype=first.dtype, device=first.device)
+        self._adopts, part = flat is not None, size // axes.params.size
+        held = flat(part, first) if flat else torch.zeros(part, dtype=first.dtype, device=first.device)
+        self.params = SpreadParameters(held, axes) if axes.params.size > 1 else WholeParameters(held, axes)
+        self.flat = self.params.flat
         share = size // axes.states.size
-        self.start = axes.states.rank * share
+        self.start = axes.share * share
         self.stop = self.start + share
         spans = [(m.start, m.stop, m.param.shape) for m in self.members]
         place = SumPlace(spans, size, axes, partial, grad_dtype, first.device, exact)
@@ -105,15 +108,17 @@ class Bucket:
         self.slots = self.sums.slots
         for member, slot in zip(self.members, self.slots, strict=True):
             self._adopt(member, slot)
+        self.params.drop()
         self._gathering: Handle | None = None
         self.before_reduction: Callable[[Bucket], None] = lambda bucket: None
         """Replaceable from outside: called when the reduction is about to start."""
 
     def _adopt(self, member: Member, slot: Slot) -> None:
-        view = self.flat[member.start : member.stop].view_as(member.param)
         if not self._adopts:
-            view.copy_(member.param.data)
-        member.param.data = view
+            self.put(member, member.param.data)
+        member.param.data = self.flat[member.start : member.stop].view_as(member.param)
+        if self.axes.params.size > 1:
+            give_part(member.param, self._part(member)[1])
         give_slot(member.param, slot)
         route(member.param)
 
@@ -151,7 +156,8 @@ class Bucket:
     @property
     def owned(self) -> Tensor:
         """The parameters of this rank's share, flat (n,)."""
-        return self.flat[self.start : self.stop]
+        first = self.params.first
+        return self.params.held[self.start - first : self.stop - first]
 
     @property
     def counted(self) -> bool:
@@ -161,6 +167,7 @@ class Bucket:
     def clear(self) -> None:
         """Drops the step's gradients and forgets what is in flight, after a step that was left half-way."""
         self._gathering = None
+        self.params.forget()
         self.sums.clear()
         for member in self.members:
             member.param.grad = None
@@ -169,11 +176,27 @@ class Bucket:
 
     def gather(self) -> None:
         """Starts handing every rank's updated share to all others."""
-        if self.axes.states.size > 1:
-            self._gathering = all_gather(self.owned, self.axes.states, out=self.flat)
+        self._gathering = self.params.gather(self.owned)
+
+    def put(self, member: Member, value: Tensor) -> None:
+        """Sets what this rank holds of a parameter from its value, of any shape."""
+        at, part = self._part(member)
+        part.copy_(value.reshape(-1)[at : at + len(part)])
+
+    def _part(self, member: Member) -> tuple[int, Tensor]:
+        """What this rank holds of a parameter all the time, and where in it that begins."""
+        first, held = self.params.first, self.params.held
+        low = min(max(member.start, first), member.stop)
+        high = max(low, min(member.stop, first + len(held)))
+        return low - member.start, held[low - first : high - first] if high > low else held[:0]
+
+    def collect(self) -> None:
+        """Starts making spread parameters whole."""
+        self.wait_params()
+        self.params.collect()
 
     def wait_params(self) -> None:
-        """Returns when the parameters are whole and new."""
+        """Returns when what this rank holds of the parameters is new."""
         if self._gathering is not None:
             self._gathering.wait()
             self._gathering = None
@@ -183,7 +206,7 @@ class Bucket:
     def shared(self, key: str) -> SharedBucket:
         """How the ranks share it; `key` names this rank's part."""
         members = tuple(SharedMember(m.name, m.sharding, m.start, m.param.numel()) for m in self.members)
-        return SharedBucket(key, self.axes.states, self.stop - self.start, members)
+        return SharedBucket(key, self.axes.states, self.stop - self.start, self.axes.share, members)
 
     def copies(self) -> SharedCopies:
         """Who has the same parameters."""
@@ -225,9 +248,10 @@ def make_buckets(
 ) -> list[Bucket]:
     """Buckets of at most about `bucket_bytes` of parameters, in the order in which backward finishes them.
 
-    Where gradients are spread, a bucket has parameters of one (part-)stage, which `stage_of` tells by name: they are
-    all through when a microbatch's backward pass of that stage is. `params` come in the order of the forward pass.
-    `kept`: the memory of such buckets, by `bucket_key`, that these take over with the parameters in it.
+    Where gradients or parameters are spread, a bucket has parameters of one (part-)stage, which `stage_of` tells by
+    name: they are all through when a microbatch's backward pass of that stage is, and whole for its passes. `params`
+    come in the order of the forward pass. `kept`: the memory of such buckets, by `bucket_key`, that these take over
+    with the parameters in it.
     """
     make = partial(Bucket, grad_dtype=grad_dtype, exact=exact)
     open_kinds: dict[BucketKind, list[tuple[str, nn.Parameter, Sharding]]] = {}
@@ -236,7 +260,8 @@ def make_buckets(
     def close(kind: BucketKind) -> None:
         key, summed = bucket_key(len(buckets)), partial_axes[kind.partial]
         flat = None if kept is None else partial(_kept, kept, key)
-        buckets.append(make(kind, open_kinds.pop(kind), axes=axes[kind.family], partial=summed, flat=flat))
+        mine = axes[kind.family] if kind.stage >= 0 else axes[kind.family].whole
+        buckets.append(make(kind, open_kinds.pop(kind), axes=mine, partial=summed, flat=flat))
 
     for name, param, sharding in reversed(params):
         stage = stage_of(name) if axes[sharding.family].grads.size > 1 else -1

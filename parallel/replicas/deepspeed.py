@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from ..checksum import ParameterMemory
 from ..comm.collectives import all_reduce
 from ..comm.mesh import Mesh
+from ..pipeline.execute import Handler
+from ..pipeline.kind import Kind
 from ..sharding_rules import Sharding
 from .buckets import decays
 from .protocol import OptimizerShard, ShardSlice, SharedCopies, partial_axes
@@ -93,6 +95,11 @@ class DeepSpeedReplicas:
 
     def _params(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self._model.named_parameters()
+
+    @property
+    def handlers(self) -> dict[Kind, Handler]:
+        """None: nothing of it is an operation of the program."""
+        return {}
 
     def start_step(self, microbatches: int) -> None:
         self._left, self._reduced = microbatches, False

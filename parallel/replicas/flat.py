@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 from ...configs.reading.spread import SpreadDegrees
 from ..comm.mesh import Mesh
 from ..kernels.precision import precise
+from ..pipeline.execute import Handler
+from ..pipeline.kind import Kind
+from ..pipeline.needs import Kinds
+from ..pipeline.program import Op
 from ..sharding_rules import ReplicaFamily, Sharding
 from .bucket_guard import BucketGuard
 from .buckets import Bucket, bucket_key, make_buckets
@@ -70,6 +75,25 @@ class FlatReplicas:
         if dtype != self._precise:
             self._masters = [self._master(i, b, kept) for i, b in enumerate(self._buckets)]
         self._wait_before_use(model)
+        self._stages: dict[int, list[Bucket]] = {}
+        """Buckets whose parameters are spread, by their (part-)stage."""
+        for bucket in self._buckets:
+            if bucket.axes.params.size > 1:
+                self._stages.setdefault(bucket.kind.stage, []).append(bucket)
+
+    @property
+    def handlers(self) -> dict[Kind, Handler]:
+        """Of the operations by which the parameters of a stage come and go, for `execute`."""
+        verbs: dict[Callable[[Bucket], None], tuple[Kind, Kind]] = {
+            Bucket.collect: (Kinds.COLLECT_FORWARD, Kinds.COLLECT_BACKWARD),
+            lambda bucket: bucket.params.have(): (Kinds.HAVE_FORWARD, Kinds.HAVE_BACKWARD),
+            lambda bucket: bucket.params.drop(): (Kinds.DROP_FORWARD, Kinds.DROP_BACKWARD),
+        }
+        return {kind: partial(self._each, verb) for verb, kinds in verbs.items() for kind in kinds}
+
+    def _each(self, verb: Callable[[Bucket], None], op: Op) -> None:
+        for bucket in self._stages[op.stage]:
+            verb(bucket)
 
     def _take_turn(self, bucket: Bucket) -> None:
         """Between the processes of a host a sum reads every rank's part into memory as large as the bucket, so there is
@@ -155,7 +179,7 @@ class FlatReplicas:
         for name, value in values:
             i, member = place[name]
             bucket, master = self._buckets[i], self._masters[i]
-            member.param.data.copy_(value)
+            bucket.put(member, value)
             if master is not None:
                 low, high = max(member.start, bucket.start), min(member.stop, bucket.stop)
                 if low < high:
@@ -185,7 +209,7 @@ class FlatReplicas:
 
     def keep(self) -> dict[str, Tensor]:
         """The memory of parameters and masters, for replicas that take this one's place."""
-        flats = {bucket_key(i): bucket.flat for i, bucket in enumerate(self._buckets)}
+        flats = {bucket_key(i): bucket.params.held for i, bucket in enumerate(self._buckets)}
         masters = {_master_key(i): master for i, master in enumerate(self._masters) if master is not None}
         return flats | masters
 
@@ -198,5 +222,6 @@ def _waiter(buckets: list[Bucket]) -> Callable[..., None]:
     def wait(*_: object) -> None:
         for bucket in buckets:
             bucket.wait_params()
+            bucket.params.have()
 
     return wait

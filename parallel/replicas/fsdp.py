@@ -20,6 +20,8 @@ from ..checksum import ParameterMemory
 from ..comm import collectives
 from ..comm.collectives import Handle
 from ..comm.mesh import Axis, Mesh
+from ..pipeline.execute import Handler
+from ..pipeline.kind import Kind
 from ..sharding_rules import Sharding
 from .protocol import OptimizerShard, ShardSlice, SharedCopies, adopt, partial_axes
 
@@ -100,6 +102,11 @@ class FsdpReplicas:
         for name, param in self._model.named_parameters():
             assert isinstance(param, DTensor)
             yield name, param
+
+    @property
+    def handlers(self) -> dict[Kind, Handler]:
+        """None: nothing of it is an operation of the program."""
+        return {}
 
     def start_step(self, microbatches: int) -> None:
         self._left = microbatches

@@ -111,7 +111,7 @@ class WholeSums:
         self._place, self._hooks = place, hooks
         self.held = place.zeros(place.size)
         share = place.size // place.axes.states.size
-        start = place.axes.states.rank * share
+        start = place.axes.share * share
         self._owned = self.held[start : start + share]
         self._start = start
         self._words = torch.zeros(place.size, 2, dtype=torch.float64, device=place.device) if place.exact else None
@@ -191,10 +191,11 @@ class SpreadSums:
     """A part of the sums, to which each microbatch's are scattered.
 
     Where states are spread further than gradients, the part is several shares, of which the last sum of a step leaves
-    this rank's. Of a bucket whose rows are (between, gradients, share) the rank has a column, so that shares stand in
-    the order of the states' ranks:
+    this rank's:
 
         states 4, gradients 2    shares 0 1│2 3    rank 0 keeps 0 and 2 between microbatches, and updates 0
+
+    Shares have the order of `SpreadAxes.share`; where the scatter wants another one, a copy is sent.
 
     Args:
         place: of the bucket.
@@ -268,8 +269,9 @@ class SpreadSums:
 
     def _send(self, full: Tensor) -> None:
         grads = self._place.axes.grads
-        if self._rows > 1:
-            full = full.view(self._rows, grads.size, -1).transpose(0, 1).reshape(-1)
+        wide = self._place.axes.params.size
+        rows = full.view(wide, self._rows, grads.size // wide, -1)
+        full = rows.permute(2, 0, 1, 3).reshape(-1)  # no copy where there is only one of rows, or of the other two
         first, self._first = self._first, False
         arriving = reduce_scatter(full, grads, out=self.held if first else None)
 

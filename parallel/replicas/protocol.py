@@ -16,6 +16,8 @@ from torch import Tensor
 from ..checksum import ParameterMemory
 from ..comm.mesh import Axis, Mesh
 from ..gradients import slot_of
+from ..pipeline.execute import Handler
+from ..pipeline.kind import Kind
 from ..sharding_rules import Partial, Sharding
 
 
@@ -70,17 +72,19 @@ class SharedBucket:
         key: of the unit that is this rank's share.
         axis: of the ranks; of size 1 where each updates everything.
         share: elements.
+        place: of this rank's share among all, from 0 on.
         members: in their order.
     """
 
     key: str
     axis: Axis
     share: int
+    place: int
     members: tuple[SharedMember, ...]
 
     def own(self, member: SharedMember) -> ShardSlice | None:
         """What this rank updates of a member."""
-        first = self.axis.rank * self.share
+        first = self.place * self.share
         low, high = max(member.start, first), min(member.start + member.count, first + self.share)
         if low >= high:
             return None
@@ -139,6 +143,8 @@ class Replicas(Protocol):
     buckets: int
     """Number of buckets, which the program reduces, optimizes and gathers one by one."""
 
+    @property
+    def handlers(self) -> dict[Kind, Handler]: ...
     def start_step(self, microbatches: int) -> None: ...
     def begin_microbatch(self) -> None: ...
     def reduce(self, bucket: int) -> None: ...

@@ -118,7 +118,8 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
 
 _PP = ["parallel.pp=2", "parallel.dp=1"]
 _P = "parallel.pipeline"
-_GRADS, _STATES = "parallel.data.grads", "parallel.data.states"
+_PARAMS, _GRADS, _STATES = "parallel.data.params", "parallel.data.grads", "parallel.data.states"
+_ZERO3 = ["parallel.data.sharding=zero2", f"{_PARAMS}=all"]
 _FOUR = ["parallel.tp=1", "parallel.dp=2", "parallel.cp=2"]
 _PARTS = ["memory.recompute=selective"]
 WRONG += [
@@ -147,6 +148,19 @@ WRONG += [
     ([*_FOUR, f"{_STATES}=3"], _STATES, ["3", "parallel.dp=2 x parallel.cp=2 = 4", "states=2"]),
     (["parallel.data.states=0"], _STATES, ["0", "states=1"]),
     (["parallel.data.states=some"], _STATES, ["node, all", "some"]),
+    ([*_FOUR, f"{_PARAMS}=3"], _PARAMS, ["3", "= 4", "set parallel.data.params=2"]),
+    ([*_FOUR, f"{_PARAMS}=4", f"{_GRADS}=2"], _PARAMS, ["4 ranks", "gradients over 2", "divisor of 2"]),
+    ([*_ZERO3, "model.moe.experts=4"], "model.moe.experts", ["2 ranks", "set parallel.data.params=1"]),
+    (
+        [*_ZERO3, "memory.offload_activations=all"],
+        "memory.offload_activations",
+        ["2 ranks", "set parallel.data.params=1"],
+    ),
+    (
+        [*_ZERO3, "faults.numerics.replicas_every=2"],
+        "faults.numerics.replicas_every",
+        ["2 ranks", "set parallel.data.params=1"],
+    ),
     ([*_FOUR, "parallel.data.grads=4", f"{_STATES}=2"], _GRADS, ["4 ranks", "states over 2", "divisor of 2"]),
     ([*_FOUR, "parallel.data.sharding=zero2", f"{_STATES}=2"], _GRADS, ["4 ranks", "states over 2"]),
     ([*_FOUR, f"{_GRADS}=3"], _GRADS, ["3", "= 4", "set parallel.data.grads=2"]),

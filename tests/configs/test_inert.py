@@ -156,6 +156,7 @@ CASES: list[tuple[list[str], str, list[str], Observe | None]] = [
     ([], f"{CTX}.method=allgather", ["parallel.cp=2"], context),
     (["parallel.data.sharding=fsdp"], "parallel.data.bucket_mib=0.01", ["parallel.data.sharding=zero1"], None),
     (["parallel.data.sharding=fsdp"], "parallel.data.states=1", ["parallel.data.sharding=zero1"], None),
+    (["parallel.data.sharding=fsdp"], "parallel.data.params=1", ["parallel.data.sharding=zero1"], None),
     (["parallel.data.sharding=fsdp"], "parallel.data.grads=1", ["parallel.data.sharding=zero1"], None),
     (
         ["train.dtype=fp32", "parallel.dp=2"],

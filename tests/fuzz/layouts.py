@@ -48,11 +48,15 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
     return world, keys
 
 
+_SPREAD = "params", "grads", "states"
+
+
 def _spread(draws: Draws, replicas: int) -> Keys:
     states = draws.choice([*common_divisors(replicas, replicas), "node", "all"])
     grads = draws.choice([None, 1, *common_divisors(replicas, replicas), states])
-    nodes = {"hardware.ranks_per_node": draws.choice([2, 4, 8])} if "node" in (states, grads) else {}
-    return {"parallel.data.states": states, "parallel.data.grads": grads} | nodes
+    params = draws.choice([None, 1, *common_divisors(replicas, replicas), grads])
+    nodes = {"hardware.ranks_per_node": draws.choice([2, 4, 8])} if "node" in (states, grads, params) else {}
+    return {f"parallel.data.{key}": over for key, over in zip(_SPREAD, (params, grads, states), strict=True)} | nodes
 
 
 def _guards(draws: Draws, *, sums: bool) -> Keys:

@@ -83,6 +83,7 @@ def _layout(layout: Layout) -> dict[str, list[str]]:
         "axes together": [str(sum(size > 1 for size in degrees.values()))],
         "sharding": [p.data.sharding],
         "states over": [str(p.data.states)],
+        "parameters over": [str(p.data.params)],
         "gradients over": [str(p.data.grads)],
         "bucket": [f"{p.data.bucket_mib:g}"],
         "recompute": [layout.config.memory.recompute],

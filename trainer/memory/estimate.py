@@ -4,7 +4,7 @@ again or offloaded, and the readings of a run share. No torch.
 Bytes that tensors take while a step goes on, on the rank of the pipeline that needs most (docs/memory.md):
 
     parameters, gradients, masters, states    flat buckets, filled up to what the replicas share (`fixed`)
-    gathered layers                           of fsdp
+    gathered layers                           of spread parameters
     gradients to send                         of spread gradients
     inputs, buffers                           the step's microbatches; slots of what other stages send
     activations                               what microbatches in flight keep: rows of `models.costs.activations`,
@@ -35,7 +35,7 @@ from ...parallel.pipeline.communication import is_lowered, slots
 from ...parallel.pipeline.kind import Kind, Role
 from ...parallel.pipeline.lower import lower
 from ...parallel.pipeline.program import Program
-from ..pipeline.programs import Pipeline, compute_program, offloaded
+from ..pipeline.programs import Pipeline, collected, compute_program, offloaded
 from .copies import copies_of
 from .fixed import FlatBucket, Held, held, input_bytes, sum_bytes
 from .stages import Conventions, Routed, StageBytes, StagePlace, VocabularyBytes, bench_of, stage_bytes, ways_of
@@ -165,7 +165,7 @@ def per_rank(
         # A file may be another one the next time.
         known = not is_program(cfg.parallel.pipeline_in_use.schedule or "")
         plain, buffers = _known_program(wanted) if known else _program(wanted)
-        program = offloaded(cfg, plain, pipeline, copies_of(cfg, pipeline))
+        program = collected(cfg, offloaded(cfg, plain, pipeline, copies_of(cfg, pipeline)), pipeline)
     else:
         buffers = slots(program)
     b = bench_of(cfg, ways_of(cfg))

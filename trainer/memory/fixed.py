@@ -36,6 +36,7 @@ class FlatBucket:
         share: of it that this rank updates.
         groups: whose gradients it has.
         kept: elements of gradient sums that are there all the time.
+        part: of parameters that are.
         kind: what its parameters have in common: in experts, partial over, matrices; and the stage of their layers,
             where gradients are spread (else, and of those of no layer, −1).
         replicas: ranks that have the same parameters.
@@ -48,6 +49,7 @@ class FlatBucket:
     replicas: int
     partial: bool
     kept: int
+    part: int
     kind: BucketKey
 
     @property
@@ -96,7 +98,8 @@ def _bucket(spread: SpreadDegrees, members: Sequence[ParameterTensor], kind: Buc
     elements = -(-sum(member.elements for member in members) // unit) * unit
     groups = frozenset(member.group for member in members)
     share, kept, partial = elements // spread.states, elements // spread.grads, bool(members[0].partial)
-    return FlatBucket(elements, share, groups, spread.replicas, partial, kept, kind)
+    part = elements // (spread.params if kind[-1] >= 0 else 1)
+    return FlatBucket(elements, share, groups, spread.replicas, partial, kept, part, kind)
 
 
 def opened(cfg: Config, pipeline: Pipeline, rank: int, buckets: Sequence[FlatBucket]) -> int:
@@ -119,8 +122,18 @@ def opened(cfg: Config, pipeline: Pipeline, rank: int, buckets: Sequence[FlatBuc
             if kind[-1] >= 0:
                 stages[kind[-1]] += sum(sorted(each)[-2:])
         whole = max(stages.values(), default=0) + sum(sum(each) for kind, each in sizes.items() if kind[-1] < 0)
-    reordered = largest.elements if largest.kept > largest.share else 0
+    as_they_are = largest.part == largest.kept or (largest.kept == largest.share and largest.part == largest.elements)
+    reordered = 0 if as_they_are else largest.elements
     return whole + largest.elements + reordered + largest.kept
+
+
+def _collected(buckets: Sequence[FlatBucket]) -> int:
+    """The most elements of spread parameters that are whole at a time: of the stage at work and the next one."""
+    stages: dict[int, int] = {}
+    for each in buckets:
+        if each.part < each.elements:
+            stages[each.kind[-1]] = stages.get(each.kind[-1], 0) + each.elements
+    return sum(sorted(stages.values())[-2:])
 
 
 def _splits(cfg: Config) -> bool:
@@ -135,7 +148,7 @@ class Held:
 
     Args:
         parameters, gradients, masters, states: of the optimizer's units.
-        gathered: of fsdp: the layers that are whole at a time.
+        gathered: of parameters that are spread: the layers that are whole at a time.
         opened: of spread gradients: sums that are whole at a time, at most.
         update: what an update of the largest bucket makes beside them.
         buckets: of flat replicas; none with fsdp.
@@ -174,16 +187,16 @@ def held(cfg: Config, pipeline: Pipeline, rank: int, each: float | None = None) 
         return _engine(cfg, tensors, local)
     width = WIDTHS[cfg.train.dtype]
     precise, buckets = max(4, width), flat_buckets(cfg, pipeline, tensors)
-    whole, shares = (sum(each) for each in ([b.elements for b in buckets], [b.share for b in buckets]))
+    shares = sum(b.share for b in buckets)
     masters, states = shares * precise if width < precise else 0, state_bytes(cfg, shares, coded_share(cfg, tensors))
     away, largest = cfg.memory.offload_optimizer, max((b.share for b in buckets), default=0)
     there = masters + states if away != "none" else 0
     return Held(
-        parameters=whole * width,
+        parameters=sum(b.part for b in buckets) * width,
         gradients=sum(b.kept for b in buckets) * (precise + (0 if sum_bytes(cfg) == precise else sum_bytes(cfg))),
         masters=0 if there else masters,
         states=0 if there else states,
-        gathered=0,
+        gathered=_collected(buckets) * width,
         update=update_bytes(cfg, largest),
         buckets=tuple(buckets),
         local=local,

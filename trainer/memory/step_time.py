@@ -96,6 +96,9 @@ def _replica_s(cfg: Config, pipeline: Pipeline, microbatches: int) -> float:
     if p.data.sharding == "deepspeed":
         return local * share * (max(4, width) + width) / link
     dense, wide = dense_spread(cfg), max(4, width)
-    near, among = (_LINK if p.tp * degree <= _NODE else _NETWORK for degree in (dense.grads, dense.states))
+    degrees = (dense.params, dense.grads, dense.states)
+    nearest, near, among = (_LINK if p.tp * degree <= _NODE else _NETWORK for degree in degrees)
     found = (replica_traffic(held(cfg, pipeline, rank).buckets, wide, width, microbatches) for rank in range(p.pp))
-    return max(each.grads / near + each.neighbours / among + each.copies / link for each in found)
+    return max(
+        each.params / nearest + each.grads / near + each.neighbours / among + each.copies / link for each in found
+    )

@@ -106,6 +106,8 @@ class Walk:
                 self._most_in_flight = max(self._most_in_flight, self._in_flight)
 
     def _size(self, op: Op, what: str) -> float:
+        if what == "parameters":
+            return 0.0  # counted where they lie all the time (`fixed.Held.gathered`)
         if what == "head":
             return self._vocabulary.kept
         mine = self._stage(op.stage, op.index)

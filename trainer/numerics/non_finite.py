@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ...parallel.replicas.parameters import part_of
 from ..checkpoint.state import units_by_key
 from ..data.dataset import Microbatch
 from ..setup import Parts
@@ -106,8 +107,8 @@ def _bad_parameter(parts: Parts, rank: int) -> NonFinite | None:
 
 
 def local_part(x: Tensor) -> Tensor:
-    """What this rank has of a parameter (…), FSDP2's and that of ZeRO 3 too."""
-    whole = x.to_local() if hasattr(x, "to_local") else x  # type: ignore[operator]
+    """What this rank has of a parameter (…), wherever it is spread: FSDP2's and that of ZeRO 3 too."""
+    whole = x.to_local() if hasattr(x, "to_local") else part_of(x)  # type: ignore[operator]
     return getattr(x, "ds_tensor", whole)
 
 

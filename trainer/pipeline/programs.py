@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ...configs.reading.spread import dense_spread, is_flat
 from ...configs.schema import Config
 from ...configs.tables.schedules import SCHEDULES, is_program
 from ...models.costs.flops import mean_pairs
@@ -23,6 +24,7 @@ from ...parallel.pipeline.program_file import read_program
 from ...parallel.pipeline.refine import part_stages, refine
 from ...parallel.pipeline.times import Times
 from ...parallel.pipeline.vocabulary import balanced
+from ...parallel.replicas.collecting import collecting
 from ...parallel.token_blocks import TokenBlocks
 from .disk_tier import HostRoom
 from .stage_layers import StageLayers
@@ -177,6 +179,7 @@ def training_program(
     program = compute_program(cfg, pipeline, microbatches)
     program = program if is_lowered(program) else lower(program, times=pipeline.times)
     program = offloaded(cfg, program, pipeline, copies)
+    program = collected(cfg, program, pipeline)
     tails = [ops + update(count) for ops, count in zip(program.ranks, buckets, strict=True)]
     program = replace(program, ranks=tuple(tails))
     check_program(program)
@@ -226,9 +229,16 @@ def evaluation_program(cfg: Config, pipeline: Pipeline, microbatches: int) -> Pr
     """Forward passes only, checked."""
     barriers = cfg.parallel.pipeline.vocab_barriers if pipeline.split.balanced else 0
     program = refine(forward_only(pipeline.stages, microbatches, barriers), pipeline.parts)
-    program = lower(program, times=pipeline.times)
+    program = collected(cfg, lower(program, times=pipeline.times), pipeline)
     check_program(program)
     return program
+
+
+def collected(cfg: Config, program: Program, pipeline: Pipeline) -> Program:
+    """The program with gathers of parameters, where the job spreads them."""
+    if not is_flat(cfg) or dense_spread(cfg).params == 1:
+        return program
+    return collecting(program, [stage for stage, layers in enumerate(pipeline.split.layers) if layers])
 
 
 def _times(

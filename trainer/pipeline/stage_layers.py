@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...configs import Config, Problem
+from ...configs.reading.spread import part_layers
 from ...models.costs.flops import layer_flops
 from ...parallel.pipeline import schedules
 from ...parallel.pipeline.partition import partition
@@ -40,7 +41,7 @@ class StageLayers:
             counts = partition(layers, len(placement), last=0.0 if balanced else ahead + head, placement=placement)
         else:
             counts = tuple(p.layers)
-        groups = tuple(grouped(count, cfg.memory.group) for count in counts)
+        groups = tuple(grouped(count, part_layers(cfg)) for count in counts)
         return StageLayers(tuple(placement), tuple(counts), groups, balanced, (tuple(layers), ahead, head))
 
 

@@ -37,7 +37,7 @@ _DIGIT = 0.62  # width of a digit in ems: the wider of the fonts that the render
 _TIPS = 5000  # boxes; each tip costs an SVG some 30 bytes
 _CAUSES = 260
 _COPY = 3.0  # pixels; height of a copy under its rank's lane
-_ENGINES = ("out", "in", "store", "get")  # whose copies are drawn under each other
+_ENGINES = ("out", "in", "store", "get", "collect")  # whose copies are drawn under each other
 _SHORT_BOX = 20  # pixels of a short pass, where the picture is not too wide then
 
 

@@ -1,4 +1,5 @@
-"""Gradients and states over any number of ranks: the same training at every point, the named ones to the bit, bytes."""
+"""Parameters, gradients and states over any number of ranks: the same training at every point, the named ones to the
+bit, bytes."""
 
 from __future__ import annotations
 
@@ -38,6 +39,7 @@ LAYOUTS = [
 FACTORS: dict[str, list[Any]] = {
     "layout": LAYOUTS,
     "states": [1, 2, 4, "all"],
+    "params": [1, 2, 4],
     "grads": [1, 2, 4, "all"],
     "experts": [False, True],
     "pipeline": ["1f1b", "zb-h1", "gis", "v-half-balanced"],
@@ -50,7 +52,8 @@ FACTORS: dict[str, list[Any]] = {
 def _allowed(case: Case) -> bool:
     _, pp, cp, dp, _ = case["layout"]
     grads, states = (dp * cp if case[key] == "all" else case[key] for key in ("grads", "states"))
-    return dp * cp % states == 0 and states % grads == 0 and (pp > 1 or case["pipeline"] == "1f1b")
+    nested = dp * cp % states == 0 and states % grads == 0 and grads % case["params"] == 0
+    return nested and (pp > 1 or case["pipeline"] == "1f1b") and not (case["params"] > 1 and case["experts"])
 
 
 CASES = pairwise(FACTORS, _allowed, seed=3)
@@ -66,6 +69,7 @@ def settings(case: Case) -> dict[str, Any]:
         "tp": tp, "pp": pp, "cp": cp, "dp": dp, "ep": ep if case["experts"] else 1,
         "pipeline": {"schedule": schedule, "chunks": 1 if schedule in ("1f1b", "zb-h1") else 2, "vocab": vocab},
         "model": {"layers": 4, "tied": case["tied"], **experts},
+        "params": case["params"],
         "grads": case["grads"],
         "states": case["states"],
         "bucket_mib": case["bucket_mib"],
@@ -101,6 +105,14 @@ def test_names_are_points_to_the_bit() -> None:
         other = "zero2" if name == "ddp" else "ddp"
         point = _bits(sharding=other, grads=grads, states=states, ep=2, model=experts)
         assert all(torch.equal(named[each], point[each]) for each in named)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("states", [2, 4])
+def test_spread_parameters_are_those_of_whole_ones_to_the_bit(states: int) -> None:
+    wanted = {"states": states, "grads": 2, "model": {"layers": 3}, "memory": {"group": 1}, "dtype": "bf16"}
+    whole, spread = (_bits(**wanted, params=params) for params in (1, 2))
+    assert all(torch.equal(whole[each], spread[each]) for each in whole)
 
 
 @pytest.mark.distributed

@@ -34,6 +34,7 @@ from ..writers import Extent, Holding
 OPTION = "--layout"
 _SHORT = {
     "sharding": "data.sharding",
+    "params": "data.params",
     "grads": "data.grads",
     "states": "data.states",
     "bucket_mib": "data.bucket_mib",
