@@ -8,7 +8,6 @@ from ..errors import Problem
 from ..fields import value_of
 from ..reading.spread import dense_spread, is_flat
 from ..schema import Config
-from ..tables.schedules import SCHEDULES
 
 _SECTION = "parallel.data"
 _PER_NODE = "hardware.ranks_per_node"
@@ -88,24 +87,7 @@ def _whole_sums(config: Config) -> Iterator[Problem]:
 
 def _whole_params(config: Config) -> Iterator[Problem]:
     """What does not go together with parameters that are spread."""
-    params, memory = dense_spread(config).params, config.memory
-    if params == 1:
-        return
-    row = SCHEDULES.get(config.parallel.pipeline_in_use.schedule or "")
-    rows = (
-        (config.model.moe.experts > 0, "model.moe.experts", "experts are not spread"),
-        (
-            memory.offload_activations != "none" or (row is not None and row.offloads > 0),
-            "memory.offload_activations",
-            "activations cannot be told from parameters that come and go",
-        ),
-        (
-            config.faults.numerics.replicas_every > 0,
-            "faults.numerics.replicas_every",
-            "there are no whole parameters that could be compared",
-        ),
-    )
-    for wrong, key, why in rows:
-        if wrong:
-            message = f"with parameters over {params} ranks {why}; set {_SECTION}.params=1"
-            yield Problem(key, message, (f"{_SECTION}.params", f"{_SECTION}.sharding"))
+    params = dense_spread(config).params
+    if params > 1 and config.faults.numerics.replicas_every > 0:
+        message = f"parameters over {params} ranks have no whole copies that could be compared; set {_SECTION}.params=1"
+        yield Problem("faults.numerics.replicas_every", message, (f"{_SECTION}.params", f"{_SECTION}.sharding"))

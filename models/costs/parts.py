@@ -31,23 +31,27 @@ class StageSplit:
     Args:
         layers: indices of the layers of each stage.
         balanced: embedding, head and loss belong to no stage: the program runs them on all ranks.
+        shared: the last stage uses the first one's embedding too, which then is of neither.
     """
 
     layers: tuple[tuple[int, ...], ...]
     balanced: bool = False
+    shared: bool = False
 
     @staticmethod
-    def of(counts: Sequence[int], *, balanced: bool = False) -> StageSplit:
+    def of(counts: Sequence[int], *, balanced: bool = False, shared: bool = False) -> StageSplit:
         """Consecutive layers, so many per stage."""
         starts = [sum(counts[:stage]) for stage in range(len(counts))]
         layers = tuple(tuple(range(start, start + count)) for start, count in zip(starts, counts, strict=True))
-        return StageSplit(layers, balanced)
+        return StageSplit(layers, balanced, shared)
 
     def stage_of(self, name: str) -> int:
-        """The stage with the layer of a parameter, by its name; −1: it belongs to no stage's layers."""
+        """The stage whose passes read a parameter, by its name; −1: those of several, or of none."""
         section, _, rest = name.partition(".")
-        if section != "layers":
+        if section in ("embed", "head") and (self.balanced or (self.shared and section == "embed")):
             return -1
+        if section != "layers":
+            return 0 if section in ("embed", "positions") else len(self.layers) - 1
         layer = int(rest.partition(".")[0])
         return next(stage for stage, layers in enumerate(self.layers) if layer in layers)
 

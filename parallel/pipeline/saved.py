@@ -35,6 +35,11 @@ _ALIGN = 64
 """Bytes; of each block in a slab, so that copies and views of any dtype are aligned."""
 
 
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """The same for a storage as long as it lives, wherever its memory is: that of spread parameters comes and goes."""
+    return storage._cdata
+
+
 class State(Enum):
     """Where the blocks of a (stage, microbatch) are."""
 
@@ -97,7 +102,7 @@ class Saved:
 
     Args:
         device: of the tensors that are caught; others stay where they are.
-        elsewhere: addresses of storages that somebody else keeps anyway, as parameters and the slots of receives.
+        elsewhere: storages that somebody else keeps anyway, as parameters and the slots of receives (`storage_id`).
     """
 
     def __init__(self, device: torch.device, elsewhere: Container[int]) -> None:
@@ -123,9 +128,9 @@ class Saved:
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether every use of a tensor (…) is caught: the graph holds a view of a block instead of it."""
-        address = tensor.untyped_storage().data_ptr()
+        wanted = storage_id(tensor.untyped_storage())
         mine = (block.storage for block in self.blocks)
-        return tensor.numel() > SMALL and any(s is not None and s.data_ptr() == address for s in mine)
+        return tensor.numel() > SMALL and any(s is not None and storage_id(s) == wanted for s in mine)
 
     def pack(self, tensor: Tensor) -> Tensor | View:
         """A view into a block, or the tensor (…) where it stays."""
@@ -134,13 +139,13 @@ class Saved:
         if isinstance(tensor, nn.Parameter):
             return tensor
         storage = tensor.untyped_storage()
-        address = storage.data_ptr()
-        if address in self._elsewhere:
+        number = storage_id(storage)
+        if number in self._elsewhere:
             return without_history(tensor)
-        # By address: the block keeps the storage alive, so no other one can have it while this forward pass runs.
-        block = self._known.get(address)
+        # By number: the block keeps the storage alive, so no other one can have it while this forward pass runs.
+        block = self._known.get(number)
         if block is None:
-            block = self._known[address] = Block(storage, self.nbytes)
+            block = self._known[number] = Block(storage, self.nbytes)
             self.blocks.append(block)
             self.nbytes += -(-block.nbytes // _ALIGN) * _ALIGN
         return View(block, Strided.of(tensor))
@@ -210,7 +215,7 @@ class Offloads:
 
     def leave(self, tensor: Tensor) -> None:
         """Somebody else keeps this tensor (…) anyway: it stays where it is."""
-        self._elsewhere.add(tensor.untyped_storage().data_ptr())
+        self._elsewhere.add(storage_id(tensor.untyped_storage()))
 
     @contextmanager
     def catching(self, stage: int, index: int) -> Iterator[None]:

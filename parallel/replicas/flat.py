@@ -92,7 +92,7 @@ class FlatReplicas:
         return {kind: partial(self._each, verb) for verb, kinds in verbs.items() for kind in kinds}
 
     def _each(self, verb: Callable[[Bucket], None], op: Op) -> None:
-        for bucket in self._stages[op.stage]:
+        for bucket in self._stages.get(op.stage, ()):
             verb(bucket)
 
     def _take_turn(self, bucket: Bucket) -> None:

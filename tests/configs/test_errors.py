@@ -150,12 +150,6 @@ WRONG += [
     (["parallel.data.states=some"], _STATES, ["node, all", "some"]),
     ([*_FOUR, f"{_PARAMS}=3"], _PARAMS, ["3", "= 4", "set parallel.data.params=2"]),
     ([*_FOUR, f"{_PARAMS}=4", f"{_GRADS}=2"], _PARAMS, ["4 ranks", "gradients over 2", "divisor of 2"]),
-    ([*_ZERO3, "model.moe.experts=4"], "model.moe.experts", ["2 ranks", "set parallel.data.params=1"]),
-    (
-        [*_ZERO3, "memory.offload_activations=all"],
-        "memory.offload_activations",
-        ["2 ranks", "set parallel.data.params=1"],
-    ),
     (
         [*_ZERO3, "faults.numerics.replicas_every=2"],
         "faults.numerics.replicas_every",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pentad.parallel.pipeline.saved import Saved, View
+from pentad.parallel.pipeline.saved import Saved, View, storage_id
 from pentad.parallel.recompute import remaking, run_again, run_part
 from pentad.parallel.saved_tensors import keeping
 
@@ -178,7 +178,9 @@ def test_an_address_that_is_used_again_is_no_output_of_a_part() -> None:
 def test_what_parts_are_made_from_goes_through_the_keeper_around_them() -> None:
     """So it can be on the host: what is made again is not there."""
     net, x = Net(), _input()
-    plain, away = (Saved(torch.device("cpu"), {p.untyped_storage().data_ptr() for p in net.parameters()}) for _ in "12")
+    plain, away = (
+        Saved(torch.device("cpu"), {storage_id(p.untyped_storage()) for p in net.parameters()}) for _ in "12"
+    )
     for saved, inside in ((plain, nullcontext()), (away, remaking(PARTS))):
         held: list[object] = []
         pack = saved.pack

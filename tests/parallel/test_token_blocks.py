@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pentad.parallel.pipeline.saved import Saved
+from pentad.parallel.pipeline.saved import Saved, storage_id
 from pentad.parallel.projection import local
 from pentad.parallel.recompute import remaking, run_part
 from pentad.parallel.saved_tensors import Strided, keeping
@@ -71,7 +71,7 @@ def test_gradients_are_those_of_what_keeps_everything_and_the_rest_runs_again(bl
 
 def test_what_is_kept_are_copies_of_the_first_rows_which_may_be_on_the_host() -> None:
     net, x = Net(), _input()
-    saved = Saved(torch.device("cpu"), {p.untyped_storage().data_ptr() for p in net.parameters()})
+    saved = Saved(torch.device("cpu"), {storage_id(p.untyped_storage()) for p in net.parameters()})
     with saved.catching(), remaking(frozenset(WIDE), WIDE):
         loss = net(x).square().sum()
     rows, whole = N // BLOCKS.size * BLOCKS.kept * WIDTH * 8, N * WIDTH * 8

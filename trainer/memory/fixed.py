@@ -121,7 +121,8 @@ def opened(cfg: Config, pipeline: Pipeline, rank: int, buckets: Sequence[FlatBuc
         for kind, each in sizes.items():
             if kind[-1] >= 0:
                 stages[kind[-1]] += sum(sorted(each)[-2:])
-        whole = max(stages.values(), default=0) + sum(sum(each) for kind, each in sizes.items() if kind[-1] < 0)
+        whole = stages.pop(len(pipeline.split.layers) - 1, 0)  # with the head, whose gradient is made in forward
+        whole += max(stages.values(), default=0) + sum(sum(each) for kind, each in sizes.items() if kind[-1] < 0)
     as_they_are = largest.part == largest.kept or (largest.kept == largest.share and largest.part == largest.elements)
     reordered = 0 if as_they_are else largest.elements
     return whole + largest.elements + reordered + largest.kept

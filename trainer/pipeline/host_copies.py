@@ -10,7 +10,7 @@ from ...parallel.comm.mesh import Mesh
 from ...parallel.comm.slab import DiskLanes
 from ...parallel.pipeline.needs import Kinds
 from ...parallel.pipeline.program import Program
-from ...parallel.pipeline.saved import Offloads
+from ...parallel.pipeline.saved import Offloads, storage_id
 from ..setup import Parts
 
 
@@ -44,7 +44,7 @@ class HostCopies:
             out=self._out,
             back=self._back,
             device=parts.device,
-            elsewhere={tensor.untyped_storage().data_ptr() for tensor in held},
+            elsewhere={storage_id(tensor.untyped_storage()) for tensor in held},
             disk=self._disk,
         )
 

@@ -62,7 +62,9 @@ class Pipeline:
         unit = sum(stages.costs[0]) / (max(stages.placement) + 1)
         ahead = tuple(range(cfg.model.layers, cfg.model.layers + cfg.model.mtp))
         whole = StageSplit.of(stages.counts, balanced=stages.balanced)
-        split = StageSplit.of([n for group in stages.groups for n in group], balanced=stages.balanced)
+        shared = cfg.model.tied or cfg.model.mtp > 0
+        layers = [n for group in stages.groups for n in group]
+        split = StageSplit.of(layers, balanced=stages.balanced, shared=shared)
         remade = remade_layers(cfg.memory, (*whole.layers[:-1], (*whole.layers[-1], *ahead)), token_block(cfg))
 
         def times(split: StageSplit) -> Times:
@@ -238,7 +240,7 @@ def collected(cfg: Config, program: Program, pipeline: Pipeline) -> Program:
     """The program with gathers of parameters, where the job spreads them."""
     if not is_flat(cfg) or dense_spread(cfg).params == 1:
         return program
-    return collecting(program, [stage for stage, layers in enumerate(pipeline.split.layers) if layers])
+    return collecting(program, range(program.stages))
 
 
 def _times(

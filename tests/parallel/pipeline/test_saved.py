@@ -17,7 +17,7 @@ from pentad.parallel.comm.waiting import Aborted
 from pentad.parallel.pipeline.needs import Kinds
 from pentad.parallel.pipeline.offload import offload, windows
 from pentad.parallel.pipeline.program import Op, Program
-from pentad.parallel.pipeline.saved import Offloads, Saved, View
+from pentad.parallel.pipeline.saved import Offloads, Saved, View, storage_id
 from pentad.parallel.pipeline.schedules import generate
 from pentad.parallel.pipeline.times import Times
 from tests.slow_lane import SlowLane
@@ -74,7 +74,7 @@ def run_net(
     """Steps of a program of one rank; `between` is called after every operation."""
     torch.manual_seed(0)
     net, graphs, outputs = Net(), {}, []
-    elsewhere = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    elsewhere = {storage_id(p.untyped_storage()) for p in net.parameters()}
     inputs = _inputs(program.microbatches)
     offloads = Offloads(program, 0, out=out, back=back, device=CPU, elsewhere=elsewhere, disk=disk)
 
@@ -133,7 +133,7 @@ def test_slow_copies_that_end_in_any_order_change_nothing(seed: int) -> None:
 def test_a_storage_is_kept_once_and_parameters_and_small_tensors_stay() -> None:
     torch.manual_seed(0)
     net, x = Net(), _inputs(1)[0].requires_grad_()
-    saved = Saved(CPU, {p.untyped_storage().data_ptr() for p in net.parameters()})
+    saved = Saved(CPU, {storage_id(p.untyped_storage()) for p in net.parameters()})
     packed: list[Tensor | View] = []
     pack = saved.pack
     saved.pack = lambda tensor: packed.append(pack(tensor)) or packed[-1]

@@ -46,6 +46,7 @@ FACTORS: dict[str, list[Any]] = {
     "tied": [False, True],
     "bucket_mib": [0.001, 0.02],
     "documents": [False, True],
+    "recompute": ["none", "full"],
 }
 
 
@@ -53,7 +54,7 @@ def _allowed(case: Case) -> bool:
     _, pp, cp, dp, _ = case["layout"]
     grads, states = (dp * cp if case[key] == "all" else case[key] for key in ("grads", "states"))
     nested = dp * cp % states == 0 and states % grads == 0 and grads % case["params"] == 0
-    return nested and (pp > 1 or case["pipeline"] == "1f1b") and not (case["params"] > 1 and case["experts"])
+    return nested and (pp > 1 or case["pipeline"] == "1f1b")
 
 
 CASES = pairwise(FACTORS, _allowed, seed=3)
@@ -75,6 +76,7 @@ def settings(case: Case) -> dict[str, Any]:
         "bucket_mib": case["bucket_mib"],
         "steps": 3, "micro_batch": 1, "global_batch": 8,
         "masked": case["documents"],
+        "recompute": case["recompute"],
     }  # fmt: skip
 
 

@@ -9,14 +9,16 @@ from unittest.mock import patch
 import pytest
 
 from pentad.configs.schema import AdamWConfig, ConstantSchedule
+from pentad.parallel.pipeline.memory import ActivationBytes, peak_bytes
 from pentad.parallel.record import reader
 from pentad.parallel.replicas.collecting import gathers
 from pentad.parallel.replicas.parameters import SpreadParameters
 from pentad.trainer.memory.fixed import held
 from pentad.trainer.memory.traffic import replica_traffic
-from pentad.trainer.pipeline.programs import Pipeline
+from pentad.trainer.pipeline.programs import Pipeline, training_program
 from tests.distributed import run_distributed
 from tests.rows import without_copies
+from tests.same_training import check
 from tests.training import Run, job
 
 _ADAM = AdamWConfig(lr=1e-3, schedule=ConstantSchedule())
@@ -82,6 +84,19 @@ def _measured(
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("pipeline", "memory"),
+    [
+        ({"schedule": "1f1b"}, {"offload_activations": "all", "group": 1}),
+        ({"schedule": "po-h", "chunks": 2}, {"recompute": "selective"}),
+    ],
+)
+def test_activations_are_offloaded_beside_them(pipeline: dict[str, Any], memory: dict[str, Any]) -> None:
+    layout = {"pp": 2, "dp": 2, "params": 2, "grads": 2, "states": 2, "model": {"layers": 4}}
+    check(**layout, pipeline=pipeline, memory=memory, dtype="fp64", steps=2, micro_batch=2, global_batch=16)
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize(("params", "grads", "states"), [(2, 2, 2), (2, 2, "all"), (2, 4, 4), ("all", "all", "all")])
 def test_bytes_are_those_of_the_closed_forms(tmp_path: Path, params: Any, grads: Any, states: Any) -> None:
     wanted = {"model": {"layers": 4}, "global_batch": 8, "micro_batch": 1, "bucket_mib": 0.01, "dtype": "bf16"}
@@ -89,6 +104,9 @@ def test_bytes_are_those_of_the_closed_forms(tmp_path: Path, params: Any, grads:
     found = run_distributed(_measured, 4, cfg, str(tmp_path), group=False)
     mine = held(cfg, Pipeline.of(cfg), 0)
     spread = [bucket for bucket in mine.buckets if bucket.part < bucket.elements]
+    stages = [float(sum(2 * b.elements for b in spread if b.kind[-1] == stage)) for stage in range(4)]
+    program = training_program(cfg, Pipeline.of(cfg), 2, [len(mine.buckets)])
+    (planned,) = peak_bytes(program, ActivationBytes(activation=(0.0,), parameters=tuple(stages)))
     for parameters, sent, (most, after), count in found:
         # Two microbatches through four part-stages: passes that follow each other at a turn share a gather.
         assert count == {0: 3, 1: 4, 2: 4, 3: 2}
@@ -99,8 +117,7 @@ def test_bytes_are_those_of_the_closed_forms(tmp_path: Path, params: Any, grads:
         gathered = traffic.params + traffic.neighbours - (scattered - traffic.grads)
         assert sent["all_gather"] == pytest.approx(gathered, abs=0.5)
         assert sent.get("copies", 0.0) == pytest.approx(traffic.copies, abs=0.5)
-        assert (most, after) == (mine.gathered, 0)
-    # Layers are equal here: two of four at a time.
-    assert mine.gathered == 2 * sum(bucket.elements for bucket in spread) // 2
+        assert (most, after) == (planned, 0)
+    assert planned <= mine.gathered < 2 * sum(bucket.elements for bucket in spread)
     width = 4 if params == "all" else params
     assert all(bucket.part * width == bucket.elements for bucket in spread)
