@@ -152,6 +152,7 @@ JOB: tuple[Inert[Config], ...] = (
         ("memory.host_gib", "memory.offload_optimizer"),
         lambda c: c.memory.host_gib is None and c.memory.offload_optimizer != "disk" and not _from_file(c),
     ),
+    Inert(("hardware.peak_fp8_tflops",), ("train.fp8",), lambda c: c.train.fp8 == "none"),
     Inert(("data.tokenizer.eod",), ("data.tokenizer.path",), lambda c: c.data.tokenizer.path is None),
     Inert(("data.cache",), ("data.name",), lambda c: isinstance(c.data, TokenizedData)),
     Inert(("eval.steps",), ("eval.every",), lambda c: c.eval.every == 0),

@@ -104,6 +104,9 @@ class TrainConfig:
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Of RMSNorm, SwiGLU, rotary embedding and cross-entropy in bf16. auto: Triton's on a GPU where Triton is there,
     torch's elsewhere."""
+    fp8: Literal["none", "tensor", "row", "block"] = "none"
+    """Products of linears in 8 bits, with a scale for each tensor, each row, or blocks of 128 (docs/fp8.md); on a CPU
+    the same numbers, emulated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +289,8 @@ class HardwareConfig:
     """Name of a device in presets/hardware."""
     peak_tflops: float | None = None
     """Peak dense TFLOP/s of one device in train.dtype; none: by device name, on a CPU measured at start-up."""
+    peak_fp8_tflops: float | None = None
+    """The same in 8 bits, for `mfu_fp8` with train.fp8; none: by device name, on a CPU unknown."""
     memory_gib: float | None = None
     """Memory of one device, for `pentad check`; none: not compared."""
     ranks_per_node: int | None = None

@@ -19,8 +19,11 @@ from ..parallel.expert.biases import without_bias
 from ..parallel.expert.dispatch import AllToAll
 from ..parallel.expert.make import make_dispatcher
 from ..parallel.expert.tokens import TokenPool
+from ..parallel.fp8 import Fp8Experts, fp8_products
 from ..parallel.gradients import slot_of
+from ..parallel.grouped_projection import Local
 from ..parallel.kernels.device import check_local_attention, local_attention
+from ..parallel.projection import PLAIN, LocalProjection
 from ..parallel.sharding_rules import Axes, ColumnWise, Plan, RowWise, Rule, Sharding, place_parameter
 from ..parallel.tensor import ColumnProjection, RowProjection
 from ..parallel.vocab import VocabEmbedding, VocabHead, VocabShard
@@ -30,13 +33,15 @@ from .costs.parts import Part
 from .linear import Linear
 from .linear_attention import LinearAttention
 from .mla import LatentAttention
-from .moe import Moe
+from .moe import Experts, Moe
 from .recompute import RunLayers
 from .sharding import plan_of
 from .transformer import Transformer
 from .weights.initialise import initial
 
 _SOFTMAX = (Attention, LatentAttention)
+GATES = (".shared_gate", ".decay_down", ".decay_up")
+"""Ends of the names of linears that are small and decide about others' shares: never in 8 bits."""
 
 
 def _head_widths(attention: Attention | LatentAttention) -> tuple[int, int]:
@@ -83,6 +88,7 @@ def build_model(
     remade: Mapping[int, Choice] | None = None,
     context: ContextConfig | None = None,
     memory: Mapping[str, torch.Tensor] | None = None,
+    fp8: str = "none",
 ) -> tuple[Transformer, dict[str, Sharding]]:
     """This rank's part of the model, uninitialised, and where each of its parameters lives.
 
@@ -94,6 +100,7 @@ def build_model(
         remade: what layers make again in backward, by index; none: nothing.
         context: how attention spans the context ranks; none: they are one.
         memory: of parameters that exist already, by name; none is made for these.
+        fp8: as `train.fp8`.
     """
     with torch.device("meta"):
         model = Transformer(cfg, part)
@@ -109,6 +116,7 @@ def build_model(
     for name, buffer in model.named_buffers():
         owner, leaf = _owner(model, name)
         setattr(owner, leaf, torch.zeros(buffer.shape, device=device, dtype=buffer.dtype))
+    _replace_projections(model, mesh, fp8)
     if mesh.axis("tp").size > 1:
         _replace_seams(model, mesh)
     _replace_dispatchers(model, mesh)
@@ -120,16 +128,31 @@ def build_model(
     return model, where
 
 
+def _replace_projections(model: Transformer, mesh: Mesh, fp8: str) -> None:
+    """How each linear is cut, and multiplied: gates in the model's precision, the others as `train.fp8` says."""
+    tp, etp, plan = mesh.axis("tp"), mesh.axis("etp"), plan_of(model.cfg)
+    eight_bit = PLAIN if fp8 == "none" else fp8_products(fp8, mesh.axis("tokens"))
+    for name, linear in _linears(model):
+        products = PLAIN if name.endswith(GATES) else eight_bit
+        rule = rule_of(plan, f"{name}.weight")
+        if tp.size > 1 and isinstance(rule, RowWise):
+            linear.apply_weights = RowProjection(tp, products)
+        elif tp.size > 1 and isinstance(rule, ColumnWise):
+            linear.apply_weights = ColumnProjection(tp, products)
+        elif products is not PLAIN:
+            linear.apply_weights = LocalProjection(products)
+    if fp8 == "none":
+        return
+    for experts in (module for module in model.modules() if isinstance(module, Experts)):
+        wide, narrow = (Local(model.cfg.moe.compute, Fp8Experts(*axes)) for axes in ((None, etp), (etp, None)))
+        experts.down.apply_weights = narrow
+        for linear in (experts.gate, experts.up):
+            if linear is not None:
+                linear.apply_weights = wide
+
+
 def _replace_seams(model: Transformer, mesh: Mesh) -> None:
     tp = mesh.axis("tp")
-    column, row = ColumnProjection(tp), RowProjection(tp)
-    plan = plan_of(model.cfg)
-    for name, linear in _linears(model):
-        match rule_of(plan, f"{name}.weight"):
-            case RowWise():
-                linear.apply_weights = row
-            case ColumnWise():
-                linear.apply_weights = column
     for module in model.modules():
         if isinstance(module, LatentAttention):
             module.gather_tokens = partial(all_gather_autograd, axis=tp)

@@ -54,14 +54,16 @@ class Local:
 
     Args:
         compute: how the matrices are multiplied, as `model.moe.compute`.
+        products: makes other products of these; none: they are what is wanted.
     """
 
     compute: str = "auto"
+    products: Callable[[Gemms, Groups], Gemms] | None = None
 
     def __call__(self, x: Tensor | RecomputedInput, groups: Groups, linears: Sequence[HasWeight]) -> tuple[Tensor, ...]:
         made = x if isinstance(x, RecomputedInput) else RecomputedInput(_same, (x,))
         params = [linear.weight for linear in linears] + [linear.bias for linear in linears]
-        call = _Call(groups, self.compute, made.function, len(made.inputs), len(linears))
+        call = _Call(groups, self.compute, self.products, made.function, len(made.inputs), len(linears))
         out = _GroupedProject.apply(call, made.weights, *made.inputs, *params)
         return out if isinstance(out, tuple) else (out,)
 
@@ -80,12 +82,14 @@ class _Call:
 
     groups: Groups
     compute: str
+    products: Callable[[Gemms, Groups], Gemms] | None
     function: Callable[..., Tensor]
     inputs: int
     linears: int
 
     def gemms(self, x: Tensor, weight: Tensor) -> Gemms:
-        return gemms(self.compute, x, weight, self.groups)
+        plain = gemms(self.compute, x, weight, self.groups)
+        return plain if self.products is None else self.products(plain, self.groups)
 
     def split(self, tensors: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]]:
         """Inputs, weights, biases."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .comm.axis import Axis
 from .comm.collectives import Handle
 from .gradients import matmul_grad, open_store, plain_grad
 from .kernels.precision import precise
@@ -34,16 +35,88 @@ class Projection(Protocol):
     def __call__(self, x: Tensor, linears: Sequence[HasWeight]) -> tuple[Tensor, ...]: ...
 
 
+class Products(Protocol):
+    """The three products of each weight W (out, in) with what a GEMM has on its device."""
+
+    def forward(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], cut: Axis | None
+    ) -> tuple[list[Tensor], Any]:
+        """x (N, in) Wᵀ + b as (N, out) per weight, and what the others are to be told.
+
+        Args:
+            cut: the axis over which `in` is cut; none: it is whole.
+        """
+        ...
+
+    def backward(
+        self, dys: Sequence[Tensor], weights: Sequence[Tensor], cut: Axis | None, told: Any, wanted: bool
+    ) -> tuple[Tensor | None, Sequence[Any]]:
+        """Σ dy (N, out) W as (N, in) where it is `wanted`, and what `weight_gradients` is to be given as dys.
+
+        Args:
+            cut: the axis over which `out` is cut; none: it is whole.
+        """
+        ...
+
+    def weight_gradients(
+        self, weights: Sequence[Tensor], dys: Sequence[Any], x: Tensor, told: Any
+    ) -> list[Tensor | None]:
+        """dyᵀ x (out, in) per weight, into its slot (none is returned) or for autograd."""
+        ...
+
+
+class PlainProducts:
+    """Products of the operands as they are."""
+
+    def forward(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], cut: Axis | None
+    ) -> tuple[list[Tensor], None]:
+        """As `Products`."""
+        return [_linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)], None
+
+    def backward(
+        self, dys: Sequence[Tensor], weights: Sequence[Tensor], cut: Axis | None, told: None, wanted: bool
+    ) -> tuple[Tensor | None, Sequence[Tensor]]:
+        """As `Products`."""
+        if not wanted:
+            return None, dys
+        dx = torch.mm(dys[0], weights[0])
+        for dy, weight in zip(dys[1:], weights[1:], strict=True):
+            dx.addmm_(dy, weight)
+        return dx, dys
+
+    def weight_gradients(
+        self, weights: Sequence[Tensor], dys: Sequence[Tensor], x: Tensor, told: None
+    ) -> list[Tensor | None]:
+        """As `Products`."""
+        return [matmul_grad(weight, dy, x) for weight, dy in zip(weights, dys, strict=True)]
+
+
 def local(x: Tensor, linears: Sequence[HasWeight]) -> tuple[Tensor, ...]:
     """y_i (N, out_i) = x (N, in) W_iᵀ + b_i on one device."""
     return run_projection(x, linears, ProjectionComm())
 
 
-def run_projection(x: Tensor, linears: Sequence[HasWeight], around: ProjectionComm) -> tuple[Tensor, ...]:
-    """The projection of x (N, in) with communication `around` it → (N, out) per linear."""
+@dataclass(frozen=True)
+class LocalProjection:
+    """`local` with products of another kind."""
+
+    products: Products
+
+    def __call__(self, x: Tensor, linears: Sequence[HasWeight]) -> tuple[Tensor, ...]:
+        return run_projection(x, linears, ProjectionComm(), self.products)
+
+
+PLAIN: Products = PlainProducts()
+
+
+def run_projection(
+    x: Tensor, linears: Sequence[HasWeight], around: ProjectionComm, products: Products = PLAIN
+) -> tuple[Tensor, ...]:
+    """The projection of x (N, in) with communication `around` its products → (N, out) per linear."""
     weights = [linear.weight for linear in linears]
     biases = [linear.bias for linear in linears]
-    out = _Project.apply(around, len(weights), x, *weights, *biases)
+    out = _Project.apply(_Multiplication(around, products, len(weights)), x, *weights, *biases)
     return out if isinstance(out, tuple) else (out,)
 
 
@@ -52,6 +125,10 @@ class ProjectionComm:
 
     bias_before_leave = True
     """False: the bias is added once, after `leave` has summed the partial outputs."""
+    inputs: Axis | None = None
+    """Over which the GEMMs' input features are cut."""
+    outputs: Axis | None = None
+    """Over which their output features are."""
 
     def enter(self, x: Tensor) -> Tensor:
         """The input of the GEMMs (N, in) from that of the projection, which may be a part of it (n, in)."""
@@ -79,34 +156,44 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True)
+class _Multiplication:
+    """What one projection is told that no gradient goes to."""
+
+    around: ProjectionComm
+    products: Products
+    n: int
+
+
+@dataclass(frozen=True)
 class _WeightGrads:
     """The weight gradients of one projection, which its backward computes at once or leaves for later."""
 
-    around: ProjectionComm
+    call: _Multiplication
     x: Tensor
     weights: Sequence[Tensor]
-    dys: Sequence[Tensor]
+    dys: Sequence[Any]
+    told: Any
 
     def start(self) -> Handle:
-        return self.around.regather(self.x)
+        return self.call.around.regather(self.x)
 
     def finish(self, whole: Tensor) -> list[Tensor | None]:
-        return [matmul_grad(w, dy, whole) for w, dy in zip(self.weights, self.dys, strict=True)]
+        return self.call.products.weight_gradients(self.weights, self.dys, whole, self.told)
 
 
 class _Project(torch.autograd.Function):
-    """Inputs: around, n, x, n weights, n biases (or None)."""
+    """Inputs: call, x, n weights, n biases (or None)."""
 
     @staticmethod
-    def forward(ctx, around: ProjectionComm, n: int, x: Tensor, *params: Tensor | None) -> Any:
-        weights, biases = params[:n], params[n:]
-        whole = around.enter(x)
+    def forward(ctx, call: _Multiplication, x: Tensor, *params: Any) -> Any:
+        around, weights, biases = call.around, params[: call.n], params[call.n :]
+        before = biases if around.bias_before_leave else [None] * call.n
+        made, told = call.products.forward(around.enter(x), weights, before, around.inputs)
         outputs = []
-        for weight, bias in zip(weights, biases, strict=True):
-            assert weight is not None
-            y = around.leave(_linear(whole, weight, bias if around.bias_before_leave else None))
+        for bias in biases:
+            y = around.leave(made.pop(0))
             outputs.append(y if bias is None or around.bias_before_leave else y.add_(bias))
-        ctx.around, ctx.n = around, n
+        ctx.call, ctx.told = call, told
         # Not among the saved tensors: what hooks (recompute, offload) give back for a parameter has lost its slot.
         ctx.params = params
         ctx.save_for_backward(x)
@@ -114,27 +201,24 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        around: ProjectionComm = ctx.around
+        call: _Multiplication = ctx.call
+        around = call.around
         (x,) = ctx.saved_tensors
-        weights, biases = ctx.params[: ctx.n], ctx.params[ctx.n :]
-        bias_grads: list[Tensor | None] = [None] * ctx.n
+        weights, biases = ctx.params[: call.n], ctx.params[call.n :]
+        bias_grads: list[Tensor | None] = [None] * call.n
         store = open_store(weights)
         gathering = around.regather(x) if store is None else None  # travels while dx is computed
         outer, dys = grads, []
         for dy in grads:
             dys.append(around.leave_backward(dy))
-        dx = None
-        if ctx.needs_input_grad[2]:
-            dx = torch.mm(dys[0], weights[0])
-            for dy, weight in zip(dys[1:], weights[1:], strict=True):
-                dx.addmm_(dy, weight)
+        dx, multiplied = call.products.backward(dys, weights, around.outputs, ctx.told, ctx.needs_input_grad[1])
         scattering = around.enter_backward(dx) if dx is not None else None  # travels while dW is computed
-        deferred = _WeightGrads(around, x, weights, dys)
+        deferred = _WeightGrads(call, x, weights, multiplied, ctx.told)
         if store is not None:
             store.put(deferred)
-        weight_grads = [None] * ctx.n if gathering is None else deferred.finish(gathering.wait())
+        weight_grads = [None] * call.n if gathering is None else deferred.finish(gathering.wait())
         for i, bias in enumerate(biases):
             if bias is not None:
                 dy = dys[i] if around.bias_before_leave else outer[i]
                 bias_grads[i] = plain_grad(bias, dy.sum(0, dtype=precise(dy.dtype)))
-        return None, None, scattering.wait() if scattering else None, *weight_grads, *bias_grads
+        return None, scattering.wait() if scattering else None, *weight_grads, *bias_grads

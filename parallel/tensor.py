@@ -17,12 +17,12 @@ from torch import Tensor
 
 from .comm.collectives import Handle, all_gather, reduce_scatter
 from .comm.mesh import Axis
-from .projection import HasWeight, ProjectionComm, run_projection
+from .projection import PLAIN, HasWeight, Products, ProjectionComm, run_projection
 
 
 class _Column(ProjectionComm):
     def __init__(self, axis: Axis) -> None:
-        self.axis = axis
+        self.axis = self.outputs = axis
 
     def enter(self, x: Tensor) -> Tensor:
         return all_gather(x, self.axis).wait()
@@ -38,7 +38,7 @@ class _Row(ProjectionComm):
     bias_before_leave = False
 
     def __init__(self, axis: Axis) -> None:
-        self.axis = axis
+        self.axis = self.inputs = axis
 
     def leave(self, y: Tensor) -> Tensor:
         return reduce_scatter(y, self.axis).wait()
@@ -50,18 +50,18 @@ class _Row(ProjectionComm):
 class ColumnProjection:
     """Output features sharded: x (N/tp, in) → y (N, out/tp) per linear."""
 
-    def __init__(self, axis: Axis) -> None:
-        self._around = _Column(axis)
+    def __init__(self, axis: Axis, products: Products = PLAIN) -> None:
+        self._around, self._products = _Column(axis), products
 
     def __call__(self, x: Tensor, linears: Sequence[HasWeight]) -> tuple[Tensor, ...]:
-        return run_projection(x, linears, self._around)
+        return run_projection(x, linears, self._around, self._products)
 
 
 class RowProjection:
     """Input features sharded: x (N, in/tp) → y (N/tp, out). The bias is whole on every rank and added once."""
 
-    def __init__(self, axis: Axis) -> None:
-        self._around = _Row(axis)
+    def __init__(self, axis: Axis, products: Products = PLAIN) -> None:
+        self._around, self._products = _Row(axis), products
 
     def __call__(self, x: Tensor, linears: Sequence[HasWeight]) -> tuple[Tensor, ...]:
-        return run_projection(x, linears, self._around)
+        return run_projection(x, linears, self._around, self._products)

@@ -28,6 +28,7 @@ from ..parallel.replicas.flat import FlatReplicas
 from ..parallel.replicas.protocol import OtherSlices, Replicas, ShardSlice, adopt, expect_uses
 from ..parallel.replicas.spread import spread_lines
 from ..parallel.sharding_rules import ReplicaFamily, Sharding
+from .devices.fp8 import check_fp8
 from .devices.kernels import use_kernels
 from .optim.places import StatePlace
 from .pipeline.programs import Pipeline
@@ -271,12 +272,15 @@ def make_model(
         remade=pipeline.remade,
         context=cfg.parallel.context,
         memory=kept.params if kept is not None else {},
+        fp8=cfg.train.fp8,
     )
     if kept is not None and (kept.dtype, kept.where) != (held, where):
         raise OtherSlices("the parameters are cut in another way")
     memory = None if kept is None else kept.memory
     replicas = _replicas(cfg, model, where, mesh, dtype, memory, place, fsdp=fsdp)
     use_kernels(cfg, model, device, dtype)
+    if cfg.train.fp8 != "none":
+        check_fp8(cfg.train.fp8, model, device, dtype)
     if cfg.model.moe.experts and cfg.model.moe.overlap_chunks != "auto":
         set_overlap_chunks(model, cfg.model.moe.overlap_chunks)
     parts = Parts(model, where, replicas, device, pipeline, _stores(model, pipeline, stages), held)

@@ -83,14 +83,14 @@ class Trainer:
         self.evaluator = Evaluator(session) if cfg.eval.every else None
         self._keeper = keeper
         self.peak = session.peak
-        world, device = mesh.degrees.world, str(self.device)
         self.rows = rows or row_exchange(session)
         self.readings = Readings(
             RunFacts(
                 cfg=cfg,
-                devices=world,
-                device=device,
+                devices=mesh.degrees.world,
+                device=str(self.device),
                 peak_tflops=self.peak.tflops,
+                peak_fp8_tflops=self.peak.fp8,
                 ceiling_tflops=self.peak.ceiling or self.peak.tflops,
                 program=self.program,
                 hosts=self.rows.hosts,

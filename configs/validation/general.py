@@ -17,6 +17,7 @@ from .deepspeed import validate_deepspeed
 from .divisible import indivisible
 from .elastic import validate_elastic
 from .faults import fault_problems
+from .fp8 import validate_fp8
 from .kernels import validate_kernels
 from .layouts import layout_problems
 from .memory import validate_memory
@@ -124,6 +125,7 @@ _ABOVE_ZERO = [
     "faults.hang_s",
     "faults.pause_s",
     "hardware.peak_tflops",
+    "hardware.peak_fp8_tflops",
     "hardware.memory_gib",
     "hardware.host_gib_s",
     "memory.host_gib",
@@ -155,6 +157,7 @@ def validate(config: Config, world_size: int | None = None) -> list[Problem]:
         *validate_moe(config),
         *validate_context(config),
         *validate_kernels(config),
+        *validate_fp8(config),
         *validate_memory(config),
         *validate_deepspeed(config),
         *validate_spread(config),

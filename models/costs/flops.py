@@ -132,6 +132,20 @@ def flops_per_step(model: ModelConfig, tokens: int, pairs: float) -> float:
     return step_flops(model, tokens, pairs).total
 
 
+def fp8_flops(model: ModelConfig, tokens: int, scaling: str) -> float:
+    """Of a step's training FLOPs those in 8 bits: the products of linears that `parallel.fp8` lists.
+
+    Args:
+        scaling: as `train.fp8`.
+    """
+    s, parts = sizes(model), step_flops(model, tokens, 0.0)
+    rank, keys = model.linear.gate_rank, model.heads * model.linear.key_dim
+    decays = float(_TRAINING * tokens * s.linear * rank * (model.hidden + keys))
+    dense = parts.projections - decays + parts.ffn + parts.shared + parts.mtp
+    share = {"none": 0.0, "tensor": 1.0, "row": 2 / 3, "block": 1.0}[scaling]
+    return dense * share + parts.experts * min(share, 2 / 3)
+
+
 def layer_flops(model: ModelConfig, seq_len: int) -> tuple[float, ...]:
     """FLOPs of a forward pass of one sequence: of each layer, each prediction module, last of all uses of the head."""
     s, active, routed, linear = sizes(model), active_experts(model), set(model.routed_layers), set(model.linear_layers)

@@ -172,6 +172,7 @@ CASES: list[tuple[list[str], str, list[str], Observe | None]] = [
     ([], "memory.recompute_every=2", ["memory.recompute=full"], None),
     ([], "optim.states_above=9", ["optim.states=int4"], None),
     ([], "memory.optimizer_subgroup_mib=1", ["memory.offload_optimizer=host"], None),
+    ([], "hardware.peak_fp8_tflops=2", ["train.fp8=row"], None),
     ([], "data.tokenizer.eod=end", ["data.tokenizer.path=tokenizer.json"], None),
     (["data.name=bin", "data.paths=[tokens]"], "data.cache=elsewhere", ["data.name=text"], None),
     ([], "eval.steps=9", ["eval.every=1"], None),

@@ -32,6 +32,7 @@ NOTHING = {
     "log.prometheus": "nobody asks",
     "hardware.preset": "written out",
     "hardware.peak_tflops": "by the device's name, or measured",
+    "hardware.peak_fp8_tflops": "by the device's name",
     "hardware.memory_gib": "not known",
     "hardware.host_gib_s": "measured",
     "hardware.ranks_per_node": "not known",

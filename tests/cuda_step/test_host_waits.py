@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pentad.models.costs.flops import fp8_flops
 from tests.cuda_step.jobs import make_batch, make_job, uneven_ends
 from tests.cuda_step.step import trace_step
 
@@ -29,3 +30,20 @@ def test_the_host_of_a_dense_step_never_waits(tmp_path: Path, preset: str, docum
 def test_experts_on_one_device_need_no_numbers_of_rows(tmp_path: Path, preset: str, waits: dict[str, int]) -> None:
     cfg = make_job(tmp_path, preset)
     assert trace_step(cfg, make_batch, uneven_ends(cfg)).waits == waits
+
+
+@pytest.mark.parametrize("fp8", ["tensor", "row", "block"])
+def test_products_in_eight_bits_cost_no_wait_and_are_the_flops_that_are_counted(tmp_path: Path, fp8: str) -> None:
+    cfg = make_job(tmp_path, "llama3.2_1b", f"train.fp8={fp8}")
+    trace = trace_step(cfg, make_batch)
+    assert not trace.waits
+    done = sum(kernel.flops for kernel in trace.kernels if kernel.name == "_scaled_mm")
+    assert done == fp8_flops(cfg.model, cfg.train.global_batch * cfg.train.seq_len, fp8)
+
+
+def test_experts_in_eight_bits_are_grouped_products(tmp_path: Path) -> None:
+    cfg = make_job(tmp_path, "qwen3_30b_a3b", "train.fp8=tensor")
+    trace = trace_step(cfg, make_batch, uneven_ends(cfg))
+    assert not trace.waits
+    done = sum(kernel.flops for kernel in trace.kernels if kernel.name in ("_scaled_mm", "_scaled_grouped_mm"))
+    assert done == fp8_flops(cfg.model, cfg.train.global_batch * cfg.train.seq_len, "tensor")

@@ -142,7 +142,7 @@ def _nbytes(func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> int:
 
 def _work(name: str, given: list[Tensor], args: Any) -> tuple[str, float]:
     """Kind and FLOPs, 2 a multiplication; of causal attention half of those to all keys."""
-    if name in ("mm", "bmm", "_grouped_mm"):
+    if name in ("mm", "bmm", "_grouped_mm", "_scaled_mm", "_scaled_grouped_mm"):
         a, b = given[:2]
     elif name in ("addmm", "addmm_", "baddbmm_", "baddbmm"):
         a, b = given[1:3]

@@ -12,7 +12,7 @@ from ...configs.schema import Config
 from ...parallel.comm.collectives import all_reduce
 from ...parallel.comm.mesh import Mesh
 from ..metrics.notices import or_without
-from ..metrics.peak import MeasuredPeaks, Peak, peak_tflops
+from ..metrics.peak import MeasuredPeaks, Peak, fp8_peak_tflops, peak_tflops
 from ..metrics.products import ceiling_tflops, products_of
 from ..run_folder import RunFile
 from ..setup import DTYPES
@@ -31,7 +31,7 @@ def kept_peaks(cfg: Config, run_dir: Path) -> tuple[MeasuredPeaks, ...]:
 def agreed_peak(cfg: Config, device: torch.device, kept: Sequence[MeasuredPeaks], mesh: Mesh) -> Peak:
     """The peak of one device, and the ceiling of the model's products: measured unless the job names the peak itself of
     a CPU."""
-    peak = _peak_alone(cfg, device, kept, mesh)
+    peak = replace(_peak_alone(cfg, device, kept, mesh), fp8=fp8_peak_tflops(cfg.hardware, device))
     if device.type == "cpu" and cfg.hardware.peak_tflops is not None:
         return peak
     own = ceiling_tflops(products_of(cfg), device, DTYPES[cfg.train.dtype], barrier=mesh.barrier)

@@ -34,6 +34,8 @@ _PEAKS: tuple[tuple[str, float | None, float | None, float | None, float | None]
     (r"L40S", 362, 183, 91.6, None),
     (r"RTX A6000", 154.85, 77.4, 38.7, None),
 )
+_WITHOUT_FP8 = re.compile(r"\b(?:A100|A800|MI250X|RTX A6000)\b")
+"""Of the devices above; the others multiply 8-bit matrices at twice the rate of bf16."""
 # A slice of a device (MIG, vGPU), or a mobile part of the same name, does not have the device's peak.
 _NOT_THE_WHOLE = re.compile(r"\b(?:MIG|GRID)\b|Laptop|Max-Q", re.IGNORECASE)
 
@@ -44,11 +46,13 @@ class Peak:
 
     Args:
         ceiling: what the device reaches in the model's own products; None where that was not measured.
+        fp8: peak for products in 8 bits.
     """
 
     tflops: float | None
     source: str
     ceiling: float | None = None
+    fp8: float | None = None
 
 
 def peak_tflops(
@@ -86,6 +90,15 @@ def peak_of(device_name: str, dtype: torch.dtype, *, tf32: bool) -> Peak:
                 return Peak(None, f"unknown {kind} peak of {device_name}")
             return Peak(float(peak), f"{device_name}, dense {kind}")
     return Peak(None, "unknown device")
+
+
+def fp8_peak_tflops(cfg: HardwareConfig, device: torch.device) -> float | None:
+    """Peak of a device for products in 8 bits: the config's, else twice its listed one in bf16; none: not known."""
+    if cfg.peak_fp8_tflops is not None or device.type != "cuda":
+        return cfg.peak_fp8_tflops
+    name = torch.cuda.get_device_name(device)
+    listed = None if _WITHOUT_FP8.search(name) else peak_of(name, torch.bfloat16, tf32=False).tflops
+    return None if listed is None else 2 * listed
 
 
 def measure_cpu_peak(dtype: torch.dtype, barrier: Callable[[], object], seconds: float = 0.5) -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pentad.configs.schema import HardwareConfig
-from pentad.trainer.metrics.peak import MeasuredPeaks, Peak, measure_cpu_peak, peak_of, peak_tflops
+from pentad.trainer.metrics.peak import MeasuredPeaks, Peak, fp8_peak_tflops, measure_cpu_peak, peak_of, peak_tflops
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,14 @@ def test_what_was_measured_on_a_host_holds_for_some_days(tmp_path: Path) -> None
     assert kept.find("fp32", 1) is None and MeasuredPeaks(file).find("fp32", 1) == 0.25
     kept.keep("fp32", 2, 0.5)
     assert (kept.find("fp32", 1), kept.find("fp32", 2)) == (None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"), [("NVIDIA H100 80GB HBM3", 1978.0), ("NVIDIA A100-SXM4-80GB", None), ("NVIDIA T4", None)]
+)
+def test_peaks_in_eight_bits(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert fp8_peak_tflops(HardwareConfig(), gpu) == peak
+    assert fp8_peak_tflops(HardwareConfig(peak_fp8_tflops=3.0), gpu) == 3.0
+    assert fp8_peak_tflops(HardwareConfig(peak_tflops=3.0), cpu) is None

@@ -69,6 +69,18 @@ def test_utilization_is_the_models_flops_over_what_the_devices_could_do(recomput
     assert again > flops / 10 and found["tflops_per_device"] == pytest.approx(flops / 8e12, rel=1e-12)
 
 
+def test_products_in_eight_bits_are_held_against_a_peak_of_their_own() -> None:
+    cfg = job(fp8="row")
+    run, most = replace(facts(cfg, devices=4, peak_tflops=50.0), peak_fp8_tflops=100.0), 2.0 * 4 * 50e12
+    flops = step_flops(cfg.model, 800, 6000.0)
+    eight_bit = (flops.projections + flops.ffn) * 2 / 3  # weight gradients are not
+    row = read(run).row
+    assert row["mfu"] == pytest.approx(flops.total / most, rel=1e-12)
+    assert row["mfu_fp8"] == pytest.approx((flops.total - eight_bit / 2) / most, rel=1e-12)
+    for one in (replace(run, peak_fp8_tflops=None), replace(run, cfg=job())):
+        assert read(one).row["mfu_fp8"] is None
+
+
 def test_an_unknown_peak_gives_no_utilization() -> None:
     row = read(facts(peak_tflops=None)).row
     assert [row[key] for key in ("mfu", "mfu_full", "hfu", "peak_tflops")] == [None] * 4

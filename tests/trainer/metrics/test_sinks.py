@@ -30,7 +30,7 @@ from tests.wandb_file import read_offline
 KEYS = {
     *("step", "loss", "grad_norm", "lr", "tokens", "step_time_s", "tokens_per_s", "tokens_per_s_per_device", "mfu"),
     *("mfu_full", "hfu", "tflops_per_device", "peak_tflops", "memory_gib", "data_s", "waterfall", "straggler", "moe"),
-    *("skipped", "memory_model_gib", "loss_max_rank"),
+    *("skipped", "mfu_fp8", "memory_model_gib", "loss_max_rank"),
 }
 
 

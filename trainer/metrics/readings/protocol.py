@@ -27,6 +27,8 @@ class RunFacts:
     """This rank's, as torch calls it: cpu, cuda:0."""
     peak_tflops: float | None
     """Of one device; None where it is not known."""
+    peak_fp8_tflops: float | None = None
+    """Of one device, for products in 8 bits; None where it is not known."""
     ceiling_tflops: float | None = None
     """What one device reaches in the model's own matrix products; None where it is not known."""
     program: Program | None = None

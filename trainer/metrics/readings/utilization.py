@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from ....models.costs.flops import flops_per_step
+from ....models.costs.flops import flops_per_step, fp8_flops
 from ....models.costs.kept import Choice
 from ....models.costs.recompute import flops_again
 from ...pipeline.programs import Pipeline
@@ -36,6 +36,12 @@ class UtilizationReading(Reading):
             "with the full attention square (torchtitan's convention)",
             unit="fraction of 1",
             tracker="perf/mfu_full",
+        ),
+        Metric(
+            "mfu_fp8",
+            "as `mfu`, each product over the peak of its own precision (`train.fp8`)",
+            unit="fraction of 1",
+            tracker="perf/mfu_fp8",
         ),
         Metric("hfu", "as `mfu`, with recomputation", unit="fraction of 1", tracker="perf/hfu"),
         Metric(
@@ -78,6 +84,15 @@ class UtilizationReading(Reading):
             return found
         return found | {
             "mfu": model_flops * share,
+            "mfu_fp8": self._of_both_peaks(model_flops, done.tokens, share),
             "mfu_full": full * share,
             "hfu": (model_flops + again) * share,
         }
+
+    def _of_both_peaks(self, model_flops: float, tokens: int, share: float) -> float | None:
+        """Without products in 8 bits there is one peak, and `mfu` tells."""
+        cfg, peak, fast = self.run.cfg, self.run.peak_tflops, self.run.peak_fp8_tflops
+        if cfg.train.fp8 == "none" or peak is None or fast is None:
+            return None
+        eight_bit = fp8_flops(cfg.model, tokens, cfg.train.fp8)
+        return (model_flops - eight_bit + eight_bit * peak / fast) * share
