@@ -18,6 +18,7 @@ from harness import Side, compare, table
 KINDS = {
     "zero1": ("zero1", 0),
     "fsdp": ("fsdp", 0),
+    "fsdp2": ("fsdp2", 0),
     "ZeRO 1": ("deepspeed", 1),
     "ZeRO 2": ("deepspeed", 2),
     "ZeRO 3": ("deepspeed", 3),

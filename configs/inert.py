@@ -101,7 +101,7 @@ def _has_copies(config: Config) -> bool:
     """Whether several ranks hold the same parameters: replicas, norms under tp, the tables of both pipeline ends."""
     p, model = config.parallel, config.model
     ends = p.pp > 1 and p.pipeline_in_use.vocab == "ends" and (model.tied or model.mtp > 0)
-    return p.tp > 1 or ends or (p.dp * p.cp > 1 and p.data.sharding != "fsdp")
+    return p.tp > 1 or ends or (p.dp * p.cp > 1 and p.data.sharding != "fsdp2")
 
 
 JOB: tuple[Inert[Config], ...] = (
@@ -125,7 +125,7 @@ JOB: tuple[Inert[Config], ...] = (
     ),
     Inert(("memory.token_share",), ("memory.recompute",), lambda c: c.memory.recompute not in ("selective", "auto")),
     Inert(("parallel.data.deepspeed",), ("parallel.data.sharding",), lambda c: c.parallel.data.sharding != "deepspeed"),
-    Inert(("parallel.data.bucket_mib",), ("parallel.data.sharding",), lambda c: c.parallel.data.sharding == "fsdp"),
+    Inert(("parallel.data.bucket_mib",), ("parallel.data.sharding",), lambda c: c.parallel.data.sharding == "fsdp2"),
     Inert(
         ("parallel.data.params", "parallel.data.grads", "parallel.data.states"),
         ("parallel.data.sharding",),

@@ -29,9 +29,9 @@ class DeepSpeedConfig:
 class DataParallelConfig:
     """How replicas share parameters, gradients and optimizer states."""
 
-    sharding: Literal["ddp", "zero1", "zero2", "fsdp", "deepspeed"] = "zero1"
-    """ddp: everything replicated; zero1: optimizer states sharded; zero2: gradients too; fsdp: parameters too (FSDP2);
-    deepspeed: what DeepSpeed's engine shards."""
+    sharding: Literal["ddp", "zero1", "zero2", "fsdp", "hsdp", "fsdp2", "deepspeed"] = "zero1"
+    """ddp: everything replicated; zero1: optimizer states sharded; zero2: gradients too; fsdp: parameters too; hsdp:
+    all three over the ranks of a node; fsdp2: torch's own FSDP2; deepspeed: what DeepSpeed's engine shards."""
     params: int | Literal["node", "all"] | None = None
     """Over how many neighbouring ranks of dp x cp the parameters of layers are spread: a (part-)stage's are gathered
     for its passes only (`memory.group`: 1 layer unless it says more). Gradients are spread over a multiple of them. 1:

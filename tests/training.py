@@ -76,6 +76,7 @@ def job(
     sharding: str = "ddp",
     bucket_mib: float = 0.02,
     params: Any = None,
+    per_node: int | None = None,
     grads: Any = None,
     states: Any = None,
     deepspeed: dict[str, Any] | None = None,
@@ -117,7 +118,7 @@ def job(
         checkpoint=CheckpointConfig(),
         log=LogConfig(),
         faults=FaultsConfig(timeout_s=60, numerics=NumericsConfig(**(numerics or {}))),
-        hardware=HardwareConfig(),
+        hardware=HardwareConfig(ranks_per_node=per_node),
     )
     return resolve(config)
 

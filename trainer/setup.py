@@ -258,7 +258,7 @@ def make_model(
     """
     dtype, pipeline = DTYPES[cfg.train.dtype], Pipeline.of(cfg)
     # One replica alone has nothing to shard.
-    fsdp = cfg.parallel.data.sharding == "fsdp" and mesh.axis("data").size > 1
+    fsdp = cfg.parallel.data.sharding == "fsdp2" and mesh.axis("data").size > 1
     # FSDP2 keeps masters as parameters and casts when it gathers; flat buckets keep masters beside the parameters.
     held = torch.float32 if fsdp and dtype == torch.bfloat16 else dtype
     stages = pipeline.stages_of(mesh.axis("pp").rank)

@@ -87,7 +87,7 @@ FOREIGN_VALUES: dict[str, dict[str, str]] = {
     "train.device": {"gpu": "cuda", "nvidia": "cuda", "cuda:0": "cuda"},
     "parallel.data.sharding": {
         "dp": "ddp", "none": "ddp", "0": "ddp", "zero0": "ddp", "1": "zero1", "zero-1": "zero1",
-        "3": "fsdp", "zero3": "fsdp", "zero-3": "fsdp", "fsdp2": "fsdp", "full_shard": "fsdp", "full": "fsdp",
+        "3": "fsdp", "zero3": "fsdp", "zero-3": "fsdp", "fsdp2": "fsdp2", "full_shard": "fsdp", "full": "fsdp",
     },
     "optim.name": {"adam": "adamw", "fused_adam": "adamw", "momentum": "sgd"},
     "optim.schedule.name": {"cos": "cosine", "none": "constant", "const": "constant", "warmup_stable_decay": "wsd"},

@@ -17,6 +17,8 @@ _NAMED: dict[str, tuple[SpreadOver, SpreadOver, SpreadOver]] = {
     "ddp": (1, 1, 1),
     "zero1": (1, 1, "all"),
     "zero2": (1, "all", "all"),
+    "fsdp": ("all", "all", "all"),
+    "hsdp": ("node", "node", "node"),
 }
 """Points of the space: what parameters, gradients and states are spread over."""
 

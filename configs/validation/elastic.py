@@ -18,7 +18,7 @@ def validate_elastic(config: Config) -> list[Problem]:
     spread = moe.experts > 0 and (p.ep > 1 or p.etp > 1)
     rows = (
         (
-            p.data.sharding in ("fsdp", "deepspeed"),
+            p.data.sharding in ("fsdp2", "deepspeed"),
             "parallel.data.sharding",
             f"{p.data.sharding} sums gradients itself, in an order that follows from parallel.dp",
             "zero1",

@@ -33,7 +33,7 @@ def _limits(config: Config) -> list[Problem]:
 
 def _numerics(config: Config) -> list[Problem]:
     p = config.parallel
-    theirs = p.data.sharding if p.data.sharding in ("fsdp", "deepspeed") else ""
+    theirs = p.data.sharding if p.data.sharding in ("fsdp2", "deepspeed") else ""
     if not config.faults.numerics.checksums or not theirs or (p.dp or 1) * p.cp == 1:
         return []
     message = (
@@ -53,7 +53,7 @@ def _recovery(config: Config) -> list[Problem]:
         (
             "parallel.data.sharding",
             "zero1",
-            sharding in ("fsdp", "deepspeed"),
+            sharding in ("fsdp2", "deepspeed"),
             f"cannot re-form {sharding}'s groups",
         ),
         (

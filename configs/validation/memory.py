@@ -20,18 +20,18 @@ def validate_memory(config: Config) -> list[Problem]:
         problems.append(Problem("memory.recompute", message, ("hardware.memory_gib",)))
     if isinstance(wanted, float) and not 0 < wanted <= 1:
         problems.append(Problem(key, f"{wanted:g} is no share of the activations; set none, all, auto or 0 to 1"))
-    if wanted != "none" and sharding == "fsdp":
+    if wanted != "none" and sharding == "fsdp2":
         message = (
-            "fsdp frees the gathered parameters that a forward pass saves, so activations cannot be kept elsewhere; "
+            "fsdp2 frees the gathered parameters that a forward pass saves, so activations cannot be kept elsewhere; "
             "set none, or parallel.data.sharding=zero1"
         )
         problems.append(Problem(key, message))
     group = config.memory.group
     if group is not None and group < 1:
         problems.append(Problem("memory.group", f"must be at least 1 layer, got {group}"))
-    if group is not None and sharding == "fsdp":
+    if group is not None and sharding == "fsdp2":
         message = (
-            f"{group}: fsdp gathers parameters around the whole model's forward pass, which part-stages do not have; "
+            f"{group}: fsdp2 gathers parameters around the whole model's forward pass, which part-stages do not have; "
             "leave it out, or set parallel.data.sharding=zero1"
         )
         problems.append(Problem("memory.group", message))
@@ -63,9 +63,9 @@ def _states(config: Config) -> list[Problem]:
         problems.append(Problem("optim.states_above", f"{optim.states_above} is no number of elements; set 0 or more"))
     if optim.states not in CODED_STATES:
         return problems
-    if config.parallel.data.sharding == "fsdp":
+    if config.parallel.data.sharding == "fsdp2":
         message = (
-            f"{optim.states} needs rows and columns of whole parameters, which fsdp does not tell of; set bf16, or "
+            f"{optim.states} needs rows and columns of whole parameters, which fsdp2 does not tell of; set bf16, or "
         )
         problems.append(Problem("optim.states", message + "parallel.data.sharding=zero1"))
     if config.memory.offload_optimizer != "none":

@@ -61,11 +61,11 @@ def _prediction(config: Config) -> list[Problem]:
 
 def _sharding(config: Config) -> list[Problem]:
     experts = config.model.moe.experts
-    if experts < 1 or config.parallel.data.sharding != "fsdp":
+    if experts < 1 or config.parallel.data.sharding != "fsdp2":
         return []
     message = (
-        f"fsdp does not go with experts yet ({_MOE}.experts={experts}); set parallel.data.sharding=zero1 and shard the "
-        "experts with parallel.ep"
+        f"fsdp2 does not go with experts yet ({_MOE}.experts={experts}); set parallel.data.sharding=fsdp or zero1 and "
+        "shard the experts with parallel.ep"
     )
     return [Problem("parallel.data.sharding", message, ("model.moe.experts",))]
 

@@ -78,10 +78,10 @@ def _layers(config: Config, stages: int, why: str) -> list[Problem]:
 
 def _sharding(config: Config) -> list[Problem]:
     p = config.parallel
-    if p.data.sharding != "fsdp":
+    if p.data.sharding != "fsdp2":
         return []
     message = (
-        f"fsdp does not go with parallel.pp={p.pp}: every microbatch of every stage would gather its parameters "
+        f"fsdp2 does not go with parallel.pp={p.pp}: every microbatch of every stage would gather its parameters "
         "again; set parallel.data.sharding=zero1 or parallel.pp=1"
     )
     return [Problem("parallel.data.sharding", message, ("parallel.pp",))]

@@ -11,13 +11,14 @@ from ..schema import Config
 
 _SECTION = "parallel.data"
 _PER_NODE = "hardware.ranks_per_node"
+_KEYS = "params", "grads", "states"
 
 
 def validate_spread(config: Config) -> list[Problem]:
     """Every problem that follows from the values alone."""
     if not is_flat(config) or config.parallel.dp is None or config.parallel.dp * config.parallel.cp < 1:
         return []
-    found = [each for key in ("params", "grads", "states") for each in (*_divisors(config, key), *_node(config, key))]
+    found = [each for key in _KEYS for each in (*_divisors(config, key), *_node(config, key))]
     return found or [*_nested(config), *_whole_sums(config), *_whole_params(config)]
 
 
@@ -35,18 +36,20 @@ def _divisors(config: Config, key: str) -> Iterator[Problem]:
 
 
 def _node(config: Config, key: str) -> Iterator[Problem]:
-    per_node, tp = config.hardware.ranks_per_node, config.parallel.tp
-    if value_of(config.parallel.data, key) != "node":
+    per_node, tp, data = config.hardware.ranks_per_node, config.parallel.tp, config.parallel.data
+    named = data.sharding == "hsdp" and key == next((each for each in _KEYS if value_of(data, each) is None), "")
+    if value_of(data, key) != "node" and not named:
         return
+    fault, what = ("sharding", "hsdp") if named else (key, "node")
     if per_node is None:
-        message = f"node: nobody knows how many ranks a node has; set {_PER_NODE}"
-        yield Problem(f"{_SECTION}.{key}", message, (_PER_NODE,))
+        message = f"{what}: nobody knows how many ranks a node has; set {_PER_NODE}"
+        yield Problem(f"{_SECTION}.{fault}", message, (_PER_NODE,))
     elif per_node >= 1 and tp >= 1 and per_node % tp:
         message = (
-            f"node: {_PER_NODE}={per_node} is no multiple of parallel.tp={tp}, so that ranks with the same parameters "
-            f"stand in other places on each node; set {_SECTION}.{key} to a number of ranks"
+            f"{what}: {_PER_NODE}={per_node} is no multiple of parallel.tp={tp}, so that ranks with the same "
+            f"parameters stand in other places on each node; set {_SECTION}.{key} to a number of ranks"
         )
-        yield Problem(f"{_SECTION}.{key}", message, (_PER_NODE, "parallel.tp"))
+        yield Problem(f"{_SECTION}.{fault}", message, (_PER_NODE, "parallel.tp"))
 
 
 def _nested(config: Config) -> Iterator[Problem]:

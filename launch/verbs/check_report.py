@@ -171,7 +171,7 @@ def _precision(cfg: Config) -> str:
         kinds = ("states", "states and gradients", "parameters, gradients and states")[zero_stage(cfg) - 1]
         where = {"none": "", "optimizer": ", states on the host", "all": ", all on the host"}[zero_offload(cfg)]
         return f"DeepSpeed ZeRO {zero_stage(cfg)}: {kinds}{over}, fp32 masters, gathered in {cfg.train.dtype}{where}"
-    if sharded == "fsdp":
+    if sharded == "fsdp2":
         return f"{precise} masters{over}, gathered in {cfg.train.dtype}; {states}"
     masters = f"masters in {precise}{over}, " if cfg.train.dtype == "bf16" else ""
     own = f" sharded over {dense_spread(cfg).grads} ranks" if dense_spread(cfg).grads > 1 else ""

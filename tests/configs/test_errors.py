@@ -119,7 +119,7 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
 _PP = ["parallel.pp=2", "parallel.dp=1"]
 _P = "parallel.pipeline"
 _PARAMS, _GRADS, _STATES = "parallel.data.params", "parallel.data.grads", "parallel.data.states"
-_ZERO3 = ["parallel.data.sharding=zero2", f"{_PARAMS}=all"]
+_FSDP = ["parallel.data.sharding=fsdp"]
 _FOUR = ["parallel.tp=1", "parallel.dp=2", "parallel.cp=2"]
 _PARTS = ["memory.recompute=selective"]
 WRONG += [
@@ -144,14 +144,14 @@ WRONG += [
     ([*_PP, f"{_P}.layers=[1, 2]"], f"{_P}.layers", ["sums to 3", "model.layers=4"]),
     ([*_PP, f"{_P}.layers=[-1, 5]"], f"{_P}.layers", ["at least 0", "-1"]),
     ([*_PP, f"{_P}.layers=even"], f"{_P}.layers", ["auto or a list of integers", "even"]),
-    ([*_PP, "parallel.data.sharding=fsdp"], "parallel.data.sharding", ["fsdp", "parallel.pp=2", "zero1"]),
+    ([*_PP, "parallel.data.sharding=fsdp2"], "parallel.data.sharding", ["fsdp", "parallel.pp=2", "zero1"]),
     ([*_FOUR, f"{_STATES}=3"], _STATES, ["3", "parallel.dp=2 x parallel.cp=2 = 4", "states=2"]),
     (["parallel.data.states=0"], _STATES, ["0", "states=1"]),
     (["parallel.data.states=some"], _STATES, ["node, all", "some"]),
     ([*_FOUR, f"{_PARAMS}=3"], _PARAMS, ["3", "= 4", "set parallel.data.params=2"]),
     ([*_FOUR, f"{_PARAMS}=4", f"{_GRADS}=2"], _PARAMS, ["4 ranks", "gradients over 2", "divisor of 2"]),
     (
-        [*_ZERO3, "faults.numerics.replicas_every=2"],
+        [*_FSDP, "faults.numerics.replicas_every=2"],
         "faults.numerics.replicas_every",
         ["2 ranks", "set parallel.data.params=1"],
     ),
@@ -168,6 +168,7 @@ WRONG += [
         "train.deterministic",
         ["2 ranks", "parallel.data.grads=1"],
     ),
+    (["parallel.data.sharding=hsdp"], "parallel.data.sharding", ["hsdp", "set hardware.ranks_per_node"]),
     (["parallel.data.states=node"], _STATES, ["node", "set hardware.ranks_per_node"]),
     (
         ["parallel.data.states=node", "hardware.ranks_per_node=3", "parallel.tp=2"],
@@ -205,13 +206,13 @@ WRONG += [
     (["memory.recompute=full", "memory.recompute_every=0"], "memory.recompute_every", ["at least 1", "0"]),
     (["memory.group=0"], "memory.group", ["at least 1 layer", "0"]),
     (
-        ["faults.numerics.checksums=true", "parallel.data.sharding=fsdp", "parallel.dp=2"],
+        ["faults.numerics.checksums=true", "parallel.data.sharding=fsdp2", "parallel.dp=2"],
         "faults.numerics.checksums",
         ["fsdp", "zero1", "replicas_every"],
     ),
     (["faults.spares=-1"], "faults.spares", ["at least 0", "-1"]),
     (["train.deterministic=always"], "train.deterministic", ["true or false or elastic"]),
-    (["train.deterministic=elastic", "parallel.data.sharding=fsdp"], "train.deterministic", ["fsdp", "zero1"]),
+    (["train.deterministic=elastic", "parallel.data.sharding=fsdp2"], "train.deterministic", ["fsdp", "zero1"]),
     (["train.deterministic=elastic", "optim.states=int8"], "train.deterministic", ["coded", "fp32"]),
     (
         ["train.deterministic=elastic", "faults.numerics.checksums=true"],
@@ -245,14 +246,14 @@ WRONG += [
     (["faults.recover=true", "faults.layouts=[pp=4]"], "faults.layouts", ["8 ranks", "fewer"]),
     (["faults.recover=true", "faults.watch=false"], "faults.recover", ["watcher", "set faults.watch=true"]),
     (["faults.recover=true", "train.device=cuda"], "faults.recover", ["CPUs", "train.device=cpu"]),
-    (["faults.recover=true", "parallel.data.sharding=fsdp"], "faults.recover", ["fsdp", "zero1"]),
+    (["faults.recover=true", "parallel.data.sharding=fsdp2"], "faults.recover", ["fsdp", "zero1"]),
     (["faults.recover=true", "optim.states=int8"], "faults.recover", ["coded", "optim.states=bf16"]),
     (
         ["faults.recover=true", "memory.offload_optimizer=disk", "memory.offload_disk=/tmp"],
         "faults.recover",
         ["from files", "memory.offload_optimizer=host"],
     ),
-    (["memory.group=2", "parallel.data.sharding=fsdp"], "memory.group", ["2: fsdp", "zero1"]),
+    (["memory.group=2", "parallel.data.sharding=fsdp2"], "memory.group", ["2: fsdp", "zero1"]),
 ]
 
 _SHARDING = "parallel.data.sharding"
@@ -346,7 +347,7 @@ WRONG += [
     ([*_EIGHT, f"{_MOE}.overlap_chunks=0"], f"{_MOE}.overlap_chunks", ["1 to 8 or auto", "0"]),
     ([*_EIGHT, f"{_MOE}.overlap_chunks=9"], f"{_MOE}.overlap_chunks", ["1 to 8 or auto", "9"]),
     ([*_EIGHT, f"{_MOE}.overlap_chunks=some"], f"{_MOE}.overlap_chunks", ["auto or an integer", "some"]),
-    ([*_EIGHT, "parallel.data.sharding=fsdp"], "parallel.data.sharding", ["experts=8", "zero1", "parallel.ep"]),
+    ([*_EIGHT, "parallel.data.sharding=fsdp2"], "parallel.data.sharding", ["experts=8", "zero1", "parallel.ep"]),
     (
         [*_EIGHT, "model.mtp=1", "parallel.pp=2", "parallel.tp=1", "parallel.pipeline.vocab=balanced"],
         "parallel.pipeline.vocab",
@@ -396,7 +397,7 @@ def test_a_problem_carries_every_key_whose_value_it_blames(monkeypatch: pytest.M
 
 def test_a_mistake_hides_no_other_that_only_names_its_key() -> None:
     with pytest.raises(UserError) as caught:
-        load(DENSE, ["model.moe.experts=4", "parallel.data.sharding=fsdp", "parallel.ep=0"])
+        load(DENSE, ["model.moe.experts=4", "parallel.data.sharding=fsdp2", "parallel.ep=0"])
     assert {p.key for p in caught.value.problems} == {"parallel.ep", "parallel.data.sharding"}
 
 
@@ -539,7 +540,7 @@ def test_all_problems_of_experts_come_at_once() -> None:
 def test_all_problems_of_a_pipeline_come_at_once() -> None:
     wrong = ["schedule=v-min", "chunks=3", "vocab=balanced", "group=2", "layers=[1, 1]"]
     with pytest.raises(UserError) as caught:
-        load(DENSE, [*_PP, "model.vocab=322", "parallel.data.sharding=fsdp", *(f"{_P}.{w}" for w in wrong)])
+        load(DENSE, [*_PP, "model.vocab=322", "parallel.data.sharding=fsdp2", *(f"{_P}.{w}" for w in wrong)])
     expected = {f"{_P}.{key}" for key in ("chunks", "vocab", "group", "layers")}
     assert {p.key for p in caught.value.problems} == expected | {"model.vocab", "parallel.data.sharding"}
 

@@ -26,21 +26,23 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
         keys |= _context(draws, hybrid=model.get("model.attention_every", 1) != 1)
     whole = degrees["pp"] == 1 and not experts
     rounded = model.get("train.dtype", "fp64") != "fp64"
-    theirs = {"fsdp": 2 if whole else 0, "deepspeed": 3 if whole and rounded else 0}
-    sharding = keys["parallel.data.sharding"] = draws.pick({"ddp": 1, "zero1": 1, "zero2": 1} | theirs)
-    if sharding in ("ddp", "zero1", "zero2") and draws.maybe(0.5):
+    theirs = {"fsdp2": 2 if whole else 0, "deepspeed": 3 if whole and rounded else 0}
+    sharding = keys["parallel.data.sharding"] = draws.pick(dict.fromkeys(_POINTS, 1) | theirs)
+    if sharding == "hsdp":
+        keys["hardware.ranks_per_node"] = draws.choice([2, 4, 8])
+    if sharding in _POINTS and draws.maybe(0.5):
         keys |= _spread(draws, degrees["dp"] * degrees["cp"])
     keys["parallel.data.bucket_mib"] = draws.pick({0.0001: 1, 0.001: 1, 0.01: 1, 0.1: 0.5, 32: 1})
     if draws.maybe(0.3):
         del keys["parallel.dp"]  # derived
     keys |= _recompute(draws, model)
-    if sharding not in ("fsdp", "deepspeed"):
+    if sharding not in ("fsdp2", "deepspeed"):
         keys["memory.offload_activations"] = draws.pick({"none": 2, "all": 1, 0.5: 0.5, "auto": 0.5})
         if draws.maybe(0.4):
             keys["memory.group"] = draws.choice([1, 1, 2, 3])
     keys |= _engine(draws) if sharding == "deepspeed" else _optimizer(draws)
     keys["checkpoint.asynchronous"] = draws.maybe(0.5)
-    keys |= _guards(draws, sums=sharding not in ("fsdp", "deepspeed"))
+    keys |= _guards(draws, sums=sharding not in ("fsdp2", "deepspeed"))
     keys["data.prefetch"] = draws.choice([0, 1, 2, 4])
     if keys.get("memory.offload_activations", "none") != "none" and draws.maybe(0.5):
         keys["memory.host_gib"] = draws.choice([1e-6, 1e-5, 1e-4])  # of kilobytes
@@ -48,6 +50,7 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
     return world, keys
 
 
+_POINTS = "ddp", "zero1", "zero2", "fsdp", "hsdp"
 _SPREAD = "params", "grads", "states"
 
 

@@ -151,6 +151,6 @@ def _axes(cases: list[Case]) -> set[str]:
 def test_few_cases_meet_what_matters_most(work: Path) -> None:
     met = _axes([draw_case(seed, work / "corpora" / "case") for seed in SEEDS])
     axes = {f"axis {axis}" for axis in ("tp", "pp", "cp", "dp", "ep", "etp")}
-    shardings = {f"sharding {name}" for name in ("ddp", "zero1", "fsdp")}
+    shardings = {f"sharding {name}" for name in ("ddp", "zero1", "zero2", "fsdp", "hsdp", "fsdp2")}
     rest = {"world 8", "stages with empty ones", "evaluation on", "start hf", "start upcycled", "router sinkhorn"}
     assert axes | shardings | rest <= met

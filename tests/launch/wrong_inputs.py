@@ -98,7 +98,7 @@ LAYOUTS = [
     train("parallel.cp=3", says=("set train.seq_len=33",)),
     train("parallel.dp=3", says=("set train.global_batch=6",)),
     train("parallel.ep=2", says=("model.moe.experts=0", "set parallel.ep=1")),
-    train("parallel.pp=2", "parallel.data.sharding=fsdp", says=("set parallel.data.sharding=zero1",)),
+    train("parallel.pp=2", "parallel.data.sharding=fsdp2", says=("set parallel.data.sharding=zero1",)),
     train("parallel.pp=2", f"{_P}.schedule=zb-h1", f"{_P}.chunks=2", says=("1 chunk", "gis")),
     train("parallel.pp=2", f"{_P}.layers=[1, 2]", says=("sums to 3", "model.layers=2")),
     train(f"{_P}.schedule=interleaved_1f1b", says=("did you mean interleaved?",)),

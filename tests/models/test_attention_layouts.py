@@ -45,7 +45,7 @@ def test_layout(name, layout):
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["mla", "norm-of-all-heads", "sinks"])
 def test_fsdp(name):
-    cfg = job(model=MODELS[name], tp=2, dp=2, steps=5, sharding="fsdp")
+    cfg = job(model=MODELS[name], tp=2, dp=2, steps=5, sharding="fsdp2")
     curves = run_distributed(curve, 4, cfg, False, group=False)
     assert worst(curves, reference(job(model=MODELS[name], steps=5), False).curve) < 1e-11
 

@@ -106,7 +106,7 @@ def test_empty_stages_evaluate_and_train_like_one_process(schedule, chunks, laye
 
 @pytest.mark.sample(3)
 @pytest.mark.distributed
-@pytest.mark.parametrize("sharding", ["ddp", "zero1", "fsdp"])
+@pytest.mark.parametrize("sharding", ["ddp", "zero1", "fsdp2"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -125,6 +125,6 @@ def test_evaluation_goes_with_every_sharding(sharding, settings):
 @pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize("dtype", ["fp64", "bf16"])
-@pytest.mark.parametrize("sharding", ["ddp", "zero1", "fsdp"])
+@pytest.mark.parametrize("sharding", ["ddp", "zero1", "fsdp2"])
 def test_evaluation_leaves_what_a_checkpoint_holds_as_it_was(sharding, dtype):
     assert run_distributed(_saved, 2, job(dp=2, sharding=sharding, dtype=dtype), group=False) == [True, True]

@@ -42,7 +42,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp 2, activations on the host": {"pp": 2, "pipeline": {"schedule": "gis"}, "offload": "all", "seq_len": 64},
     "tp 2, dp 2, coded moments": {"tp": 2, "dp": 2, "sharding": "zero1", "dtype": "bf16", "optim": CODED},
     "dp 2, states on the host": {"dp": 2, "sharding": "zero1", "dtype": "bf16", "memory": ON_HOST},
-    "dp 2, fsdp": {"dp": 2, "sharding": "fsdp", "global_batch": 4},
+    "pp 2, dp 2, experts, fsdp": {"pp": 2, "dp": 2, "ep": 2, "model": ROUTED, "sharding": "fsdp", "dtype": "bf16"},
+    "dp 2, fsdp2": {"dp": 2, "sharding": "fsdp2", "global_batch": 4},
 }
 QUICK = ("dp 2, ep 2, selection bias",)
 """Where a step of `make test` breaks off at every operation."""
@@ -114,7 +115,7 @@ _GROWTH_PAGES = 8 << 8
             {"pp": 2, "pipeline": {"schedule": "gis", "vocab": "balanced"}}, 15, id="balanced", marks=pytest.mark.slow
         ),
         pytest.param({"dp": 2, "ep": 2, "model": ROUTED}, 50, id="ep2", marks=pytest.mark.slow),
-        pytest.param({"dp": 2, "sharding": "fsdp"}, 15, id="fsdp", marks=pytest.mark.slow),
+        pytest.param({"dp": 2, "sharding": "fsdp2"}, 15, id="fsdp", marks=pytest.mark.slow),
     ],
 )
 def test_sessions_open_and_close_without_growth(layout: dict[str, Any], times: int) -> None:
@@ -176,7 +177,7 @@ def _reopened(rank: int, world: int, cfg: Config, every: int) -> Any:
         curve.append(numbers(run_step(session, step)))
         places.add(tuple(value.data_ptr() for value in session.parts.replicas.keep().values()))
     last = bits(session)
-    sharded = cfg.parallel.data.sharding == "fsdp"
+    sharded = cfg.parallel.data.sharding == "fsdp2"
     session.close()
     return curve, last, (calls.data, calls.peak), sharded or len(places) == 1
 

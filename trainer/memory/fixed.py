@@ -152,7 +152,7 @@ class Held:
         gathered: of parameters that are spread: the layers that are whole at a time.
         opened: of spread gradients: sums that are whole at a time, at most.
         update: what an update of the largest bucket makes beside them.
-        buckets: of flat replicas; none with fsdp.
+        buckets: of flat replicas; none with fsdp2.
         local: parameters of the rank; `experts` of them in routed experts.
         experts: as said.
         host, disk: of masters and states that lie elsewhere (memory.offload_optimizer), and what the host has of those
@@ -182,7 +182,7 @@ def held(cfg: Config, pipeline: Pipeline, rank: int, each: float | None = None) 
     experts = sum(tensor.elements for tensor in tensors if tensor.expert)
     if each is not None:
         return Held(int(each * local), 0, 0, 0, 0, 0, (), local, experts)
-    if cfg.parallel.data.sharding == "fsdp" and cfg.parallel.dp * cfg.parallel.cp > 1:
+    if cfg.parallel.data.sharding == "fsdp2" and cfg.parallel.dp * cfg.parallel.cp > 1:
         return _sharded(cfg, tensors, local, experts)
     if cfg.parallel.data.sharding == "deepspeed":
         return _engine(cfg, tensors, local)

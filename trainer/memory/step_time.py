@@ -2,7 +2,7 @@
 
     compute          the simulated program, in seconds: FLOPs over the peak, lowered where a layer's products are small
     tp               the stream's tokens gathered and scattered, four times a layer and pass, over the links of a node
-    replicas         gradients reduced and parameters gathered once a step; with fsdp for every layer and pass
+    replicas         gradients reduced and parameters gathered once a step; with fsdp2 for every layer and pass
     optimizer        on the host 1 ns a parameter (Deep Optimizer States' measured 0.9 to 1.2), on the device nothing
 
 The constants are of an H100 and its links, and only differences between similar jobs are to be trusted.
@@ -91,7 +91,7 @@ def _replica_s(cfg: Config, pipeline: Pipeline, microbatches: int) -> float:
         return 0.0
     local, share = max(held(cfg, pipeline, rank).local for rank in range(p.pp)), (replicas - 1) / replicas
     link = _LINK if p.tp * replicas <= _NODE else _NETWORK
-    if p.data.sharding == "fsdp" or (p.data.sharding == "deepspeed" and zero_stage(cfg) == 3):
+    if p.data.sharding == "fsdp2" or (p.data.sharding == "deepspeed" and zero_stage(cfg) == 3):
         return microbatches * 3 * local * width * share / link
     if p.data.sharding == "deepspeed":
         return local * share * (max(4, width) + width) / link

@@ -186,7 +186,7 @@ TOKENS = torch.arange(40).reshape(2, 20) % 96
 @pytest.mark.parametrize(
     ("config", "sharding"),
     [
-        *((config, sharding) for config in (LLAMA, GPT2) for sharding in ("ddp", "zero1", "fsdp")),
+        *((config, sharding) for config in (LLAMA, GPT2) for sharding in ("ddp", "zero1", "fsdp2")),
         *((ROUTED, sharding) for sharding in ("ddp", "zero1")),
         (LATENT, "ddp"),
     ],

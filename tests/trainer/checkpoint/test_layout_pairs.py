@@ -28,16 +28,17 @@ from tests.training import make_here
 Layout = dict[str, Any]
 Pair = tuple[int, int]
 """Numbers of the layout that saves and of the one that loads."""
-ZERO1, FSDP = {"sharding": "zero1"}, {"sharding": "fsdp"}
+ZERO1, FSDP2 = {"sharding": "zero1"}, {"sharding": "fsdp2"}
 DENSE: list[Layout] = [
     {"dp": 4},
     {"dp": 4, **ZERO1},
     {"dp": 4, "states": 2},
     {"dp": 4, "grads": 2, "states": 4},
-    {"dp": 4, **FSDP},
+    {"dp": 4, **FSDP2},
+    {"dp": 4, "params": 2, "grads": 2, "states": 4},
     {"tp": 2, "dp": 2},
     {"tp": 2, "dp": 2, **ZERO1},
-    {"tp": 2, "dp": 2, **FSDP},
+    {"tp": 2, "dp": 2, **FSDP2},
     {"tp": 4, **ZERO1},
     {"pp": 2, "dp": 2, **ZERO1},
     {"pp": 4},

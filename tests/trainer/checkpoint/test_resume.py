@@ -78,21 +78,23 @@ LAYOUTS = {
     "one": {},
     "tp2 dp2 zero1": {"tp": 2, "dp": 2, "sharding": "zero1"},
     "tp4 zero1, kv replicated": {"tp": 4, "sharding": "zero1"},
-    "dp4 fsdp": {"dp": 4, "sharding": "fsdp"},
-    "tp2 dp2 fsdp": {"tp": 2, "dp": 2, "sharding": "fsdp"},
+    "dp4 fsdp2": {"dp": 4, "sharding": "fsdp2"},
+    "tp2 dp2 fsdp2": {"tp": 2, "dp": 2, "sharding": "fsdp2"},
     "dp2 ddp": {"dp": 2, "sharding": "ddp"},
+    "pp2 dp2 fsdp": {"pp": 2, "dp": 2, "sharding": "fsdp"},
     "pp2 dp2 zero2": {"pp": 2, "dp": 2, "sharding": "zero2"},
     "cp2 dp2, states over two": {"cp": 2, "dp": 2, "states": 2},
 }
 PAIRS = [
     ("one", "tp2 dp2 zero1"),
-    ("tp2 dp2 zero1", "dp4 fsdp"),
-    ("dp4 fsdp", "tp4 zero1, kv replicated"),
+    ("tp2 dp2 zero1", "dp4 fsdp2"),
+    ("dp4 fsdp2", "tp4 zero1, kv replicated"),
     ("tp4 zero1, kv replicated", "dp2 ddp"),
-    ("tp2 dp2 fsdp", "one"),
-    ("dp4 fsdp", "cp2 dp2, states over two"),
+    ("tp2 dp2 fsdp2", "one"),
+    ("dp4 fsdp2", "cp2 dp2, states over two"),
     ("cp2 dp2, states over two", "pp2 dp2 zero2"),
-    ("pp2 dp2 zero2", "tp2 dp2 zero1"),
+    ("pp2 dp2 zero2", "pp2 dp2 fsdp"),
+    ("pp2 dp2 fsdp", "tp2 dp2 zero1"),
 ]
 
 
@@ -154,7 +156,7 @@ def test_experts_under_another_layout(tmp_path, first, second):
 
 @pytest.mark.sample(1)
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", ["one", "tp2 dp2 zero1", "tp2 dp2 fsdp"])
+@pytest.mark.parametrize("layout", ["one", "tp2 dp2 zero1", "tp2 dp2 fsdp2"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_same_layout_bit_for_bit(tmp_path, layout, dtype):
     cfg = text_job(tmp_path, dtype=dtype, deterministic=True, **LAYOUTS[layout])

@@ -30,7 +30,7 @@ MORE: dict[str, dict[str, Any]] = {
         "model": {"attention_every": 2, "linear": LinearAttentionConfig(key_dim=8, value_dim=8, gate_rank=4, chunk=8)},
     },
     "chunks": {"dp": 2, "ep": 2, "model": {"moe": replace(EXPERTS, overlap_chunks=2, weigh="before")}},
-    "fsdp": {"dp": 2, "sharding": "fsdp"},
+    "fsdp": {"dp": 2, "sharding": "fsdp2"},
     "dropout-mtp": {"dp": 2, "tp": 2, "model": {"dropout": 0.1, "mtp": 1}},
 }
 EVERY = {**LAYOUTS, **MORE}
@@ -51,7 +51,7 @@ def choices(layout: dict[str, Any]) -> list[MemoryConfig]:
         latent,
         every,
     ]
-    if layout.get("sharding") != "fsdp":
+    if layout.get("sharding") != "fsdp2":
         found += [replace(each, offload_activations="all") for each in (found[0], every)]
     return found
 

@@ -14,11 +14,11 @@ from tests.training import curve, job
 
 GRID = [
     (tp, dp, sharding, dtype)
-    for tp, dp, sharding, dtype in itertools.product((1, 2, 4), (1, 2, 4), ("ddp", "zero1", "fsdp"), ("fp64", "fp32"))
+    for tp, dp, sharding, dtype in itertools.product((1, 2, 4), (1, 2, 4), ("ddp", "zero1", "fsdp2"), ("fp64", "fp32"))
     if 1 < tp * dp <= 8
 ]
 # Every run sees some layouts; `make test-all` sees them all.
-SAMPLE = set(random.Random(2).sample(GRID, 12)) | {(2, 2, "zero1", "fp64"), (4, 2, "fsdp", "fp32")}
+SAMPLE = set(random.Random(2).sample(GRID, 12)) | {(2, 2, "zero1", "fp64"), (4, 2, "fsdp2", "fp32")}
 
 
 _REFERENCES: dict = {}
@@ -56,13 +56,13 @@ def test_layout(tp, dp, sharding, dtype):
 @pytest.mark.parametrize("latent", [False, True])
 def test_fsdp_shards_over_the_context_ranks_too(latent):
     mla = MlaConfig(kv_rank=8, nope_dim=4, rope_dim=4, value_dim=6) if latent else MlaConfig()
-    check(cp=2, dp=2, sharding="fsdp", masked=True, model={"mla": mla, "head_dim": 8})
+    check(cp=2, dp=2, sharding="fsdp2", masked=True, model={"mla": mla, "head_dim": 8})
 
 
 @pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize("kv_heads", [1, 2])
-@pytest.mark.parametrize("sharding", ["zero1", "fsdp"])
+@pytest.mark.parametrize("sharding", ["zero1", "fsdp2"])
 def test_key_value_heads_fewer_than_ranks(kv_heads, sharding):
     model = {"kv_heads": kv_heads, "qk_norm": True, "qkv_bias": True}
     check(tp=4, dp=2, sharding=sharding, model=model)
@@ -81,14 +81,14 @@ def test_key_value_heads_fewer_than_ranks(kv_heads, sharding):
     ],
     ids=["tied", "gpt2", "dropout", "window"],
 )  # fmt: skip
-@pytest.mark.parametrize("sharding", ["zero1", "fsdp"])
+@pytest.mark.parametrize("sharding", ["zero1", "fsdp2"])
 def test_model_options(model, sharding):
     check(tp=2, dp=2, sharding=sharding, model=model)
 
 
 @pytest.mark.sample(2)
 @pytest.mark.distributed
-@pytest.mark.parametrize("sharding", ["ddp", "zero1", "fsdp"])
+@pytest.mark.parametrize("sharding", ["ddp", "zero1", "fsdp2"])
 def test_packed_documents_with_uneven_losses(sharding):
     check(tp=2, dp=2, sharding=sharding, masked=True)
 
@@ -96,7 +96,7 @@ def test_packed_documents_with_uneven_losses(sharding):
 @pytest.mark.sample(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("micro_batch", "dp", "sharding"), [(1, 1, "ddp"), (8, 1, "ddp"), (1, 2, "fsdp"), (4, 2, "zero1")]
+    ("micro_batch", "dp", "sharding"), [(1, 1, "ddp"), (8, 1, "ddp"), (1, 2, "fsdp2"), (4, 2, "zero1")]
 )
 def test_microbatch_and_accumulation_change_nothing(micro_batch, dp, sharding):
     cfg = job(micro_batch=micro_batch, dp=dp, sharding=sharding)

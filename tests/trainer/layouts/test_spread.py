@@ -101,11 +101,12 @@ def _bits(**wanted: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.distributed
 def test_names_are_points_to_the_bit() -> None:
     experts = {"layers": 1, "moe": EXPERTS}
-    points = {"ddp": (1, 1), "zero1": (1, 4), "zero2": (4, "all")}
-    for name, (grads, states) in points.items():
-        named = _bits(sharding=name, ep=2, model=experts)
+    points = {"ddp": (1, 1, 1), "zero1": (1, 1, 4), "zero2": (1, 4, "all"), "fsdp": (4, "all", 4), "hsdp": (2, 2, 2)}
+    for name, degrees in points.items():
+        named = _bits(sharding=name, per_node=2, ep=2, model=experts)
         other = "zero2" if name == "ddp" else "ddp"
-        point = _bits(sharding=other, grads=grads, states=states, ep=2, model=experts)
+        each = dict(zip(("params", "grads", "states"), degrees, strict=True))
+        point = _bits(sharding=other, **each, ep=2, model=experts)
         assert all(torch.equal(named[each], point[each]) for each in named)
 
 

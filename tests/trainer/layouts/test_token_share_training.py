@@ -37,7 +37,7 @@ def choices(layout: dict[str, Any]) -> list[MemoryConfig]:
     parts = (*DENSE, *["moe"] * ("moe" in model), *["latent"] * ("mla" in model))
     memory = MemoryConfig(recompute="selective", recompute_parts=parts, token_share=0.3, group=layout.get("group"))
     found = [memory, replace(memory, recompute_parts=("norm", "ffn"), token_share=0.7, recompute_layers=1)]
-    if layout.get("sharding") != "fsdp":
+    if layout.get("sharding") != "fsdp2":
         found += [replace(memory, offload_activations=share) for share in (0.5, "all")]
     return found
 

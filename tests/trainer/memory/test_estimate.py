@@ -119,14 +119,14 @@ def test_tensor_parallel_ranks_share_matrices_and_copy_norms_and_scarce_key_head
 def test_what_each_sharding_divides() -> None:
     ddp = estimate(_job("parallel.data.sharding=ddp", "train.dtype=bf16")).held
     zero1 = estimate(_job("parallel.data.sharding=zero1", "train.dtype=bf16")).held
-    fsdp = estimate(_job("parallel.data.sharding=fsdp", "train.dtype=bf16", "train.global_batch=4")).held
+    fsdp = estimate(_job("parallel.data.sharding=fsdp2", "train.dtype=bf16", "train.global_batch=4")).held
     n = ddp.parameters // 2
     assert n == pytest.approx(parameter_count(_job().model).total, rel=0.001)
     assert (ddp.gradients, ddp.masters, ddp.states) == (4 * n, 4 * n, 8 * n)
     assert (zero1.parameters, zero1.gradients, zero1.masters, zero1.states) == (2 * n, 4 * n, 2 * n, 4 * n)
     n = fsdp.local
     assert (fsdp.parameters, fsdp.gradients, fsdp.masters, fsdp.states) == (2 * n, 2 * n, 0, 4 * n)
-    assert estimate(_job("parallel.data.sharding=fsdp")).held.gradients == 4 * n  # two microbatches accumulate
+    assert estimate(_job("parallel.data.sharding=fsdp2")).held.gradients == 4 * n  # two microbatches accumulate
     assert estimate(_job("train.dtype=fp64")).held.masters == 0
 
 

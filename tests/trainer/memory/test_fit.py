@@ -18,7 +18,7 @@ TOO_LARGE = [
     ["model.preset=llama3.1_70b", "parallel.pp=4", "parallel.pipeline.schedule=gis", "parallel.pipeline.chunks=2"],
     ["model.preset=mixtral_8x7b", "parallel.ep=2", "parallel.dp=2"],
     ["model.preset=deepseek_v3", "parallel.pp=8", "parallel.ep=8", "parallel.dp=8"],
-    ["model.preset=llama3_8b", "train.micro_batch=16", "parallel.dp=2", "parallel.data.sharding=fsdp"],
+    ["model.preset=llama3_8b", "train.micro_batch=16", "parallel.dp=2", "parallel.data.sharding=fsdp2"],
 ]
 _QUICK = ("llama3_8b", "mixtral_8x7b")
 CASES = [

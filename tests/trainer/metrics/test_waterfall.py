@@ -26,7 +26,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2 pp2 dp2": {"tp": 2, "pp": 2, "dp": 2, "sharding": "zero1"},
     "ep4 cp2": {"ep": 4, "cp": 2, "dp": 4, "model": {"moe": MOE}},
     "pp4 dp2": {"pp": 4, "dp": 2, "model": {"layers": 4}},
-    "dp8 fsdp": {"dp": 8, "sharding": "fsdp"},
+    "dp8 fsdp": {"dp": 8, "sharding": "fsdp2"},
     "pp2 balanced": {"pp": 2, "tp": 2, "cp": 2, "pipeline": {"vocab": "balanced"}, "recompute": "full"},
 }
 

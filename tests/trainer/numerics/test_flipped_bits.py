@@ -51,7 +51,7 @@ COPIES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "dp4-ddp": ("parameter", {"dp": 4}, False),
     "dp4-zero1": ("parameter", {"dp": 4, "sharding": "zero1"}, False),
     "tp4": ("copied", {"tp": 4}, False),
-    "tp2-dp2-fsdp": ("copied", {"tp": 2, "dp": 2, "sharding": "fsdp"}, True),
+    "tp2-dp2-fsdp": ("copied", {"tp": 2, "dp": 2, "sharding": "fsdp2"}, True),
     "dp2": ("parameter", {"dp": 2}, True),
     "pp2-tied": ("copied", {"pp": 2, "model": {"tied": True}}, True),
 }

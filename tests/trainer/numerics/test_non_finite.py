@@ -25,7 +25,7 @@ FAULTS = ("parameter", "output", "gradient")
 LAYOUTS: dict[str, dict[str, Any]] = {
     "alone": {},
     "dp": {"dp": 2, "recompute": "full"},
-    "fsdp": {"dp": 2, "sharding": "fsdp"},
+    "fsdp": {"dp": 2, "sharding": "fsdp2"},
     "zero 2": {"dp": 2, "sharding": "deepspeed", "dtype": "fp32", "deepspeed": {"stage": 2}},
     "tp pp": {"tp": 2, "pp": 2, "sharding": "zero1"},
     "interleaved": {"pp": 2, "pipeline": {"schedule": "interleaved", "chunks": 2}, "model": {"layers": 4}},

@@ -30,7 +30,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "interleaved": {
         "pp": 2, "recompute": "full", "pipeline": {"schedule": "interleaved", "chunks": 2}, "model": {"layers": 4}
     },
-    "fsdp": {"dp": 2, "recompute": "full", "sharding": "fsdp"},
+    "fsdp": {"dp": 2, "recompute": "full", "sharding": "fsdp2"},
     "dropout": {"recompute": "full", "model": {"dropout": 0.2}},
     "some tokens": {"recompute": "selective", "memory": {"token_share": 0.5}},
     "offload": {"recompute": "full", "offload": "all"},

@@ -36,7 +36,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp 2, states on the host": {"dp": 2, "sharding": "zero1", "dtype": "bf16", "memory": ON_HOST},
     "dp 2, states on a disk": {"dp": 2, "sharding": "zero1", "dtype": "bf16", "memory": ON_DISK},
     "tp 2, recompute": {"tp": 2, "recompute": "full", "optim": "sgd"},
-    "tp 2, dp 2, fsdp": {"tp": 2, "dp": 2, "sharding": "fsdp"},
+    "tp 2, dp 2, fsdp": {"tp": 2, "dp": 2, "sharding": "fsdp2"},
 }
 
 
@@ -55,7 +55,7 @@ def _trained(rank: int, world: int, cfg: Config) -> tuple[list[Any], dict[str, A
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_guards_change_nothing_and_find_nothing(layout: str) -> None:
     cfg = job(**LAYOUTS[layout], steps=4)
-    wanted = replace(BOTH, checksums=cfg.parallel.data.sharding != "fsdp")
+    wanted = replace(BOTH, checksums=cfg.parallel.data.sharding != "fsdp2")
     guarded = replace(cfg, faults=replace(cfg.faults, numerics=wanted))
     plain, watched = (run_distributed(_trained, world_of(cfg), each, group=False) for each in (cfg, guarded))
     for (curve, state), (guarded_curve, guarded_state) in zip(plain, watched, strict=True):

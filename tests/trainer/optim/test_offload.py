@@ -35,7 +35,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero1, bf16": {"dp": 2, "sharding": "zero1", "dtype": "bf16"},
     "zero1, fp64, tp": {"dp": 2, "tp": 2, "sharding": "zero1"},
     "fp32, momentum": {"dtype": "fp32", "optim": "sgd"},
-    "fsdp, bf16": {"dp": 2, "sharding": "fsdp", "dtype": "bf16"},
+    "fsdp, bf16": {"dp": 2, "sharding": "fsdp2", "dtype": "bf16"},
 }
 
 

@@ -24,6 +24,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp 2, dp 2, zero1, bf16": {"tp": 2, "dp": 2, "sharding": "zero1", "dtype": "bf16"},
     "pp 2, dp 2, balanced vocabulary": {"pp": 2, "dp": 2, "pipeline": BALANCED},
     "dp 4, gradients and states over 2": {"dp": 4, "grads": 2, "states": 2},
+    "pp 2, dp 2, fsdp": {"pp": 2, "dp": 2, "sharding": "fsdp", "dtype": "bf16"},
     "dp 2, ep 2, experts": {"dp": 2, "ep": 2, "model": ROUTED, "sharding": "zero1"},
     "pp 2, cp 2": {"pp": 2, "cp": 2, "dtype": "fp32"},
     "tp 2, pp 2, dp 2, experts": {"tp": 2, "pp": 2, "dp": 2, "ep": 2, "model": ROUTED, "sharding": "zero1"},

@@ -71,7 +71,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tp": (MODEL, {"tp": 2}),
     "padded vocabulary": (MODEL | {"vocab": 128, "vocab_used": 64}, {"tp": 2, "dp": 2}),
     "zero1": (MODEL, {"dp": 2, "sharding": "zero1"}),
-    "fsdp": (MODEL, {"dp": 2, "sharding": "fsdp"}),
+    "fsdp": (MODEL, {"dp": 2, "sharding": "fsdp2"}),
     "context": (MODEL, {"cp": 2}),
     "pipeline": (MODEL, {"pp": 2, "dp": 2}),
     "empty stage": (MODEL, {"pp": 2, "pipeline": {"layers": (4, 0)}}),

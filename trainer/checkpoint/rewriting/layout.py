@@ -158,7 +158,7 @@ def _pieces(cfg: Config, rank: int) -> Iterator[tuple[str, tuple[Extent, ...]]]:
         balanced=pipeline.split.balanced,
     )
     sharding = cfg.parallel.data.sharding
-    if sharding == "fsdp" and mesh.axis("data").size > 1:
+    if sharding == "fsdp2" and mesh.axis("data").size > 1:
         slices = _rows(where, mesh.axis("data").rank, mesh.axis("data").size)
     else:
         mib = cfg.parallel.data.bucket_mib
