@@ -88,6 +88,7 @@ def build_model(
     remade: Mapping[int, Choice] | None = None,
     context: ContextConfig | None = None,
     memory: Mapping[str, torch.Tensor] | None = None,
+    bare: bool = False,
     fp8: str = "none",
 ) -> tuple[Transformer, dict[str, Sharding]]:
     """This rank's part of the model, uninitialised, and where each of its parameters lives.
@@ -100,6 +101,7 @@ def build_model(
         remade: what layers make again in backward, by index; none: nothing.
         context: how attention spans the context ranks; none: they are one.
         memory: of parameters that exist already, by name; none is made for these.
+        bare: the others get none either: whoever takes the model over gives them some.
         fp8: as `train.fp8`.
     """
     with torch.device("meta"):
@@ -112,6 +114,8 @@ def build_model(
         local = (memory or {}).get(name)
         if local is None:
             local = torch.empty(sharding.placement.local_shape, device=device, dtype=dtype)
+            if bare:
+                local.untyped_storage().resize_(0)
         setattr(owner, leaf, nn.Parameter(local))
     for name, buffer in model.named_buffers():
         owner, leaf = _owner(model, name)

@@ -272,6 +272,7 @@ def make_model(
         remade=pipeline.remade,
         context=cfg.parallel.context,
         memory=kept.params if kept is not None else {},
+        bare=is_flat(cfg),
         fp8=cfg.train.fp8,
     )
     if kept is not None and (kept.dtype, kept.where) != (held, where):

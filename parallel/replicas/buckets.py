@@ -114,7 +114,7 @@ class Bucket:
         """Replaceable from outside: called when the reduction is about to start."""
 
     def _adopt(self, member: Member, slot: Slot) -> None:
-        if not self._adopts:
+        if not self._adopts and member.param.untyped_storage().nbytes():
             self.put(member, member.param.data)
         member.param.data = self.flat[member.start : member.stop].view_as(member.param)
         if self.axes.params.size > 1:
