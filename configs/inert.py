@@ -116,6 +116,7 @@ JOB: tuple[Inert[Config], ...] = (
         ("parallel.pipeline.vocab",),
         lambda c: c.parallel.pipeline.vocab == "ends",
     ),
+    Inert(("parallel.tensor",), ("parallel.tp",), lambda c: c.parallel.tp == 1),
     Inert(("parallel.context",), ("parallel.cp",), lambda c: c.parallel.cp == 1),
     Inert(("memory.recompute_parts",), ("memory.recompute",), lambda c: c.memory.recompute != "selective"),
     Inert(

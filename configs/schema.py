@@ -33,6 +33,7 @@ from .schema_parallel import (
     NumericsConfig,
     ParallelConfig,
     PipelineConfig,
+    TensorConfig,
 )
 from .tables.derived import DERIVED, Derived
 
@@ -73,6 +74,7 @@ __all__ = [
     "ScheduleConfig",
     "SgdConfig",
     "StdlibData",
+    "TensorConfig",
     "TextData",
     "TokenizerConfig",
     "TrainConfig",

@@ -84,6 +84,14 @@ class ContextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TensorConfig:
+    """How tensor parallel ranks work together; unused with parallel.tp=1."""
+
+    overlap: Literal["none", "gemm"] = "none"
+    """gemm: what a product needs of other ranks, and what it makes for them, travels in pieces beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """Degrees of parallelism; their product is the number of ranks."""
 
@@ -99,6 +107,8 @@ class ParallelConfig:
     """Tensor parallel ranks inside an expert."""
     dp: Derived[int] = DERIVED
     """Data parallel ranks; derived: world size / (tp · pp · cp). `pentad train` alone takes 1."""
+    tensor: TensorConfig = field(default_factory=TensorConfig)
+    """Tensor parallelism."""
     data: DataParallelConfig = field(default_factory=DataParallelConfig)
     """Data parallelism."""
     context: ContextConfig = field(default_factory=ContextConfig)

@@ -90,6 +90,7 @@ def build_model(
     memory: Mapping[str, torch.Tensor] | None = None,
     bare: bool = False,
     fp8: str = "none",
+    overlap: str = "none",
 ) -> tuple[Transformer, dict[str, Sharding]]:
     """This rank's part of the model, uninitialised, and where each of its parameters lives.
 
@@ -103,6 +104,7 @@ def build_model(
         memory: of parameters that exist already, by name; none is made for these.
         bare: the others get none either: whoever takes the model over gives them some.
         fp8: as `train.fp8`.
+        overlap: as `parallel.tensor.overlap`.
     """
     with torch.device("meta"):
         model = Transformer(cfg, part)
@@ -120,7 +122,7 @@ def build_model(
     for name, buffer in model.named_buffers():
         owner, leaf = _owner(model, name)
         setattr(owner, leaf, torch.zeros(buffer.shape, device=device, dtype=buffer.dtype))
-    _replace_projections(model, mesh, fp8)
+    _replace_projections(model, mesh, fp8, pieces=overlap == "gemm")
     if mesh.axis("tp").size > 1:
         _replace_seams(model, mesh)
     _replace_dispatchers(model, mesh)
@@ -132,7 +134,7 @@ def build_model(
     return model, where
 
 
-def _replace_projections(model: Transformer, mesh: Mesh, fp8: str) -> None:
+def _replace_projections(model: Transformer, mesh: Mesh, fp8: str, *, pieces: bool) -> None:
     """How each linear is cut, and multiplied: gates in the model's precision, the others as `train.fp8` says."""
     tp, etp, plan = mesh.axis("tp"), mesh.axis("etp"), plan_of(model.cfg)
     eight_bit = PLAIN if fp8 == "none" else fp8_products(fp8, mesh.axis("tokens"))
@@ -140,9 +142,9 @@ def _replace_projections(model: Transformer, mesh: Mesh, fp8: str) -> None:
         products = PLAIN if name.endswith(GATES) else eight_bit
         rule = rule_of(plan, f"{name}.weight")
         if tp.size > 1 and isinstance(rule, RowWise):
-            linear.apply_weights = RowProjection(tp, products)
+            linear.apply_weights = RowProjection(tp, products, pieces=pieces)
         elif tp.size > 1 and isinstance(rule, ColumnWise):
-            linear.apply_weights = ColumnProjection(tp, products)
+            linear.apply_weights = ColumnProjection(tp, products, pieces=pieces)
         elif products is not PLAIN:
             linear.apply_weights = LocalProjection(products)
     if fp8 == "none":

@@ -130,6 +130,37 @@ class ProjectionComm:
     outputs: Axis | None = None
     """Over which their output features are."""
 
+    def forward(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], products: Products
+    ) -> tuple[list[Tensor], Any]:
+        """The projection's outputs per weight, and what `products` are to be told in backward."""
+        before = biases if self.bias_before_leave else [None] * len(weights)
+        made, told = products.forward(self.enter(x), weights, before, self.inputs)
+        outputs = []
+        for bias in biases:
+            y = self.leave(made.pop(0))
+            outputs.append(y if bias is None or self.bias_before_leave else y.add_(bias))
+        return outputs, told
+
+    def backward(
+        self,
+        grads: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        products: Products,
+        told: Any,
+        wanted: bool,
+        last: bool,
+    ) -> tuple[Sequence[Tensor], Sequence[Any], Handle | None]:
+        """Gradients of the GEMMs' outputs, what the weights' gradients are made of, and the projection's input's.
+
+        Args:
+            wanted: whether there is to be one of the input.
+            last: whether nothing is left to do in this pass while it travels.
+        """
+        dys = [self.leave_backward(dy) for dy in grads]
+        dx, multiplied = products.backward(dys, weights, self.outputs, told, wanted)
+        return dys, multiplied, None if dx is None else self.enter_backward(dx)
+
     def enter(self, x: Tensor) -> Tensor:
         """The input of the GEMMs (N, in) from that of the projection, which may be a part of it (n, in)."""
         return x
@@ -153,6 +184,11 @@ class ProjectionComm:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+
+
+def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """out (n, out) becomes x (n, in) Wᵀ + b."""
+    torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
 @dataclass(frozen=True)
@@ -186,13 +222,8 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call: _Multiplication, x: Tensor, *params: Any) -> Any:
-        around, weights, biases = call.around, params[: call.n], params[call.n :]
-        before = biases if around.bias_before_leave else [None] * call.n
-        made, told = call.products.forward(around.enter(x), weights, before, around.inputs)
-        outputs = []
-        for bias in biases:
-            y = around.leave(made.pop(0))
-            outputs.append(y if bias is None or around.bias_before_leave else y.add_(bias))
+        weights, biases = params[: call.n], params[call.n :]
+        outputs, told = call.around.forward(x, weights, biases, call.products)
         ctx.call, ctx.told = call, told
         # Not among the saved tensors: what hooks (recompute, offload) give back for a parameter has lost its slot.
         ctx.params = params
@@ -208,17 +239,16 @@ class _Project(torch.autograd.Function):
         bias_grads: list[Tensor | None] = [None] * call.n
         store = open_store(weights)
         gathering = around.regather(x) if store is None else None  # travels while dx is computed
-        outer, dys = grads, []
-        for dy in grads:
-            dys.append(around.leave_backward(dy))
-        dx, multiplied = call.products.backward(dys, weights, around.outputs, ctx.told, ctx.needs_input_grad[1])
-        scattering = around.enter_backward(dx) if dx is not None else None  # travels while dW is computed
+        wanted: bool = ctx.needs_input_grad[1]
+        dys, multiplied, scattering = around.backward(
+            grads, weights, call.products, ctx.told, wanted, last=store is not None
+        )  # the input's gradient travels while dW is computed
         deferred = _WeightGrads(call, x, weights, multiplied, ctx.told)
         if store is not None:
             store.put(deferred)
         weight_grads = [None] * call.n if gathering is None else deferred.finish(gathering.wait())
         for i, bias in enumerate(biases):
             if bias is not None:
-                dy = dys[i] if around.bias_before_leave else outer[i]
+                dy = dys[i] if around.bias_before_leave else grads[i]
                 bias_grads[i] = plain_grad(bias, dy.sum(0, dtype=precise(dy.dtype)))
         return None, scattering.wait() if scattering else None, *weight_grads, *bias_grads

@@ -31,6 +31,7 @@ from pentad.configs.schema import (
     PipelineConfig,
     SgdConfig,
     StdlibData,
+    TensorConfig,
     TrainConfig,
 )
 from pentad.parallel.comm.mesh import Mesh
@@ -67,6 +68,7 @@ def job(
     ep: int = 1,
     etp: int = 1,
     cp: int = 1,
+    overlap: str = "none",
     context: dict[str, Any] | None = None,
     pipeline: dict[str, Any] | None = None,
     recompute: str = "none",
@@ -97,6 +99,7 @@ def job(
             ep=ep,
             etp=etp,
             cp=cp,
+            tensor=TensorConfig(overlap=overlap),  # type: ignore[arg-type]
             context=ContextConfig(**{"method": "allgather", "placement": "zigzag", **(context or {})}),
             data=DataParallelConfig(
                 sharding=sharding,  # type: ignore[arg-type]

@@ -274,6 +274,7 @@ def make_model(
         memory=kept.params if kept is not None else {},
         bare=is_flat(cfg),
         fp8=cfg.train.fp8,
+        overlap=cfg.parallel.tensor.overlap,
     )
     if kept is not None and (kept.dtype, kept.where) != (held, where):
         raise OtherSlices("the parameters are cut in another way")

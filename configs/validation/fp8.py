@@ -21,6 +21,9 @@ def validate_fp8(config: Config) -> list[Problem]:
     if min(p.tp, p.cp) < 1:
         return []
     problems = [*_parts_of_sums(config), *_on_gpu(config)]
+    if p.tp > 1 and p.tensor.overlap == "gemm":
+        message = "multiplies whole tensors, parallel.tensor.overlap=gemm pieces; set one of them to none"
+        problems.append(Problem(_KEY, message, ("parallel.tensor.overlap",)))
     if config.train.fp8 == "tensor":
         problems += _token_share(config)
     if config.train.fp8 == "block":

@@ -28,6 +28,7 @@ LATENTS = ["model.mla.kv_rank=16", "model.mla.nope_dim=8", "model.mla.rope_dim=8
             ["train.fp8=block", "parallel.cp=2", "train.seq_len=512", "parallel.context.placement=by_length"],
             ["by_length", "zigzag"],
         ),
+        (["train.fp8=row", "parallel.tp=2", "parallel.tensor.overlap=gemm"], ["overlap=gemm", "one of them to none"]),
         (["train.fp8=row", "train.device=cuda", "train.dtype=fp32"], ["bf16", "fp32"]),
         (
             ["train.fp8=row", "train.device=cuda", *WIDE, "model.ffn=520", "parallel.tp=2"],

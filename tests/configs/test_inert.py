@@ -153,6 +153,7 @@ CASES: list[tuple[list[str], str, list[str], Observe | None]] = [
     ),
     ([], f"{PIPE}.schedule=gpipe", ["parallel.pp=2"], program),
     (["parallel.pp=2"], f"{PIPE}.vocab_barriers=2", [f"{PIPE}.vocab=balanced"], program),
+    ([], "parallel.tensor.overlap=gemm", ["parallel.tp=2"], None),
     ([], f"{CTX}.method=allgather", ["parallel.cp=2"], context),
     (["parallel.data.sharding=fsdp2"], "parallel.data.bucket_mib=0.01", ["parallel.data.sharding=zero1"], None),
     (["parallel.data.sharding=fsdp2"], "parallel.data.states=1", ["parallel.data.sharding=zero1"], None),

@@ -184,6 +184,8 @@ def _draw_job(draws: Draws, corpora: Path, start: str) -> tuple[str, Keys]:
         "faults.record_entries": 4096,
         "hardware.peak_tflops": 1.0,
     }
+    if keys["train.dtype"] != "fp32":  # in which rounding tips a value over to the next code now and then
+        keys["train.fp8"] = Draws(keys["train.seed"]).pick({"none": 8, "tensor": 1, "row": 1, "block": 0.5})
     keys |= _data(draws, corpora) | _optimizer(draws, steps, keys["train.dtype"])
     return family, keys | _prompts(draws, keys)
 
@@ -212,6 +214,7 @@ def _prompts(draws: Draws, keys: Keys) -> Keys:
     """Texts that evaluations continue, where there is a tokenizer and padding does not count."""
     exact = keys["train.dtype"] == "fp64"
     counts = keys.get("model.moe.router.name") == "expert_choice" or "model.moe.capacity_factor" in keys
+    counts |= keys.get("train.fp8") == "tensor"
     if keys["data.name"] != "jsonl" or not keys["eval.every"] or not exact or counts or draws.maybe(0.2):
         return {}
     return {"eval.prompts": ["line", "3 14", "7"][: draws.randint(1, 3)], "eval.prompt_tokens": draws.randint(1, 4)}

@@ -33,6 +33,8 @@ def draw_layout(draws: Draws, model: Mapping[str, object]) -> tuple[int, Keys]:
     if sharding in _POINTS and draws.maybe(0.5):
         keys |= _spread(draws, degrees["dp"] * degrees["cp"])
     keys["parallel.data.bucket_mib"] = draws.pick({0.0001: 1, 0.001: 1, 0.01: 1, 0.1: 0.5, 32: 1})
+    if degrees["tp"] > 1 and draws.maybe(0.4):
+        keys["parallel.tensor.overlap"] = "gemm"
     if draws.maybe(0.3):
         del keys["parallel.dp"]  # derived
     keys |= _recompute(draws, model)
