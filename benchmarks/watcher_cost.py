@@ -35,9 +35,12 @@ def main() -> None:
     hearts = [Heart(recorder.vitals) for recorder in recorders]
     with tempfile.TemporaryDirectory() as folder:
         request = WatchRequest(stem, folder, RANKS, RANKS, 10.0, 60.0, 300.0)
-        watcher = subprocess.Popen([sys.executable, "-m", WATCHER, request.dump()])
+        watcher = subprocess.Popen([sys.executable, "-m", WATCHER, "-"], stdin=subprocess.PIPE)
+        assert watcher.stdin is not None
         try:
-            _work(recorders, until=lambda: all(recorder.vitals.watched for recorder in recorders))
+            with watcher.stdin as words:
+                words.write(request.dump().encode())
+            _work(recorders, until=lambda: _watched(recorders, watcher))
             _work_for(recorders, 2.0)
             before, begin = _cpu_s(watcher.pid), time.monotonic()
             _work_for(recorders, seconds)
@@ -45,12 +48,18 @@ def main() -> None:
         finally:
             watcher.kill()
             watcher.wait()
-    for heart in hearts:
-        heart.close()
-    for recorder in recorders:
-        with contextlib.suppress(OSError):
-            Path(str(recorder.path)).unlink()
+            for heart in hearts:
+                heart.close()
+            for recorder in recorders:
+                with contextlib.suppress(OSError):
+                    Path(str(recorder.path)).unlink()
     print(f"watcher of {RANKS} ranks: {used:.2f} s of CPU time in {took:.1f} s = {100 * used / took:.2f} % of a core")
+
+
+def _watched(recorders: list[Recorder], watcher: subprocess.Popen[bytes]) -> bool:
+    if watcher.poll() is not None:
+        raise RuntimeError(f"the watcher ended with {watcher.returncode}")
+    return all(recorder.vitals.watched for recorder in recorders)
 
 
 def _work_for(recorders: list[Recorder], seconds: float) -> None:
