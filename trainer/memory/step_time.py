@@ -2,7 +2,8 @@
 
     compute          the simulated program, in seconds: FLOPs over the peak, lowered where a layer's products are small
     tp               the stream's tokens gathered and scattered, four times a layer and pass, over the links of a node
-    replicas         gradients reduced and parameters gathered once a step; with fsdp2 for every layer and pass
+    replicas         gradients reduced and parameters gathered once a step; with fsdp2 for every layer and pass. Gathers
+                     of our own spread parameters are of the program: what they take is what the passes do not hide
     optimizer        on the host 1 ns a parameter (Deep Optimizer States' measured 0.9 to 1.2), on the device nothing
 
 The constants are of an H100 and its links, and only differences between similar jobs are to be trusted.
@@ -10,15 +11,15 @@ The constants are of an H100 and its links, and only differences between similar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...configs import Config
 from ...configs.reading.deepspeed import zero_stage
-from ...configs.reading.spread import dense_spread
+from ...configs.reading.spread import dense_spread, is_flat
 from ...models.costs.flops import layer_flops
 from ...models.costs.times import Rates
 from ...parallel.pipeline.simulate import simulate
-from ..pipeline.programs import Pipeline, compute_program, offloaded
+from ..pipeline.programs import Pipeline, collected, compute_program, offloaded
 from .copies import copies_of
 from .fixed import WIDTHS, held
 from .traffic import replica_traffic
@@ -51,18 +52,32 @@ def step_time(cfg: Config) -> StepTime:
     shown = min(microbatches, 2 * p.pp)
     program = compute_program(cfg, pipeline, shown)
     copies = copies_of(cfg, pipeline)
-    program = offloaded(cfg, program, pipeline, copies)
-    spans = simulate(program, copies.beside(pipeline)).makespan
+    program = collected(cfg, offloaded(cfg, program, pipeline, copies), pipeline)
+    gathers = _gathers(cfg, pipeline)
+    spans = simulate(program, replace(copies.beside(pipeline), collect=gathers)).makespan
     # What is left out are whole microbatches of the busiest rank.
     times = pipeline.times
     passes = [sum(each) for each in zip(times.forward, times.backward, times.weight, strict=True)]
-    busy = [sum(passes[stage] for stage in pipeline.stages_of(rank)) for rank in range(p.pp)]
+    hidden = [max(each, 2 * gather) for each, gather in zip(passes, gathers, strict=True)]
+    busy = [sum(hidden[stage] for stage in pipeline.stages_of(rank)) for rank in range(p.pp)]
     spans += (microbatches - shown) * max(busy)
     seconds = spans * _unit_s(cfg) + microbatches * _tensor_s(cfg, pipeline) + _replica_s(cfg, pipeline, microbatches)
     if cfg.memory.offload_optimizer != "none":
         shares = (sum(b.share for b in held(cfg, pipeline, rank).buckets) for rank in range(p.pp))
         seconds += max(shares) * _HOST_UPDATE
     return StepTime(seconds, seconds * p.ranks / (t.global_batch * t.seq_len))
+
+
+def _gathers(cfg: Config, pipeline: Pipeline) -> tuple[float, ...]:
+    """What a gather of each part-stage's parameters takes, in the unit of the pipeline's times."""
+    nbytes = [0.0] * len(pipeline.placement)
+    spread = is_flat(cfg) and dense_spread(cfg).params > 1
+    for rank in range(cfg.parallel.pp) if spread else ():
+        for bucket in held(cfg, pipeline, rank).buckets:
+            if bucket.part < bucket.elements:
+                nbytes[bucket.kind[-1]] += (bucket.elements - bucket.part) * WIDTHS[cfg.train.dtype]
+    link = _LINK if cfg.parallel.tp * dense_spread(cfg).params <= _NODE else _NETWORK
+    return tuple(each / link / _unit_s(cfg) for each in nbytes)
 
 
 def _unit_s(cfg: Config) -> float:
@@ -96,9 +111,6 @@ def _replica_s(cfg: Config, pipeline: Pipeline, microbatches: int) -> float:
     if p.data.sharding == "deepspeed":
         return local * share * (max(4, width) + width) / link
     dense, wide = dense_spread(cfg), max(4, width)
-    degrees = (dense.params, dense.grads, dense.states)
-    nearest, near, among = (_LINK if p.tp * degree <= _NODE else _NETWORK for degree in degrees)
+    near, among = (_LINK if p.tp * degree <= _NODE else _NETWORK for degree in (dense.grads, dense.states))
     found = (replica_traffic(held(cfg, pipeline, rank).buckets, wide, width, microbatches) for rank in range(p.pp))
-    return max(
-        each.params / nearest + each.grads / near + each.neighbours / among + each.copies / link for each in found
-    )
+    return max(each.grads / near + each.neighbours / among + each.copies / link for each in found)
