@@ -6,7 +6,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +17,12 @@ import torch
 import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg  # the backend "fake"
 
-from pentad.trainer.checkpoint.team import Team
+from pentad.parallel.comm.host_tree import HostTree
+from pentad.trainer.checkpoint.team import Answer
 
-Answer = Callable[[int, Any], Any]
+_ADDRESS = 200
+"""Bytes by which gloo says where a rank listens, about."""
+Said = Callable[[int, Any], Any]
 """What a rank says where this one says something."""
 
 
@@ -52,7 +55,7 @@ class StandIns:
         answer: what other ranks say.
     """
 
-    def __init__(self, world: int, rank: int, node: int, answer: Answer) -> None:
+    def __init__(self, world: int, rank: int, node: int, answer: Said) -> None:
         self.world, self.rank, self.node, self.answer = world, rank, node, answer
         self.spent = Spent()
         self.store = StoreOfMany(self)
@@ -77,19 +80,35 @@ class StandIns:
         self.spent.received += received
 
     def others(self, mine: Any, ranks: Sequence[int]) -> list[Any]:
-        """What these ranks say, this one among them; that takes this rank no time."""
-        begun, opened = time.perf_counter(), _OPENED[:]
-        said = [mine if rank == self.rank else self.answer(rank, mine) for rank in ranks]
-        self._seconds_of_others += time.perf_counter() - begun
+        """What these ranks say, this one among them."""
+        opened, team = _OPENED[:], isinstance(mine, Answer)
+        said = [
+            mine if rank == self.rank else Answer(self.answer(rank, mine.result)) if team else self.answer(rank, mine)
+            for rank in ranks
+        ]
         _OPENED[:] = opened
         return said
 
-    def widest(self, mine: Any, said: list[Any]) -> int:
-        """Bytes of the longest of what was said, to which all are filled up; that takes this rank no time."""
+    def _whole(self, mine: Any, merge: Callable[[list[Any]], Any]) -> Any:
+        """What the first rank comes to; that takes this rank no time."""
         begun = time.perf_counter()
-        size = max(len(pickle.dumps(mine)), *(len(pickle.dumps(each)) for each in {id(e): e for e in said}.values()))
+        whole = merge(self.others(mine, range(self.world)))
         self._seconds_of_others += time.perf_counter() - begun
-        return size
+        return whole
+
+    def _neighbours(self, tree: HostTree, mine: Any, merge: Callable[[list[Any]], Any]) -> Iterator[list[bytes]]:
+        """What the others of this rank's groups say to it, level by level; that takes it no time."""
+        for level in tree.levels:
+            begun = time.perf_counter()
+            if not level.leads:
+                self.count(len(pickle.dumps(mine)) + 8, 8 * len(level.ranks), calls=4)
+                return
+            stride = level.ranks[1] - level.ranks[0]
+            subtrees = (range(first, min(first + stride, self.world)) for first in level.ranks[1:])
+            found = [pickle.dumps(merge(self.others(mine, ranks))) for ranks in subtrees]
+            self.count(8, sum(map(len, found)) + 8 * len(level.ranks), calls=4)
+            self._seconds_of_others += time.perf_counter() - begun
+            yield found
 
     def __enter__(self) -> StandIns:
         real_init, real_group = dist.init_process_group, dist.new_group
@@ -112,16 +131,19 @@ class StandIns:
             mine = next((line for line in split_ranks if self.rank in line), None)
             return None if mine is None else real_group(mine, backend="fake", use_local_synchronization=True)
 
-        def gather_all(found: list[Any], mine: Any, group: Any = None) -> None:
-            size = len(pickle.dumps(mine))
-            self.count(size * (len(found) - 1), size * (len(found) - 1))
-            found[:] = self.others(mine, range(len(found)))
+        def gloo(store: dist.Store, rank: int, size: int, _: object) -> None:
+            self.spent.sockets += size - 1
+            self.count(sent=_ADDRESS, received=_ADDRESS * (size - 1))
 
-        def exchange(team: Team, group: object, answer: tuple[Any, Any]) -> list[Any]:
-            said = self.others(answer[0], range(team.world))
-            size = 16 + self.widest(answer, said)
-            self.count(size * (team.world - 1), size * (team.world - 1), calls=4)
-            return [(each, answer[1]) for each in said]
+        def talk(tree: HostTree, mine: Any, merge: Callable[[list[Any]], Any], _: object, heard: Any = None) -> Any:
+            for found in self._neighbours(tree, mine, merge):
+                mine = merge([mine, *map(pickle.loads, found)])
+            told = mine if self.rank == 0 else self._whole(mine, merge)
+            told = told if heard is None else heard(told)
+            size = len(pickle.dumps(told))
+            for level in tree.levels:
+                self.count(size * (len(level.ranks) - 1) if level.leads else 0, 0 if level.leads else size, calls=4)
+            return mine if self.rank == 0 else told
 
         c10d = torch.distributed.distributed_c10d
         for where, name, new in (
@@ -130,9 +152,9 @@ class StandIns:
             (dist, "split_group", split),
             (torch.distributed.device_mesh, "new_group", group),
             (torch.distributed.device_mesh, "split_group", split),
-            (dist, "all_gather_object", gather_all),
             (c10d, "_store_based_barrier", lambda *_, **__: self.count(16, 16, calls=2)),
-            (Team, "_exchange", exchange),
+            (HostTree, "talk", talk),
+            (sys.modules["pentad.parallel.comm.host_tree"], "make_gloo", gloo),
             (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "set_device", bool),
             (torch.cuda, "synchronize", bool),
@@ -157,13 +179,13 @@ class StoreOfMany(dist.Store):
         self._in.count(sent=len(key) + len(value))
         self._kept[key] = value.encode() if isinstance(value, str) else bytes(value)
 
+    def append(self, key: str, value: bytes | str) -> None:
+        """The others of the node have done so before."""
+        self.set(key, (value if isinstance(value, bytes) else value.encode()) * self._in.node)
+
     def get(self, key: str) -> bytes:
-        """Of any rank."""
-        own = key.rpartition("/")[0] + f"/{self._in.rank}"
-        value = self._kept.get(key)
-        if value is None and "nodes-" in key:
-            value = f"node-{int(key.rpartition('/')[2]) // self._in.node}".encode()
-        value = self._kept[own] if value is None else value
+        """What was set."""
+        value = self._kept[key]
         self._in.count(sent=len(key), received=len(value))
         return value
 

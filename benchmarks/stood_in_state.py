@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from pentad.parallel.comm.mesh import Degrees
 from pentad.parallel.global_tensor import GlobalTensor, Placement
+from pentad.parallel.record.files import RingFile
 from pentad.trainer.checkpoint import files
 from pentad.trainer.checkpoint.io import Published
 from pentad.trainer.checkpoint.manifest import FileSum, read_manifest
@@ -45,9 +47,11 @@ class FilesOfOthers:
 
     Args:
         degrees: of the mesh.
+        node: ranks on a node.
     """
 
-    def __init__(self, degrees: Degrees) -> None:
+    def __init__(self, degrees: Degrees, node: int) -> None:
+        self._node = node
         self.holdings = [
             {name: Holding.of(tensor) for name, tensor in state_of(degrees, rank).items()}
             for rank in range(degrees.world)
@@ -69,16 +73,25 @@ class FilesOfOthers:
 
     def answer(self, rank: int, mine: Any) -> Any:
         """What a rank says where another one says `mine`."""
-        if isinstance(mine, dict) and mine and isinstance(next(iter(mine.values())), Holding):
-            return self.holdings[rank]
-        if isinstance(mine, list) and mine and mine[0] in self._names:
-            return list(self.holdings[rank])
-        if self._saving and isinstance(mine, tuple) and len(mine) == 2 and isinstance(mine[0], dict):
-            return {file.name: self._write(file.name, data) for file, data in self._planned[rank]}, []
+        if isinstance(mine, list) and len(mine) == 1:
+            return [self._of(rank, mine[0])]
+        if isinstance(mine, set) and mine & self._names:
+            return set(self.holdings[rank])
         if self._saving and rank == 0:
             files.temporary(self._step).mkdir(parents=True, exist_ok=True)
             return Published(0, ()) if mine is None else mine
         return read_manifest(self._step) if rank == 0 and mine is None else mine
+
+    def _of(self, rank: int, mine: Any) -> Any:
+        if isinstance(mine, dict) and mine and isinstance(next(iter(mine.values())), Holding):
+            return self.holdings[rank]
+        if isinstance(mine, str):
+            return f"node-{rank // self._node}"
+        if isinstance(mine, RingFile):
+            return replace(mine, rank=rank)
+        if self._saving and isinstance(mine, tuple):
+            return {file.name: self._write(file.name, data) for file, data in self._planned[rank]}, []
+        return mine
 
     def _write(self, name: str, data: bytes) -> FileSum:
         folder = files.temporary(self._step)

@@ -83,7 +83,7 @@ def growth(world: int, rank: int, folder: Path, others: FilesOfOthers) -> list[G
                 node=node,
             )
             meshes.append(made)
-            index_record(folder, made, rank, "run")
+            index_record(folder, made, rank, "run", stood_in.store)
 
         spend("start", start)
         mesh = meshes[0]
@@ -124,7 +124,7 @@ def rows_of(worlds: Sequence[int]) -> list[GrowthRow]:
     rows: list[GrowthRow] = []
     for world in worlds:
         with tempfile.TemporaryDirectory() as name:
-            others = FilesOfOthers(Degrees(tp=TP, pp=PP, dp=world // (TP * PP)))
+            others = FilesOfOthers(Degrees(tp=TP, pp=PP, dp=world // (TP * PP)), NODE)
             for rank in (0, world - 1):
                 rows += growth(world, rank, Path(name), others)
     return rows

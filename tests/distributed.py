@@ -25,11 +25,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pentad.parallel.comm.host_tree import HostTree
+
 MAX_WORLD_SIZE = 16
 GRACE_S = 3.0
 """Seconds that the other ranks get to report after one has failed: the first error may be a consequence."""
 START_S = 120.0
 """Seconds that a worker process may take to start; they do not count as a job's."""
+
+
+_TREES: list[int] = []
+"""Of the running job."""
+
+
+def host_tree() -> HostTree:
+    """What `run_distributed`'s ranks speak through, which call this alike."""
+    _TREES.append(len(_TREES))
+    store = dist.PrefixStore(f"tree-{_TREES[-1]}", job_store())
+    return HostTree.connect(dist.get_rank(), dist.get_world_size(), store, timedelta(seconds=60))
 
 
 @dataclass(frozen=True)
@@ -207,6 +220,7 @@ def _run(job: _Job) -> Any:
         return _failure(job.rank, error)
     finally:
         _STORE.clear()
+        _TREES.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
 

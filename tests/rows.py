@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 
 from pentad.configs.schema import Config
 from pentad.parallel.record import kinds, ring
@@ -37,10 +36,7 @@ def exchange(session: Session) -> RowExchange:
     """Of a session whose record is at `ring_path`."""
     mesh = session.mesh
     mine = RingFile(mesh.rank, socket.gethostname(), str(mesh.recorder.path), os.getpid())
-    rings = [mine] * mesh.degrees.world
-    if len(rings) > 1:
-        dist.all_gather_object(rings, mine, group=mesh.host_group)
-    return row_exchange(session, rings)
+    return row_exchange(session, mesh.gather_objects(mine))
 
 
 @dataclass

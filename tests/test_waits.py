@@ -51,6 +51,7 @@ WAITS = {
         "_wait_host": ABORT + "; torch's wait follows the completion",
         "_wait_cuda": "makes the stream wait, the host goes on",
     },
+    "parallel/comm/host_tree.py": {"HostLevel": "as its `wait` does, a team's or `blocks`", "blocks": BESIDE},
     "parallel/comm/lane.py": {
         "Pending": ABORT,
         "Lane.submit": NEVER,
@@ -59,14 +60,11 @@ WAITS = {
     },
     "parallel/comm/link_probe.py": {"": HANDLE, "_done": DEVICE},
     "parallel/comm/mesh.py": {
-        "Mesh._find_nodes": BESIDE,
         "Mesh._make": BESIDE,
         "Mesh._make_axes": BESIDE,
         "Mesh._cut": BESIDE,
-        "Mesh.gather_objects": BESIDE,
         "Mesh.close": CLOSING,
         "_connect": BESIDE,
-        "_host_group": BESIDE,
     },
     "parallel/comm/processes.py": {"Process.alive": SHORT},
     "parallel/comm/shared_memory.py": {
@@ -91,7 +89,6 @@ WAITS = {
     "parallel/replicas/fsdp.py": {"": HANDLE},
     "trainer/checkpoint/checkpointer.py": {"Checkpointer._join": ABORT},
     "trainer/checkpoint/tiers/tiers.py": {"Tiers.finish": ABORT, "still_written": HANDLE},
-    "trainer/checkpoint/team.py": {"Team._wait": ABORT + "; torch's wait follows the completion"},
     "trainer/data/cache.py": {"_locked": BESIDE},
     "trainer/data/encode.py": {"": BESIDE},
     "trainer/data/loader.py": {
@@ -100,6 +97,7 @@ WAITS = {
         "_put": NOBODY,
     },
     "trainer/data/unfinished.py": {"": FILES},
+    "trainer/job/telling.py": {"index_record": "the key is there: this rank has set it"},
     "trainer/metrics/peak.py": {"measure_cpu_peak": ABORT},
     "trainer/metrics/sinks/prometheus.py": {
         "PrometheusSink.__init__": "when a run has ended, for an answer that is being given: 5 s at most",

@@ -11,12 +11,12 @@ ranks in their slots and a store, and can be made again from others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from itertools import count
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from ..record.ring import Recorder
 from ..record.stand import axis_members
 from .axis import Axis, Communicator
 from .gloo_sockets import GlooSockets
+from .host_tree import HostTree, Merge, blocks, joined
 from .shared_memory import LocalAxis
 from .shared_memory_connect import connect as connect_memories
 from .waiting import Abort
@@ -117,13 +118,13 @@ class Mesh:
         self._cuda = torch.cuda.current_device() if device == "cuda" else 0
         self._axes: dict[str, Axis] = {}
         self._device_meshes: dict[str, DeviceMesh] = {}
-        self.host_group: dist.ProcessGroup | None = None
-        self.checkpoint_group: dist.ProcessGroup | None = None
+        self.host_group: HostTree | None = None
+        self.checkpoint_group: HostTree | None = None
         """Saving runs in a thread beside the step, so it has a communicator to itself. None for one rank."""
-        self.local_saves_group: dist.ProcessGroup | None = None
-        """The same for saves of each node's own, which may be under way at the same time."""
+        self.local_saves_group: HostTree | None = None
+        """The same for each node's own saves, which may be under way at the same time."""
         self.nodes: tuple[str, ...] = ()
-        """Where each rank is, if that was asked."""
+        """Where each rank is, if asked."""
         self.apart = ""
         """Why CPU ranks cannot read each other's memory and communicate over gloo; empty: they can, or need not."""
         if degrees.world == 1:
@@ -159,6 +160,9 @@ class Mesh:
             timeout=timedelta(seconds=self.abort.timeout_s),
             device_id=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None,
         )
+        # Host-side agreement (checkpoints, Python objects) never shares a communicator with the step.
+        self.host_group = self._host_group("host", store)
+        self.checkpoint_group = self._host_group("checkpoint", store)
         self._make_axes()
         if degrees.pp > 1:
             self._make_channels(channels)
@@ -172,13 +176,14 @@ class Mesh:
         for name, each in wanted.items():
             self._axes[name] = self._cut(name, each)
         if local_saves:
-            self.local_saves_group = _host_group("local saves")
+            self.local_saves_group = self._host_group("local saves", store)
         if node:
-            self._find_nodes(node, dist.PrefixStore(f"nodes-{self.epoch}", store))
+            self._find_nodes(node)
         if device == "cpu":
             self._connect_memories(dist.PrefixStore(f"memory-{self.epoch}", store))
         # Nobody starts, and nobody can leave, before everybody is connected.
-        dist.barrier(self.host_group)
+        self.host_group.talk(True, all, blocks)
+        self.recorder.intern(axis_members("host", range(degrees.world)))
         self._gloo.made()
 
     def barrier(self) -> None:
@@ -187,23 +192,28 @@ class Mesh:
         Raises:
             Aborted, Overdue: see `Abort.wait`.
         """
-        self.gather_objects(None)
+        self._talk(True, all)
 
     def gather_objects(self, mine: T) -> list[T]:
-        """Every rank's object, by rank; small ones.
+        """Every rank's object, by rank; small ones, for what they take grows with the world.
 
         Raises:
             Aborted, Overdue: see `Abort.wait`.
         """
-        group, world = self.host_group, self.degrees.world
+        return self._talk([mine], joined)
+
+    def gather_on_first(self, mine: T) -> list[T]:
+        """Every rank's object, by rank, on the first one; elsewhere nothing. Errors as of `gather_objects`."""
+        return self._talk([mine], joined, lambda _: [])
+
+    def _talk(self, mine: T, merge: Merge[T], heard: Callable[[T], T] | None = None) -> T:
+        group = self.host_group
         if group is None:
-            return [mine]
-        found: list[Any] = [None] * world
-        self.recorder.intern(axis_members("host", range(world)))
+            return mine
         code, kind = self.recorder.intern("host"), self.recorder.intern(kinds.BARRIER)
         ticket = self.recorder.enter(kind, axis=code, seq=next(self._meetings))
         self.recorder.waits(ticket)
-        self.abort.beside("the other ranks", lambda: dist.all_gather_object(found, mine, group=group))
+        found = self.abort.beside("the other ranks", lambda: group.talk(mine, merge, blocks, heard))
         self.recorder.exit(ticket)
         return found
 
@@ -226,9 +236,6 @@ class Mesh:
             self._add(name, expert[name])
         world = tuple(range(self.degrees.world))
         self._axes["world"] = self._axis("world", world, dist.group.WORLD)
-        # Host-side agreement (checkpoints, Python objects) never shares a communicator with the step.
-        self.host_group = _host_group("host")
-        self.checkpoint_group = _host_group("checkpoint")
 
     def _pipelines(self) -> list[tuple[int, ...]]:
         """The ranks of every pipeline axis of the job."""
@@ -278,10 +285,14 @@ class Mesh:
             # A lane stamps the context of its own jobs, which lags behind the step's.
             self._axes[name] = self._cut(name, lines, urgent=True, recorder=self.recorder.fork())
 
-    def _find_nodes(self, node: str, store: dist.Store) -> None:
+    def _host_group(self, name: str, store: dist.Store) -> HostTree:
+        keys, timeout = dist.PrefixStore(f"{name}-{self.epoch}", store), timedelta(seconds=self.abort.timeout_s)
+        return HostTree.connect(self.rank, self.degrees.world, keys, timeout)
+
+    def _find_nodes(self, node: str) -> None:
         """Tells where this rank is; between several nodes copies travel beside all else."""
-        store.set(str(self.rank), node)
-        self.nodes = tuple(store.get(str(rank)).decode() for rank in range(self.degrees.world))
+        assert self.host_group is not None
+        self.nodes = tuple(self.host_group.talk([node], joined, blocks))
         if len(set(self.nodes)) > 1:
             everybody = tuple(range(self.degrees.world))
             self._axes["backup"] = self._cut("backup", [everybody], recorder=self.recorder.fork())
@@ -387,10 +398,3 @@ def _connect(channel: Axis) -> None:
         if work is not None:
             work.wait()
         torch.cuda.synchronize()
-
-
-def _host_group(name: str) -> dist.ProcessGroup:
-    """A gloo group over all ranks."""
-    group = dist.new_group(backend="gloo", group_desc=name)
-    assert isinstance(group, dist.ProcessGroup)
-    return group

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from ...configs.errors import Problem, UserError
+from ...parallel.comm.host_tree import HostTree
 from ...parallel.comm.waiting import Abort, Aborted
 from ...parallel.global_tensor import GlobalTensor
 from ...parallel.record import kinds
@@ -53,8 +52,8 @@ class Checkpointer:
 
     Args:
         directory: where checkpoints are published, on storage that every rank sees.
-        group: a gloo process group over all ranks that nothing else uses (saving runs in a thread beside the step's
-            communication); None for one process.
+        group: of all ranks, that nothing else uses (saving runs in a thread beside the step's communication); None for
+            one process.
         rank, world: this process in the group.
         keep: which checkpoints stay when a new one is there.
         asynchronous: whether `save` returns when the tensors are copied, or when the checkpoint is published.
@@ -69,7 +68,7 @@ class Checkpointer:
         self,
         directory: Path,
         *,
-        group: dist.ProcessGroup | None,
+        group: HostTree | None,
         rank: int,
         world: int,
         keep: Retention,
@@ -127,8 +126,8 @@ class Checkpointer:
     def look_for(self, step: int) -> None:
         """Finds out whether this very run has saved a step before a fault."""
         folder = step_folder(self.directory, step)
-        there = self._team.together("looking for a checkpoint", lambda: not self._team.leads or folder.is_dir())
-        self._newest = step if all(there) else None
+        there = self._team.agree("looking for a checkpoint", lambda: not self._team.leads or folder.is_dir(), all)
+        self._newest = step if there else None
 
     # Saving -----------------------------------------------------------------------------------------------------
 
@@ -202,11 +201,11 @@ class Checkpointer:
             holdings.update({name: Holding.of(tensor) for name, tensor in tensors.items()})
             return holdings != self._holdings
 
-        if not any(self._team.together("saving", changed)):
+        if not self._team.agree("saving", changed, any):
             return
         self._holdings = None
         everyone = self._team.together("saving", lambda: holdings)
-        self._team.together("saving", lambda: self._allocate(everyone))
+        self._team.each("saving", lambda: self._allocate(everyone))
         self._holdings = holdings
 
     def _allocate(self, everyone: list[dict[str, Holding]]) -> None:

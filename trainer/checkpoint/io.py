@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...configs.errors import Problem, UserError
+from ...parallel.comm.host_tree import leftmost
 from ...parallel.global_tensor import GlobalTensor
 from . import files
 from .index import Contents, read_contents, write_index
@@ -96,15 +97,15 @@ def write_together(team: Team, save: Save) -> Published:
     def complete() -> Published:
         total = {name: one for rank in team.sharing for name, one in parts[rank][0].items()}
         bad = tuple(sorted({name for _, names in parts for name in names}))
-        mark = save.nodes.mark(numbers[0]) if save.nodes is not None else {}
+        mark = save.nodes.mark(number) if save.nodes is not None else {}
         write_manifest(tmp, total, {**save.state, **mark}, not_finite=bad[:_SHOWN])
         files.publish_folder(tmp, save.folder)
         return Published(sum(one.size for sums, _ in parts for one in sums.values()), bad)
 
     what = f"saving {save.folder}"
     try:
-        numbers = team.together(what, prepare)
-        parts = team.together(what, write)
+        number = team.agree(what, prepare, leftmost)
+        parts = team.to_leader(what, write)
         return team.first(what, complete)
     except CheckpointError:
         if team.leads:
@@ -147,16 +148,15 @@ def read_together(
     found = tensors_of(contents, prefix)
     with TensorFiles(contents) as stored:
 
-        def plan() -> list[str]:
+        def plan() -> set[str]:
             names = census(path, tensors, found, cast)
             with refusing(path):
                 for name, piece in tensors.items():
                     for box in piece.boxes:
                         stored.parts(name, box.offsets, box.sizes)
-            return names
+            return set(names)
 
-        names = team.together(what, plan)
-        known = {name for mine in names for name in mine}
+        known = team.agree(what, plan, lambda names: set[str]().union(*names))
         left_over = [n for n in sorted(set(found) - known) if left is None or not n.endswith(left)]
 
         def read() -> None:
@@ -166,7 +166,7 @@ def read_together(
             with refusing(path):
                 stored.read(tensors)
 
-        team.together(what, read)
+        team.each(what, read)
     return contents.state
 
 
@@ -199,7 +199,7 @@ def contents_together(team: Team, what: str, path: Path) -> Contents:
         with refusing(path):
             kept.append(read_contents(path))
 
-    team.together(what, read)
+    team.each(what, read)
     return kept[0]
 
 

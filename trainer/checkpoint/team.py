@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from functools import cached_property, partial, wraps
+from typing import Any, Generic, TypeVar
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-from ...configs.errors import UserError
+from ...configs.errors import Problem, UserError
+from ...parallel.comm.host_tree import HostTree, Merge, Unsaid, failure_line, joined, leftmost, rank_words
 from ...parallel.comm.waiting import Abort, Aborted
 
 T = TypeVar("T")
-_SHOWN = 8
-"""Ranks with the same failure that are listed one by one."""
 _POLL_S = 0.001
 
 
@@ -26,17 +20,58 @@ class CheckpointError(Exception):
 
 
 @dataclass(frozen=True)
+class Answer(Generic[T]):
+    """What one rank has to say, or several together.
+
+    Args:
+        result: none, where there is something wrong.
+        mistakes: of the user's.
+        failures: ranks by what they failed of.
+    """
+
+    result: T | None
+    mistakes: tuple[Problem, ...] = ()
+    failures: dict[str, list[int]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(rank: int, fn: Callable[[], T]) -> Answer[T]:
+        """What comes of `fn` on one rank."""
+        try:
+            return Answer(fn())
+        except UserError as mistake:
+            return Answer(None, tuple(mistake.problems))
+        except Exception as failure:
+            return Answer(None, (), {failure_line(failure): [rank]})
+
+    @staticmethod
+    def merged(merge: Merge[T], answers: list[Answer[T]]) -> Answer[T]:
+        """Of several ranks."""
+        mistakes = tuple(dict.fromkeys(problem for each in answers for problem in each.mistakes))
+        failures: dict[str, list[int]] = {}
+        for each in answers:
+            for why, ranks in each.failures.items():
+                failures.setdefault(why, []).extend(ranks)
+        if mistakes or failures:
+            return Answer(None, mistakes, failures)
+        return Answer(merge([each.result for each in answers]))  # pyright: ignore[reportArgumentType]
+
+    def without_result(self) -> Answer[T]:
+        """Only what is wrong."""
+        return Answer(None, self.mistakes, self.failures)
+
+
+@dataclass(frozen=True)
 class Team:
     """The ranks that save and load together.
 
     Args:
-        group: gloo, over all of them; None for one.
+        group: of all of them; None for one.
         rank, world: this process in the group.
         abort: ends every wait for the others, and says how long one may take; None: as long as the group lets it.
         hosts: where each rank is, if each host has a folder of its own; empty: all ranks see one folder.
     """
 
-    group: dist.ProcessGroup | None
+    group: HostTree | None
     rank: int
     world: int
     abort: Abort | None = None
@@ -67,90 +102,65 @@ class Team:
         return len(self.sharing) < self.world
 
     def together(self, what: str, fn: Callable[[], T]) -> list[T]:
-        """Every rank's result of `fn`, on every rank, or on every rank the error of any.
+        """Every rank's result of `fn`, on every rank: bytes that grow with the world. Errors as of `agree`."""
+        return self.agree(what, _listed(fn), joined)
+
+    def agree(self, what: str, fn: Callable[[], T], merge: Merge[T]) -> T:
+        """All ranks' results of `fn`, merged, on every rank, or on every rank the error of any.
 
         Raises:
             UserError: one was raised.
             Aborted: the wait for the others was ended.
             CheckpointError: anything else was raised, or a rank is lost.
         """
-        result, error = None, None
-        try:
-            result = fn()
-        except UserError as mistake:
-            error = mistake
-        except Exception as failure:
-            error = _line(failure)
-        answers: list[Any] = [(result, error)]
+        return self._talk(what, fn, merge).result  # pyright: ignore[reportReturnType]
+
+    def each(self, what: str, fn: Callable[[], object]) -> None:
+        """Calls `fn` on all ranks; returns when it has on all. Errors as of `agree`."""
+        self.agree(what, lambda: bool(fn()), all)
+
+    def to_leader(self, what: str, fn: Callable[[], T]) -> list[T]:
+        """All ranks' results of `fn`, on the rank that looks after their folder; elsewhere nothing that is of use.
+        Errors as of `agree`."""
+        if self.apart:
+            return self.together(what, fn)
+        return self._talk(what, _listed(fn), joined, Answer[list[T]].without_result).result or []
+
+    def of_leaders(self, what: str, fn: Callable[[], T]) -> list[T]:
+        """The results of `fn` of the ranks that look after a folder, in their order; only these call it. Errors as of
+        `agree`."""
+        mine = fn if self.leads else lambda: None
+        if self.apart:
+            found = self.together(what, mine)
+            return [found[rank] for rank in self.leaders]  # pyright: ignore[reportReturnType]
+        return [self.agree(what, mine, leftmost)]  # pyright: ignore[reportReturnType]
+
+    def first(self, what: str, fn: Callable[[], T]) -> T:
+        """The result of `fn` of the rank that looks after this rank's folder; only such ranks call it."""
+        return self.of_leaders(what, fn)[self.leaders.index(self.sharing[0])]
+
+    def _talk(
+        self, what: str, fn: Callable[[], T], merge: Merge[T], heard: Callable[[Answer[T]], Answer[T]] | None = None
+    ) -> Answer[T]:
+        """The ranks' answers as one; `heard`: what of it others than the first rank hear."""
+        mine = found = Answer[T].of(self.rank, fn)
         if self.group is not None:
             try:
                 self.meets(True)
-                answers = self._exchange(self.group, (result, error))
+                found = self.group.talk(mine, partial(Answer[T].merged, merge), self._wait, heard)
                 self.meets(False)
-            except CheckpointError as failure:
+            except Unsaid as failure:
                 raise CheckpointError(f"{what}: {failure}") from failure.__cause__
             except Aborted:
                 raise
             except Exception as lost:
-                raise CheckpointError(f"{what}: a rank is lost ({error or _line(lost)})") from lost
-        mistakes = list(dict.fromkeys(p for _, e in answers if isinstance(e, UserError) for p in e.problems))
-        if mistakes:
-            raise UserError(*mistakes)
-        failures: dict[str, list[str]] = {}
-        for rank, (_, failure) in enumerate(answers):
-            if failure is not None:
-                failures.setdefault(failure, []).append(str(rank))
-        if failures:
-            reasons = [f"{_ranks(ranks, self.world)}{failure}" for failure, ranks in failures.items()]
-            raise CheckpointError(f"{what}: {'; '.join(reasons)}")
-        return [r for r, _ in answers]
-
-    def first(self, what: str, fn: Callable[[], T]) -> T:
-        """The result of `fn` of the rank that looks after this rank's folder; only such ranks call it."""
-        found = self.together(what, fn if self.leads else lambda: None)
-        return found[self.sharing[0]]  # pyright: ignore[reportReturnType]
-
-    def _exchange(self, group: dist.ProcessGroup, answer: Any) -> list[Any]:
-        """Every rank's answer. A rank that has no memory for it tells the others, which would wait for it otherwise."""
-        mine, problem = b"", ""
-        try:
-            mine = pickle.dumps(answer)
-        except Exception as error:
-            problem = _line(error)
-        sizes = self._agree(group, len(mine), problem)
-        gathered: list[Tensor] = []
-        own: list[Tensor] = []
-        try:
-            # Twice: the transfer makes a copy of its own.
-            spare = torch.empty(self.world * max(sizes), dtype=torch.uint8)
-            gathered = list(torch.empty(self.world * max(sizes), dtype=torch.uint8).chunk(self.world))
-            own.append(torch.zeros(max(sizes), dtype=torch.uint8))
-            own[0][: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
-            del spare
-        except Exception as error:
-            problem = _line(error)
-        self._agree(group, 0, problem)
-        self._wait(dist.all_gather(gathered, own[0], group=group, async_op=True))
-        answers: list[Any] = []
-        try:
-            answers = [pickle.loads(g[:size].numpy().tobytes()) for g, size in zip(gathered, sizes, strict=True)]
-        except Exception as error:
-            problem = _line(error)
-        self._agree(group, 0, problem)
-        return answers
-
-    def _agree(self, group: dist.ProcessGroup, number: int, problem: str) -> list[int]:
-        """Every rank's number, if none has a problem.
-
-        Raises:
-            CheckpointError: one has.
-        """
-        numbers = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-        self._wait(dist.all_gather(numbers, torch.tensor([-1 if problem else number]), group=group, async_op=True))
-        found = [int(n) for n in numbers]
-        if min(found) < 0:
-            ranks = [str(rank) for rank, n in enumerate(found) if n < 0]
-            raise CheckpointError(f"{_ranks(ranks, self.world)}{problem or 'out of memory'}")
+                reason = next(iter(mine.failures), "") or "; ".join(map(str, mine.mistakes)) or failure_line(lost)
+                raise CheckpointError(f"{what}: a rank is lost ({reason})") from lost
+        if found.mistakes:
+            raise UserError(*found.mistakes)
+        if found.failures:
+            lines = [f"{rank_words(ranks)}: {why}" for why, ranks in found.failures.items()]
+            raise CheckpointError(f"{what}: {'; '.join(found.failures if self.world == 1 else lines)}")
         return found
 
     def _wait(self, work: Any) -> None:
@@ -160,12 +170,9 @@ class Team:
         work.wait()
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+def _listed(fn: Callable[[], T]) -> Callable[[], list[T]]:
+    @wraps(fn)
+    def listed() -> list[T]:
+        return [fn()]
 
-
-def _ranks(ranks: list[str], world: int) -> str:
-    if world == 1:
-        return ""
-    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
-    return f"rank {', '.join(ranks[:_SHOWN])}{more}: "
+    return listed

@@ -187,7 +187,7 @@ class RankOfJob:
             self._holds = True
         if mesh.is_first and epoch.number == 0:
             write_configs(self._run_dir, self._cfg, self._start.given)
-        self._rings = index_record(self._run_dir, mesh, self._here.rank, self._ranks.run_id)
+        self._rings = index_record(self._run_dir, mesh, self._here.rank, self._ranks.run_id, self._here.store)
         if self._rejoining is not None:
             self._rejoining.met()
 

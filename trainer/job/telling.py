@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...configs import Problem, UserError, to_yaml
 from ...configs.schema import Config
@@ -22,6 +25,9 @@ from ..metrics.waterfall_picture import draw_straggler_map, draw_waterfall
 from ..run_folder import RunFile
 from ..setup import Ranks
 from ..trainer import Trainer
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 def beginning(cfg: Config, trainer: Trainer, found: Path | None) -> str:
@@ -70,13 +76,24 @@ def write_configs(run_dir: Path, cfg: Config, given: str) -> None:
         raise UserError(Problem("runs_dir", f"{run_dir} cannot be written ({error.strerror}); set runs_dir")) from error
 
 
-def index_record(run_dir: Path, mesh: Mesh, number: int, run_id: str) -> list[RingFile]:
-    """Tells everybody who may look, while the job runs or after it died, where the ring of each slot's process is."""
-    mine = RingFile(mesh.rank, socket.gethostname(), str(mesh.recorder.path), os.getpid(), mesh.epoch, number)
-    rings = mesh.gather_objects(mine)
+def index_record(run_dir: Path, mesh: Mesh, number: int, run_id: str, store: dist.Store | None) -> list[RingFile]:
+    """Tells everybody who may look, while the job runs or after it died, where the ring of each slot's process is.
+
+    Returns:
+        Those of this rank's host; on the first rank all.
+    """
+    host = socket.gethostname()
+    mine = RingFile(mesh.rank, host, str(mesh.recorder.path), os.getpid(), mesh.epoch, number)
+    key = f"rings-{mesh.epoch}/{host}"
+    if store is not None and mesh.degrees.world > 1:
+        store.append(key, f"{json.dumps(asdict(mine))}\n")  # pyright: ignore[reportAttributeAccessIssue]
+    rings = mesh.gather_on_first(mine)
     if mesh.is_first:
         files.write_index(run_dir, rings, run_id)
-    return rings
+        return rings
+    assert store is not None
+    near = [RingFile(**json.loads(line)) for line in store.get(key).decode().splitlines()]
+    return sorted(near, key=lambda ring: ring.rank)
 
 
 def keep_own_record(run_dir: Path, ranks: Ranks, rings: list[RingFile]) -> None:

@@ -94,7 +94,7 @@ class RowExchange:
         ops: what it does in a step.
         pipelined: whether there are other stages.
         epoch: of the mesh.
-        rings: where all ranks' rings are; none: only this rank's own row is known.
+        rings: where the rings of this rank's node are, on rank 0 all; none: only this rank's own row is known.
         store: of the job; none where all ranks are on one node.
     """
 
@@ -122,7 +122,7 @@ class RowExchange:
         mine = next((ranks for ranks in self._nodes.values() if rank in ranks), [rank])
         self._leads = mine[0] == rank and rank != 0
         wanted = mine if mine[0] == rank else []
-        self._headers = {other: map_header(rings[other]) for other in wanted if other != rank}
+        self._headers = {ring.rank: map_header(ring) for ring in rings if ring.rank in wanted and ring.rank != rank}
         self._headers[rank] = recorder.memory[:HEADER_BYTES]
         self._prefix = f"rows-{epoch}"
         self._schedule = open_schedule()

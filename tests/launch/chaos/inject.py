@@ -115,18 +115,18 @@ def _in_data(fault: Fault, begin: Callable[[], bool]) -> None:
 def _in_writer(begin: Callable[[], bool], seconds: float = _LONG_S, only: str = "") -> None:
     from pentad.trainer.checkpoint.team import Team
 
-    together = Team.together
+    talk = Team._talk
 
-    def stuck(self: Team, what: str, fn: Callable[[], Any]) -> Any:
+    def stuck(self: Team, what: str, fn: Callable[[], Any], *how: Any) -> Any:
         def slow() -> Any:
             beside = threading.current_thread() is not threading.main_thread()
             if (fn.__name__ == only if only else beside) and begin():
                 time.sleep(seconds)
             return fn()
 
-        return together(self, what, slow)
+        return talk(self, what, slow, *how)
 
-    Team.together = stuck  # type: ignore[method-assign]
+    Team._talk = stuck  # type: ignore[method-assign]
 
 
 def _in_passes(factor: float, begin: Callable[[], bool]) -> None:

@@ -20,6 +20,7 @@ from pentad.trainer.checkpoint.checkpointer import Checkpointer
 from pentad.trainer.checkpoint.manifest import SummedFile
 from pentad.trainer.checkpoint.retention import Retention
 from pentad.trainer.checkpoint.tiers.local import NodeFolders
+from tests.distributed import host_tree
 
 # name: shape, dimension cut over tp (None: replicated), number of slices where fewer than tp
 SHAPES: dict[str, tuple[tuple[int, ...], int | None, int | None]] = {
@@ -114,10 +115,9 @@ def checkpointer(
 ) -> Checkpointer:
     """A checkpointer over the default process group, or for one process."""
     team = dist.is_initialized()
-    group = dist.new_group(backend="gloo") if team else None
     return Checkpointer(
         directory,
-        group=group if isinstance(group, dist.ProcessGroup) else None,
+        group=host_tree() if team else None,
         rank=dist.get_rank() if team else 0,
         world=dist.get_world_size() if team else 1,
         keep=keep if isinstance(keep, Retention) else Retention(keep),

@@ -25,7 +25,7 @@ from pentad.trainer.checkpoint import io
 from pentad.trainer.checkpoint.checkpointer import CheckpointError, read_full, verify
 from pentad.trainer.checkpoint.index import read_contents
 from pentad.trainer.checkpoint.team import Team
-from tests.distributed import run_distributed
+from tests.distributed import host_tree, run_distributed
 from tests.trainer.checkpoint.layouts import checkpointer, global_values, killed_before_change, pieces, same
 
 pytestmark = pytest.mark.distributed
@@ -252,7 +252,7 @@ def test_a_rank_without_memory_fails_the_save_on_every_rank_and_the_next_one_wor
 
 
 def _answers(rank: int, world: int) -> list[str]:
-    team = Team(dist.new_group(backend="gloo"), rank, world)  # type: ignore[arg-type]
+    team = Team(host_tree(), rank, world)
     told: list[str] = []
 
     def fail(*_: Any, **__: Any) -> Any:
@@ -276,7 +276,7 @@ def test_an_answer_for_which_one_rank_has_no_memory_is_no_ones_and_the_next_one_
 
 def _ended(rank: int, world: int, done: Path) -> float:
     """Rank 1 is there and never comes."""
-    group = dist.new_group(backend="gloo")
+    group = host_tree()
     begin = time.monotonic()
     while rank == 1 and not done.exists() and time.monotonic() - begin < 60:
         time.sleep(0.05)
@@ -285,7 +285,7 @@ def _ended(rank: int, world: int, done: Path) -> float:
             if abort.timeout_s == 600.0:
                 threading.Timer(0.2, abort.trigger, [reason]).start()
             with pytest.raises((Aborted, CheckpointError), match=reason):
-                Team(group, rank, world, abort).together("saving", lambda: None)  # type: ignore[arg-type]
+                Team(group, rank, world, abort).together("saving", lambda: None)
         done.touch()
     return time.monotonic() - begin
 

@@ -28,7 +28,7 @@ from pentad.trainer.checkpoint.tiers.local import NodeFolders, run_number
 from pentad.trainer.checkpoint.tiers.tiers import Tiers, open_tiers
 from pentad.trainer.job.outputs import Outputs
 from pentad.trainer.trainer import Trainer
-from tests.distributed import run_distributed
+from tests.distributed import host_tree, run_distributed
 from tests.trainer.checkpoint.layouts import global_values, pieces, same
 from tests.trainer.checkpoint.test_resume import Curve, StopAt, text_job
 from tests.training import open_training
@@ -37,20 +37,13 @@ RUN, OTHER = "0" * 32, "1" * 32
 HOSTS = ("a", "a", "b", "b")
 
 
-def _group() -> dist.ProcessGroup | None:
-    if not dist.is_initialized():
-        return None
-    group = dist.new_group(backend="gloo")
-    return group if isinstance(group, dist.ProcessGroup) else None
-
-
 def _tiers(folder: Path, rank: int, hosts: tuple[str, ...], events: list[dict[str, Any]], run: str = RUN) -> Tiers:
     nodes = NodeFolders(run, hosts)
 
     def made(directory: Path, keep: int, nodes: NodeFolders | None) -> Checkpointer:
         return Checkpointer(
             directory,
-            group=_group(),
+            group=host_tree() if dist.is_initialized() else None,
             rank=rank,
             world=len(hosts),
             keep=Retention(keep),

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from ....configs.errors import Problem, UserError
 from ....configs.strict_json import JsonError
+from ....parallel.comm.host_tree import joined
 from ....parallel.global_tensor import GlobalTensor
 from .. import files
 from ..check import all_damaged, missing
@@ -48,10 +49,10 @@ class CheckpointTier:
     @cached_property
     def candidates(self) -> dict[int, bool]:
         """Steps of which there are checkpoints, and whether they are without NaN."""
-        found = self.team.together("resuming", self._published if self.team.leads else lambda: ({}, None))
+        found = self.team.of_leaders("resuming", self._published)
         for reason in dict.fromkeys(reason for _, reason in found if reason is not None):
             self.telling.say(f"{reason}: what lies there is not used")
-        steps = [found[rank][0] for rank in self.team.leaders]
+        steps = [mine for mine, _ in found]
         for step in sorted(set().union(*steps), reverse=True):
             without = [
                 self._host(rank) for rank, have in zip(self.team.leaders, steps, strict=True) if step not in have
@@ -94,10 +95,10 @@ class CheckpointTier:
 
     def _all(self, look: Callable[[], list[str]]) -> list[str]:
         """What the ranks have found together."""
-        found = self.team.together("verifying", look)
         if not self.team.apart:
-            return sorted(problem for mine in found for problem in mine)
-        return sorted({f"{self._host(rank)}: {problem}" for rank, mine in enumerate(found) for problem in mine})
+            return sorted(self.team.agree("verifying", look, joined))
+        host = self._host(self.team.rank)
+        return sorted(set(self.team.agree("verifying", lambda: [f"{host}: {problem}" for problem in look()], joined)))
 
     def _wrong_state(self, path: Path) -> list[str]:
         state = _or_reason(read_state, path)
@@ -111,7 +112,7 @@ class CheckpointTier:
         return []
 
     def _of_several_saves(self, path: Path) -> list[str]:
-        marks = self.team.together("verifying", lambda: _mark(path) if self.team.leads else None)
+        marks = self.team.of_leaders("verifying", lambda: _mark(path))
         saves = {mark.save for mark in marks if mark is not None}
         return ["the nodes have parts of different saves of this step"] if len(saves) > 1 else []
 
