@@ -179,6 +179,7 @@ JOB: tuple[Inert[Config], ...] = (
         lambda c: not _has_copies(c),
     ),
     Inert(("faults.numerics.recompute",), ("memory.recompute",), lambda c: c.memory.recompute == "none"),
+    Inert(("faults.numerics.on_spike",), ("faults.numerics.spikes",), lambda c: not c.faults.numerics.spikes),
     Inert(("log.wandb_project",), ("log.wandb",), lambda c: not c.log.wandb),
 )
 """Keys of a whole job that more than its model decides about."""

@@ -192,6 +192,10 @@ class NumericsConfig:
     one update to the next."""
     spikes: bool = True
     """Say so, with the samples of the batch, when loss or gradient norm is far above the steps before."""
+    on_spike: Literal["tell", "keep", "skip", "rewind", "stop"] = "tell"
+    """spikes: tell: nothing else. The others hold such a step back, run it again on the same microbatches, and on other
+    ranks, and train with what a second run finds normal; a spike that repeats is trained with all the same (keep), left
+    out (skip), left out after going back to the newest checkpoint's state (rewind), or the end of the run (stop)."""
     recompute: bool = False
     """Compare what is made again in backward with what the forward pass made, to the bit; needs kernels that are
     deterministic."""

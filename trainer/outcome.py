@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,25 @@ from ..parallel.comm.collectives import Handle
 from ..parallel.kernels.upload import Download
 from .data.dataset import Microbatch
 from .numerics.guard import NumericsGuard
+from .numerics.spike_verdict import SpikeVerdict
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a step is asked besides to train, as of `Stepper.run`.
+
+    Args:
+        wishes: whether this rank was asked to stop, and whether to leave its mesh.
+        watched: numbers of this rank whose largest over all ranks is wanted.
+        limits: of the loss and the gradient's norm, the same on all ranks: above one of them nothing is updated.
+    """
+
+    wishes: tuple[bool, bool] = (False, False)
+    watched: Callable[[], Sequence[float]] = tuple
+    limits: tuple[float, float] = (math.inf, math.inf)
+
+
+NOTHING_ASKED = Asked()
 
 
 @dataclass(frozen=True)
@@ -23,7 +43,9 @@ class StepResult:
     grad_norm: Tensor
     """Global norm of the gradient, before clipping."""
     skipped: Tensor
-    """1 where the gradient was not finite, or bits had changed by themselves, and nothing was updated."""
+    """1 where nothing was updated: the gradient was not finite, bits had changed by themselves, or `held`."""
+    held: Tensor
+    """1 where nothing was updated for loss or gradient norm is above its limit, though finite."""
     corrupted: Tensor
     """Places, over all ranks and steps, whose bits were found changed by themselves."""
     stop: Tensor
@@ -35,6 +57,8 @@ class StepResult:
     behind these of own losses, and of the `loss_table`."""
     moe: Tensor | None
     """What the routers counted in the step, over all ranks: (mixture-of-experts layers, `balance` columns)."""
+    spike: SpikeVerdict | None = None
+    """Where the step was held back, and run again: what it was."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +106,7 @@ def outcome_of(
     *,
     clip: float,
     dtype: torch.dtype,
+    limits: tuple[float, float],
 ) -> Outcome:
     """What follows from the sums over all ranks.
 
@@ -93,14 +118,17 @@ def outcome_of(
         guard: of this rank.
         clip: of the norm; 0: none.
         dtype: of the results.
+        limits: of loss and norm.
     """
     total, rest = whole[:4].to(dtype), whole[4:]
     norm, loss, stop, leave = total[0].sqrt(), total[1], total[2], total[3]
-    skip, corrupted = (~torch.isfinite(total).all()).float(), torch.zeros_like(norm)
+    finite, corrupted = torch.isfinite(total).all(), torch.zeros_like(norm)
+    held = (((loss.double() > limits[0]) | (norm.double() > limits[1])) & finite).float()
+    skip = (~finite).float().maximum(held)
     if guard is not None:
         corrupted, rest = guard.told(rest[0]), rest[1:]
         skip = skip.maximum((corrupted > 0).float())
     counts = rest.view_as(routed) if routed is not None else None
     factor = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else torch.ones_like(norm)
     factor = torch.where(skip.bool(), torch.ones_like(factor), factor)
-    return Outcome(StepResult(loss, norm, skip, corrupted, stop, leave, worst, counts), factor)
+    return Outcome(StepResult(loss, norm, skip, held, corrupted, stop, leave, worst, counts), factor)

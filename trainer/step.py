@@ -47,7 +47,7 @@ from .numerics.loss_table import loss_table
 from .optim.optimizer import UpdateScalars
 from .optim.states import Optimizer
 from .optim.step_sums import StepSums
-from .outcome import Outcome, StepResult, outcome_of
+from .outcome import NOTHING_ASKED, Asked, Outcome, StepResult, outcome_of
 from .pipeline.host_copies import HostCopies
 from .pipeline.vocab_passes import BalancedVocabulary
 from .setup import DTYPES, Parts
@@ -62,7 +62,7 @@ class _Step:
         inputs: of each microbatch.
         lr: learning rate.
         wishes: 1 where this rank was asked to stop, and where it is to leave its mesh.
-        watched: see `Stepper.run`.
+        asked: what was asked besides.
         losses: of the microbatches, where this rank counts them; none before the last backward pass.
         outcome: none before the commit.
         updated: the buckets that were updated since.
@@ -74,7 +74,7 @@ class _Step:
     inputs: list[Inputs]
     lr: float
     wishes: tuple[Tensor, Tensor]
-    watched: Callable[[], Sequence[float]]
+    asked: Asked
     losses: Sequence[Tensor] = ()
     outcome: Outcome | None = None
     updated: set[int] = field(default_factory=set)
@@ -177,6 +177,7 @@ class Stepper:
         *,
         wishes: tuple[bool, bool] = (False, False),
         watched: Callable[[], Sequence[float]] = tuple,
+        limits: tuple[float, float] = Asked.limits,
     ) -> StepResult:
         """Trains on this rank's microbatches.
 
@@ -188,11 +189,12 @@ class Stepper:
             wishes: whether this rank was asked to stop, and whether to leave its mesh; the ranks agree inside the step.
             watched: numbers of this rank whose largest over all ranks is wanted, as many on each; asked for after
                 the last backward pass.
+            limits: see `Asked`.
 
         Raises:
             RuntimeError: the step before was left half-way.
         """
-        self._begin(step, batches, 1.0 / max(valid, 1), lr, wishes, watched)
+        self._begin(step, batches, 1.0 / max(valid, 1), lr, Asked(wishes, watched, limits))
         self.result = None
         if self.guard is not None:
             self.guard.begin(step)
@@ -240,7 +242,7 @@ class Stepper:
             store.clear()
         if self._vocabulary is not None:
             self._vocabulary.clear()
-        if left.outcome is None:
+        if left.outcome is None or bool(left.outcome.result.held):
             collect_tallies(self.model, self.device)  # and forget it
             self.replicas.clear()
             return None
@@ -310,20 +312,14 @@ class Stepper:
         self.optimizer.close()
 
     def _begin(
-        self,
-        step: int,
-        batches: Sequence[Microbatch],
-        scale: float,
-        lr: float = 0.0,
-        wishes: tuple[bool, bool] = (False, False),
-        watched: Callable[[], Sequence[float]] = tuple,
+        self, step: int, batches: Sequence[Microbatch], scale: float, lr: float = 0.0, asked: Asked = NOTHING_ASKED
     ) -> None:
         if self._step is not None or self.spent:
             what = "open a new session" if self.spent else "reset it"
             raise RuntimeError(f"a step was left half-way: {what} before the next one")
         inputs = [self._maker.make(batch, step, scale) for batch in batches]
-        stop, leave = (torch.full_like(self._zero, float(wish)) for wish in wishes)
-        self._step = _Step(step, inputs, lr, (stop, leave), watched)
+        stop, leave = (torch.full_like(self._zero, float(wish)) for wish in asked.wishes)
+        self._step = _Step(step, inputs, lr, (stop, leave), asked)
         if step >= 0:
             self.mesh.recorder.step = step
 
@@ -371,12 +367,12 @@ class Stepper:
         worst = all_reduce(own, self.mesh.axis("world"), "max") if len(own) else Handle(own)
         whole = self.sums.told(all_reduce(mine, self.mesh.axis("world")).wait())
         clip, dtype = self.cfg.optim.clip, self._zero.dtype
-        now.outcome = outcome_of(whole, worst, routed, self.guard, clip=clip, dtype=dtype)
+        now.outcome = outcome_of(whole, worst, routed, self.guard, clip=clip, dtype=dtype, limits=now.asked.limits)
         self._commit(now.outcome.result)
 
     def _own(self, step: _Step) -> Tensor:
         """What is watched of this rank. Filled in by kernels: a copy would make the host wait for the GPU."""
-        own = [torch.full((), value, dtype=torch.float64, device=self.device) for value in step.watched()]
+        own = [torch.full((), value, dtype=torch.float64, device=self.device) for value in step.asked.watched()]
         own += [step.own_loss] if own and step.own_loss is not None else []
         if not own:
             return torch.empty(0, dtype=torch.float64, device=self.device)

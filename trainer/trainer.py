@@ -26,6 +26,7 @@ from .checkpoint.state import all_tensors
 from .checkpoint.tiers.tiers import Tiers, still_written
 from .data.loader import Loader
 from .job.evaluator import Evaluator
+from .job.loading import rewound, take_state
 from .job.outputs import Outputs
 from .metrics.module_spans import ModuleSpans
 from .metrics.profiling import Profiler
@@ -37,6 +38,7 @@ from .metrics.save_alerts import save_alerts
 from .numerics.bad_steps import NON_FINITE, BadSteps
 from .numerics.corrupted import check_before_save, corrupted_error
 from .numerics.loss_table import loss_shares
+from .numerics.spike_policy import SpikePolicy
 from .optim.learning_rate import learning_rate
 from .outcome import IssuedStep, StepResult, numbers_of
 from .processes.failure import is_loss
@@ -76,13 +78,11 @@ class Trainer:
         self.cfg, self.mesh, self.parts, self.data = session.cfg, session.mesh, session.parts, session.data
         self.optimizer, self.program, self.stepper = session.optimizer, session.program, session.stepper
         self.overlap, self.device, self.checkpointer = session.overlap, session.device, checkpointer
-        self.tiers = Tiers(checkpointer, local)
-        self.vitals = session.mesh.recorder.vitals
+        self.tiers, self.vitals = Tiers(checkpointer, local), session.mesh.recorder.vitals
         cfg, mesh = self.cfg, self.mesh
         self.dp, self._cp = mesh.axis("dp"), mesh.axis("cp").size
         self.evaluator = Evaluator(session) if cfg.eval.every else None
-        self._keeper = keeper
-        self.peak = session.peak
+        self._keeper, self.peak = keeper, session.peak
         self.rows = rows or row_exchange(session)
         self.readings = Readings(
             RunFacts(
@@ -107,6 +107,8 @@ class Trainer:
         self._evaluated: dict[str, Any] | None = None
         """Step and loss of the last evaluation, on every rank."""
         self._bad = BadSteps(cfg, self.stepper, self.rows.hosts)
+        rewind = partial(rewound, self.tiers, self.tensors, self.stepper)
+        self._spikes = SpikePolicy(cfg, self.stepper, self.data.train, rewind)
         self._stopping = self._leaving = False
         self._goes_on = False
         """Whether the state is one in which a fault has ended the mesh before."""
@@ -129,19 +131,11 @@ class Trainer:
             UserError: the checkpoint does not fit the model or was trained on other data.
         """
         self.vitals.enter("load")
-        state = self.tiers.of(path).state(path)
-        problems = run_problems(state, self.cfg, path, self.data.fingerprint)
+        problems = run_problems(self.tiers.of(path).state(path), self.cfg, path, self.data.fingerprint)
         if problems:
             raise UserError(*problems)
-        tensors = self.tensors()
-        self.tiers.of(path).load(path, tensors)
-        self.optimizer.loaded(tensors)
-        self.parts.replicas.sync_params()
-        if self.stepper.guard is not None:
-            self.stepper.guard.forget()
-        was = RunProgress.of(state, path)
+        was = take_state(self.tiers.of(path), path, self.tensors(), self.stepper)
         self.step, self.tokens, self.skipped = was.step, was.tokens, was.skipped
-        self.stepper.updates.fill_(float(was.updates))
 
     @property
     def point(self) -> RunPoint:
@@ -244,7 +238,7 @@ class Trainer:
                 mine = OnRank(step=self.step + 1, data_s=loader.wait_s, silent_s=self.vitals.longest_silence_s)
                 watched = partial(self._before_norm, mine)
                 wishes = stop.requested, self._keeper is not None and self.vitals.to_leave
-                result = self.stepper.run(self.step, batches, valid, lr, wishes=wishes, watched=watched)
+                result = self._spikes.run(self.step, batches, valid, lr, wishes=wishes, watched=watched)
         self._count(self._begun(result))
         if self.device.type == "cpu" or self._due(cfg.eval.every) or self._due(cfg.checkpoint.every):
             self._drain()
@@ -301,7 +295,7 @@ class Trainer:
         if self._begun is not None and result is not None:
             self._count(self._begun(result))
         self._drain(alone=True)
-        self.left_at = self.point
+        self.left_at = self.point if self._spikes.whole else None
 
     def _recorded(self, kind: str) -> AbstractContextManager[object]:
         return self.mesh.recorder.span(self.mesh.recorder.intern(kind))
@@ -340,6 +334,8 @@ class Trainer:
                 done = replace(done, losses=loss_shares(table, self._cp), loss_max_rank=most, routed=routed)
                 self._outputs.log(self.readings.step(done, worst))
                 self._tell_of_saves()
+        if issued.result.spike is not None:
+            return
         if skipped and alone:
             self._bad.row += 1
         elif skipped:
@@ -387,6 +383,7 @@ class Trainer:
             lr=issued.lr,
             skipped=skipped,
             skips=self.skipped,
+            spike=issued.result.spike,
             tokens=self._tokens,
             tokens_seen=self.tokens,
             valid=issued.valid,

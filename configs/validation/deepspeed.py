@@ -77,6 +77,10 @@ def _numbers(config: Config) -> Iterator[Problem]:
 
 def _stage(config: Config) -> Iterator[Problem]:
     stage = zero_stage(config)
+    numerics = config.faults.numerics
+    if numerics.spikes and numerics.on_spike != "tell":
+        message = f"{numerics.on_spike}: deepspeed's steps are not run again; set tell, or {_SHARDING}=zero1"
+        yield Problem("faults.numerics.on_spike", message, (_SHARDING,))
     if stage == 3 and config.faults.numerics.recompute and config.memory.recompute != "none":
         message = "true needs parameters in place while parts run again, which ZeRO 3 gathers; set false, or stage=2"
         yield Problem("faults.numerics.recompute", message, (f"{SECTION}.stage", "memory.recompute"))

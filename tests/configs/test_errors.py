@@ -269,6 +269,7 @@ WRONG += [
     ([*_DS, "memory.offload_activations=all"], "memory.offload_activations", ["all", "deepspeed", "zero1"]),
     ([*_DS, "memory.group=2"], "memory.group", ["2: deepspeed", "zero1"]),
     ([*_DS, "faults.numerics.checksums=true"], "faults.numerics.checksums", ["deepspeed", "zero1"]),
+    ([*_DS, "faults.numerics.on_spike=skip"], "faults.numerics.on_spike", ["skip", "deepspeed", "tell"]),
     ([*_DS, "faults.recover=true"], "faults.recover", ["deepspeed", "zero1"]),
     ([*_DS, f"{_ENGINE}.offload=all"], f"{_ENGINE}.offload", ["stage 3 only", "this is 2", "stage=3"]),
     (

@@ -192,6 +192,7 @@ CASES: list[tuple[list[str], str, list[str], Observe | None]] = [
     (["faults.watch=false"], "faults.pause_s=400", ["faults.watch=true"], None),
     ([], "faults.numerics.replicas_every=2", ["parallel.tp=2"], None),
     ([], "faults.numerics.recompute=true", ["memory.recompute=full"], None),
+    (["faults.numerics.spikes=false"], "faults.numerics.on_spike=skip", ["faults.numerics.spikes=true"], None),
     ([], "log.wandb_project=mine", ["log.wandb=true"], None),
 ]
 

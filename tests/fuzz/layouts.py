@@ -66,7 +66,9 @@ def _spread(draws: Draws, replicas: int) -> Keys:
 
 def _guards(draws: Draws, *, sums: bool) -> Keys:
     """None of them changes a bit of the training; what one finds here is a false alarm, and ends the run."""
-    keys = {"recompute": draws.maybe(0.3), "canary": draws.maybe(0.2), "spikes": draws.maybe(0.8)}
+    keys: Keys = {"recompute": draws.maybe(0.3), "canary": draws.maybe(0.2), "spikes": draws.maybe(0.8)}
+    if keys["spikes"] and sums:
+        keys["on_spike"] = draws.pick({"tell": 2, "keep": 1, "skip": 1, "stop": 1})
     keys |= {"replicas_every": draws.pick({0: 2, 1: 1, 2: 1}), "checksums": sums and draws.maybe(0.4)}
     return {f"faults.numerics.{key}": value for key, value in keys.items()}
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ...configs.errors import Problem, UserError
+from ...configs.schema import TrainConfig
 from ...parallel.comm.waiting import Abort
 from ...parallel.record.vitals import Vitals
 from .dataset import Microbatch, Split
@@ -143,6 +144,12 @@ class Loader:
             self._stop.set()
             raise item
         return item
+
+
+def dealt(split: Split, train: TrainConfig, dp_size: int, step: int, dp_rank: int) -> list[Microbatch]:
+    """The microbatches of a step (from 0 on) that a loader gives to a rank."""
+    shape = (train.global_batch, train.micro_batch, dp_rank, dp_size)
+    return [item.batch for item in _items(split, range(step, step + 1), shape, torch.cuda.is_available(), None)]
 
 
 def heldout_batches(

@@ -11,6 +11,7 @@ import numpy as np
 
 from ....configs.schema import Config
 from ....parallel.pipeline.program import Program
+from ...numerics.spike_verdict import SpikeVerdict
 from ..metric import Metric
 from ..rows import StepRows
 
@@ -67,7 +68,7 @@ class StepDone:
     """Global L2 norm before clipping."""
     lr: float
     skipped: bool
-    """Whether nothing was updated, for a loss or gradient that was not finite."""
+    """Whether nothing was updated, for a loss or gradient that was not finite, or a spike."""
     skips: int
     """Steps skipped since the start of training, this one included."""
     tokens: int
@@ -80,6 +81,8 @@ class StepDone:
     """Unmasked attention pairs of one layer, the mean over those with softmax attention, of the global batch."""
     seconds: float
     """Between the moments when the previous step's numbers and this one's were known, without an evaluation."""
+    spike: SpikeVerdict | None = None
+    """Where the step was held back as a spike, and run again: what it was."""
     losses: tuple[float, ...] = ()
     """What each microbatch of the global batch adds to the loss, in order; empty where that is not known."""
     routed: np.ndarray | None = None

@@ -40,6 +40,24 @@ class SpikeFinder:
         self._average = math.nan
         self._row: list[float] = []
 
+    @property
+    def expected(self) -> float:
+        """The moving average."""
+        return self._average
+
+    @property
+    def limit(self) -> float:
+        """Above which the next value is a spike; infinite until there are enough."""
+        if len(self._window) < _WARM_UP:
+            return math.inf
+        values = np.array(self._window)
+        median = float(np.median(values))
+        return max(self._high, median + _DEVIATIONS * float(np.median(np.abs(values - median))))
+
+    @property
+    def _high(self) -> float:
+        return self._average + math.log(_FACTOR) if self._log else self._average * _FACTOR
+
     def step(self, value: float) -> tuple[float, float] | None:
         """What was expected and what the limit is, if the value is a spike."""
         if not math.isfinite(value):
@@ -55,12 +73,9 @@ class SpikeFinder:
         return None
 
     def _exceeded(self, value: float) -> tuple[float, float] | None:
-        high = self._average + math.log(_FACTOR) if self._log else self._average * _FACTOR
-        if value <= high:  # as nearly always: medians cost more than all else here
+        if value <= self._high:  # as nearly always: medians cost more than all else here
             return None
-        values = np.array(self._window)
-        median = float(np.median(values))
-        limit = max(high, median + _DEVIATIONS * float(np.median(np.abs(values - median))))
+        limit = self.limit
         return (self._average, limit) if value > limit else None
 
     def _keep(self, value: float) -> None:
@@ -74,6 +89,19 @@ class SpikeFinder:
         self._average = math.nan
         for value in values:
             self._keep(value)
+
+
+def spike_finders() -> dict[str, SpikeFinder]:
+    """For the loss and the gradient's norm, by name."""
+    return {"loss": SpikeFinder(log=True), "grad_norm": SpikeFinder(log=False)}
+
+
+def spike_words(found: Mapping[str, tuple[float, float, float]]) -> str:
+    """For people: what was found of which quantity; value, what was expected, limit."""
+    each = (
+        f"{_NAMES[name]} {value:.4g} where {expected:.4g} was expected" for name, (value, expected, _) in found.items()
+    )
+    return f"spike: {' and '.join(each)}"
 
 
 class SpikeReading(Reading):
@@ -91,10 +119,13 @@ class SpikeReading(Reading):
 
     def __init__(self, run: RunFacts) -> None:
         super().__init__(run)
-        self._finders = {"loss": SpikeFinder(log=True), "grad_norm": SpikeFinder(log=False)}
+        self._finders = spike_finders()
 
     def step(self, done: StepDone) -> Mapping[str, Any]:
-        if not self.run.cfg.faults.numerics.spikes or done.skipped:
+        numerics = self.run.cfg.faults.numerics
+        if done.spike is not None:
+            return {"spike_alert": self._alert(done, done.spike.found)}
+        if not numerics.spikes or numerics.on_spike != "tell" or done.skipped:
             return {}
         values = {"loss": done.loss, "grad_norm": done.grad_norm}
         found = {what: limits for what, value in values.items() if (limits := self._finders[what].step(value))}
@@ -106,13 +137,11 @@ class SpikeReading(Reading):
         batch = self.run.cfg.train.global_batch
         first = (done.step - 1) * batch
         worst = self._worst(done, first)
-        what = " and ".join(
-            f"{_NAMES[name]} {value:.4g} where {expected:.4g} was expected"
-            for name, (value, expected, _) in found.items()
-        )
-        text = f"spike: {what}; samples {first}-{first + batch - 1}"
+        text = f"{spike_words(found)}; samples {first}-{first + batch - 1}"
         if worst:
             text += f", most of it in {numbers(worst[0]['samples'])} (microbatch {worst[0]['microbatch']})"
+        if done.spike is not None:
+            text += f"; {done.spike.text}"
         fields = {
             "step": done.step,
             **{
@@ -121,6 +150,7 @@ class SpikeReading(Reading):
             },
             "samples": [first, first + batch - 1],
             "microbatches": worst,
+            **({} if done.spike is None else done.spike.fields),
         }
         return Alert("spike", text, "spike", fields)
 
