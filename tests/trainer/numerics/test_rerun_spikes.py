@@ -77,7 +77,7 @@ class _Spoiled:
 
 
 def _train(rank: int, world: int, wanted: dict[str, Any], kind: str, do: str, steps: int, folder: str) -> End:
-    cfg = job(**wanted, steps=steps, numerics={"on_spike": do}, model={"vocab": 257})
+    cfg = job(**wanted, steps=steps, numerics={"on_spike": do}, model={"vocab": 260})
     saves = replace(cfg.checkpoint, every=10, final=False)
     cfg = replace(cfg, checkpoint=saves, data=TextData(paths=(str(TEXT),), cache=f"{folder} data"))
     session, trainer = open_trainer(rank, cfg, Path(folder))
