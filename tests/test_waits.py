@@ -51,7 +51,10 @@ WAITS = {
         "_wait_host": ABORT + "; torch's wait follows the completion",
         "_wait_cuda": "makes the stream wait, the host goes on",
     },
-    "parallel/comm/host_tree.py": {"HostLevel": "as its `wait` does, a team's or `blocks`", "blocks": BESIDE},
+    "parallel/comm/host_tree.py": {
+        "HostLevel": "as its `wait` does, a team's or `wait_blocking`",
+        "wait_blocking": BESIDE,
+    },
     "parallel/comm/lane.py": {
         "Pending": ABORT,
         "Lane.submit": NEVER,

@@ -125,7 +125,7 @@ class HostLevel:
         found = self.numbers(-1 if problem else number, wait)
         if min(found) < 0:
             ranks = [rank for rank, n in zip(self.ranks, found, strict=True) if n < 0]
-            raise Unsaid(f"{rank_words(ranks)}: {problem or 'out of memory'}")
+            raise Unsaid(f"{named_ranks(ranks)}: {problem or 'out of memory'}")
         return found
 
 
@@ -210,7 +210,7 @@ class HostTree:
         return number
 
 
-def blocks(work: Any) -> None:
+def wait_blocking(work: Any) -> None:
     """A `Wait` that nobody can end."""
     work.wait()
 
@@ -235,7 +235,7 @@ def failure_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:1000]
 
 
-def rank_words(ranks: Sequence[int], shown: int = 8) -> str:
+def named_ranks(ranks: Sequence[int], shown: int = 8) -> str:
     """`rank 1, 2`, of many the first ones."""
     more = f" and {len(ranks) - shown} more" if len(ranks) > shown else ""
     return f"rank {', '.join(map(str, ranks[:shown]))}{more}"

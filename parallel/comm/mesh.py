@@ -28,7 +28,7 @@ from ..record.ring import Recorder
 from ..record.stand import axis_members
 from .axis import Axis, Communicator
 from .gloo_sockets import GlooSockets
-from .host_tree import HostTree, Merge, blocks, joined
+from .host_tree import HostTree, Merge, joined, wait_blocking
 from .shared_memory import LocalAxis
 from .shared_memory_connect import connect as connect_memories
 from .waiting import Abort
@@ -182,7 +182,7 @@ class Mesh:
         if device == "cpu":
             self._connect_memories(dist.PrefixStore(f"memory-{self.epoch}", store))
         # Nobody starts, and nobody can leave, before everybody is connected.
-        self.host_group.talk(True, all, blocks)
+        self.host_group.talk(True, all, wait_blocking)
         self.recorder.intern(axis_members("host", range(degrees.world)))
         self._gloo.made()
 
@@ -213,7 +213,7 @@ class Mesh:
         code, kind = self.recorder.intern("host"), self.recorder.intern(kinds.BARRIER)
         ticket = self.recorder.enter(kind, axis=code, seq=next(self._meetings))
         self.recorder.waits(ticket)
-        found = self.abort.beside("the other ranks", lambda: group.talk(mine, merge, blocks, heard))
+        found = self.abort.beside("the other ranks", lambda: group.talk(mine, merge, wait_blocking, heard))
         self.recorder.exit(ticket)
         return found
 
@@ -292,7 +292,7 @@ class Mesh:
     def _find_nodes(self, node: str) -> None:
         """Tells where this rank is; between several nodes copies travel beside all else."""
         assert self.host_group is not None
-        self.nodes = tuple(self.host_group.talk([node], joined, blocks))
+        self.nodes = tuple(self.host_group.talk([node], joined, wait_blocking))
         if len(set(self.nodes)) > 1:
             everybody = tuple(range(self.degrees.world))
             self._axes["backup"] = self._cut("backup", [everybody], recorder=self.recorder.fork())

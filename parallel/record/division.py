@@ -56,6 +56,12 @@ _ROLES = {
     Role.MEMORY: TimePart.OFFLOAD,
     Role.UPDATE: TimePart.OPTIMIZER,
 }
+_OF_REPLICAS = (
+    *(Kinds.REDUCE, Kinds.GATHER),
+    *(Kinds.COLLECT_FORWARD, Kinds.HAVE_FORWARD, Kinds.DROP_FORWARD),
+    *(Kinds.COLLECT_BACKWARD, Kinds.HAVE_BACKWARD, Kinds.DROP_BACKWARD),
+)
+"""What data parallelism is the reason for, whatever it occupies."""
 
 
 class EntryClass:
@@ -105,7 +111,7 @@ def _class_of(name: str) -> int:
 def _part_of(name: str) -> TimePart:
     if name in KINDS:
         kind = KINDS[name]
-        return TimePart.DP if kind in (Kinds.REDUCE, Kinds.GATHER) else _ROLES[kind.role]
+        return TimePart.DP if kind in _OF_REPLICAS else _ROLES[kind.role]
     return _SECTIONS.get(name, TimePart.OTHER)
 
 

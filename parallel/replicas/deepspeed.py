@@ -126,7 +126,7 @@ class DeepSpeedReplicas:
     def units(self, bucket: int) -> list[OptimizerShard]:
         optimizer, found = self.engine.optimizer, []
         for name, param in self._params():
-            part = self._shards.part_of(optimizer, param)
+            part = self._shards.held_part(optimizer, param)
             if part is not None:
                 grad = self._shards.gradient_of(optimizer, param, part.value.numel())
                 sharding = self._where[name]
@@ -136,7 +136,7 @@ class DeepSpeedReplicas:
 
     def flats(self) -> dict[str, tuple[Tensor, int]]:
         """By the key of each unit: the tensor that `hook` is given, and where in it the unit begins."""
-        parts = {name: self._shards.part_of(self.engine.optimizer, param) for name, param in self._params()}
+        parts = {name: self._shards.held_part(self.engine.optimizer, param) for name, param in self._params()}
         return {name: (part.flat, part.at) for name, part in parts.items() if part is not None}
 
     def shared(self, bucket: int) -> None:
@@ -157,7 +157,7 @@ class DeepSpeedReplicas:
 
     def pieces(self) -> Iterator[ShardSlice]:
         for name, param in self._params():
-            part = self._shards.part_of(self.engine.optimizer, param)
+            part = self._shards.held_part(self.engine.optimizer, param)
             if part is not None:
                 yield ShardSlice(name, self._where[name], part.start, part.start + part.value.numel(), name, 0)
 
@@ -165,7 +165,7 @@ class DeepSpeedReplicas:
         """Sets parameters and masters from (name, value of this rank's slice), on all ranks together."""
         params = dict(self._params())
         for name, value in values:
-            part = self._shards.part_of(self.engine.optimizer, params[name])
+            part = self._shards.held_part(self.engine.optimizer, params[name])
             if part is not None:
                 part.value.copy_(value.reshape(-1)[part.start :][: part.value.numel()])
         self.sync_params()

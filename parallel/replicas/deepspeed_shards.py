@@ -31,7 +31,7 @@ class HeldPart:
     value: Tensor
 
 
-def part_of(optimizer: Any, param: nn.Parameter) -> HeldPart | None:
+def held_part(optimizer: Any, param: nn.Parameter) -> HeldPart | None:
     """This rank's part of a parameter; none: it has none.
 
     Args:

@@ -18,6 +18,8 @@ NOTHING = {
     "parallel.data.deepspeed.offload": "another kind of data parallelism",
     "parallel.data.deepspeed.config": "no file of the user's own",
     "parallel.data.states": "as `sharding` says",
+    "parallel.data.grads": "as `sharding` says",
+    "parallel.data.params": "as `sharding` says",
     "parallel.pipeline.group": "the schedule has no groups",
     "memory.group": "a stage is one part",
     "memory.recompute_layers": "all layers of a stage",

@@ -8,7 +8,7 @@ from functools import cached_property, partial, wraps
 from typing import Any, Generic, TypeVar
 
 from ...configs.errors import Problem, UserError
-from ...parallel.comm.host_tree import HostTree, Merge, Unsaid, failure_line, joined, leftmost, rank_words
+from ...parallel.comm.host_tree import HostTree, Merge, Unsaid, failure_line, joined, leftmost, named_ranks
 from ...parallel.comm.waiting import Abort, Aborted
 
 T = TypeVar("T")
@@ -159,7 +159,7 @@ class Team:
         if found.mistakes:
             raise UserError(*found.mistakes)
         if found.failures:
-            lines = [f"{rank_words(ranks)}: {why}" for why, ranks in found.failures.items()]
+            lines = [f"{named_ranks(ranks)}: {why}" for why, ranks in found.failures.items()]
             raise CheckpointError(f"{what}: {'; '.join(found.failures if self.world == 1 else lines)}")
         return found
 

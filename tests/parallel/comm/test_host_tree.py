@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pentad.parallel.comm import host_tree as trees
-from pentad.parallel.comm.host_tree import HostTree, Unsaid, blocks, joined, leftmost
+from pentad.parallel.comm.host_tree import HostTree, Unsaid, joined, leftmost, wait_blocking
 from tests.distributed import host_tree, run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -18,21 +18,21 @@ def _says(rank: int, world: int, fan: int) -> dict[str, Any]:
         patch.setattr(trees, "FAN", fan)
         tree = host_tree()
         found = {
-            "all": tree.talk([f"{rank}" * (rank + 1)], joined, blocks),
-            "first": tree.talk([rank], joined, blocks, lambda _: []),
-            "least": tree.talk(rank + 1, min, blocks),
-            "leftmost": tree.talk(rank, leftmost, blocks),
+            "all": tree.talk([f"{rank}" * (rank + 1)], joined, wait_blocking),
+            "first": tree.talk([rank], joined, wait_blocking, lambda _: []),
+            "least": tree.talk(rank + 1, min, wait_blocking),
+            "leftmost": tree.talk(rank, leftmost, wait_blocking),
             "sizes": [len(level.ranks) for level in tree.levels],
         }
         found["wrong"] = _wrong(tree, rank, world)
-        found["after"] = tree.talk(rank, max, blocks)
+        found["after"] = tree.talk(rank, max, wait_blocking)
         return found
 
 
 def _wrong(tree: HostTree, rank: int, world: int) -> str:
     """The last rank says what cannot be pickled."""
     with pytest.raises(Unsaid) as error:
-        tree.talk([lambda: None] if rank == world - 1 else [], joined, blocks)
+        tree.talk([lambda: None] if rank == world - 1 else [], joined, wait_blocking)
     return str(error.value)
 
 
