@@ -107,7 +107,7 @@ def _copy(
     )
 
 
-def _collect(token: str, before: str) -> Kind:
+def _collect(token: str, before: str, hue: str) -> Kind:
     """A gather of a stage's parameters, which takes their memory from its start on."""
     return Kind(
         token=token,
@@ -120,7 +120,7 @@ def _collect(token: str, before: str) -> Kind:
         engine="collect",
         before=before,
         holds=(Hold("parameters", +1, at_end=False),),
-        hue="#7a9e3f",
+        hue=hue,
     )
 
 
@@ -291,13 +291,13 @@ class Kinds:
     RESUME = _memory("RES", "RLD", before="B", holds=(Hold("host", -1, at_end=True),))
     """Wait for the copy to the device, which the backward pass now finds in place; the slab is free."""
 
-    COLLECT_FORWARD = _collect("PF", "HF")
+    COLLECT_FORWARD = _collect("PF", "HF", "#7a9e3f")
     """Start gathering the parameters of a stage over the replicas that have parts of them, for a forward pass."""
     HAVE_FORWARD = _memory("HF", "PF", before="F")
     """Wait for them."""
     DROP_FORWARD = _memory("DF", before="", after="F", holds=(Hold("parameters", -1, at_end=True),))
     """Give their memory back."""
-    COLLECT_BACKWARD = _collect("PB", "HB")
+    COLLECT_BACKWARD = _collect("PB", "HB", "#4f7328")
     """As `COLLECT_FORWARD`, for a backward pass."""
     HAVE_BACKWARD = _memory("HB", "PB", before="B")
     """Wait for them."""

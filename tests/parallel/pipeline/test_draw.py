@@ -185,7 +185,7 @@ def test_the_update_is_drawn_and_not_counted() -> None:
 
 def test_colours() -> None:
     hues = [kind.hue for kind in KINDS.values() if kind.hue]
-    assert len(set(hues)) == len(hues) == 12
+    assert len(set(hues)) == len(hues) == 14
     shades = [shade(Kinds.FORWARD, chunk, 8) for chunk in range(8)]
     assert len(set(shades)) == 8
     assert shade(Kinds.HEAD, 0, 8) == Kinds.HEAD.hue
