@@ -143,8 +143,9 @@ def test_a_job_outlives_a_node_where_it_runs(cluster: Cluster, undisturbed: list
         job.until(lambda: job.state() == "COMPLETED")
     finally:
         cluster.start_node(2)  # repaired; the tests after this one need it
-    said = job.said()
-    assert "start 0: the job went on without ranks that were lost" in said and "start 1" not in said
+    said = job.said()  # srun may, or may not, end badly for the tasks of the node that was lost
+    assert "start 0: the job went on without ranks that were lost" in said or "start 0: done" in said
+    assert "start 1" not in said
     assert [event["step"] for event in job.events("start")] == [0]
     assert _losses(job.run) == pytest.approx(undisturbed, rel=1e-11)
     job.until(lambda: cluster.ask("sinfo", "-h", "-t", "idle", "-o", "%D") == "4")
